@@ -1,0 +1,78 @@
+# Every target builds `.venv` from plain python3 and pip when it is missing or stale, and downloads nothing when it is not.
+# `make train PYTHON=python3.12` picks another interpreter; ARGS goes to the command behind a target: `make test ARGS="-k router"`.
+
+PYTHON ?= python3
+ARGS ?=
+UV ?= uv
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip -qq --disable-pip-version-check --no-input
+READY := $(VENV)/ready
+PARITY_READY := $(VENV)/ready-parity
+
+# What a .venv belongs to: this interpreter, in this folder (an environment does not survive being moved).
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+OWNER := $(PYTHON_VERSION) $(shell $(PYTHON) -c 'import sys; print(sys.base_prefix)' 2>/dev/null) $(CURDIR)
+STALE := $(if $(filter-out $(OWNER),$(shell cat $(READY) 2>/dev/null || echo missing)),stale)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow parity lint fmt lock clean stale
+MAKEFLAGS += --no-print-directory
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+setup: $(READY)  ## build .venv from the pinned requirements
+	@:
+
+train: setup  ## train configs/tiny.py on real text, or continue it, and show a sample
+	@$(RUN) train.py --config configs/tiny.py --run-dir runs/tiny --resume $(ARGS)
+
+test: lint  ## lint, types, then the default test suite; needs no torch
+	@$(RUN) -m pytest $(ARGS)
+
+test-slow: setup  ## the tests that take minutes
+	@$(RUN) -m pytest -m slow $(ARGS)
+
+parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
+	@$(RUN) -m pytest -m parity $(ARGS)
+
+lint: setup  ## ruff and mypy
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --quiet --check . || { echo "error: the files above are not formatted; run make fmt" >&2; exit 1; }
+	@$(RUN) -m mypy
+
+fmt: setup  ## format, and fix what ruff can fix
+	@$(RUN) -m ruff check --fix-only --quiet .
+	@$(RUN) -m ruff format .
+
+# One lock serves every supported Python and platform. Pins already there are kept; ARGS=--upgrade renews them all.
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links
+lock:  ## pin the requirements again after a change of pyproject.toml (needs uv)
+	$(LOCK) $(ARGS) pyproject.toml --extra test --group build --output-file requirements.txt
+	$(LOCK) $(ARGS) --group parity-without-torch --constraint requirements.txt --output-file requirements-parity.txt
+
+clean:  ## remove .venv and every cache; runs/ stays
+	@rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt pyproject.toml $(STALE)
+	@test -n "$(PYTHON_VERSION)" || { echo "error: $(PYTHON) does not run; name a Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || \
+		{ echo "error: $(PYTHON) is Python $(PYTHON_VERSION); 3.11 to 3.14 is needed: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "setting up $(VENV) with Python $(PYTHON_VERSION) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(if $(STALE),--clear) $(VENV)
+	@$(PIP) install --require-hashes --requirement requirements.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@echo "$(OWNER)" > $@
+
+# torch is not in the lock: its builds differ by machine. On Linux the default index brings the CUDA build, gigabytes that
+# no test here uses; where pip also finds a CPU build of this version (say, PIP_EXTRA_INDEX_URL is set to PyTorch's CPU index)
+# it prefers that one.
+$(PARITY_READY): $(READY) requirements-parity.txt
+	@echo "adding torch and transformers to $(VENV)"
+	@$(PIP) install --require-hashes --requirement requirements-parity.txt
+	@$(PIP) install torch==2.13.0
+	@touch $@

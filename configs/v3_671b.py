@@ -1,0 +1,69 @@
+"""The published DeepSeek-V3 (arXiv 2412.19437, section 4.2), for a pod of accelerators.
+
+    python train.py --config configs/v3_671b.py --run-dir gs://bucket/v3_671b \
+        --data.source path/to/text --data.tokenizer path/to/tokenizer.json
+
+671,026,419,200 parameters in the main model, of which a token uses 37.55B, and one MTP depth. Pre-training reads 4,096
+tokens without YaRN; the long-context phases that follow set `--model.rope_scaling.factor 40` and a longer
+`--model.max_position_embeddings`. The numbers are those of the constant part of the published run: batches of 15,360
+sequences, the peak learning rate, gamma 0.001, lambda 0.3. Its schedules in tokens (the batch that grows from 3,072 over
+the first 469B tokens, the learning rate held until 10T, gamma and lambda lowered towards the end) are not implemented
+yet: here the learning rate falls as one cosine over the 14.8T tokens.
+
+Eight devices split the experts, all others the parameters and the batch.
+`python -m dsv3_jax.plan --config configs/v3_671b.py` prints the parameters and makes no array.
+"""
+
+from __future__ import annotations
+
+from dsv3_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+config = Config(
+    model=ModelConfig(
+        vocab_size=129280,
+        hidden_size=7168,
+        num_hidden_layers=61,
+        num_nextn_predict_layers=1,
+        first_k_dense_replace=3,
+        num_attention_heads=128,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        n_group=8,
+        topk_group=4,
+        routed_scaling_factor=2.5,
+        aux_loss_alpha=1e-4,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        initializer_range=0.006,
+        remat="full",
+    ),
+    mesh=MeshConfig(expert=8, fsdp=-1),
+    data=DataConfig(source="data/text", tokenizer="data/tokenizer.json"),
+    optimizer=OptimizerConfig(
+        learning_rate=2.2e-4,
+        final_learning_rate=2.2e-5,
+        warmup_steps=2000,
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.1,
+        clip_norm=1.0,
+        moment_dtype="bfloat16",
+    ),
+    train=TrainConfig(
+        steps=235_240,  # 14.8T tokens
+        batch_size=15360,
+        sequence_length=4096,
+        mtp_loss_weight=0.3,
+        bias_update_speed=0.001,
+    ),
+)

@@ -1,0 +1,279 @@
+"""The command line of every program here: flags of its own, and the whole run config under dotted names.
+
+`python train.py --config configs/tiny.py --train.steps 200 --mesh.expert 4` reads the file, sets the fields and
+validates the result. The dataclasses are the only source: tyro reads values by their types and writes `--help` from their
+docstrings, with the defaults of the chosen file. Whatever is wrong is a ValueError of one line, which
+`exits_with_one_line` prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import os
+import pathlib
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from dsv3_jax.config.checks import require
+from dsv3_jax.config.rope_scaling import RopeScaling
+from dsv3_jax.config.run import Config
+
+Flags = TypeVar("Flags")
+
+_TYPE_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "True or False",
+    types.NoneType: "None",
+    tuple[int, ...]: "several integers",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags:
+    """What stands beside the fields of the run config."""
+
+    config: str = "configs/tiny.py"
+    """Python file that exposes `config`, a Config; the fields below override it."""
+    run_dir: str | None = None
+    """Folder of the run; None is runs/ and the name of the config file."""
+    resume: bool = False
+    """Continue from the newest checkpoint of the folder if there is one, else start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunArguments:
+    """The command line of a run, resolved."""
+
+    config: Config
+    """The file's config with the overrides applied."""
+    config_path: str
+    """The file it came from."""
+    run_dir: str
+    """Folder of the run."""
+    resume: bool
+    """Whether to continue what the folder holds."""
+
+
+def load_config(path: str) -> Config:
+    """The `config` of a Python file, as in `configs/`.
+
+    Raises:
+      ValueError: if there is no such file, or it exposes no `config` of type Config, or the config contradicts itself.
+    """
+    file = pathlib.Path(path)
+    if not file.is_file():
+        others = sorted(str(other) for other in file.parent.glob("*.py"))
+        remedy = f"there are {', '.join(others)}" if others else "name a Python file that exposes `config`"
+        raise ValueError(f"config file {path!r} does not exist; {remedy}")
+    try:
+        exposed = runpy.run_path(str(file))
+    except ValueError as error:
+        raise ValueError(f"config file {path!r}: {error}") from error
+    require("config" in exposed, f"config file {path!r} exposes no `config`; end it with config = Config(...)")
+    config = exposed["config"]
+    require(
+        isinstance(config, Config), f"`config` of {path!r} is a {type(config).__name__}; it must be a dsv3_jax.config.Config"
+    )
+    return config
+
+
+def parse_run(argv: Sequence[str] | None = None, description: str | None = None) -> RunArguments:
+    """The arguments of train.py: `--config`, `--run-dir`, `--resume` and every field of the config.
+
+    Args:
+      argv: arguments; None takes those of the process.
+      description: opens `--help`.
+
+    Raises:
+      ValueError: naming the field, on an unknown name, a value of the wrong type, or a config that contradicts itself.
+      SystemExit: with code 0, after `--help`.
+    """
+    flags, config = parse_with_config(RunFlags, argv, description)
+    run_dir = flags.run_dir or os.path.join("runs", pathlib.Path(flags.config).stem)
+    return RunArguments(config=config, config_path=flags.config, run_dir=run_dir, resume=flags.resume)
+
+
+def parse_with_config(
+    flags_type: type[Flags], argv: Sequence[str] | None = None, description: str | None = None
+) -> tuple[Flags, Config]:
+    """The flags of a program that takes a run config too; `flags_type` is a dataclass with a field `config`, its path.
+
+    Raises: as `parse_run`.
+    """
+    given, wants_help = _tokenize(argv)
+    flag_types, field_types = _leaf_types(flags_type), _leaf_types(Config)
+    _refuse_unknown(given, [*flag_types, *field_types])
+    flags = _build_flags(flags_type, {name: _read(name, given[name], flag_types[name]) for name in flag_types if name in given})
+    config = load_config(typing.cast(Any, flags).config)
+    if wants_help:
+        _print_help(flags_type, flags, description, config)
+    overrides = {name: _read(name, given[name], field_types[name]) for name in field_types if name in given}
+    return flags, _override(config, overrides)
+
+
+def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, description: str | None = None) -> Flags:
+    """The flags of a program that takes no run config: a dataclass, whose fields without a default are required.
+
+    Raises: as `parse_run`, and ValueError where a required flag is missing.
+    """
+    given, wants_help = _tokenize(argv)
+    flag_types = _leaf_types(flags_type)
+    _refuse_unknown(given, list(flag_types))
+    if wants_help:
+        _print_help(flags_type, None, description)
+    return _build_flags(flags_type, {name: _read(name, values, flag_types[name]) for name, values in given.items()})
+
+
+def exits_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
+    """Makes a ValueError of a program's `main` one line on stderr and exit code 2.
+
+    With DSV3_JAX_TRACEBACK set in the environment it is raised as it is.
+    """
+
+    @functools.wraps(main)
+    def program(*args: Any, **kwargs: Any) -> None:
+        try:
+            main(*args, **kwargs)
+        except ValueError as error:
+            if os.environ.get("DSV3_JAX_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return program
+
+
+def _tokenize(argv: Sequence[str] | None) -> tuple[dict[str, list[str]], bool]:
+    """The values behind each `--name`, with the names in underscores, and whether help is asked for."""
+    given: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for token in sys.argv[1:] if argv is None else argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            # The last of several wins, as in most programs.
+            values = given[name.replace("-", "_")] = [value] if equals else []
+        elif token == "-h":
+            given["help"] = []
+        else:
+            require(values is not None, f"{token!r} belongs to no option; write --name value")
+            typing.cast(list, values).append(token)
+    return given, given.pop("help", None) is not None
+
+
+def _group_type(hint: Any) -> type | None:
+    """The dataclass of `hint`, be it the hint itself or one arm of `X | None`."""
+    arms = (hint, *typing.get_args(hint))
+    return next((arm for arm in arms if isinstance(arm, type) and dataclasses.is_dataclass(arm)), None)
+
+
+def _leaf_types(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Type of every settable name: the fields under their dotted names, and an optional group as None."""
+    leaves: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        group = _group_type(hint)
+        if group is None or group is not hint:
+            leaves[prefix + name] = hint if group is None else types.NoneType
+        if group is not None:
+            leaves |= _leaf_types(group, f"{prefix}{name}.")
+    return leaves
+
+
+def _refuse_unknown(given: dict[str, list[str]], known: Sequence[str]) -> None:
+    def likeness(name: str, candidate: str) -> float:
+        # The last part counts twice: people forget the group, or put a field into the wrong one.
+        last = difflib.SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return last + difflib.SequenceMatcher(None, name, candidate).ratio()
+
+    for name in given:
+        if name not in known:
+            nearest = max(known, key=functools.partial(likeness, name))
+            raise ValueError(f"--{name} does not exist; the nearest is --{nearest} (--help lists all)")
+
+
+def _read(name: str, values: list[str], hint: Any) -> Any:
+    """The value of one option, read by tyro as the type of its field."""
+    if hint is bool and not values:
+        return True
+    shown = " ".join(values)
+    if len(values) == 1:
+        arguments = [f"--value={values[0]}"]  # A value may open with a dash.
+    else:
+        arguments = ["--value", *values]
+    holder = dataclasses.make_dataclass("holder", [("value", hint)])
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(holder, args=arguments, config=(tyro.conf.FlagConversionOff,), add_help=False).value
+    except SystemExit:
+        given = f"is {shown!r}" if values else "has no value"
+        raise ValueError(f"--{name} {given}; give {_type_name(hint)}") from None
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(map(_type_name, typing.get_args(hint)))
+    return _TYPE_NAMES.get(hint, str(hint))
+
+
+def _build_flags(flags_type: type[Flags], values: dict[str, Any]) -> Flags:
+    for field in dataclasses.fields(flags_type):  # type: ignore[arg-type]
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        require(has_default or field.name in values, f"--{field.name} is missing (--help lists all)")
+    return flags_type(**values)
+
+
+def _override(config: Any, overrides: dict[str, Any], path: str = "") -> Any:
+    """`config`, a dataclass, with dotted fields replaced; every level is built once, with all of its changes."""
+    changes: dict[str, Any] = {name: value for name, value in overrides.items() if "." not in name}
+    hints = typing.get_type_hints(type(config))
+    for group in dict.fromkeys(name.partition(".")[0] for name in overrides if "." in name):
+        inner = {name.removeprefix(f"{group}."): value for name, value in overrides.items() if name.startswith(f"{group}.")}
+        dotted = f"{path}{group}"
+        require(group not in changes, f"--{dotted} None contradicts --{dotted}.{min(inner)}; keep one of the two")
+        current = getattr(config, group)
+        if current is None:
+            current = typing.cast(type, _group_type(hints[group]))()
+        changes[group] = _override(current, inner, f"{dotted}.")
+    return dataclasses.replace(config, **changes)
+
+
+def _print_help(flags_type: Any, flags: Any, description: str | None, config: Config | None = None) -> None:
+    """Prints tyro's help, with the defaults of `flags` and `config`, and exits with 0."""
+    if flags is None:
+        required = [field.name for field in dataclasses.fields(flags_type) if field.default is dataclasses.MISSING]
+        flags = flags_type(**dict.fromkeys(required, tyro.MISSING))
+    parts = [("flags", Annotated[flags_type, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff])]
+    defaults = [flags]
+    description = f"{description or ''}\n\nNames may be written with - or _."
+    if config is not None:
+        parts.append(("fields", Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]))
+        if config.model.rope_scaling is None:
+            # tyro lists the fields of what is there; they are there once one of them is set.
+            config = _override(config, {"model.rope_scaling.factor": RopeScaling().factor})
+            description += " This config has no model.rope_scaling: setting one of its fields turns it on."
+        else:
+            description += " --model.rope_scaling None turns YaRN off."
+        defaults.append(config)
+    everything = dataclasses.make_dataclass("everything", parts)
+    tyro.cli(
+        everything,
+        args=["--help"],
+        default=everything(*defaults),
+        description=description.strip(),
+        use_underscores=True,
+        prog=pathlib.Path(sys.argv[0]).name,
+        config=(tyro.conf.AvoidSubcommands,),
+    )

@@ -1,0 +1,221 @@
+"""A whole run as one frozen dataclass: the model, and the groups `mesh`, `data`, `optimizer`, `train`,
+`checkpoint` and `infer`. A file in `configs/` exposes one as `config`; every field can be set on the command
+line under its dotted name, and the docstring under a field is its `--help`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from typing import Any, Literal
+
+from dsv3_jax.config.checks import require, require_positive
+from dsv3_jax.config.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; their product is the number of devices, and one of them may be -1, "the rest"."""
+
+    data: int = 1
+    """Replicas of the parameters; splits the batch (between slices or hosts)."""
+    fsdp: int = 1
+    """Splits the batch, every parameter and the optimizer state."""
+    expert: int = 1
+    """Splits the experts, and the batch for the dense parts."""
+    context: int = 1
+    """Splits the sequence."""
+    tensor: int = 1
+    """Splits heads, FFN hidden and vocabulary."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(size == -1 or size >= 1, f"mesh.{name} is {size}; use a positive size, or -1 once for the rest")
+        require(list(sizes.values()).count(-1) <= 1, f"mesh has -1 more than once: {sizes}; only one axis can be the rest")
+
+    def resolve(self, num_devices: int) -> dict[str, int]:
+        """Axis sizes for `num_devices` devices, -1 replaced.
+
+        Raises:
+          ValueError: if the sizes do not multiply to `num_devices`.
+        """
+        sizes = dataclasses.asdict(self)
+        known = math.prod(size for size in sizes.values() if size != -1)
+        for name, size in sizes.items():
+            if size == -1:
+                require(
+                    num_devices % known == 0, f"mesh {sizes}: {num_devices} devices are not a multiple of the known sizes ({known})"
+                )
+                sizes[name] = num_devices // known
+        product = math.prod(sizes.values())
+        require(product == num_devices, f"mesh {sizes} has {product} places for {num_devices} devices; the sizes must multiply to it")
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = "stdlib"
+    """"stdlib" (the standard library of the running Python), a text file, a .jsonl file with a "text" field, or a folder of such files."""
+    tokenizer: str | None = None
+    """A tokenizer.json, or a folder with one; None trains a byte-level BPE of the model's vocab_size on the source and caches it."""
+    cache_dir: str = ".cache"
+    """Where trained tokenizers and tokenised text are kept between runs."""
+    heldout_fraction: float = 0.02
+    """Share of the documents of a source of your own held out (by hash of their names; of a lone one, its end); "stdlib" has a fixed split."""
+
+    def __post_init__(self) -> None:
+        require(self.source != "", 'data.source is empty; name a file, a folder or "stdlib"')
+        require(0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay (section 4.2 of the report)."""
+
+    learning_rate: float = 2.2e-4
+    """Peak learning rate."""
+    final_learning_rate: float = 2.2e-5
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of every matrix; norm scales are left alone."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    moment_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype both moments are stored in."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            f"optimizer.final_learning_rate ({self.final_learning_rate}) must lie in 0..learning_rate ({self.learning_rate})",
+        )
+        require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        require(self.epsilon > 0, f"optimizer.epsilon is {self.epsilon}; it must be positive")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it cannot be negative")
+        require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
+        require(
+            self.moment_dtype in ("float32", "bfloat16"), f"optimizer.moment_dtype is {self.moment_dtype!r}; choose float32 or bfloat16"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length and shape of the run, and the weights of its losses."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    batch_size: int = 8
+    """Sequences a step, over all devices."""
+    sequence_length: int = 4096
+    """Tokens a sequence."""
+    mtp_loss_weight: float = 0.3
+    """Weight lambda of the multi-token-prediction loss (eq. 25)."""
+    bias_update_speed: float = 0.001
+    """gamma: how far a router bias moves each step (section 2.1.2)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between held-out losses on a sample of windows; 0 for none. The end of a run scores every held-out byte."""
+    eval_batches: int = 8
+    """Batches in that sample."""
+    seed: int = 0
+    """Seed of the parameters and of the order of the data."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "batch_size", "sequence_length", "log_every", "eval_batches")
+        require(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; it cannot be negative")
+        require(self.mtp_loss_weight >= 0, f"train.mtp_loss_weight is {self.mtp_loss_weight}; it cannot be negative")
+        require(self.bias_update_speed >= 0, f"train.bias_update_speed is {self.bias_update_speed}; it cannot be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class InferConfig:
+    """The sample that train.py shows at its end, and the defaults of infer.py."""
+
+    prompt: str = "def main("
+    """Prompt of the sample."""
+    max_tokens: int = 64
+    """Longest completion, in tokens."""
+    temperature: float = 0.0
+    """0 takes the most likely token each time."""
+    top_p: float = 1.0
+    """Samples from the smallest set of tokens that holds this much probability."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_tokens")
+        require(self.temperature >= 0, f"infer.temperature is {self.temperature}; it cannot be negative")
+        require(0 < self.top_p <= 1, f"infer.top_p is {self.top_p}; it must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run: what is trained, on what, and how."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    infer: InferConfig = dataclasses.field(default_factory=InferConfig)
+
+    def __post_init__(self) -> None:
+        length, longest = self.train.sequence_length, self.model.max_position_embeddings
+        require(length <= longest, f"train.sequence_length ({length}) exceeds model.max_position_embeddings ({longest})")
+        depths = self.model.num_nextn_predict_layers
+        require(
+            length > depths, f"train.sequence_length ({length}) must exceed model.num_nextn_predict_layers ({depths})"
+        )
+
+    def to_json(self) -> str:
+        """The resolved config as JSON text; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Reads what `to_json` wrote.
+
+        Raises:
+          ValueError: on unknown fields, or on values the config refuses.
+        """
+        return _build(cls, json.loads(text), "config")
+
+
+def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+    """Builds the dataclass `cls` from nested dicts, refusing unknown fields."""
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    require(not unknown, f"{path} has unknown fields {sorted(unknown)}; known: {sorted(hints)}")
+    built = {}
+    for name, value in values.items():
+        nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
+        built[name] = _build(nested[0], value, f"{path}.{name}") if nested and isinstance(value, dict) else value
+    return cls(**built)

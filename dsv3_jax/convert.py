@@ -1,0 +1,98 @@
+"""`python -m dsv3_jax.convert SOURCE TARGET`: a run directory to a Hugging Face folder, or the other way round.
+
+Which way is read off the source. A run becomes what transformers, and the inference engines that follow its format,
+load; a published checkpoint becomes a run at step 0, to be sampled from or trained further.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from dsv3_jax.checkpoint.folder import read_config
+from dsv3_jax.checkpoint.hugging_face import load_hf, require_no_folder, save_hf
+from dsv3_jax.checkpoint.orbax import load_run, save_run_start
+from dsv3_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+
+_TOKENIZER = "tokenizer.json"
+
+
+def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool = False) -> None:
+    """Writes the newest checkpoint of the run `source` as the Hugging Face folder `target`.
+
+    Args:
+      source: a run directory.
+      target: the folder to make.
+      dtype: dtype of the tensors; None keeps the run's.
+      fp8: store linear layers as FP8 blocks.
+
+    Raises:
+      ValueError: if `source` holds no checkpoint, or `target` exists and is not empty.
+    """
+    require_no_folder(target)
+    config, variables, step = load_run(str(source), dtype)
+    has_tokenizer = (epath.Path(source) / _TOKENIZER).exists()
+    save_hf(target, config.model, variables, tokenizer_from=source if has_tokenizer else None, fp8=fp8)
+    print(f"{source}, step {step}, is now the Hugging Face folder {target}{'' if has_tokenizer else ' (no tokenizer)'}")
+
+
+def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
+    """Writes the Hugging Face folder `source` as the run directory `target`, at step 0.
+
+    Args:
+      source: a folder with config.json and safetensors.
+      target: the run directory to make.
+      dtype: dtype to compute in and to store; None stores float32 and computes in the dtype the file names.
+
+    Raises:
+      ValueError: if `source` cannot be loaded, or `target` exists and is not empty.
+    """
+    require_no_folder(target)
+    model, variables = load_hf(source, dtype or "float32")
+    if dtype is None:
+        model = dataclasses.replace(model, dtype=ModelConfig.from_hf(read_config(epath.Path(source))).dtype)
+    tokenizer, kept = epath.Path(source) / _TOKENIZER, epath.Path(target) / _TOKENIZER
+    has_tokenizer = tokenizer.exists()
+    config = Config(
+        model=model,
+        data=DataConfig(tokenizer=str(kept) if has_tokenizer else None),
+        train=TrainConfig(sequence_length=min(TrainConfig.sequence_length, model.max_position_embeddings)),
+    )
+    save_run_start(str(target), config, variables)
+    if has_tokenizer:
+        tokenizer.copy(kept)
+    print(f"{source} is now the run directory {target}, at step 0{'' if has_tokenizer else ' (no tokenizer.json)'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a ValueError becomes one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.convert", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("source", help="a run directory or a Hugging Face folder")
+    parser.add_argument("target", help="the folder to make; it must not exist, or be empty")
+    parser.add_argument("--dtype", help="dtype of the parameters written; by default a run's own, and float32 for a new run")
+    parser.add_argument("--fp8", action="store_true", help="to Hugging Face only: linear layers as FP8 blocks")
+    parsed = parser.parse_args(arguments)
+    try:
+        source_config = read_config(epath.Path(parsed.source))
+        if "model_type" in source_config:
+            if parsed.fp8:
+                raise ValueError("--fp8 is for writing Hugging Face folders, and the source is one; leave it out")
+            hf_to_run(parsed.source, parsed.target, dtype=parsed.dtype)
+        elif {"model", "train"} <= source_config.keys():
+            run_to_hf(parsed.source, parsed.target, dtype=parsed.dtype, fp8=parsed.fp8)
+        else:
+            raise ValueError(
+                f"{parsed.source}/config.json is neither a run's nor a Hugging Face model's; name a folder of either"
+            )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The documents of a run, split into training and held-out text.
+
+What is held out does not depend on the seed, the order of reading or the machine: for the standard library it
+is whole packages, the same ones on every Python; for a source of your own it is chosen by the hash of each
+document's name. Held-out documents that nearly repeat training documents are dropped; every byte of the rest
+is scored (see `heldout.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+
+from dsv3_jax.config import DataConfig
+from dsv3_jax.data.cache import digest
+from dsv3_jax.data.near_duplicates import near_duplicates
+from dsv3_jax.data.sources import STDLIB, Document, read_source
+
+# Chosen before any model was trained: part of every Python since 3.11, however it is packaged, of many kinds
+# (data structures, import machinery, parsing, logging, network, servers), without tables, 0.9 MB in all.
+STDLIB_HELDOUT = ("collections", "concurrent", "importlib", "json", "logging", "urllib", "wsgiref", "xmlrpc")
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusReport:
+    """What became of a source."""
+
+    train_documents: int
+    train_bytes: int
+    heldout_documents: int
+    heldout_bytes: int
+    near_duplicates: int
+    """Held-out documents dropped because training documents repeat them."""
+    replaced: int
+    """Documents in which bytes that are not UTF-8 became U+FFFD."""
+    binary: int
+    """Files passed over because they are not text."""
+
+    def __str__(self) -> str:
+        return (
+            f"train on {self.train_documents:,} documents, {self.train_bytes / 1e6:.2f} MB; "
+            f"hold out {self.heldout_documents:,}, {self.heldout_bytes / 1e6:.2f} MB "
+            f"(near-duplicates dropped: {self.near_duplicates}); "
+            f"decoded with replacement: {self.replaced}; binary files passed over: {self.binary}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Training and held-out documents."""
+
+    train: list[Document]
+    heldout: list[Document]
+    report: CorpusReport
+
+    @functools.cached_property
+    def train_digest(self) -> str:
+        """Digest of the training documents' names and texts, in order: what caches and a resumed run hang on."""
+        return digest(*(part for document in self.train for part in (document.name, document.text)))
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Reads `config.source` and splits it.
+
+    Raises:
+      ValueError: as `read_source` does, and if no held-out text can be set aside.
+    """
+    documents, binary = read_source(config.source)
+    if config.source == STDLIB:
+        train, heldout = _split_stdlib(documents)
+    elif len(documents) == 1:
+        # The two halves of one text are alike by nature, so they are not compared.
+        return _corpus(*_split_tail(documents[0], config.heldout_fraction), dropped=0, binary=len(binary))
+    else:
+        train, heldout = _split_by_name(documents, config.heldout_fraction)
+    repeated = near_duplicates([document.text for document in heldout], (document.text for document in train))
+    kept = [document for document, repeats in zip(heldout, repeated, strict=True) if not repeats]
+    if not kept:
+        raise ValueError(
+            f"data.source {config.source!r}: nothing is left to hold out, as every one of the {len(heldout)} documents chosen "
+            "by name nearly repeats training documents; remove the copies or raise data.heldout_fraction"
+        )
+    return _corpus(train, kept, dropped=len(heldout) - len(kept), binary=len(binary))
+
+
+def _corpus(train: list[Document], heldout: list[Document], *, dropped: int, binary: int) -> Corpus:
+    report = CorpusReport(
+        train_documents=len(train),
+        train_bytes=sum(document.num_bytes for document in train),
+        heldout_documents=len(heldout),
+        heldout_bytes=sum(document.num_bytes for document in heldout),
+        near_duplicates=dropped,
+        replaced=sum(document.replaced for document in (*train, *heldout)),
+        binary=binary,
+    )
+    return Corpus(train, heldout, report)
+
+
+def _split_stdlib(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    train: list[Document] = []
+    heldout: list[Document] = []
+    for document in documents:
+        package, _, below = document.name.partition("/")
+        (heldout if below and package in STDLIB_HELDOUT else train).append(document)
+    if not train or not heldout:
+        raise ValueError("the standard library of this Python is not installed as source files; name a data.source of your own")
+    return train, heldout
+
+
+def _split_by_name(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Holds out the documents whose names hash below `fraction`; at least one, and never all of them."""
+    position = {document.name: _position(document.name) for document in documents}
+    names = sorted(position, key=lambda name: (position[name], name))
+    chosen = sum(position[name] < fraction for name in names)
+    heldout_names = set(names[: min(max(chosen, 1), len(names) - 1)])
+    train = [document for document in documents if document.name not in heldout_names]
+    return train, [document for document in documents if document.name in heldout_names]
+
+
+def _position(name: str) -> float:
+    """Where the hash of `name` lies between 0 and 1."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") / 2**64
+
+
+def _split_tail(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
+    """Holds out the end of a lone document, from the start of a line where there is one."""
+    text = document.text
+    cut = min(max(round(len(text) * (1 - fraction)), 1), len(text) - 1)
+    line = text.rfind("\n", 0, cut) + 1
+    cut = line or cut
+    if cut < 1:
+        raise ValueError(f"{document.name!r} is a single character; nothing can be held out of it, so give more text")
+    head = dataclasses.replace(document, text=text[:cut])
+    return [head], [dataclasses.replace(document, name=f"{document.name}#tail", text=text[cut:])]

@@ -1,0 +1,113 @@
+"""Held-out text: windows that score every byte of it once, and what general compressors make of the same bytes.
+
+Bits per byte is the sum of the model's losses over all held-out tokens, in bits, over the number of UTF-8 bytes
+they spell: it compares models whatever their tokenizer (the report's bits-per-byte rows, arXiv 2412.19437, table 3),
+and with gzip and xz.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.checks import require
+from dsv3_jax.data.sources import Document
+from dsv3_jax.data.tokenizer import Tokenizer, document_marks
+
+
+class HeldoutBatch(NamedTuple):
+    """Windows of held-out tokens, the token that follows each, and whether that one is scored."""
+
+    tokens_BT: np.ndarray
+    """int32."""
+    targets_BT: np.ndarray
+    """int32."""
+    weights_BT: np.ndarray
+    """float32; 1 where the target is text, 0 where it is a mark between documents or padding."""
+
+
+class HeldoutWindows:
+    """All batches of the held-out documents, each of the same shape.
+
+    The documents stand one after the other between their marks, as in training, cut into windows that do not
+    overlap; the first token of a window is the last target of the window before it.
+    """
+
+    def __init__(
+        self, documents: Sequence[Document], tokenizer: Tokenizer, model: ModelConfig, *, batch_size: int, sequence_length: int
+    ) -> None:
+        """Tokenizes the documents.
+
+        Raises:
+          ValueError: if there is no document, or the tokenizer does not give a document back unchanged, so that
+            its tokens would not stand for all of the bytes.
+        """
+        require(len(documents) > 0, "there is no held-out text to score")
+        bos, eos = document_marks(model)
+        opening = [] if bos is None else [bos]
+        tokens, scored = [eos], [False]
+        for document, ids in zip(documents, tokenizer.encode_batch([document.text for document in documents]), strict=True):
+            require(
+                tokenizer.decode(ids) == document.text,
+                f"the tokenizer does not reproduce {document.name!r}, so bits per byte would be wrong; use a byte-level tokenizer",
+            )
+            tokens += [*opening, *ids, eos]
+            scored += [*[False] * len(opening), *[True] * len(ids), False]
+        self.num_bytes = sum(document.num_bytes for document in documents)
+        self.num_tokens = sum(scored)
+        self._batch_size = batch_size
+        windows = -(-(len(tokens) - 1) // sequence_length)
+        self._tokens_RT = _windows(np.array(tokens[:-1], np.int32), windows, sequence_length)
+        self._targets_RT = _windows(np.array(tokens[1:], np.int32), windows, sequence_length)
+        self._weights_RT = _windows(np.array(scored[1:], np.float32), windows, sequence_length)
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-len(self._tokens_RT) // self._batch_size)
+
+    def __iter__(self) -> Iterator[HeldoutBatch]:
+        """All batches; each scored token is in exactly one."""
+        return self._batches(np.arange(len(self._tokens_RT)))
+
+    def sample(self, num_batches: int) -> Iterator[HeldoutBatch]:
+        """At most `num_batches` batches of windows spread evenly over the text: always the same ones."""
+        rows = min(num_batches * self._batch_size, len(self._tokens_RT))
+        return self._batches(np.arange(rows) * len(self._tokens_RT) // rows)
+
+    def bits_per_byte(self, nats: float) -> float:
+        """Bits per byte, from the summed loss of all scored tokens in nats."""
+        return nats / math.log(2) / self.num_bytes
+
+    def _batches(self, rows: np.ndarray) -> Iterator[HeldoutBatch]:
+        for start in range(0, len(rows), self._batch_size):
+            chosen = rows[start : start + self._batch_size]
+            padding = ((0, self._batch_size - len(chosen)), (0, 0))
+            arrays = (self._tokens_RT, self._targets_RT, self._weights_RT)
+            yield HeldoutBatch(*(np.pad(array[chosen], padding) for array in arrays))
+
+
+def _windows(values: np.ndarray, windows: int, length: int) -> np.ndarray:
+    """A flat array as [windows, length], zeros at its end."""
+    return np.pad(values, (0, windows * length - len(values))).reshape(windows, length)
+
+
+def compressor_bits_per_byte(documents: Sequence[Document]) -> dict[str, float | None]:
+    """Bits per byte of `gzip -9` and `xz -9` on the documents put together: the bytes the model is scored on.
+
+    Returns:
+      {"gzip": ..., "xz": ...}; "xz" is None where this Python was built without lzma.
+    """
+    data = "".join(document.text for document in documents).encode("utf-8")
+    sizes: dict[str, int | None] = {"gzip": len(gzip.compress(data, compresslevel=9)), "xz": None}
+    try:
+        import lzma  # an optional part of Python
+    except ImportError:
+        pass
+    else:
+        sizes["xz"] = len(lzma.compress(data, preset=9))
+    return {name: size if size is None else 8 * size / len(data) for name, size in sizes.items()}

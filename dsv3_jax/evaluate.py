@@ -1,0 +1,64 @@
+"""`python -m dsv3_jax.evaluate --checkpoint C --text FILE`: loss and bits per byte of a checkpoint on text.
+
+The checkpoint is a run directory of train.py or a Hugging Face folder with a tokenizer.json; the text is a file, a
+.jsonl file or a folder, every byte of which is scored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Literal
+
+from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
+from dsv3_jax.data import HeldoutWindows, compressor_bits_per_byte
+from dsv3_jax.data.sources import read_source
+from dsv3_jax.infer.load import load_model
+from dsv3_jax.train.evaluation import Evaluator
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateFlags:
+    """What to score, and how."""
+
+    checkpoint: str
+    """Run directory of train.py, or Hugging Face folder."""
+    text: str
+    """Text file, .jsonl file with a "text" field, folder of such files, or "stdlib"."""
+    sequence_length: int | None = None
+    """Tokens a window; None is what a run was trained with, or 4096 (at most the model's context)."""
+    batch_size: int = 8
+    """Windows at a time."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype to compute in; None is the checkpoint's own."""
+
+
+@exits_with_one_line
+def main() -> None:
+    """The command line; prints one JSON object."""
+    flags = parse_flags(EvaluateFlags, description=__doc__ or "")
+    documents, _ = read_source(flags.text)
+    model = load_model(flags.checkpoint, flags.dtype)
+    length = flags.sequence_length or model.sequence_length
+    context = model.config.max_position_embeddings
+    if not 1 <= length <= context:
+        raise ValueError(f"--sequence-length is {length}; it must lie in 1..{context} (max_position_embeddings)")
+    if flags.batch_size < 1:
+        raise ValueError(f"--batch-size is {flags.batch_size}; it must be at least 1")
+    windows = HeldoutWindows(documents, model.tokenizer, model.config, batch_size=flags.batch_size, sequence_length=length)
+    scored = Evaluator(model.config)(model.variables, windows)
+    compressors = compressor_bits_per_byte(documents)
+    result = {
+        "checkpoint": model.origin,
+        "bytes": windows.num_bytes,
+        "tokens": scored.tokens,
+        "loss": scored.loss,
+        "bits_per_byte": windows.bits_per_byte(scored.nats),
+        "gzip_bits_per_byte": compressors["gzip"],
+        "xz_bits_per_byte": compressors["xz"],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""A model to run, from either kind of folder: a run directory of train.py, or a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from dsv3_jax.checkpoint.hugging_face import load_hf
+from dsv3_jax.checkpoint.orbax import load_run
+from dsv3_jax.config import InferConfig, ModelConfig
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+
+class LoadedModel(NamedTuple):
+    """A model with its tokenizer."""
+
+    config: ModelConfig
+    variables: dict[str, Any]
+    tokenizer: Tokenizer
+    origin: str
+    """What it was loaded from, in words."""
+    sequence_length: int
+    """Tokens a sequence it was trained with; for a Hugging Face folder its context, at most 4096."""
+    infer: InferConfig
+    """The run's defaults for sampling."""
+
+
+def is_hugging_face(path: str) -> bool:
+    """Whether `path` is a Hugging Face folder (True) or a run directory (False), told by its config.json.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    file = epath.Path(path) / "config.json"
+    if not file.exists():
+        raise ValueError(f"{path} holds no config.json; name a run directory of train.py or a Hugging Face folder")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if isinstance(config, dict) and "model_type" in config:
+        return True
+    if isinstance(config, dict) and isinstance(config.get("model"), dict):
+        return False
+    raise ValueError(f"{file} is neither a run's config nor a Hugging Face one (no model_type); name another folder")
+
+
+def load_model(path: str, dtype: str | None = None) -> LoadedModel:
+    """Loads config, variables and tokenizer of either kind of folder.
+
+    Args:
+      path: the folder.
+      dtype: dtype to compute and store in; None is the run's own, or that of the Hugging Face config.
+
+    Raises:
+      ValueError: naming what is missing or wrong.
+    """
+    from_hugging_face = is_hugging_face(path)
+    tokenizer = load_tokenizer(path)
+    if from_hugging_face:
+        own = ModelConfig.from_hf(json.loads((epath.Path(path) / "config.json").read_text())).dtype
+        config, variables = load_hf(path, dtype=dtype or own)
+        length = min(config.max_position_embeddings, 4096)
+        return LoadedModel(config, variables, tokenizer, f"Hugging Face checkpoint {path}", length, InferConfig())
+    run, variables, step = load_run(path, dtype)
+    return LoadedModel(run.model, variables, tokenizer, f"run {path} at step {step}", run.train.sequence_length, run.infer)

@@ -1,0 +1,157 @@
+"""Attention cores: causal over a whole sequence, and over a latent cache.
+
+`causal_attention` walks square tiles of the T x S matrix with the online softmax, forward and backward, so the
+matrix itself is never built: memory grows with T, not with T^2. `latent_attention` is the absorbed form of MLA
+for decoding (section 2.1.1 of the report): all heads share one key, the cached latent.
+
+Axes beyond the project's legend: M key-value heads (N, or 1 when all heads share the latent), X query/key width,
+U the query heads that share a key-value head, A and Z the queries and keys of one tile.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a fully masked row stays free of NaN.
+MASKED = -1e30
+
+
+def causal_attention(q_BTNX: jax.Array, k_BTMX: jax.Array, v_BTMW: jax.Array, *, scale: float, chunk: int) -> jax.Array:
+    """softmax(q k^T * scale, over positions up to the query's own) v.
+
+    Args:
+      q_BTNX: queries of N heads.
+      k_BTMX: keys of M heads; M divides N, and query head n reads key-value head n * M // N.
+      v_BTMW: values of the same M heads.
+      scale: factor on the logits.
+      chunk: queries and keys per tile.
+
+    Returns:
+      [B, T, N, W] in v's dtype; logits and softmax are float32.
+    """
+    B, T, N, X = q_BTNX.shape
+    M, W = v_BTMW.shape[2:]
+    tile = min(chunk, T)
+    padding = ((0, 0), (0, -T % tile), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(a, padding) if T % tile else a for a in (q_BTNX, k_BTMX, v_BTMW))
+    q_BMUTX = q.reshape(B, -1, M, N // M, X).transpose(0, 2, 3, 1, 4)
+    o_BMUTW = _attend(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), scale, tile)
+    return o_BMUTW.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, W)[:, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(q_BMUTX: jax.Array, k_BMTX: jax.Array, v_BMTW: jax.Array, scale: float, tile: int) -> jax.Array:
+    return _attend_forward(q_BMUTX, k_BMTX, v_BMTW, scale, tile)[0]
+
+
+def _tile_logits(q_BMUAX: jax.Array, k_BMZX: jax.Array, i: jax.Array, j: jax.Array, scale: float, tile: int) -> jax.Array:
+    """Masked float32 logits of query tile i against key tile j: [B, M, U, A, Z]."""
+    logits = jnp.einsum("BMUAX,BMZX->BMUAZ", q_BMUAX, k_BMZX, preferred_element_type=jnp.float32) * scale
+    offset = jnp.arange(tile)
+    return jnp.where(i * tile + offset[:, None] >= j * tile + offset, logits, MASKED)
+
+
+def _take(array: jax.Array, index: jax.Array, tile: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, index * tile, tile, axis)
+
+
+def _attend_forward(q_BMUTX: jax.Array, k_BMTX: jax.Array, v_BMTW: jax.Array, scale: float, tile: int) -> tuple:
+    B, M, U, T, _ = q_BMUTX.shape
+    W = v_BMTW.shape[-1]
+
+    def query_tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q_i = _take(q_BMUTX, i, tile, 3)
+
+        def key_tile(j: jax.Array, carry: tuple) -> tuple:
+            top, total, mix = carry
+            logits = _tile_logits(q_i, _take(k_BMTX, j, tile, 2), i, j, scale, tile)
+            new_top = jnp.maximum(top, logits.max(-1))
+            p = jnp.exp(logits - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            v_j = _take(v_BMTW, j, tile, 2)
+            mixed = jnp.einsum("BMUAZ,BMZW->BMUAW", p.astype(v_j.dtype), v_j, preferred_element_type=jnp.float32)
+            return new_top, total * shrink + p.sum(-1), mix * shrink[..., None] + mixed
+
+        rows = (B, M, U, tile)
+        start = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, W), jnp.float32)
+        top, total, mix = jax.lax.fori_loop(0, i + 1, key_tile, start)
+        return (mix / total[..., None]).astype(v_BMTW.dtype), top + jnp.log(total)
+
+    o, lse = jax.lax.map(query_tile, jnp.arange(T // tile))
+    o_BMUTW = jnp.moveaxis(o, 0, 3).reshape(B, M, U, T, W)
+    lse_BMUT = jnp.moveaxis(lse, 0, 3).reshape(B, M, U, T)
+    return o_BMUTW, (q_BMUTX, k_BMTX, v_BMTW, o_BMUTW, lse_BMUT)
+
+
+def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Array) -> tuple:
+    q_BMUTX, k_BMTX, v_BMTW, o_BMUTW, lse_BMUT = residuals
+    num_tiles = q_BMUTX.shape[3] // tile
+    delta_BMUT = jnp.sum(do_BMUTW.astype(jnp.float32) * o_BMUTW.astype(jnp.float32), axis=-1)
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def key_tile(dq_BMUTX: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        k_j, v_j = _take(k_BMTX, j, tile, 2), _take(v_BMTW, j, tile, 2)
+
+        def query_tile(i: jax.Array, carry: tuple) -> tuple:
+            dq, dk_j, dv_j = carry
+            q_i, do_i = _take(q_BMUTX, i, tile, 3), _take(do_BMUTW, i, tile, 3)
+            p = jnp.exp(_tile_logits(q_i, k_j, i, j, scale, tile) - _take(lse_BMUT, i, tile, 3)[..., None])
+            dp = einsum("BMUAW,BMZW->BMUAZ", do_i, v_j)
+            ds = (p * (dp - _take(delta_BMUT, i, tile, 3)[..., None]) * scale).astype(q_i.dtype)
+            dv_j += einsum("BMUAZ,BMUAW->BMZW", p.astype(do_i.dtype), do_i)
+            dk_j += einsum("BMUAZ,BMUAX->BMZX", ds, q_i)
+            dq_i = _take(dq, i, tile, 3) + einsum("BMUAZ,BMZX->BMUAX", ds, k_j)
+            return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * tile, 3), dk_j, dv_j
+
+        start = dq_BMUTX, jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32)
+        dq_BMUTX, dk_j, dv_j = jax.lax.fori_loop(j, num_tiles, query_tile, start)
+        return dq_BMUTX, (dk_j.astype(k_j.dtype), dv_j.astype(v_j.dtype))
+
+    dq_BMUTX, (dk, dv) = jax.lax.scan(key_tile, jnp.zeros(q_BMUTX.shape, jnp.float32), jnp.arange(num_tiles))
+    dk_BMTX = jnp.moveaxis(dk, 0, 2).reshape(k_BMTX.shape)
+    dv_BMTW = jnp.moveaxis(dv, 0, 2).reshape(v_BMTW.shape)
+    return dq_BMUTX.astype(q_BMUTX.dtype), dk_BMTX, dv_BMTW
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def latent_attention(
+    q_latent_BTNC: jax.Array,
+    q_rope_BTNP: jax.Array,
+    new_latent_BTC: jax.Array,
+    new_rope_BTP: jax.Array,
+    cached_latent_BSC: jax.Array,
+    cached_rope_BSP: jax.Array,
+    length_B: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Attention of T new tokens over the cached latents and, causally, over their own.
+
+    Args:
+      q_latent_BTNC: queries taken into the latent space (q_nope W_UK).
+      q_rope_BTNP: rotated rotary queries.
+      new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves.
+      cached_latent_BSC, cached_rope_BSP: the cache; rows from length_B on are never read as data.
+      length_B: tokens in each sequence's cache.
+      scale: factor on the logits.
+
+    Returns:
+      The mixture of latents of every head, [B, T, N, C]; logits and softmax are float32.
+    """
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    T, S = q_latent_BTNC.shape[1], cached_latent_BSC.shape[1]
+    filled_BS = jnp.arange(S) < length_B[:, None]
+    # A zero weight times a NaN would still be NaN.
+    cached_latent_BSC = jnp.where(filled_BS[..., None], cached_latent_BSC, 0)
+    past = einsum("BTNC,BSC->BTNS", q_latent_BTNC, cached_latent_BSC) + einsum("BTNP,BSP->BTNS", q_rope_BTNP, cached_rope_BSP)
+    past = jnp.where(filled_BS[:, None, None], past * scale, MASKED)
+    own = einsum("BTNC,BZC->BTNZ", q_latent_BTNC, new_latent_BTC) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, new_rope_BTP)
+    own = jnp.where(jnp.tri(T, dtype=bool)[:, None], own * scale, MASKED)
+    p = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(new_latent_BTC.dtype)
+    mixed = einsum("BTNS,BSC->BTNC", p[..., :S], cached_latent_BSC) + einsum("BTNZ,BZC->BTNC", p[..., S:], new_latent_BTC)
+    return mixed.astype(new_latent_BTC.dtype)

@@ -1,0 +1,7 @@
+"""What DeepSeek-V3 is; each file one idea of the paper."""
+
+from dsv3_jax.model.losses import Losses, training_loss
+from dsv3_jax.model.model import DeepSeekV3, ModelOutput, init_variables, logical_axes
+from dsv3_jax.model.stack import unstack
+
+__all__ = ["DeepSeekV3", "Losses", "ModelOutput", "init_variables", "logical_axes", "training_loss", "unstack"]

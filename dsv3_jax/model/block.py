@@ -1,0 +1,79 @@
+"""One pre-norm decoder block: h += MLA(norm(h)); h += FFN(norm(h)), the FFN dense or MoE."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.layers import RMSNorm, SwiGLU
+from dsv3_jax.model.mla import MLA, Latents
+from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.rope import Rotation
+
+
+class BlockOutput(NamedTuple):
+    """What a block has to say beside the residual stream; None is what it was not asked for, or does not have."""
+
+    load_E: jax.Array | None = None
+    """MoE: counted tokens per expert."""
+    balance_loss: jax.Array | None = None
+    """MoE: sequence-wise balance loss, without alpha."""
+    chosen_BTK: jax.Array | None = None
+    """MoE, if "routes" is kept: expert ids."""
+    latents: Latents | None = None
+    """If "latents" is kept: what a cache stores of the block's tokens."""
+    hidden_BTD: jax.Array | None = None
+    """If "hidden" is kept: the residual stream after the block."""
+
+
+class Block(nn.Module):
+    """A decoder block of either kind, shaped as a scan body: (h, per-layer cache, shared...) -> (h, BlockOutput)."""
+
+    config: ModelConfig
+    moe: bool
+    keep: tuple[str, ...] = ()
+    absorbed: bool = False
+
+    def setup(self) -> None:
+        config = self.config
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.self_attn = MLA(config, self.absorbed)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        self.mlp = MoE(config) if self.moe else SwiGLU(config, config.intermediate_size)
+
+    def __call__(
+        self,
+        h_BTD: jax.Array,
+        cache: Latents | None,
+        rotation: Rotation,
+        counted_BT: jax.Array | None = None,
+        length_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, BlockOutput]:
+        """Runs the block.
+
+        Args:
+          h_BTD: the residual stream.
+          cache: latents of earlier tokens, [B, S, ...], or None.
+          rotation: rotation of the tokens' positions.
+          counted_BT: tokens that enter load and balance loss; None counts all.
+          length_B: filled rows of the cache.
+        """
+        attended_BTD, latents = self.self_attn(self.input_layernorm(h_BTD), rotation, cache, length_B)
+        h_BTD += attended_BTD
+        x_BTD = checkpoint_name(self.post_attention_layernorm(h_BTD), "ffn_input")
+        output = BlockOutput(latents=latents if "latents" in self.keep else None)
+        if self.moe:
+            y_BTD, routing = self.mlp(x_BTD, counted_BT)
+            output = output._replace(
+                load_E=routing.load_E,
+                balance_loss=routing.balance_loss,
+                chosen_BTK=routing.chosen_BTK if "routes" in self.keep else None,
+            )
+        else:
+            y_BTD = self.mlp(x_BTD)
+        h_BTD += y_BTD
+        return h_BTD, output._replace(hidden_BTD=h_BTD if "hidden" in self.keep else None)

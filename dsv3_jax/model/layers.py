@@ -1,0 +1,84 @@
+"""The four layers everything is built from: RMSNorm, Linear, Embedding and the SwiGLU feed-forward.
+
+No layer has a bias, and parameters carry their logical axes from birth (`nn.with_logical_partitioning`), so
+that sharding is a matter of rules and not of the model. Products run in `config.dtype`; norms in float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv3_jax.config import ModelConfig
+
+
+def normal_init(config: ModelConfig, axes: tuple[str, ...]) -> nn.initializers.Initializer:
+    """Normal with standard deviation `initializer_range`, labelled with its logical axes."""
+    return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
+
+
+class RMSNorm(nn.Module):
+    """scale * x / sqrt(mean(x^2) + epsilon) over the last axis of any array; statistics in float32."""
+
+    config: ModelConfig
+    size: int
+    axis: str = "embed"
+    epsilon: float | None = None
+    """None takes `rms_norm_eps`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale = self.param("scale", init, (self.size,), self.config.param_dtype)
+        epsilon = self.config.rms_norm_eps if self.epsilon is None else self.epsilon
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+        return (x32 * scale.astype(jnp.float32)).astype(self.config.dtype)
+
+
+class Linear(nn.Module):
+    """Contracts the last `num_in` axes of x with the first `num_in` of a kernel of shape `shape`."""
+
+    config: ModelConfig
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    num_in: int = 1
+
+    def setup(self) -> None:
+        init = normal_init(self.config, self.axes)
+        self.kernel = self.param("kernel", init, self.shape, self.config.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = self.config.dtype
+        contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
+        return jax.lax.dot_general(x.astype(dtype), self.kernel.astype(dtype), (contract, ((), ())))
+
+
+class Embedding(nn.Module):
+    """Rows of a [V, D] table."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        config = self.config
+        shape = config.vocab_size, config.hidden_size
+        embedding_VD = self.param("embedding", normal_init(config, ("vocab", "embed")), shape, config.param_dtype)
+        return embedding_VD.astype(config.dtype)[tokens_BT]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), with `size` hidden units."""
+
+    config: ModelConfig
+    size: int
+
+    def setup(self) -> None:
+        config, width = self.config, self.config.hidden_size
+        self.gate_proj = Linear(config, (width, self.size), ("embed", "mlp"))
+        self.up_proj = Linear(config, (width, self.size), ("embed", "mlp"))
+        self.down_proj = Linear(config, (self.size, width), ("mlp", "embed"))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down_proj(nn.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))

@@ -1,0 +1,128 @@
+"""Multi-head latent attention (section 2.1.1 of the report, eqs. 1-11).
+
+Keys and values of all heads are expanded from one latent c_kv of 512 values a token, beside one rotary key of 64
+that all heads share: those 576 values are all that decoding caches. The same parameters serve two forms, equal in
+exact arithmetic: *materialised* expands keys and values per head (cheaper over a whole sequence), *absorbed* takes
+the query into the latent space instead (cheaper for a few queries over a long cache).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.attention import causal_attention, latent_attention
+from dsv3_jax.model.layers import Linear, RMSNorm
+from dsv3_jax.model.rope import Rotation, rotate
+
+# The reference fixes it, whatever rms_norm_eps says (model of the published code; both are 1e-6 there).
+LATENT_NORM_EPSILON = 1e-6
+
+
+class Latents(NamedTuple):
+    """What attention needs of past tokens: the normalised c_kv [B, S, C] and the rotated shared key k_r [B, S, P]."""
+
+    c_kv: jax.Array
+    k_rope: jax.Array
+
+
+class MLA(nn.Module):
+    """Causal self-attention through a key-value latent."""
+
+    config: ModelConfig
+    absorbed: bool = False
+    """Use the absorbed form over a whole sequence too (with a cache it is always used)."""
+
+    def setup(self) -> None:
+        c = self.config
+        N, H, P, W = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        D, C, Q = c.hidden_size, c.kv_lora_rank, c.q_lora_rank
+        if Q is None:
+            self.q_proj = Linear(c, (D, N, H + P), ("embed", "heads", "qk_dim"))
+        else:
+            self.q_a_proj = Linear(c, (D, Q), ("embed", "q_latent"))
+            self.q_a_layernorm = RMSNorm(c, Q, "q_latent", LATENT_NORM_EPSILON)
+            self.q_b_proj = Linear(c, (Q, N, H + P), ("q_latent", "heads", "qk_dim"))
+        self.kv_a_proj_with_mqa = Linear(c, (D, C + P), ("embed", "kv_latent"))
+        self.kv_a_layernorm = RMSNorm(c, C, "kv_latent", LATENT_NORM_EPSILON)
+        self.kv_b_proj = Linear(c, (C, N, H + W), ("kv_latent", "heads", "kv_dim"))
+        self.o_proj = Linear(c, (N, W, D), ("heads", "v_dim", "embed"), num_in=2)
+
+    def __call__(
+        self, x_BTD: jax.Array, rotation: Rotation, cache: Latents | None = None, length_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Latents]:
+        """Attends from every token of x to itself, to those before it, and to the cache.
+
+        Args:
+          x_BTD: the normalised residual stream.
+          rotation: cos and sin of the tokens' positions.
+          cache: latents of the tokens before x, [B, S, ...]; None if x starts its sequences.
+          length_B: how many rows of the cache are filled.
+
+        Returns:
+          The attention output [B, T, D], and the latents of x for the cache.
+        """
+        q_nope_BTNH, q_rope_BTNP = self._queries(x_BTD, rotation)
+        latents = self._latents(x_BTD, rotation)
+        if cache is not None:
+            o_BTNW = self._cached(q_nope_BTNH, q_rope_BTNP, latents, cache, length_B)
+        elif self.absorbed:
+            o_BTNW = self._absorbed(q_nope_BTNH, q_rope_BTNP, latents)
+        else:
+            o_BTNW = self._materialised(q_nope_BTNH, q_rope_BTNP, latents)
+        return self.o_proj(o_BTNW), latents
+
+    def _queries(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+        if self.config.q_lora_rank is None:
+            q_BTNX = self.q_proj(x_BTD)
+        else:
+            c_q_BTQ = checkpoint_name(self.q_a_proj(x_BTD), "c_q")
+            q_BTNX = self.q_b_proj(self.q_a_layernorm(c_q_BTQ))
+        q_nope_BTNH, q_rope_BTNP = jnp.split(q_BTNX, [self.config.qk_nope_head_dim], axis=-1)
+        return q_nope_BTNH, rotate(q_rope_BTNP, rotation)
+
+    def _latents(self, x_BTD: jax.Array, rotation: Rotation) -> Latents:
+        compressed = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD), "c_kv")
+        c_kv_BTC, k_rope_BTP = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
+        return Latents(self.kv_a_layernorm(c_kv_BTC), rotate(k_rope_BTP, rotation))
+
+    def _materialised(self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents) -> jax.Array:
+        kv_BTNX = self.kv_b_proj(latents.c_kv)
+        k_nope_BTNH, v_BTNW = jnp.split(kv_BTNX, [self.config.qk_nope_head_dim], axis=-1)
+        k_rope_BTNP = jnp.broadcast_to(latents.k_rope[:, :, None], q_rope_BTNP.shape)
+        q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
+        k_BTNX = jnp.concatenate([k_nope_BTNH, k_rope_BTNP], axis=-1)
+        return causal_attention(q_BTNX, k_BTNX, v_BTNW, scale=self.config.softmax_scale, chunk=self.config.attention_chunk)
+
+    def _absorbed(self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents) -> jax.Array:
+        q_BTNX = jnp.concatenate([self._into_latent(q_nope_BTNH), q_rope_BTNP], axis=-1)
+        k_BTX = jnp.concatenate(latents, axis=-1)
+        mixed_BTNC = causal_attention(
+            q_BTNX,
+            k_BTX[:, :, None],
+            latents.c_kv[:, :, None],
+            scale=self.config.softmax_scale,
+            chunk=self.config.attention_chunk,
+        )
+        return self._out_of_latent(mixed_BTNC)
+
+    def _cached(
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cache: Latents, length_B: jax.Array
+    ) -> jax.Array:
+        mixed_BTNC = latent_attention(
+            self._into_latent(q_nope_BTNH), q_rope_BTNP, *new, *cache, length_B, scale=self.config.softmax_scale
+        )
+        return self._out_of_latent(mixed_BTNC)
+
+    def _into_latent(self, q_nope_BTNH: jax.Array) -> jax.Array:
+        w_uk_CNH = self.kv_b_proj.kernel[..., : self.config.qk_nope_head_dim].astype(self.config.dtype)
+        return jnp.einsum("BTNH,CNH->BTNC", q_nope_BTNH, w_uk_CNH)
+
+    def _out_of_latent(self, mixed_BTNC: jax.Array) -> jax.Array:
+        w_uv_CNW = self.kv_b_proj.kernel[..., self.config.qk_nope_head_dim :].astype(self.config.dtype)
+        return jnp.einsum("BTNC,CNW->BTNW", mixed_BTNC, w_uv_CNW)

@@ -1,0 +1,202 @@
+"""DeepSeek-V3 (arXiv 2412.19437): embedding, a dense and an MoE stack, final norm, head, and the MTP depths.
+
+`__call__` is the model over whole sequences, `decode` the model over new tokens and a latent cache, `features` what
+both training and prefill start from: the states before the head, so that [B, T, V] logits need never exist.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import BlockOutput
+from dsv3_jax.model.layers import Embedding, Linear, RMSNorm
+from dsv3_jax.model.mla import Latents
+from dsv3_jax.model.mtp import MTPDepth
+from dsv3_jax.model.rope import rotation
+from dsv3_jax.model.stack import run_scanned, run_unrolled, stack_sizes
+
+
+@struct.dataclass
+class ModelOutput:
+    """What the model returns for a batch of sequences."""
+
+    logits: jax.Array
+    """[B, T, V] float32; row t predicts token t + 1."""
+    mtp_logits: list[jax.Array]
+    """If asked for: depth k at index k - 1, [B, T - k, V] float32; row i predicts token i + k + 1."""
+    load: dict[str, jax.Array]
+    """Tokens per expert: "moe_layers" [L, E], and "mtp_0", ... [E] for the MTP depths that ran; float32."""
+    balance_loss: jax.Array
+    """Sequence-wise balance loss summed over those layers, alpha not included."""
+    hidden_states: jax.Array | None = None
+    """If asked for: [L + 1, B, T, D], the embedding, then each block's output, the last one after the final norm."""
+    routes: jax.Array | None = None
+    """If asked for: [L_moe, B, T, K] int32, the experts of each token, best first."""
+
+
+class Features(NamedTuple):
+    """The states that the head turns into logits, and what the blocks had to say."""
+
+    h_BTD: jax.Array
+    """After the final norm."""
+    mtp_h_BTD: list[jax.Array]
+    """Of each MTP depth, after its own norm; the last k rows of depth k mean nothing."""
+    embedded_BTD: jax.Array
+    outputs: dict[str, BlockOutput]
+    """By layer or stack name, bottom first, the MTP depths at the end."""
+
+    @property
+    def load(self) -> dict[str, jax.Array]:
+        return {name: output.load_E for name, output in self.outputs.items() if output.load_E is not None}
+
+    @property
+    def balance_loss(self) -> jax.Array:
+        losses = [jnp.sum(o.balance_loss) for o in self.outputs.values() if o.balance_loss is not None]
+        return sum(losses, jnp.float32(0))
+
+
+class DeepSeekV3(nn.Module):
+    """The whole model; its variables are `params` and `router` (see `init_variables`)."""
+
+    config: ModelConfig
+    absorbed: bool = False
+    """Attention over whole sequences in the absorbed form, to compare with; with a cache it always is."""
+    unrolled: bool = False
+    """Blocks one by one over the variables that `unstack` lays out, for decoding."""
+
+    def setup(self) -> None:
+        config = self.config
+        self.embed = Embedding(config)
+        self.norm = RMSNorm(config, config.hidden_size)
+        self.lm_head = Linear(config, (config.hidden_size, config.vocab_size), ("embed", "vocab"))
+        self.mtp = [MTPDepth(config) for _ in range(config.num_nextn_predict_layers)]
+
+    def __call__(self, tokens_BT: jax.Array, *, mtp: bool = False, hidden_states: bool = False) -> ModelOutput:
+        """The model over whole sequences.
+
+        Args:
+          tokens_BT: token ids.
+          mtp: also run the MTP depths.
+          hidden_states: also return every hidden state and route.
+
+        Raises:
+          ValueError: if the sequence exceeds `max_position_embeddings`, or if (outside jit) an id is outside the
+            vocabulary; inside jit such an id gives NaN.
+        """
+        features = self.features(tokens_BT, mtp=mtp, keep=("hidden", "routes") if hidden_states else ())
+        T = tokens_BT.shape[1]
+        output = ModelOutput(
+            self.head(features.h_BTD),
+            [self.head(h_BTD[:, : T - k]) for k, h_BTD in enumerate(features.mtp_h_BTD, 1)],
+            features.load,
+            features.balance_loss,
+        )
+        return output.replace(**_inspected(features, self.config)) if hidden_states else output
+
+    def features(self, tokens_BT: jax.Array, *, mtp: bool = False, keep: tuple[str, ...] = ()) -> Features:
+        """The states before the head; `keep` names what blocks also return ("latents", "hidden", "routes")."""
+        check_tokens(tokens_BT, self.config)
+        T = tokens_BT.shape[1]
+        turns = rotation(self.config, jnp.arange(T)[None])
+        embedded_BTD = self.embed(tokens_BT)
+        h_BTD, outputs = self._stacks(embedded_BTD, None, turns, None, keep)
+        h_BTD = self.norm(h_BTD)
+
+        mtp_h_BTD, state_BTD = [], h_BTD
+        for k, depth in enumerate(self.mtp if mtp else (), 1):
+            ahead_BTD = jnp.roll(embedded_BTD, -k, axis=1)
+            counted_BT = jnp.broadcast_to(jnp.arange(T) < T - k, tokens_BT.shape)
+            state_BTD, normed_BTD, outputs[f"mtp_{k - 1}"] = depth(state_BTD, ahead_BTD, turns, counted_BT)
+            mtp_h_BTD.append(normed_BTD)
+        return Features(h_BTD, mtp_h_BTD, embedded_BTD, outputs)
+
+    def head(self, h_BTD: jax.Array) -> jax.Array:
+        """Logits of normalised states, float32."""
+        dtype = self.config.dtype
+        kernel_DV = self.lm_head.kernel.astype(dtype)
+        return jnp.einsum("...D,DV->...V", h_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32)
+
+    def decode(
+        self, tokens_BT: jax.Array, cache: dict[str, Latents], length_B: jax.Array
+    ) -> tuple[jax.Array, dict[str, Latents]]:
+        """The model over T new tokens of each sequence, given the latents of those before.
+
+        Args:
+          tokens_BT: the new tokens, at positions length_B, length_B + 1, ...
+          cache: per layer or stack, the latents of earlier tokens, [(L,) B, S, ...].
+          length_B: filled rows of each sequence's cache.
+
+        Returns:
+          Logits [B, T, V], and the latents of the new tokens, keyed and stacked as the cache, for the caller to store.
+        """
+        positions_BT = length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        turns = rotation(self.config, positions_BT)
+        h_BTD, outputs = self._stacks(self.embed(tokens_BT), cache, turns, length_B, ("latents",))
+        return self.head(self.norm(h_BTD)), {name: output.latents for name, output in outputs.items()}
+
+    @nn.compact
+    def _stacks(self, h_BTD, cache, turns, length_B, keep) -> tuple[jax.Array, dict[str, BlockOutput]]:  # type: ignore[no-untyped-def]
+        run = run_unrolled if self.unrolled else run_scanned
+        outputs: dict[str, BlockOutput] = {}
+        for name, size in stack_sizes(self.config).items():
+            h_BTD, more = run(
+                self.config, name, size, h_BTD, cache, turns, length_B, keep=keep, absorbed=self.absorbed
+            )
+            outputs |= more
+        return h_BTD, outputs
+
+
+def check_tokens(tokens_BT: Any, config: ModelConfig) -> None:
+    """Raises ValueError on what `__call__` names; the ids themselves can be looked at outside jit only."""
+    if tokens_BT.ndim != 2:
+        raise ValueError(f"tokens have shape {tokens_BT.shape}; the model takes [batch, length]")
+    if tokens_BT.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{tokens_BT.shape[1]} tokens exceed max_position_embeddings ({config.max_position_embeddings}); shorten the sequence"
+        )
+    if not isinstance(tokens_BT, jax.core.Tracer):
+        ids = np.asarray(tokens_BT)
+        bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if bad.size:
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary of {config.vocab_size}")
+
+
+def _inspected(features: Features, config: ModelConfig) -> dict[str, jax.Array | None]:
+    """Hidden states and routes of the main model, stacked over layers."""
+    outputs = [output for name, output in features.outputs.items() if not name.startswith("mtp_")]
+    layer_ndim = features.h_BTD.ndim + 1
+    hidden = [o.hidden_BTD if o.hidden_BTD.ndim == layer_ndim else o.hidden_BTD[None] for o in outputs]
+    routes = [o.chosen_BTK if o.chosen_BTK.ndim == 4 else o.chosen_BTK[None] for o in outputs if o.chosen_BTK is not None]
+    blocks_LBTD = jnp.concatenate(hidden)
+    return {
+        "hidden_states": jnp.concatenate([features.embedded_BTD[None], blocks_LBTD[:-1], features.h_BTD[None]]),
+        "routes": jnp.concatenate(routes) if routes else None,
+    }
+
+
+def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Fresh variables: `params` (normal with `initializer_range`, norms one) and `router` (biases zero).
+
+    Plain nested dicts of arrays; works under `jax.jit` and `jax.eval_shape`. Keys of a parameter depend on its path
+    alone, so that a model has the same main parameters with and without MTP depths.
+    """
+    return nn.meta.unbox(_init_boxed(config, key))
+
+
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
+    """The logical axis names of every variable: a tree like `init_variables`' with tuples of names as leaves."""
+    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def _init_boxed(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    tokens_BT = jnp.zeros((1, config.num_nextn_predict_layers + 1), jnp.int32)
+    variables = DeepSeekV3(config).init(key, tokens_BT, mtp=True)
+    return {"params": variables["params"], "router": variables.get("router", {})}

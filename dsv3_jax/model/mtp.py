@@ -1,0 +1,51 @@
+"""Multi-token prediction (section 2.2 of the report): depth k predicts the token k + 1 ahead.
+
+Each depth joins the state of the depth before with the embedding of the token k ahead and runs one MoE block over
+it. It owns neither embedding nor head: those are the main model's, handed in, so their gradients add.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import Block, BlockOutput
+from dsv3_jax.model.layers import Linear, RMSNorm
+from dsv3_jax.model.rope import Rotation
+from dsv3_jax.model.stack import rematerialised
+
+
+class MTPDepth(nn.Module):
+    """One prediction depth: u = eh_proj([enorm(embedding) ; hnorm(h)]), then a decoder block."""
+
+    config: ModelConfig
+    keep: tuple[str, ...] = ()
+
+    def setup(self) -> None:
+        config, D = self.config, self.config.hidden_size
+        self.enorm = RMSNorm(config, D)
+        self.hnorm = RMSNorm(config, D)
+        self.eh_proj = Linear(config, (2 * D, D), ("mtp_in", "embed"))
+        self.block = rematerialised(Block, config, scanned=False)(config, moe=True, keep=self.keep)
+        self.norm = RMSNorm(config, D)
+
+    def __call__(
+        self, h_BTD: jax.Array, ahead_BTD: jax.Array, rotation: Rotation, counted_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, BlockOutput]:
+        """One depth over a whole sequence.
+
+        Args:
+          h_BTD: h^{k-1}; for the first depth the main model's state after its final norm.
+          ahead_BTD: embedding of the token k ahead of each row (arbitrary in the last k rows).
+          rotation: rotation of the rows' positions.
+          counted_BT: False for the last k rows, which have no token k ahead.
+
+        Returns:
+          h^k for the next depth, norm(h^k) for the shared head, and what the block has to say.
+        """
+        # [embedding ; hidden], as in the checkpoints; eq. 21 prints the halves the other way round.
+        u_BTD = self.eh_proj(jnp.concatenate([self.enorm(ahead_BTD), self.hnorm(h_BTD)], axis=-1))
+        h_BTD, output = self.block(u_BTD, None, rotation, counted_BT)
+        return h_BTD, self.norm(h_BTD), output

@@ -1,0 +1,72 @@
+"""Rotary position embedding on interleaved pairs, with YaRN (arXiv 2309.00071; section 4.3 of the report).
+
+The checkpoints store pairs (2j, 2j+1) side by side, and so do we: no weight is permuted. Angles are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every position's angles, [B or 1, T, P/2] float32, YaRN's magnitude included."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each rotary pair: [P/2] float32, interpolated by YaRN when `rope_scaling` asks for it."""
+    dim, base, scaling = config.qk_rope_head_dim, config.rope_theta, config.rope_scaling
+    pairs = np.arange(dim // 2, dtype=np.float64)
+    plain = base ** (-2 * pairs / dim)
+    if scaling is None:
+        return plain.astype(np.float32)
+
+    def pair_turning(rotations: float) -> float:
+        turns = scaling.original_max_position_embeddings / (2 * math.pi * rotations)
+        return dim * math.log(turns) / (2 * math.log(base))
+
+    low = max(math.floor(pair_turning(scaling.beta_fast)), 0)
+    high: float = min(math.ceil(pair_turning(scaling.beta_slow)), dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((pairs - low) / (high - low), 0.0, 1.0)
+    return (plain * (1 - ramp) + plain / scaling.factor * ramp).astype(np.float32)
+
+
+def magnitude(config: ModelConfig) -> float:
+    """Factor on cos and sin: m(mscale) / m(mscale_all_dim), or m(1) where either is missing; 1 without YaRN."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return 1.0
+    if scaling.mscale and scaling.mscale_all_dim:
+        return scaling.attention_scale(scaling.mscale) / scaling.attention_scale(scaling.mscale_all_dim)
+    return scaling.attention_scale(1.0)
+
+
+def rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
+    """The rotation of each position, for all layers at once."""
+    angles = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(config)
+    factor = magnitude(config)
+    return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """Turns the pairs (2j, 2j+1) of the last axis: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    Args:
+      x: [B, T, P], or [B, T, N, P] with heads.
+      by: the rotation of each position.
+    """
+    cos, sin = (part[..., None, :] if x.ndim == 4 else part for part in by)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape).astype(x.dtype)

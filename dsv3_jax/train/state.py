@@ -1,0 +1,44 @@
+"""Everything a training run carries from one step to the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dsv3_jax.config import Config
+from dsv3_jax.model import init_variables
+from dsv3_jax.train.optimizer import make_optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """The state of a run after `step` optimizer steps."""
+
+    step: jax.Array
+    """Steps taken, int32."""
+    params: Any
+    """What the gradient trains."""
+    router: Any
+    """The expert biases, float32, moved by the load and never by the optimizer."""
+    optimizer: Any
+    """Adam's moments and counts."""
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model is applied with."""
+        return {"params": self.params, "router": self.router}
+
+
+def init_state(config: Config) -> TrainState:
+    """A fresh state from `train.seed`; run it under `jax.jit` (or `jax.eval_shape`)."""
+    variables = init_variables(config.model, jax.random.key(config.train.seed))
+    return state_of(config, variables)
+
+
+def state_of(config: Config, variables: dict[str, Any]) -> TrainState:
+    """A state at step 0 around given variables."""
+    optimizer = make_optimizer(config).init(variables["params"])
+    return TrainState(jnp.zeros([], jnp.int32), variables["params"], variables["router"], optimizer)

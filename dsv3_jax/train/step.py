@@ -1,0 +1,76 @@
+"""One optimizer step, and the loss of held-out batches: the two functions a run compiles.
+
+The step follows sections 2.1.2 and 4.2 of the report: gradient of the whole objective, AdamW, and then the router
+biases, moved against the load of the whole global batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.model import DeepSeekV3, training_loss
+from dsv3_jax.model.losses import cross_entropy
+from dsv3_jax.model.router import max_violation, updated_bias
+from dsv3_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from dsv3_jax.train.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def train_step(state: TrainState, tokens_BT: jax.Array, target_BT: jax.Array, *, config: Config) -> tuple[TrainState, Metrics]:
+    """Takes one step; pure, for `jax.jit(functools.partial(train_step, config=config), donate_argnums=0)`.
+
+    Args:
+      state: the state before.
+      tokens_BT: the batch's input tokens.
+      target_BT: the tokens one further on.
+      config: the run.
+
+    Returns:
+      The state after, and the step's float32 scalars: `loss` and its parts, `grad_norm` (before clipping),
+      `learning_rate`, `max_violation`.
+    """
+
+    def objective(params: Any) -> tuple[jax.Array, Any]:
+        losses = training_loss(params, state.router, config.model, tokens_BT, target_BT, config.train.mtp_loss_weight)
+        return losses.loss, losses
+
+    grads, losses = jax.grad(objective, has_aux=True)(state.params)
+    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
+    metrics = {
+        "loss": losses.loss,
+        "main_loss": losses.main_loss,
+        "mtp_loss": losses.mtp_loss,
+        "balance_loss": losses.balance_loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": jnp.asarray(learning_rate_schedule(config.optimizer, config.train.steps)(state.step), jnp.float32),
+        "max_violation": jnp.max(jnp.stack([max_violation(load) for load in losses.load.values()] or [jnp.float32(0)])),
+    }
+    after = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        router=moved_biases(state.router, losses.load, config.train.bias_update_speed),
+        optimizer=optimizer,
+    )
+    return after, metrics
+
+
+def moved_biases(router: dict[str, Any], load: dict[str, jax.Array], speed: float) -> dict[str, Any]:
+    """The router collection after the bias rule; `load` holds, per stack or MTP depth, its one bias array's loads."""
+    return {
+        name: jax.tree.map(lambda bias, name=name: updated_bias(bias, load[name], speed), biases) for name, biases in router.items()
+    }
+
+
+def heldout_loss(
+    variables: dict[str, Any], tokens_BT: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, *, config: ModelConfig
+) -> jax.Array:
+    """Weighted sum over tokens of the next-token cross entropy, in nats: a float32 scalar, for `jax.jit`."""
+    features = DeepSeekV3(config).apply(variables, tokens_BT, method="features")
+    head_DV = variables["params"]["lm_head"]["kernel"]
+    return cross_entropy(features.h_BTD, head_DV, target_BT, weight_BT, config.loss_chunk)

@@ -1,0 +1,150 @@
+"""The documentation, held to the code: its commands can be run, and its map of the files is whole."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from dsv3_jax.config.command_line import load_config, parse_run
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
+
+Options = Callable[[tuple[str, ...]], set[str]]
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, body) of every fenced block of a Markdown text."""
+    return re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Lines that run make or a program of ours: continued lines joined, prompts and settings of variables taken off."""
+    lines = (re.sub(r"^(\$ )?(\w+=\S+ )*", "", line.strip()) for line in text.replace("\\\n", " ").splitlines())
+    return [line for line in lines if re.match(r"(make|python train\.py|python infer\.py|python -m dsv3_jax\.\w+)( |$)", line)]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):(?!=)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+def option_names(words: list[str]) -> list[str]:
+    return [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+
+
+def problems(command: str, options: Options) -> list[str]:
+    """What would stop a command before it does any work; `options` gives the options of a program by its words."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        targets = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
+        return [f"make has no target {target}" for target in targets if target not in make_targets()]
+    program, arguments = (tuple(words[1:3]), words[3:]) if words[1] == "-m" else (tuple(words[1:2]), words[2:])
+    file = pathlib.Path(program[-1].replace(".", "/") + ".py") if len(program) == 2 else pathlib.Path(program[0])
+    if not (ROOT / file).is_file():
+        return [f"{file} does not exist"]
+    known = options(program)
+    found = [f"{file} has no option --{name}" for name in option_names(arguments) if name not in known]
+    if program == ("train.py",) and not found:
+        try:
+            parse_run(arguments)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.fixture(scope="module")
+def options() -> Options:
+    """The options that the `--help` of a program lists; each program is started once."""
+    listed: dict[tuple[str, ...], set[str]] = {}
+
+    def of(program: tuple[str, ...]) -> set[str]:
+        if program not in listed:
+            command = [sys.executable, *program, "--help"]
+            wide = os.environ | {"COLUMNS": "200"}
+            answer = subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=120)
+            assert answer.returncode == 0, f"{' '.join(command)} failed: {answer.stderr}"
+            listed[program] = set(option_names(re.findall(r"--[\w.-]+", answer.stdout)))
+        return listed[program]
+
+    return of
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_of_the_documents_run(document: str, options: Options, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    blocks = fenced_blocks((ROOT / document).read_text(encoding="utf-8"))
+    found = {
+        command: problems(command, options)
+        for language, body in blocks
+        if language in ("", "sh", "bash", "shell", "console")
+        for command in commands(body)
+    }
+    assert {command: what for command, what in found.items() if what} == {}
+    if document == "README.md":
+        assert {"make train", "make test"} <= {command.partition("#")[0].strip() for command in found}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_commands_of_the_configs_run(config: str, options: Options, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    load_config(config)
+    text = (ROOT / config).read_text(encoding="utf-8").split('"""')[1]
+    found = commands(text)
+    assert any(f"--config {config} " in command for command in found), f"the docstring of {config} gives no command for it"
+    assert {command: problems(command, options) for command in found} == {command: [] for command in found}
+
+
+def test_wrong_commands_are_found(options: Options):
+    assert problems("make tests", options) == ["make has no target tests"]
+    assert problems("make test ARGS='-k mla' -j2", options) == []
+    assert problems("python -m dsv3_jax.nothing --json", options) == ["dsv3_jax/nothing.py does not exist"]
+    assert problems("python train.py --run-dirs x  # a comment", options) == ["train.py has no option --run_dirs"]
+    assert "give an integer" in problems("python train.py --train.steps many", options)[0]
+    assert "does not exist" in problems("python train.py --config configs/nothing.py", options)[0]
+
+
+def test_commands_are_read_from_a_text():
+    text = "$ make test\nMAKEFLAGS=-s make lint\nmakes nothing\npython train.py \\\n  --resume\nls\n    python -m dsv3_jax.plan"
+    assert commands(text) == ["make test", "make lint", "python train.py    --resume", "python -m dsv3_jax.plan"]
+
+
+def files_of_map(block: str) -> list[str]:
+    """Paths of an indented tree, one entry a line: a name, then what it is; a folder ends in a slash."""
+    paths: list[str] = []
+    folders: list[tuple[int, str]] = []
+    for line in filter(str.strip, block.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        name = line.split()[0]
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
+        path = (folders[-1][1] if folders else "") + name
+        paths.append(path)
+        if name.endswith("/"):
+            folders.append((indent, path))
+    return paths
+
+
+def test_the_map_of_the_readme_is_whole():
+    """Every file it names exists, and every file of the package is in it (folders stand for their __init__.py)."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    maps = [body for _, body in fenced_blocks(readme) if re.search(r"^dsv3_jax/", body, flags=re.MULTILINE)]
+    assert len(maps) == 1, "README.md has no fenced map of the files, with dsv3_jax/ in it"
+    named = files_of_map(maps[0])
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert len(named) == len(set(named))
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "dsv3_jax").rglob("*.py") if path.name != "__init__.py"}
+    programs = {path.name for path in ROOT.glob("*.py")}
+    assert (package | programs | {*CONFIGS, "dsv3_jax/__init__.py"}) - set(named) == set()
+
+
+def test_a_map_is_read_as_a_tree():
+    block = "train.py   the story\na/  one\n  b.py  two\n  c/\n    d.py\n  e.py\nf.py"
+    assert files_of_map(block) == ["train.py", "a/", "a/b.py", "a/c/", "a/c/d.py", "a/e.py", "f.py"]

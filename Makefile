@@ -28,6 +28,7 @@ setup: $(READY)  ## build .venv from the pinned requirements
 
 train: setup  ## train configs/tiny.py on real text, or continue it, and show a sample
 	@$(RUN) train.py --config configs/tiny.py --run-dir runs/tiny --resume $(ARGS)
+	@$(RUN) infer.py --checkpoint runs/tiny
 
 test: lint  ## lint, types, then the default test suite; needs no torch
 	@$(RUN) -m pytest $(ARGS)

@@ -60,7 +60,7 @@ def main() -> None:
 
     print(wanted["prompt"], end="", flush=True)
     decoder, count = StreamDecoder(model.tokenizer), 0
-    for count, token in enumerate(tokens, 1):  # noqa: B007
+    for count, token in enumerate(tokens, 1):
         print(decoder.feed([token]), end="", flush=True)
         if count == 1:
             first = time.perf_counter()

@@ -18,11 +18,18 @@ import time
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config.command_line import exits_with_one_line, parse_run
-from dsv3_jax.data import HeldoutWindows, TrainBatches, compressor_bits_per_byte, load_corpus, prepare_tokenizer, tokenize_corpus
+from dsv3_jax.data import (
+    HeldoutWindows,
+    TrainBatches,
+    compressor_bits_per_byte,
+    load_corpus,
+    prepare_tokenizer,
+    tokenize_corpus,
+)
+from dsv3_jax.data.cache import digest
 from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.parallel.mesh import single_device
@@ -50,18 +57,20 @@ def main() -> None:
     heldout = HeldoutWindows(corpus.heldout, tokenizer, config.model, **shape)
     tokens_per_step = math.prod(shape.values())
 
-    run = RunDirectory.create_or_resume(arguments.run_dir, config, resume=arguments.resume)
+    text = digest(corpus.train_digest, tokenizer.to_json())
+    run = RunDirectory.create_or_resume(arguments.run_dir, config, resume=arguments.resume, text_digest=text)
     tokenizer.save(run.tokenizer_file)
     print(f"{run.path}: {corpus.report}", flush=True)
 
     with Checkpoints(run, config.checkpoint) as checkpoints:
         # The state: fresh, or the newest checkpoint's.
         state = jax.jit(functools.partial(init_state, config), out_shardings=SingleDeviceSharding(device))()
-        first = checkpoints.latest_step() or 0
-        if first:
-            saved = checkpoints.restore(first, variables=state.variables, optimizer=state.optimizer)
+        newest = checkpoints.latest_step()
+        first = newest or 0
+        if newest is not None:
+            saved = checkpoints.restore(newest, variables=state.variables, optimizer=state.optimizer)
             state = TrainState(state.step + first, **saved["variables"], optimizer=saved["optimizer"])
-            print(f"continuing after step {first} of {steps}", flush=True)
+            print(f"continuing after step {newest} of {steps}", flush=True)
         count = sum(leaf.size for leaf in jax.tree.leaves(state.variables))
         experts = choose_backend(config.model.expert_backend)
         print(f"{count:,} parameters in {config.model.dtype} on {device}; experts by {experts}", flush=True)
@@ -76,10 +85,14 @@ def main() -> None:
                 if number == first + 1:
                     jax.block_until_ready(state)
                     bar.say(f"first step done {time.perf_counter() - started:.1f} s after the start")
-                if number % config.train.log_every == 0 or number == steps:
+                log_now = number % config.train.log_every == 0 or number == steps
+                save_now = number % config.checkpoint.every == 0 or number == steps
+                if log_now or save_now:
                     row = {"step": number, **{name: float(value) for name, value in metrics.items()}}
-                    if not math.isfinite(row["loss"]):
-                        raise ValueError(f"the loss is {row['loss']} at step {number}; lower the learning rate and --resume")
+                    broken = {name: value for name, value in row.items() if not math.isfinite(value)}
+                    if broken:
+                        raise ValueError(f"step {number} gave {broken}; lower optimizer.learning_rate, in another --run-dir")
+                if log_now:
                     row["tokens"] = number * tokens_per_step
                     row["tokens_per_second"] = (number - logged) * tokens_per_step / (time.perf_counter() - clock)
                     if config.train.eval_every and number % config.train.eval_every == 0:
@@ -87,7 +100,7 @@ def main() -> None:
                     log.write(row)
                     bar.show(row)
                     logged, clock = number, time.perf_counter()
-                if number % config.checkpoint.every == 0 or number == steps:
+                if save_now:
                     checkpoints.save(number, state.variables, state.optimizer)
 
         # What it learned, beside what general compressors make of the same bytes.

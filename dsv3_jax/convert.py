@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from etils import epath
 
 from dsv3_jax.checkpoint.folder import read_config
 from dsv3_jax.checkpoint.hugging_face import load_hf, require_no_folder, save_hf
-from dsv3_jax.checkpoint.orbax import load_run, save_run_start
+from dsv3_jax.checkpoint.orbax import load_run
 from dsv3_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from dsv3_jax.config.command_line import exits_with_one_line
+from dsv3_jax.infer.load import is_hugging_face
+from dsv3_jax.train.state import save_run_start
 
 _TOKENIZER = "tokenizer.json"
 
@@ -69,29 +71,28 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
     print(f"{source} is now the run directory {target}, at step 0{'' if has_tokenizer else ' (no tokenizer.json)'}")
 
 
+class _OneLine(argparse.ArgumentParser):
+    """Raises what is wrong with the arguments, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+@exits_with_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a ValueError becomes one line on stderr and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m dsv3_jax.convert", description=__doc__.partition("\n\n")[0])
+    """The command line."""
+    parser = _OneLine(prog="python -m dsv3_jax.convert", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", help="a run directory or a Hugging Face folder")
     parser.add_argument("target", help="the folder to make; it must not exist, or be empty")
     parser.add_argument("--dtype", help="dtype of the parameters written; by default a run's own, and float32 for a new run")
     parser.add_argument("--fp8", action="store_true", help="to Hugging Face only: linear layers as FP8 blocks")
     parsed = parser.parse_args(arguments)
-    try:
-        source_config = read_config(epath.Path(parsed.source))
-        if "model_type" in source_config:
-            if parsed.fp8:
-                raise ValueError("--fp8 is for writing Hugging Face folders, and the source is one; leave it out")
-            hf_to_run(parsed.source, parsed.target, dtype=parsed.dtype)
-        elif {"model", "train"} <= source_config.keys():
-            run_to_hf(parsed.source, parsed.target, dtype=parsed.dtype, fp8=parsed.fp8)
-        else:
-            raise ValueError(
-                f"{parsed.source}/config.json is neither a run's nor a Hugging Face model's; name a folder of either"
-            )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if not is_hugging_face(parsed.source):
+        run_to_hf(parsed.source, parsed.target, dtype=parsed.dtype, fp8=parsed.fp8)
+    elif parsed.fp8:
+        raise ValueError("--fp8 is for writing Hugging Face folders, and the source is one; leave it out")
+    else:
+        hf_to_run(parsed.source, parsed.target, dtype=parsed.dtype)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
 def commands(text: str) -> list[str]:
     """Lines that run make or a program of ours: continued lines joined, prompts and settings of variables taken off."""
     lines = (re.sub(r"^(\$ )?(\w+=\S+ )*", "", line.strip()) for line in text.replace("\\\n", " ").splitlines())
-    return [line for line in lines if re.match(r"(make|python train\.py|python infer\.py|python -m dsv3_jax\.\w+)( |$)", line)]
+    return [line for line in lines if re.match(r"(make|python [\w/]+\.py|python -m dsv3_jax\.\w+)( |$)", line)]
 
 
 def make_targets() -> set[str]:
@@ -50,8 +50,8 @@ def problems(command: str, options: Options) -> list[str]:
     file = pathlib.Path(program[-1].replace(".", "/") + ".py") if len(program) == 2 else pathlib.Path(program[0])
     if not (ROOT / file).is_file():
         return [f"{file} does not exist"]
-    known = options(program)
-    found = [f"{file} has no option --{name}" for name in option_names(arguments) if name not in known]
+    given = option_names(arguments)
+    found = [f"{file} has no option --{name}" for name in given if name not in options(program)]
     if program == ("train.py",) and not found:
         try:
             parse_run(arguments)
@@ -112,8 +112,16 @@ def test_wrong_commands_are_found(options: Options):
 
 
 def test_commands_are_read_from_a_text():
-    text = "$ make test\nMAKEFLAGS=-s make lint\nmakes nothing\npython train.py \\\n  --resume\nls\n    python -m dsv3_jax.plan"
-    assert commands(text) == ["make test", "make lint", "python train.py    --resume", "python -m dsv3_jax.plan"]
+    lines = [
+        "$ make test",
+        "A=-s make lint",
+        "makes nothing",
+        "python a/b.py \\",
+        "--resume",
+        "ls",
+        "    python -m dsv3_jax.plan",
+    ]
+    assert commands("\n".join(lines)) == ["make test", "make lint", "python a/b.py  --resume", "python -m dsv3_jax.plan"]
 
 
 def files_of_map(block: str) -> list[str]:

@@ -1,9 +1,16 @@
-"""Imports run one way: config -> kernels, parallel -> model -> data, train, checkpoint, infer -> the programs."""
+"""Imports run one way: config -> kernels, parallel -> model -> data, train, checkpoint, infer -> the programs.
+
+And what is imported from elsewhere is what pyproject.toml depends on, no more and no less.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import pathlib
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -74,6 +81,16 @@ def test_every_part_has_a_place_in_the_order():
     package = ROOT / "dsv3_jax"
     parts = {file.relative_to(package).parts[0].removesuffix(".py") for file in package.rglob("*.py")}
     assert parts <= set(MAY_IMPORT)
+
+
+def test_dependencies_are_what_is_imported():
+    files = [*(ROOT / "dsv3_jax").rglob("*.py"), *ROOT.glob("*.py")]
+    imported = {name.partition(".")[0] for file in files for _, name in imported_modules(file, "dsv3_jax.part.file")}
+    distributions = importlib.metadata.packages_distributions()
+    used = {distributions[name][0] for name in imported - set(sys.stdlib_module_names) - {"dsv3_jax"}}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]}
+    assert {name.lower().replace("_", "-") for name in used} == {name.lower().replace("_", "-") for name in declared}
 
 
 def test_arrows_that_run_back_are_found(tmp_path: pathlib.Path):

@@ -60,9 +60,10 @@ def load_hf(path: Any, dtype: Any = jnp.float32, mesh: Any = None) -> tuple[Mode
     folder = epath.Path(path)
     file_config = read_config(folder)
     try:
-        config, block = ModelConfig.from_hf(file_config).with_dtype(dtype), block_size(file_config)
+        config, block = ModelConfig.from_hf(file_config), block_size(file_config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    config = config.with_dtype(dtype)
     if jax.dtypes.canonicalize_dtype(config.param_dtype) != config.param_dtype:
         raise ValueError(f"dtype is {config.param_dtype}, which jax has disabled; set jax_enable_x64 or use float32")
     tensors = find_tensors(folder, config, block)

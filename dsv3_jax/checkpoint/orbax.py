@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
@@ -23,7 +22,9 @@ class Checkpoints:
 
     def __init__(self, run: RunDirectory, config: CheckpointConfig | None = None) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep if config else None, create=config is not None)
-        self._manager = ocp.CheckpointManager(run.checkpoints, options=options)
+        # Orbax takes absolute paths only; to etils, gs:// is one.
+        folder = run.checkpoints if run.checkpoints.is_absolute() else run.checkpoints.resolve()
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -49,7 +50,7 @@ class Checkpoints:
 
 
 def load_run(path: str, dtype: Any = None) -> tuple[Config, dict[str, Any], int]:
-    """Loads the newest checkpoint of a run directory for inference or conversion.
+    """Loads the newest checkpoint of a run directory for inference or conversion; the optimizer is not read.
 
     Args:
       path: the run directory.
@@ -63,17 +64,16 @@ def load_run(path: str, dtype: Any = None) -> tuple[Config, dict[str, Any], int]
     """
     run = RunDirectory.existing(path)
     config = run.config()
+    if dtype is not None:
+        config = dataclasses.replace(config, model=config.model.with_dtype(dtype))
     if not run.checkpoints.exists():
         raise ValueError(f"{path} holds no checkpoint yet; let the run reach its first (checkpoint.every steps)")
     with Checkpoints(run) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise ValueError(f"{path} holds no complete checkpoint yet; let the run reach its first (checkpoint.every steps)")
-        like = jax.eval_shape(lambda: init_variables(config.model, jax.random.key(0)))
+        # Cast while reading, so that no second copy is held.
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.eval_shape(lambda: init_variables(config.model, jax.random.key(0)))
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
-        variables = checkpoints.restore(step, variables=like)["variables"]
-    if dtype is not None:
-        config = dataclasses.replace(config, model=config.model.with_dtype(dtype))
-        variables["params"] = jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), variables["params"])
-    return config, variables, step
+        return config, checkpoints.restore(step, variables=like)["variables"], step

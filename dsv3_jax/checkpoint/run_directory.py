@@ -1,6 +1,6 @@
 """A run directory: the resolved config, the tokenizer, the metrics and the checkpoints of one run.
 
-    config.json  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/  report.png  summary.json
+    config.json  text.digest  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/  report.png  summary.json
 
 Opening one refuses, before anything is written, whatever would damage or silently change an earlier run. Paths go
 through etils, so `gs://` works where its driver is installed.
@@ -31,6 +31,7 @@ class RunDirectory:
     def __init__(self, path: str) -> None:
         self.path = epath.Path(path)
         self.config_file = self.path / "config.json"
+        self.text_digest_file = self.path / "text.digest"
         self.tokenizer_file = self.path / "tokenizer.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -39,29 +40,38 @@ class RunDirectory:
         self.summary_file = self.path / "summary.json"
 
     @classmethod
-    def create_or_resume(cls, path: str, config: Config, *, resume: bool) -> RunDirectory:
+    def create_or_resume(cls, path: str, config: Config, *, resume: bool, text_digest: str | None = None) -> RunDirectory:
         """Opens `path` for training, writing its config.json.
 
         Args:
           path: the folder, new or (with `resume`) an earlier run's.
           config: the resolved config.
           resume: continue an earlier run if there is one.
+          text_digest: of the training text and its tokenizer, which `data.source` alone does not tell; None for a run
+            that has seen none yet.
 
         Raises:
-          ValueError: if the folder holds a run and `resume` is off; if it holds a run of another config; if it holds
-            other things than a run. Nothing is written then.
+          ValueError: if the folder holds a run and `resume` is off; if it holds a run of another config or text; if it
+            holds other things than a run, or cannot be made. Nothing is written then.
         """
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise ValueError(f"run directory {path} is a file; name a folder")
         if run.config_file.exists():
+            before = run.config()
             if not resume:
                 raise ValueError(f"{path} already holds a run; continue it with --resume, or name another --run-dir")
-            run._refuse_other_config(config)
+            run._refuse_other_config(before, config)
+            run._refuse_other_text(text_digest)
         elif run.path.exists() and any(run.path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no run (no config.json); name another --run-dir")
-        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run directory {path} cannot be made ({error}); name another --run-dir") from error
         _write_whole(run.config_file, config.to_json())
+        if text_digest is not None:
+            _write_whole(run.text_digest_file, text_digest + "\n")
         return run
 
     @classmethod
@@ -83,19 +93,26 @@ class RunDirectory:
         """Writes summary.json."""
         _write_whole(self.summary_file, json.dumps(summary) + "\n")
 
-    def _refuse_other_config(self, config: Config) -> None:
-        before, now = (_binding(c) for c in (self.config(), config))
-        for name in before:
-            if before[name] != now[name]:
+    def _refuse_other_config(self, before: Config, now: Config) -> None:
+        values = _binding(now)
+        for name, value in _binding(before).items():
+            if value != values[name]:
                 raise ValueError(
-                    f"{self.path} holds a run with {name} {before[name]!r}, not {now[name]!r}; continue it with its own "
+                    f"{self.path} holds a run with {name} {value!r}, not {values[name]!r}; continue it with its own "
                     "value, or name another --run-dir"
                 )
+
+    def _refuse_other_text(self, text_digest: str | None) -> None:
+        if self.text_digest_file.exists() and self.text_digest_file.read_text().strip() != text_digest:
+            raise ValueError(
+                f"{self.path} was trained on another text, or with another tokenizer, than data.source gives now; "
+                "restore it, or name another --run-dir"
+            )
 
 
 def _binding(config: Config) -> dict[str, Any]:
     """The fields that a continued run must share, by dotted name."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for group, fields in dataclasses.asdict(config).items():
         if group in FREE_GROUPS:
             continue

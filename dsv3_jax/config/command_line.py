@@ -137,7 +137,7 @@ def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, desc
 
 
 def exits_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
-    """Makes a ValueError of a program's `main` one line on stderr and exit code 2.
+    """Makes a ValueError (or NotImplementedError) of a program's `main` one line on stderr and exit code 2.
 
     With DSV3_JAX_TRACEBACK set in the environment it is raised as it is.
     """
@@ -146,7 +146,7 @@ def exits_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
     def program(*args: Any, **kwargs: Any) -> None:
         try:
             main(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             if os.environ.get("DSV3_JAX_TRACEBACK"):
                 raise
             print(f"error: {error}", file=sys.stderr)
@@ -166,9 +166,10 @@ def _tokenize(argv: Sequence[str] | None) -> tuple[dict[str, list[str]], bool]:
             values = given[name.replace("-", "_")] = [value] if equals else []
         elif token == "-h":
             given["help"] = []
+        elif values is None:
+            raise ValueError(f"{token!r} belongs to no option; write --name value")
         else:
-            require(values is not None, f"{token!r} belongs to no option; write --name value")
-            typing.cast(list, values).append(token)
+            values.append(token)
     return given, given.pop("help", None) is not None
 
 

@@ -8,7 +8,6 @@ documentation and its `--help`.
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from typing import Any, Literal
 
@@ -24,7 +23,10 @@ ExpertBackend = Literal["auto", "tiles", "ragged_dot", "reference"]
 
 def _dtype_name(field: str, dtype: Any) -> str:
     name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
-    require(name in ("float32", "bfloat16", "float16", "float64"), f"{field} is {name!r}; choose float32, bfloat16, float16 or float64")
+    require(
+        name in ("float32", "bfloat16", "float16", "float64"),
+        f"{field} is {name!r}; choose float32, bfloat16, float16 or float64",
+    )
     return name
 
 
@@ -126,10 +128,12 @@ class ModelConfig:
             self.q_lora_rank is None or self.q_lora_rank > 0,
             f"q_lora_rank is {self.q_lora_rank}; use a positive width, or None for a direct query projection",
         )
-        require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number")
+        require(
+            self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number"
+        )
         require(
             0 <= self.first_k_dense_replace <= self.num_hidden_layers,
-            f"first_k_dense_replace is {self.first_k_dense_replace}; it must lie in 0..num_hidden_layers ({self.num_hidden_layers})",
+            f"first_k_dense_replace is {self.first_k_dense_replace}; it must lie in 0..num_hidden_layers",
         )
         require(self.n_shared_experts >= 0, f"n_shared_experts is {self.n_shared_experts}; it cannot be negative")
         require(
@@ -146,7 +150,7 @@ class ModelConfig:
         reachable = self.topk_group * experts // groups
         require(
             self.num_experts_per_tok <= reachable,
-            f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} experts of topk_group ({self.topk_group}) groups",
+            f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} experts of {self.topk_group} (topk_group) groups",
         )
         for name in ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "initializer_range"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")

@@ -47,11 +47,15 @@ class MeshConfig:
         for name, size in sizes.items():
             if size == -1:
                 require(
-                    num_devices % known == 0, f"mesh {sizes}: {num_devices} devices are not a multiple of the known sizes ({known})"
+                    num_devices % known == 0,
+                    f"mesh {sizes}: {num_devices} devices are not a multiple of the known sizes ({known})",
                 )
                 sizes[name] = num_devices // known
         product = math.prod(sizes.values())
-        require(product == num_devices, f"mesh {sizes} has {product} places for {num_devices} devices; the sizes must multiply to it")
+        require(
+            product == num_devices,
+            f"mesh {sizes} has {product} places for {num_devices} devices; the sizes must multiply to it",
+        )
         return sizes
 
 
@@ -60,17 +64,19 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "stdlib"
-    """"stdlib" (the standard library of the running Python), a text file, a .jsonl file with a "text" field, or a folder of such files."""
+    """A text file, a .jsonl file with a "text" field, a folder of such files, or "stdlib": that of the running Python."""
     tokenizer: str | None = None
-    """A tokenizer.json, or a folder with one; None trains a byte-level BPE of the model's vocab_size on the source and caches it."""
+    """A tokenizer.json, or its folder; None trains a byte-level BPE of the model's vocab_size on the source and caches it."""
     cache_dir: str = ".cache"
     """Where trained tokenizers and tokenised text are kept between runs."""
     heldout_fraction: float = 0.02
-    """Share of the documents of a source of your own held out (by hash of their names; of a lone one, its end); "stdlib" has a fixed split."""
+    """Share of your own documents held out (by hash of their names; of a lone one, its end); "stdlib" has a fixed split."""
 
     def __post_init__(self) -> None:
         require(self.source != "", 'data.source is empty; name a file, a folder or "stdlib"')
-        require(0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1")
+        require(
+            0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +115,8 @@ class OptimizerConfig:
         require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it cannot be negative")
         require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
         require(
-            self.moment_dtype in ("float32", "bfloat16"), f"optimizer.moment_dtype is {self.moment_dtype!r}; choose float32 or bfloat16"
+            self.moment_dtype in ("float32", "bfloat16"),
+            f"optimizer.moment_dtype is {self.moment_dtype!r}; choose float32 or bfloat16",
         )
 
 
@@ -191,9 +198,7 @@ class Config:
         length, longest = self.train.sequence_length, self.model.max_position_embeddings
         require(length <= longest, f"train.sequence_length ({length}) exceeds model.max_position_embeddings ({longest})")
         depths = self.model.num_nextn_predict_layers
-        require(
-            length > depths, f"train.sequence_length ({length}) must exceed model.num_nextn_predict_layers ({depths})"
-        )
+        require(length > depths, f"train.sequence_length ({length}) must exceed model.num_nextn_predict_layers ({depths})")
 
     def to_json(self) -> str:
         """The resolved config as JSON text; `from_json` reads it back."""
@@ -209,7 +214,7 @@ class Config:
         return _build(cls, json.loads(text), "config")
 
 
-def _build(cls: type, values: dict[str, Any], path: str) -> Any:
+def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
     """Builds the dataclass `cls` from nested dicts, refusing unknown fields."""
     hints = typing.get_type_hints(cls)
     unknown = set(values) - set(hints)

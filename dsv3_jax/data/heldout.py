@@ -54,7 +54,7 @@ class HeldoutWindows:
         for document, ids in zip(documents, tokenizer.encode_batch([document.text for document in documents]), strict=True):
             require(
                 tokenizer.decode(ids) == document.text,
-                f"the tokenizer does not reproduce {document.name!r}, so bits per byte would be wrong; use a byte-level tokenizer",
+                f"the tokenizer does not reproduce {document.name!r}, so bits per byte would be wrong; use a byte-level one",
             )
             tokens += [*opening, *ids, eos]
             scored += [*[False] * len(opening), *[True] * len(ids), False]

@@ -160,8 +160,8 @@ class TrainBatches:
         """
         require(
             tokens.size >= config.sequence_length,
-            f"the training text is {tokens.size} tokens, less than one row of train.sequence_length ({config.sequence_length}); "
-            "give more text or a shorter train.sequence_length",
+            f"the training text is {tokens.size} tokens, less than one row of train.sequence_length "
+            f"({config.sequence_length}); give more text or a shorter train.sequence_length",
         )
         import grain  # takes a second, which tokenizing and evaluating should not wait for
 

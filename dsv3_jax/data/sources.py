@@ -58,7 +58,8 @@ def read_source(source: str) -> tuple[list[Document], list[str]]:
         root, files = _stdlib_files()
     else:
         root, files = _files(source)
-    documents, binary = [], []
+    documents: list[Document] = []
+    binary: list[str] = []
     for path in files:
         name = path.relative_to(root).as_posix()
         data = path.read_bytes()

@@ -57,8 +57,10 @@ class Tokenizer:
         """The ids of each text, on all cores."""
         try:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text cannot be encoded as UTF-8 ({error}); remove the lone surrogate") from error
+        except TypeError as error:  # which the library raises for a lone surrogate too
+            for text in texts:
+                _check_encodable(text)
+            raise error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
@@ -161,7 +163,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[st
       ValueError: if the vocabulary has no room for every byte and the special tokens.
     """
     least = 256 + len(specials)
-    require(vocab_size >= least, f"model.vocab_size is {vocab_size}; a byte-level tokenizer with {list(specials)} needs at least {least}")
+    require(
+        vocab_size >= least,
+        f"model.vocab_size is {vocab_size}; a byte-level tokenizer with {list(specials)} needs at least {least}",
+    )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -175,14 +180,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[st
     return Tokenizer(backend)
 
 
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text cannot be encoded as UTF-8 ({error}); remove the lone surrogate") from error
+
+
 def _trained_specials(model: ModelConfig) -> list[str]:
     """The special tokens in the order of their ids."""
     bos, eos = document_marks(model)
     named = {eos: "<eos>"} if bos is None else {bos: "<bos>", eos: "<eos>"}
     require(
         sorted(named) == list(range(2 if bos is not None else 1)) and len(model.eos_token_ids) == 1,
-        f"model.bos_token_id {model.bos_token_id} and model.eos_token_id {model.eos_token_id} do not fit a tokenizer trained here, "
-        "whose special tokens come first; use 0 and 1, or None and 0, or name a data.tokenizer",
+        f"model.bos_token_id {model.bos_token_id} and model.eos_token_id {model.eos_token_id} do not fit a tokenizer "
+        "trained here, whose special tokens come first; use 0 and 1, or None and 0, or name a data.tokenizer",
     )
     return [named[id_] for id_ in sorted(named)]
 
@@ -200,7 +212,7 @@ def _training_texts(corpus: Corpus) -> Iterable[str]:
 def _check_fits(tokenizer: Tokenizer, model: ModelConfig, name: str) -> None:
     require(
         tokenizer.vocab_size <= model.vocab_size,
-        f"data.tokenizer {name!r} has {tokenizer.vocab_size} ids, more than model.vocab_size ({model.vocab_size}); raise model.vocab_size",
+        f"data.tokenizer {name!r} has {tokenizer.vocab_size} ids; raise model.vocab_size ({model.vocab_size}) to that",
     )
     for field, id_ in zip(("bos_token_id", "eos_token_id"), document_marks(model), strict=True):
         require(

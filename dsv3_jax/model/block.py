@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config, config.hidden_size)
         self.self_attn = MLA(config, self.absorbed)
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
-        self.mlp = MoE(config) if self.moe else SwiGLU(config, config.intermediate_size)
+        self.mlp: Any = MoE(config) if self.moe else SwiGLU(config, config.intermediate_size)
 
     def __call__(
         self,

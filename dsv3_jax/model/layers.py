@@ -56,7 +56,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a [V, D] table."""
+    """Rows of a [V, D] table; NaN for an id that has none."""
 
     config: ModelConfig
 
@@ -65,7 +65,9 @@ class Embedding(nn.Module):
         config = self.config
         shape = config.vocab_size, config.hidden_size
         embedding_VD = self.param("embedding", normal_init(config, ("vocab", "embed")), shape, config.param_dtype)
-        return embedding_VD.astype(config.dtype)[tokens_BT]
+        # Inside jit nobody can refuse an id outside the table; plain indexing would give it another token's row.
+        rows = jnp.asarray(embedding_VD, config.dtype).at[tokens_BT]
+        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class SwiGLU(nn.Module):

@@ -43,8 +43,11 @@ def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, we
       chunk: positions of every sequence per step.
     """
 
+    head = head_DV.astype(h_BTD.dtype)
+
     def step(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
-        return total + _chunk_loss(*part, head_DV.astype(h_BTD.dtype))[0], None
+        h, target, weight = part
+        return total + _chunk_loss(h, target, weight, head)[0], None
 
     return jax.lax.scan(step, jnp.float32(0), _chunks(h_BTD, target_BT, weight_BT, chunk))[0]
 

@@ -70,6 +70,7 @@ class MLA(nn.Module):
         q_nope_BTNH, q_rope_BTNP = self._queries(x_BTD, rotation)
         latents = self._latents(x_BTD, rotation)
         if cache is not None:
+            assert length_B is not None
             o_BTNW = self._cached(q_nope_BTNH, q_rope_BTNP, latents, cache, length_B)
         elif self.absorbed:
             o_BTNW = self._absorbed(q_nope_BTNH, q_rope_BTNP, latents)

@@ -92,13 +92,14 @@ class DeepSeekV3(nn.Module):
         """
         features = self.features(tokens_BT, mtp=mtp, keep=("hidden", "routes") if hidden_states else ())
         T = tokens_BT.shape[1]
-        output = ModelOutput(
+        inspected = _inspected(features) if hidden_states else (None, None)
+        return ModelOutput(
             self.head(features.h_BTD),
             [self.head(h_BTD[:, : T - k]) for k, h_BTD in enumerate(features.mtp_h_BTD, 1)],
             features.load,
             features.balance_loss,
+            *inspected,
         )
-        return output.replace(**_inspected(features, self.config)) if hidden_states else output
 
     def features(self, tokens_BT: jax.Array, *, mtp: bool = False, keep: tuple[str, ...] = ()) -> Features:
         """The states before the head; `keep` names what blocks also return ("latents", "hidden", "routes")."""
@@ -146,9 +147,7 @@ class DeepSeekV3(nn.Module):
         run = run_unrolled if self.unrolled else run_scanned
         outputs: dict[str, BlockOutput] = {}
         for name, size in stack_sizes(self.config).items():
-            h_BTD, more = run(
-                self.config, name, size, h_BTD, cache, turns, length_B, keep=keep, absorbed=self.absorbed
-            )
+            h_BTD, more = run(self.config, name, size, h_BTD, cache, turns, length_B, keep=keep, absorbed=self.absorbed)
             outputs |= more
         return h_BTD, outputs
 
@@ -157,10 +156,9 @@ def check_tokens(tokens_BT: Any, config: ModelConfig) -> None:
     """Raises ValueError on what `__call__` names; the ids themselves can be looked at outside jit only."""
     if tokens_BT.ndim != 2:
         raise ValueError(f"tokens have shape {tokens_BT.shape}; the model takes [batch, length]")
-    if tokens_BT.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"{tokens_BT.shape[1]} tokens exceed max_position_embeddings ({config.max_position_embeddings}); shorten the sequence"
-        )
+    length, longest = tokens_BT.shape[1], config.max_position_embeddings
+    if length > longest:
+        raise ValueError(f"{length} tokens exceed max_position_embeddings ({longest}); shorten the sequence")
     if not isinstance(tokens_BT, jax.core.Tracer):
         ids = np.asarray(tokens_BT)
         bad = ids[(ids < 0) | (ids >= config.vocab_size)]
@@ -168,17 +166,17 @@ def check_tokens(tokens_BT: Any, config: ModelConfig) -> None:
             raise ValueError(f"token id {bad[0]} is outside the vocabulary of {config.vocab_size}")
 
 
-def _inspected(features: Features, config: ModelConfig) -> dict[str, jax.Array | None]:
+def _inspected(features: Features) -> tuple[jax.Array, jax.Array | None]:
     """Hidden states and routes of the main model, stacked over layers."""
     outputs = [output for name, output in features.outputs.items() if not name.startswith("mtp_")]
-    layer_ndim = features.h_BTD.ndim + 1
-    hidden = [o.hidden_BTD if o.hidden_BTD.ndim == layer_ndim else o.hidden_BTD[None] for o in outputs]
-    routes = [o.chosen_BTK if o.chosen_BTK.ndim == 4 else o.chosen_BTK[None] for o in outputs if o.chosen_BTK is not None]
-    blocks_LBTD = jnp.concatenate(hidden)
-    return {
-        "hidden_states": jnp.concatenate([features.embedded_BTD[None], blocks_LBTD[:-1], features.h_BTD[None]]),
-        "routes": jnp.concatenate(routes) if routes else None,
-    }
+
+    def over_layers(arrays: list[jax.Array | None], ndim: int) -> list[jax.Array]:
+        return [array if array.ndim == ndim else array[None] for array in arrays if array is not None]
+
+    blocks_LBTD = jnp.concatenate(over_layers([output.hidden_BTD for output in outputs], 4))
+    routes = over_layers([output.chosen_BTK for output in outputs], 4)
+    hidden_LBTD = jnp.concatenate([features.embedded_BTD[None], blocks_LBTD[:-1], features.h_BTD[None]])
+    return hidden_LBTD, jnp.concatenate(routes) if routes else None
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

@@ -102,8 +102,8 @@ def sequence_balance_loss(score_BTE: jax.Array, counted_BT: jax.Array, num_chose
     E = score_BTE.shape[-1]
     counted_BT1 = counted_BT[..., None].astype(jnp.float32)
     num_tokens_B1 = jnp.maximum(counted_BT1.sum(1), 1.0)
-    threshold_BT1 = jax.lax.top_k(score_BTE, num_chosen)[0][..., -1:]
-    in_top_BTE = (score_BTE >= threshold_BT1) * counted_BT1
+    top_BTK = jax.lax.top_k(score_BTE, num_chosen)[1]
+    in_top_BTE = jnp.any(top_BTK[..., None] == jnp.arange(E), axis=-2) * counted_BT1
     fraction_BE = jax.lax.stop_gradient(in_top_BTE.sum(1)) * E / (num_chosen * num_tokens_B1)
     share_BTE = score_BTE / score_BTE.sum(-1, keepdims=True)
     share_BE = (share_BTE * counted_BT1).sum(1) / num_tokens_B1

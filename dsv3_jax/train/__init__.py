@@ -1,0 +1,1 @@
+"""Training: state, step, optimizer, metrics, and the parts of the loop that train.py tells."""

@@ -17,10 +17,11 @@ from dsv3_jax.config import Config, OptimizerConfig
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear from 0 to the peak over `warmup_steps`, then a cosine to the final rate at `steps`.
 
-    Counted from 1, so that no step is taken at rate 0.
+    Counted from 1, so that no step is taken at rate 0. A run no longer than the warm-up ends within it.
     """
+    end = max(steps, config.warmup_steps + 1)
     schedule = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, steps, config.final_learning_rate
+        0.0, config.learning_rate, config.warmup_steps, end, config.final_learning_rate
     )
     return lambda count: schedule(count + 1)
 

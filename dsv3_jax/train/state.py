@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
 from dsv3_jax.model import init_variables
 from dsv3_jax.train.optimizer import make_optimizer
@@ -36,6 +38,17 @@ def init_state(config: Config) -> TrainState:
     """A fresh state from `train.seed`; run it under `jax.jit` (or `jax.eval_shape`)."""
     variables = init_variables(config.model, jax.random.key(config.train.seed))
     return state_of(config, variables)
+
+
+def save_run_start(path: str, config: Config, variables: dict[str, Any]) -> None:
+    """Makes a run directory at step 0 around given variables, for train.py to continue with --resume.
+
+    Raises:
+      ValueError: if `path` already holds something.
+    """
+    run = RunDirectory.create_or_resume(path, config, resume=False)
+    with Checkpoints(run, config.checkpoint) as checkpoints:
+        checkpoints.save(0, variables, state_of(config, variables).optimizer)
 
 
 def state_of(config: Config, variables: dict[str, Any]) -> TrainState:

@@ -63,7 +63,8 @@ def train_step(state: TrainState, tokens_BT: jax.Array, target_BT: jax.Array, *,
 def moved_biases(router: dict[str, Any], load: dict[str, jax.Array], speed: float) -> dict[str, Any]:
     """The router collection after the bias rule; `load` holds, per stack or MTP depth, its one bias array's loads."""
     return {
-        name: jax.tree.map(lambda bias, name=name: updated_bias(bias, load[name], speed), biases) for name, biases in router.items()
+        name: jax.tree.map(lambda bias, name=name: updated_bias(bias, load[name], speed), biases)
+        for name, biases in router.items()
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,6 @@ class _Bomb:
 
 
 def test_a_folder_of_pickles_is_named_and_not_opened(tmp_path: Path) -> None:
-    import pickle
-
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(_Bomb()))
     problems = _problems(tmp_path)
@@ -187,8 +186,6 @@ def test_a_folder_of_pickles_is_named_and_not_opened(tmp_path: Path) -> None:
 
 
 def test_a_pickle_under_a_safetensors_name_is_not_opened(tmp_path: Path) -> None:
-    import pickle
-
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "model.safetensors").write_bytes(pickle.dumps(_Bomb()) + bytes(100))
     assert list(_problems(tmp_path)) == ["unusable files"]

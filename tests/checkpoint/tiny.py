@@ -44,7 +44,6 @@ CONFIG: dict[str, Any] = {
     "v_head_dim": 8,
 }
 """A config.json. D 40, V 70, N 3, H 10, P 6, W 8, Q 20, C 28, E 6, F 24, dense hidden 56; layers: 2 dense, 2 MoE, 2 MTP."""
-CONFIG.pop("quantization_config", None)
 
 Tensors = dict[str, np.ndarray]
 

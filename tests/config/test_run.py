@@ -87,6 +87,7 @@ def test_json_that_contradicts_itself_is_refused(config: Config):
         (TrainConfig, {"batch_size": 0}, "batch_size is 0"),
         (TrainConfig, {"sequence_length": 0}, "sequence_length is 0"),
         (TrainConfig, {"log_every": 0}, "log_every is 0"),
+        (TrainConfig, {"eval_batches": 0}, "eval_batches is 0"),
         (TrainConfig, {"eval_every": -1}, "train.eval_every is -1"),
         (TrainConfig, {"mtp_loss_weight": -1.0}, "train.mtp_loss_weight is -1.0"),
         (TrainConfig, {"bias_update_speed": -1.0}, "train.bias_update_speed is -1.0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -24,10 +25,10 @@ LOSS = 1e-5
 Variables = dict[str, Any]
 
 
+@functools.partial(jax.jit, static_argnames=("config", "absorbed"))
 def run(config: ModelConfig, variables: Variables, tokens_BT: np.ndarray, absorbed: bool = False) -> ModelOutput:
     """The whole model, with everything it can be asked for."""
-    model = DeepSeekV3(config, absorbed=absorbed)
-    return jax.jit(lambda v, t: model.apply(v, t, mtp=True, hidden_states=True))(variables, jnp.asarray(tokens_BT))
+    return DeepSeekV3(config, absorbed=absorbed).apply(variables, tokens_BT, mtp=True, hidden_states=True)
 
 
 def loss_and_gradients(config: ModelConfig, variables: Variables, tokens_BT: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:

@@ -7,11 +7,11 @@ the published `kv_a_proj_with_mqa`, 576 rows under five rows of scales, is such 
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors import serialize_file
 
 from tests.parity.cases import Case
 from tests.parity.reference_checkpoints import random_tensors
@@ -57,9 +57,11 @@ def _is_fp8(name: str, eh_proj: bool) -> bool:
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
-    # `safetensors.numpy` cannot name this dtype.
-    arrays = {
-        name: {"dtype": array.dtype.name, "shape": list(array.shape), "data": array.tobytes()}
-        for name, array in tensors.items()
-    }
-    serialize_file(arrays, path, metadata={"format": "pt"})
+    """Writes a safetensors file by hand, for `safetensors.numpy` cannot name float8."""
+    header, start = {}, 0
+    for name, array in tensors.items():
+        dtype = {"float8_e4m3fn": "F8_E4M3", "float32": "F32"}[array.dtype.name]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, start + array.nbytes]}
+        start += array.nbytes
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + b"".join(array.tobytes() for array in tensors.values()))

@@ -1,0 +1,100 @@
+"""The routed experts' feed-forward over rows sorted by expert (section 2.1.2 of the report): contract and choice.
+
+This is where DeepSeek-V3 spends its arithmetic. `reference.py` says what is computed; every other backend computes
+the same faster: `tiles.py` on CPUs, `ragged_dot.py` wherever XLA has a grouped product.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.kernels.ragged_dot import expert_ffn_ragged_dot
+from dsv3_jax.kernels.reference import expert_ffn_reference
+from dsv3_jax.kernels.tiles import expert_ffn_tiles
+
+_BACKENDS = {"tiles": expert_ffn_tiles, "ragged_dot": expert_ffn_ragged_dot, "reference": expert_ffn_reference}
+_PLANNED = ("pallas_tpu", "pallas_gpu")
+
+
+def choose_backend(name: str, platform: str | None = None) -> str:
+    """The backend of `expert_ffn` that `name` stands for.
+
+    Args:
+      name: a backend, or "auto" for the one that suits the platform.
+      platform: what the program will run on ("cpu", "gpu", "tpu"); None for JAX's default backend. Name it when
+        compiling for a machine that is not there.
+
+    Raises:
+      NotImplementedError: for a backend that is planned but does not exist yet.
+      ValueError: for any other name.
+    """
+    if name == "auto":
+        return "tiles" if (platform or jax.default_backend()) == "cpu" else "ragged_dot"
+    if name in _PLANNED:
+        raise NotImplementedError(f"expert backend {name!r} is not written yet; use one of {', '.join(_BACKENDS)}")
+    if name not in _BACKENDS:
+        raise ValueError(f"expert backend is {name!r}; choose one of auto, {', '.join(_BACKENDS)}")
+    return name
+
+
+def expert_ffn(
+    x_RD: jax.Array,
+    w_gate_EDF: jax.Array,
+    w_up_EDF: jax.Array,
+    w_down_EFD: jax.Array,
+    group_sizes_E: jax.Array,
+    *,
+    backend: str,
+) -> jax.Array:
+    """Every row through its own expert: y = (silu(x w_gate[e]) * (x w_up[e])) w_down[e].
+
+    Differentiable in x and the weights. Products accumulate in float32 and the hidden activations are float32 until
+    they enter the down product, whatever the dtype of the operands.
+
+    Args:
+      x_RD: rows sorted by expert. Those past the last group may hold anything, NaN too.
+      w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, of x's dtype.
+      group_sizes_E: int32, rows of each expert; their sum is at most R.
+      backend: a name that `choose_backend` knows.
+
+    Returns:
+      y_RD in x's dtype. Rows past the last group are exactly zero, in y and in the gradient of x.
+
+    Raises:
+      NotImplementedError: for a backend that does not exist yet.
+      ValueError: for an unknown backend, and for shapes or dtypes that do not fit together.
+    """
+    ffn = _BACKENDS[choose_backend(backend)]
+    _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
+    return ffn(*_varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
+
+
+def _check(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
+) -> None:
+    arrays = {"x": x_RD, "w_gate": w_gate_EDF, "w_up": w_up_EDF, "w_down": w_down_EFD, "group_sizes": group_sizes_E}
+    floats = {a.dtype for name, a in arrays.items() if name != "group_sizes"}
+    fits = x_RD.ndim == 2 and w_gate_EDF.ndim == 3 and min(x_RD.shape + w_gate_EDF.shape) >= 1
+    if fits:
+        E, D, F = w_gate_EDF.shape
+        fits = (x_RD.shape[1], w_up_EDF.shape, w_down_EFD.shape, group_sizes_E.shape) == (D, (E, D, F), (E, F, D), (E,))
+    if not fits or len(floats) > 1 or not jnp.issubdtype(x_RD.dtype, jnp.floating) or group_sizes_E.dtype != jnp.int32:
+        raise ValueError(
+            "expert_ffn got "
+            + ", ".join(f"{name} {a.dtype.name}{list(a.shape)}" for name, a in arrays.items())
+            + "; it needs x [R, D], w_gate and w_up [E, D, F] and w_down [E, F, D] of one float dtype and no empty axis, "
+            "and group_sizes int32[E]"
+        )
+
+
+def _varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays, all varying over the union of their manual mesh axes.
+
+    Inside `jax.shard_map` the weights may be replicated where the rows are not. Saying so before the custom gradients
+    begin lets JAX sum the weight gradients over those axes.
+    """
+    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
+    return tuple(
+        jax.lax.pcast(a, tuple(missing), to="varying") if (missing := axes - jax.typeof(a).mat.varying) else a for a in arrays
+    )

@@ -1,0 +1,110 @@
+"""Held-out windows: each byte scored once, in context; the compressors on the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import math
+import subprocess
+
+import chex
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.heldout import HeldoutWindows, compressor_bits_per_byte
+from dsv3_jax.data.sources import Document
+from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
+
+DOCUMENTS = [
+    Document("a", "The first document, <eos> spelt out.\n" + " ".join(map(str, range(1000, 1050)))),
+    Document("b", "é"),
+    Document("c", "漢字 and replaced \ufffd bytes", replaced=True),
+    Document("d", "".join(f"def f{i}(x):\n    return x * {i**3}\n" for i in range(40))),
+]
+TOKENIZER = train_tokenizer([document.text for document in DOCUMENTS], 290, ["<bos>", "<eos>"])
+MODEL = ModelConfig(vocab_size=300)
+
+
+def windows(model: ModelConfig = MODEL, batch_size: int = 3, sequence_length: int = 10) -> HeldoutWindows:
+    return HeldoutWindows(DOCUMENTS, TOKENIZER, model, batch_size=batch_size, sequence_length=sequence_length)
+
+
+@pytest.mark.parametrize(("batch_size", "sequence_length"), [(3, 10), (1, 7), (64, 16), (2, 1000)])
+def test_every_byte_is_scored_once_in_order(batch_size: int, sequence_length: int) -> None:
+    heldout = windows(batch_size=batch_size, sequence_length=sequence_length)
+    batches = list(heldout)
+    assert len(batches) == len(heldout)
+    for batch in batches:
+        chex.assert_shape(list(batch), (batch_size, sequence_length))
+        assert [array.dtype for array in batch] == [np.int32, np.int32, np.float32]
+        assert set(np.unique(batch.weights_BT)) <= {0, 1}
+    targets = np.concatenate([batch.targets_BT.ravel() for batch in batches])
+    scored = np.concatenate([batch.weights_BT.ravel() for batch in batches]) == 1
+    assert TOKENIZER.decode(targets[scored].tolist()) == "".join(document.text for document in DOCUMENTS)
+    assert heldout.num_tokens == scored.sum() == sum(len(TOKENIZER.encode(document.text)) for document in DOCUMENTS)
+    assert heldout.num_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
+    assert set(targets[~scored]) <= {0, 1}
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(0, 1), (None, 1)])
+def test_windows_cut_one_stream_and_carry_the_token_before(bos: int | None, eos: int) -> None:
+    opening = [] if bos is None else [bos]
+    stream = [eos]
+    for document in DOCUMENTS:
+        stream += [*opening, *TOKENIZER.encode(document.text), eos]
+    batches = list(windows(ModelConfig(vocab_size=300, bos_token_id=bos, eos_token_id=eos)))
+    tokens = np.concatenate([batch.tokens_BT.ravel() for batch in batches])
+    targets = np.concatenate([batch.targets_BT.ravel() for batch in batches])
+    np.testing.assert_array_equal(tokens[: len(stream) - 1], stream[:-1])
+    np.testing.assert_array_equal(targets[: len(stream) - 1], stream[1:])
+    assert not tokens[len(stream) - 1 :].any()
+    assert not np.concatenate([batch.weights_BT.ravel() for batch in batches])[len(stream) - 1 :].any()
+
+
+def test_sample_is_spread_over_the_text_and_always_the_same() -> None:
+    heldout = windows()
+    rows = {row.tobytes(): index for index, row in enumerate(np.concatenate([batch.targets_BT for batch in heldout]))}
+    assert len(rows) > 3 * (len(heldout) - 1)  # no two windows are alike
+    sampled = np.concatenate([batch.targets_BT for batch in heldout.sample(2)])
+    assert sampled.shape == (6, 10)
+    places = [rows[row.tobytes()] for row in sampled]
+    assert places == sorted(set(places))
+    assert places[0] == 0
+    assert places[-1] >= len(rows) * 0.6
+    chex.assert_trees_all_equal(list(heldout.sample(2)), list(heldout.sample(2)))
+    chex.assert_trees_all_equal(list(heldout.sample(1000)), list(heldout))
+
+
+def test_bits_per_byte_of_a_uniform_model() -> None:
+    heldout = windows()
+    nats = sum(float(batch.weights_BT.sum()) for batch in heldout) * math.log(256)
+    assert heldout.bits_per_byte(nats) == pytest.approx(8 * heldout.num_tokens / heldout.num_bytes)
+
+
+def test_tokenizer_that_loses_text_is_refused() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"the": 2, "<unk>": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ValueError, match="does not reproduce 'a'"):
+        HeldoutWindows(DOCUMENTS, Tokenizer(backend), MODEL, batch_size=1, sequence_length=8)
+
+
+def test_nothing_to_score_is_refused() -> None:
+    with pytest.raises(ValueError, match="no held-out text"):
+        HeldoutWindows([], TOKENIZER, MODEL, batch_size=1, sequence_length=8)
+
+
+def test_compressors_are_those_of_the_command_line() -> None:
+    data = "".join(document.text for document in DOCUMENTS).encode()
+    figures = compressor_bits_per_byte(DOCUMENTS)
+    assert gzip.decompress(gzip.compress(data)) == data
+    for name in ("gzip", "xz"):
+        try:
+            packed = subprocess.run([name, "-9", "-c"], input=data, capture_output=True, check=True).stdout
+        except FileNotFoundError:
+            continue
+        unpacked = {"gzip": gzip.decompress, "xz": lzma.decompress}[name](packed)
+        assert unpacked == data
+        assert figures[name] == pytest.approx(8 * len(packed) / len(data), abs=1e-9)

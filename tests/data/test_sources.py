@@ -1,0 +1,81 @@
+"""Reading documents: names, order, replacement, JSONL, and what bad sources get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.data.sources import Document, read_source
+
+
+def test_folder_gives_sorted_documents_named_by_posix_path(tmp_path: Path) -> None:
+    for name, text in {
+        "b.txt": "two",
+        "a/z.py": "one",
+        "a/b/c.md": "zero",
+        ".git/x": "no",
+        "a/.hidden": "no",
+        "empty.txt": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    documents, binary = read_source(str(tmp_path))
+    assert documents == [Document("a/b/c.md", "zero"), Document("a/z.py", "one"), Document("b.txt", "two")]
+    assert binary == []
+
+
+def test_single_file_is_one_document_with_its_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_bytes(b"caf\xc3\xa9\r\n\tend\n")
+    documents, _ = read_source(str(tmp_path / "one.txt"))
+    assert documents == [Document("one.txt", "café\r\n\tend\n")]
+    assert documents[0].num_bytes == 12
+
+
+def test_bytes_that_are_not_utf8_are_replaced_and_marked(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 noir")
+    (tmp_path / "plain.txt").write_bytes(b"plain")
+    documents, _ = read_source(str(tmp_path))
+    assert documents == [Document("latin.txt", "caf\ufffd noir", replaced=True), Document("plain.txt", "plain")]
+
+
+def test_binary_files_are_passed_over_and_named(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "text.txt").write_text("text")
+    documents, binary = read_source(str(tmp_path))
+    assert [document.name for document in documents] == ["text.txt"]
+    assert binary == ["image.png"]
+
+
+def test_jsonl_gives_one_document_a_line(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "one\ntwo", "id": 7}), "", '{"text": "half \\ud800 pair \\ud83d\\ude00"}', '{"text": ""}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    documents, _ = read_source(str(tmp_path / "a.jsonl"))
+    assert documents == [Document("a.jsonl:1", "one\ntwo"), Document("a.jsonl:3", "half \ufffd pair 😀", replaced=True)]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("{broken", "is not valid JSON"),
+        ('{"content": "x"}', 'has no "text" string'),
+        ('{"text": 3}', 'has no "text" string'),
+        ('"text"', 'has no "text" string'),
+    ],
+)
+def test_bad_jsonl_names_file_and_line(tmp_path: Path, line: str, complaint: str) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:2 {complaint}"):
+        read_source(str(tmp_path))
+
+
+def test_sources_without_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere' does not exist"):
+        read_source(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="holds no text, only nothing but hidden or empty files"):
+        read_source(str(tmp_path))
+    (tmp_path / "a.bin").write_bytes(b"\0")
+    for source in (tmp_path, tmp_path / "a.bin"):
+        with pytest.raises(ValueError, match="holds no text, only 1 binary files"):
+            read_source(str(source))

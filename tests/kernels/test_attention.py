@@ -1,0 +1,158 @@
+"""Both attention cores against softmax attention spelled out in float64, and the memory they promise."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels.attention import causal_attention, latent_attention
+from tests.intermediates import intermediate_shapes
+from tests.tolerances import TOLERANCE
+
+SCALE = 0.37
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+LENGTHS = 1, 7, 64, 127, 128, 129, 300
+
+
+# --- The whole sequence ----------------------------------------------------------------------------------------------
+
+
+def naive(q_BTNX: np.ndarray, k_BTMX: np.ndarray, v_BTMW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Output and the matrix of probabilities [B, N, T, S]; keys and values repeated for the heads that share them."""
+    T, N, M = *q_BTNX.shape[1:3], k_BTMX.shape[2]
+    k_BSNX, v_BSNW = (np.repeat(a, N // M, axis=2) for a in (k_BTMX, v_BTMW))
+    logits_BNTS = SCALE * np.einsum("BTNX,BSNX->BNTS", q_BTNX, k_BSNX)
+    logits_BNTS = np.where(np.tri(T, dtype=bool), logits_BNTS, -np.inf)
+    p_BNTS = np.exp(logits_BNTS - logits_BNTS.max(-1, keepdims=True))
+    p_BNTS /= p_BNTS.sum(-1, keepdims=True)
+    return np.einsum("BNTS,BSNW->BTNW", p_BNTS, v_BSNW), p_BNTS
+
+
+def naive_gradients(q_BTNX: np.ndarray, k_BTMX: np.ndarray, v_BTMW: np.ndarray, do_BTNW: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The chain rule by hand; heads that share a key or value add up."""
+    B, T, N, X = q_BTNX.shape
+    M, W = v_BTMW.shape[2:]
+    p_BNTS = naive(q_BTNX, k_BTMX, v_BTMW)[1]
+    dp_BNTS = np.einsum("BTNW,BSNW->BNTS", do_BTNW, np.repeat(v_BTMW, N // M, axis=2))
+    ds_BNTS = SCALE * p_BNTS * (dp_BNTS - np.sum(p_BNTS * dp_BNTS, axis=-1, keepdims=True))
+    dq_BTNX = np.einsum("BNTS,BSNX->BTNX", ds_BNTS, np.repeat(k_BTMX, N // M, axis=2))
+    dk_BSNX = np.einsum("BNTS,BTNX->BSNX", ds_BNTS, q_BTNX)
+    dv_BSNW = np.einsum("BNTS,BTNW->BSNW", p_BNTS, do_BTNW)
+    return dq_BTNX, dk_BSNX.reshape(B, T, M, -1, X).sum(3), dv_BSNW.reshape(B, T, M, -1, W).sum(3)
+
+
+def draw(length: int, kv_heads: int, dtype: str = "float32", *, heads: int = 4, seed: int = 0) -> list[np.ndarray]:
+    """Random q, k, v and output gradient, rounded to the dtype: two sequences, X 6, W 5."""
+    rng = np.random.default_rng(seed)
+    shapes = [(2, length, heads, 6), (2, length, kv_heads, 6), (2, length, kv_heads, 5), (2, length, heads, 5)]
+    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
+
+
+def value_and_gradients(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, chunk: int) -> tuple[jax.Array, tuple]:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return causal_attention(q, k, v, scale=SCALE, chunk=chunk)
+
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, tuple]:
+        o, pullback = jax.vjp(attend, q, k, v)
+        return o, pullback(do)
+
+    return jax.jit(both)(q, k, v, do)
+
+
+CASES = [
+    *((length, 64, 4, "float32") for length in LENGTHS),
+    *((length, 128, 1, "float32") for length in LENGTHS),
+    (129, 512, 2, "float32"),
+    (7, 3, 2, "float32"),
+    *((length, 64, 4, "bfloat16") for length in (7, 129, 300)),
+    *((length, 128, 1, "bfloat16") for length in (1, 127, 300)),
+]
+
+
+@pytest.mark.parametrize(("length", "chunk", "kv_heads", "dtype"), CASES)
+def test_causal_attention_is_softmax_attention(length: int, chunk: int, kv_heads: int, dtype: str) -> None:
+    q, k, v, do = draw(length, kv_heads, dtype)
+    o, gradients = value_and_gradients(q, k, v, do, chunk)
+    chex.assert_trees_all_equal_shapes_and_dtypes((o, gradients), (do, (q, k, v)))
+
+    exact = [a.astype(np.float64) for a in (q, k, v, do)]
+    expected = naive(*exact[:3])[0], naive_gradients(*exact)
+    found = jax.tree.map(lambda a: np.asarray(a, np.float64), (o, gradients))
+    # Sums over up to 300 queries are of the size of their largest element, not of one.
+    unit = jax.tree.map(lambda a: max(1.0, np.abs(a).max()), expected)
+    chex.assert_trees_all_close(*(jax.tree.map(np.divide, tree, unit) for tree in (found, expected)), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_large_logits_neither_overflow_nor_lose_the_row(rising: bool) -> None:
+    """The running maximum rises from tile to tile, or is reached in the first one."""
+    q, k, v, do = draw(24, 4)
+    k = 30 + k * np.linspace(1, 40, 24, dtype=np.float32)[:: 1 if rising else -1, None, None]
+    o, gradients = value_and_gradients(q, k, v, do, 8)
+    exact = [a.astype(np.float64) for a in (q, k, v, do)]
+    chex.assert_tree_all_finite((o, gradients))
+    chex.assert_trees_all_close(np.asarray(o, np.float64), naive(*exact[:3])[0], rtol=1e-4, atol=5e-4)
+    for found, expected in zip(gradients, naive_gradients(*exact), strict=True):
+        chex.assert_trees_all_close(np.asarray(found, np.float64), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_the_matrix_is_never_built() -> None:
+    """Neither forward nor backward makes an array with two axes as long as the sequence."""
+    length, chunk = 300, 64
+
+    def loss(attend, q, k, v):
+        return jnp.sum(jnp.square(attend(q, k, v)))
+
+    def two_long_axes(attend) -> set[tuple[int, ...]]:
+        shapes = intermediate_shapes(jax.value_and_grad(lambda *qkv: loss(attend, *qkv), (0, 1, 2)), *draw(length, 2)[:3])
+        assert any(max(shape, default=0) >= length for shape in shapes)
+        return {shape for shape in shapes if sum(axis >= length for axis in shape) >= 2}
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, 1),)), is_causal=True)
+
+    assert two_long_axes(lambda q, k, v: causal_attention(q, k, v, scale=SCALE, chunk=chunk)) == set()
+    assert two_long_axes(plain), "the search does not find the matrix where there is one"
+
+
+# --- A cache of latents ----------------------------------------------------------------------------------------------
+
+
+def naive_latent(
+    q_TNC: np.ndarray, q_rope_TNP: np.ndarray, latent_SC: np.ndarray, rope_SP: np.ndarray, past: int
+) -> np.ndarray:
+    """One sequence, query by query and head by head, over the concatenation of what was cached and what is new."""
+    o_TNC = np.zeros(q_TNC.shape)
+    for t, n in np.ndindex(q_TNC.shape[:2]):
+        seen = past + t + 1
+        logits_S = SCALE * (latent_SC[:seen] @ q_TNC[t, n] + rope_SP[:seen] @ q_rope_TNP[t, n])
+        weight_S = np.exp(logits_S - logits_S.max())
+        o_TNC[t, n] = weight_S @ latent_SC[:seen] / weight_S.sum()
+    return o_TNC
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("new", [1, 3])
+def test_latent_attention(new: int, dtype: str) -> None:
+    """Mixed lengths, an empty and a full cache among them; rows that are not filled hold NaN and infinities."""
+    rng = np.random.default_rng(0)
+    length_B = np.array([0, 5, 9, 2], np.int32)
+    B, S, N, C, P = len(length_B), 9, 3, 6, 4
+    shapes = {"q": (new, N, C), "q_rope": (new, N, P), "latent": (new, C), "rope": (new, P), "old": (S, C), "old_rope": (S, P)}
+    arrays = {name: rng.standard_normal((B, *shape)).astype(DTYPES[dtype]) for name, shape in shapes.items()}
+    expected = np.zeros((B, new, N, C))
+    for b, past in enumerate(length_B):
+        x = {name: array[b].astype(np.float64) for name, array in arrays.items()}
+        latent_SC, rope_SP = (np.concatenate([x[f"old{k}"][:past], x[own]]) for k, own in (("", "latent"), ("_rope", "rope")))
+        expected[b] = naive_latent(x["q"], x["q_rope"], latent_SC, rope_SP, past)
+        arrays["old"][b, past:] = np.nan
+        arrays["old_rope"][b, past:] = np.inf if b % 2 else np.nan
+
+    found = jax.jit(lambda *args: latent_attention(*args, scale=SCALE))(*arrays.values(), length_B)
+    chex.assert_shape(found, (B, new, N, C))
+    assert found.dtype == DTYPES[dtype]
+    chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE[dtype])

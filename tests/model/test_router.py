@@ -1,0 +1,270 @@
+"""The gate against one token at a time in numpy, the balance loss, and the bias rule: alone and in training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.model.router import Router, choose_experts, max_violation, sequence_balance_loss, updated_bias
+from dsv3_jax.train.state import state_of
+from dsv3_jax.train.step import train_step
+from tests.model.tiny import CONFIG, assert_gradient, random_tokens, random_variables
+from tests.tolerances import TOLERANCE
+
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
+
+
+# --- The choice ------------------------------------------------------------------------------------------------------
+
+
+def choose_one(biased_E: list[float], n_group: int, topk_group: int, num_chosen: int) -> list[int]:
+    """One token, as section 2.1.2 says it: the best groups by the sum of their two best, then the best experts in them."""
+    size = len(biased_E) // n_group
+    groups = [range(g * size, (g + 1) * size) for g in range(n_group)]
+    if n_group > 1:
+        groups.sort(key=lambda group: -sum(sorted(biased_E[e] for e in group)[-2:]))
+    allowed = [e for group in groups[:topk_group] for e in group]
+    return sorted(allowed, key=lambda e: -biased_E[e])[:num_chosen]
+
+
+def choose(biased_E: list[float], n_group: int, topk_group: int, num_chosen: int) -> list[int]:
+    config = dataclasses.replace(
+        CONFIG, n_routed_experts=len(biased_E), n_group=n_group, topk_group=topk_group, num_experts_per_tok=num_chosen
+    )
+    chosen_BTK = choose_experts(jnp.array([[biased_E]]), config)
+    chex.assert_shape(chosen_BTK, (1, 1, num_chosen))
+    assert chosen_BTK.dtype == jnp.int32
+    return chosen_BTK[0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("biased_E", "expected", "if_wrong"),
+    [
+        pytest.param([0.9, 0.0, 0.5, 0.6], [3, 2], [0, 1], id="best_two_of_a_group_count_not_its_best"),
+        pytest.param([-0.1, -0.3, -0.4, -0.5], [0, 1], [2, 3], id="dropped_groups_lose_to_negative_scores"),
+        pytest.param([0.2, -0.3, -0.4, 0.1], [0, 1], [0, 2], id="and_to_those_of_mixed_sign"),
+    ],
+)
+def test_choice_by_hand(biased_E: list[float], expected: list[int], if_wrong: list[int]) -> None:
+    """Two groups of two, of which one stays; `if_wrong` is what the likely mistake chooses."""
+    assert choose_one(biased_E, 2, 1, 2) == expected
+    assert choose(biased_E, 2, 1, 2) == expected != if_wrong
+
+
+@pytest.mark.parametrize(
+    ("experts", "n_group", "topk_group", "num_chosen"),
+    [(16, 4, 2, 4), (16, 8, 3, 6), (12, 1, 1, 5), (9, 3, 3, 2), (8, 4, 1, 2), (8, 1, 1, 8)],
+)
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+def test_choice_of_many(experts: int, n_group: int, topk_group: int, num_chosen: int, shift: float) -> None:
+    """Best first; with a shift of -2, every score is negative."""
+    biased_TE = np.random.default_rng(experts).random((60, experts)).astype(np.float32) + np.float32(shift)
+    expected = [choose_one(biased_E, n_group, topk_group, num_chosen) for biased_E in biased_TE.tolist()]
+    assert [choose(biased_E, n_group, topk_group, num_chosen) for biased_E in biased_TE[:3].tolist()] == expected[:3]
+    config = dataclasses.replace(
+        CONFIG, n_routed_experts=experts, n_group=n_group, topk_group=topk_group, num_experts_per_tok=num_chosen
+    )
+    chex.assert_trees_all_equal(np.asarray(choose_experts(biased_TE.reshape(4, 15, -1), config)).reshape(60, -1), np.array(expected))
+
+
+# --- The whole gate --------------------------------------------------------------------------------------------------
+
+
+class Drawn:
+    """A gate's inputs: x [2, 9, D], a kernel, biases of which some are far below zero, and a mask of counted tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        rng = np.random.default_rng(3)
+        D, E = config.hidden_size, config.n_routed_experts
+        self.x_BTD = rng.standard_normal((2, 9, D)).astype(np.float32)
+        self.kernel_DE = (rng.standard_normal((D, E)) * D**-0.5).astype(np.float32)
+        self.bias_E = rng.normal(0, 0.3, E).astype(np.float32)
+        self.bias_E[1::4] -= 3
+        self.counted_BT = np.arange(9) < np.array([[6], [9]])
+        self.variables = {"params": {"kernel": self.kernel_DE}, "router": {"e_score_correction_bias": self.bias_E}}
+
+    def scores(self, kernel_DE: np.ndarray | None = None) -> np.ndarray:
+        kernel_DE = self.kernel_DE if kernel_DE is None else kernel_DE
+        return 1 / (1 + np.exp(-np.float64(self.x_BTD) @ np.float64(kernel_DE)))
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("changes", [{}, ONE_GROUP], ids=["grouped", "one_group"])
+def test_gate_token_by_token(changes: dict[str, int], norm_topk_prob: bool) -> None:
+    """Chosen by biased score, weighed by the plain one, normalised if asked for, scaled; counted where the mask says so."""
+    config = dataclasses.replace(CONFIG, norm_topk_prob=norm_topk_prob, routed_scaling_factor=1.7, **changes)
+    drawn = Drawn(config)
+    routing = jax.jit(Router(config).apply)(drawn.variables, drawn.x_BTD, drawn.counted_BT)
+    B, T, K, E = 2, 9, config.num_experts_per_tok, config.n_routed_experts
+    chex.assert_shape(list(routing), [(B, T, K), (B, T, K), (E,), ()])
+    chex.assert_type(list(routing), [jnp.int32, jnp.float32, jnp.float32, jnp.float32])
+
+    score_BTE, load_E = drawn.scores(), np.zeros(E)
+    for b, t in np.ndindex(B, T):
+        chosen = choose_one((score_BTE[b, t] + drawn.bias_E).tolist(), config.n_group, config.topk_group, K)
+        weights = score_BTE[b, t, chosen]
+        weights = 1.7 * (weights / weights.sum() if norm_topk_prob else weights)
+        assert routing.chosen_BTK[b, t].tolist() == chosen
+        chex.assert_trees_all_close(np.float64(routing.weight_BTK[b, t]), weights, **TOLERANCE["float32"])
+        load_E[chosen] += drawn.counted_BT[b, t]
+    chex.assert_trees_all_equal(np.float64(routing.load_E), load_E)
+    assert load_E.sum() == K * drawn.counted_BT.sum()
+
+
+def test_without_a_mask_every_token_counts() -> None:
+    drawn = Drawn(CONFIG)
+    everywhere = Router(CONFIG).apply(drawn.variables, drawn.x_BTD, np.ones_like(drawn.counted_BT))
+    chex.assert_trees_all_equal(Router(CONFIG).apply(drawn.variables, drawn.x_BTD), everywhere)
+
+
+def test_the_gate_is_float32_in_a_bfloat16_model() -> None:
+    """Kernel and states are bfloat16 numbers; what is made of them is not rounded again, or choices would flip."""
+    config = CONFIG.with_dtype("bfloat16")
+    drawn = Drawn(config)
+    variables = {**drawn.variables, "params": {"kernel": jnp.asarray(drawn.kernel_DE, jnp.bfloat16)}}
+    x_BTD = jnp.asarray(drawn.x_BTD, jnp.bfloat16)
+    exact = {**drawn.variables, "params": {"kernel": np.float32(variables["params"]["kernel"])}}
+    found, expected = Router(config).apply(variables, x_BTD), Router(CONFIG).apply(exact, np.float32(x_BTD))
+    chex.assert_type(found.weight_BTK, jnp.float32)
+    chex.assert_trees_all_close(found, expected, **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_gradient_reaches_the_kernel_and_no_bias(norm_topk_prob: bool) -> None:
+    config = dataclasses.replace(CONFIG, norm_topk_prob=norm_topk_prob)
+    drawn = Drawn(config)
+    dw_BTK = np.random.default_rng(5).standard_normal((2, 9, config.num_experts_per_tok))
+    chosen_BTK = np.asarray(Router(config).apply(drawn.variables, drawn.x_BTD).chosen_BTK)
+
+    def oracle(kernel_DE: np.ndarray) -> float:
+        weight_BTK = np.take_along_axis(drawn.scores(kernel_DE), chosen_BTK, axis=-1)
+        weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdims=True) if norm_topk_prob else weight_BTK
+        return float(np.sum(dw_BTK * weight_BTK) * config.routed_scaling_factor)
+
+    gradient = jax.grad(lambda v: jnp.sum(dw_BTK * Router(config).apply(v, drawn.x_BTD).weight_BTK))(drawn.variables)
+    assert_gradient(gradient["params"]["kernel"], oracle, drawn.kernel_DE)
+    chex.assert_trees_all_equal(gradient["router"], {"e_score_correction_bias": jnp.zeros(config.n_routed_experts)})
+
+
+def test_fresh_biases_are_zero_in_float32_whatever_the_parameters_are() -> None:
+    variables = Router(CONFIG.with_dtype("bfloat16")).init(jax.random.key(0), jnp.ones((1, 1, CONFIG.hidden_size)))
+    bias_E = variables["router"]["e_score_correction_bias"].unbox()
+    chex.assert_trees_all_equal(bias_E, jnp.zeros(CONFIG.n_routed_experts, jnp.float32))
+    assert variables["params"]["kernel"].unbox().dtype == jnp.bfloat16
+
+
+# --- The balance loss ------------------------------------------------------------------------------------------------
+
+
+def balance_by_sequence(score_BTE: np.ndarray, counted_BT: np.ndarray, num_chosen: int, f_from: np.ndarray | None = None) -> float:
+    """Eqs. 17-20, a sequence and an expert at a time; f is taken from `f_from` (it has no gradient)."""
+    f_from = score_BTE if f_from is None else f_from
+    losses = []
+    for score_TE, f_TE, counted_T in zip(score_BTE, f_from, counted_BT, strict=True):
+        score_TE, f_TE = score_TE[counted_T], f_TE[counted_T]
+        T, E = score_TE.shape
+        loss = 0.0
+        for i in range(E):
+            f_i = E / (num_chosen * T) * sum(i in np.argsort(-f_TE[t])[:num_chosen] for t in range(T))
+            loss += f_i * sum(score_TE[t, i] / score_TE[t].sum() for t in range(T)) / T
+        losses.append(loss)
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_balance_loss_by_sequence(masked: bool) -> None:
+    """Unbiased and ungrouped, each sequence over its own counted tokens; and its gradient."""
+    drawn = Drawn(CONFIG)
+    counted_BT = drawn.counted_BT if masked else np.ones_like(drawn.counted_BT)
+    K, score_BTE = CONFIG.num_experts_per_tok, drawn.scores()
+
+    def loss(kernel_DE: jax.Array) -> jax.Array:
+        return Router(CONFIG).apply({**drawn.variables, "params": {"kernel": kernel_DE}}, drawn.x_BTD, counted_BT).balance_loss
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(drawn.kernel_DE)
+    expected = balance_by_sequence(score_BTE, counted_BT, K)
+    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert expected > 1.01
+    assert_gradient(gradient, lambda k: balance_by_sequence(drawn.scores(k), counted_BT, K, score_BTE), drawn.kernel_DE)
+
+
+def test_balance_loss_is_one_without_preference_and_e_over_k_when_all_choose_alike() -> None:
+    """Equal scores choose K experts as any others do, whichever they are."""
+    counted_BT = jnp.ones((2, 5), bool)
+    assert float(sequence_balance_loss(jnp.full((2, 5, 8), 0.5), counted_BT, 3)) == pytest.approx(1.0)
+    # Saturated sigmoids are equal too.
+    assert float(sequence_balance_loss(jnp.ones((2, 5, 8)), counted_BT, 3)) == pytest.approx(1.0)
+    alike = jnp.broadcast_to(jnp.where(jnp.arange(8) < 2, 1.0, 1e-6), (2, 5, 8))
+    assert float(sequence_balance_loss(alike, counted_BT, 2)) == pytest.approx(4.0, rel=1e-4)
+
+
+def test_a_sequence_without_counted_tokens_adds_nothing() -> None:
+    score_BTE = jnp.asarray(Drawn(CONFIG).scores(), jnp.float32)
+    counted_BT = jnp.array([[True], [False]]) & jnp.ones((2, 9), bool)
+    value, gradient = jax.value_and_grad(sequence_balance_loss)(score_BTE, counted_BT, 3)
+    alone = sequence_balance_loss(score_BTE[:1], counted_BT[:1], 3)
+    assert float(value) == pytest.approx(float(alone) / 2, rel=1e-6)
+    chex.assert_trees_all_equal(gradient[1], jnp.zeros_like(gradient[1]))
+
+
+# --- The bias rule ---------------------------------------------------------------------------------------------------
+
+
+def test_updated_bias() -> None:
+    """Down by the speed above the mean, up below it, still at it; layers apart from one another."""
+    bias_LE = jnp.array([[0.1, -0.2, 0.3, 0.0], [0.0, 0.0, 0.0, 5.0]])
+    load_LE = jnp.array([[9.0, 4.0, 1.0, 2.0], [6.0, 6.0, 6.0, 6.0]])
+    expected = np.float32([[0.1 - 0.01, -0.2, 0.3 + 0.01, 0.01], [0.0, 0.0, 0.0, 5.0]])
+    found = updated_bias(bias_LE, load_LE, 0.01)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+    chex.assert_trees_all_equal(found[0, 1], bias_LE[0, 1])
+    assert found.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [([2.0, 2.0, 2.0], 0.0), ([6.0, 0.0, 0.0], 2.0), ([[4.0, 2.0, 0.0], [3.0, 2.0, 1.0]], 1.0), ([0.0, 0.0], -1.0)],
+)
+def test_max_violation(load: list, expected: float) -> None:
+    """max load / mean - 1, of the layer where it is largest; -1 (and no NaN) where nothing was counted."""
+    assert float(max_violation(jnp.array(load))) == expected
+
+
+def skewed_run(bias_update_speed: float, steps: int = 200) -> tuple[np.ndarray, Any]:
+    """Trains a small DeepSeek-V3 on random tokens; the largest load violation before each step, and the last state.
+
+    Every state has a common direction (a constant in the embedding), and the gates are tilted along it: without biases,
+    expert 0 starts 0.12 above expert E - 1 in score, the others between. At gamma 0.001 two biases part by at most 0.4 in
+    200 steps, so this much can be evened out; a much stronger tilt could not.
+    """
+    model = dataclasses.replace(CONFIG, num_hidden_layers=2, num_nextn_predict_layers=1, n_group=1, topk_group=1, aux_loss_alpha=0.0)
+    config = Config(
+        model=model,
+        optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-4, warmup_steps=0, moment_dtype="float32"),
+        train=TrainConfig(steps=steps, batch_size=8, sequence_length=16, bias_update_speed=bias_update_speed),
+    )
+    variables = random_variables(model)
+    variables["router"] = jax.tree.map(np.zeros_like, variables["router"])
+    for stack in (variables["params"]["moe_layers"], variables["params"]["mtp_0"]["block"]):
+        h_DE = stack["mlp"]["gate"]["kernel"]
+        h_DE[...] = 0.05 * h_DE
+        # Half of a normalised state's mean square lies along the bias direction, of D equal entries.
+        h_DE += np.linspace(0.24, -0.24, model.n_routed_experts, dtype=np.float32) / model.hidden_size
+        stack["post_attention_layernorm"]["scale"][...] = 1
+    variables["params"]["embed"]["embedding"] += 6
+    state = state_of(config, jax.tree.map(jnp.asarray, variables))
+    step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+    violations = []
+    for i in range(steps):
+        tokens = random_tokens(8, 17, model, seed=i)
+        state, metrics = step(state, tokens[:, :-1], tokens[:, 1:])
+        violations.append(float(metrics["max_violation"]))
+    return np.array(violations), state

@@ -1,0 +1,119 @@
+"""A DeepSeek-V3 of a few thousand weights, every width another, and the bridge from it to the numpy oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.model import init_variables
+from tests.parity.compare import published_tensors
+
+CONFIG = ModelConfig(
+    vocab_size=29,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_nextn_predict_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=3,
+    q_lora_rank=10,
+    kv_lora_rank=14,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    intermediate_size=20,
+    moe_intermediate_size=7,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    aux_loss_alpha=0.05,
+    # Bends the frequencies within the context, with temperatures and amplitudes other than one.
+    rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=32, mscale=0.7, mscale_all_dim=1.2),
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    dtype="float32",
+    attention_chunk=8,
+    loss_chunk=8,
+)
+"""One dense and two MoE layers, two MTP depths; balance loss and YaRN large enough to be seen."""
+
+DENSE_ONLY = dataclasses.replace(CONFIG, num_hidden_layers=2, first_k_dense_replace=2, num_nextn_predict_layers=0)
+MOE_ONLY = dataclasses.replace(CONFIG, num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=1)
+
+Tree = Any
+
+
+def random_variables(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, Any]:
+    """Variables with activations of unit scale, norms that differ from one another, and biases as large as the scores."""
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _draw(rng, path, leaf), shapes)
+
+
+def _draw(rng: np.random.Generator, path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    name = path[-1].key
+    if name == "scale":
+        array = rng.uniform(0.6, 1.4, leaf.shape)
+    elif name == "e_score_correction_bias":
+        array = rng.normal(0, 0.3, leaf.shape)
+    else:
+        array = rng.normal(0, 1, leaf.shape) * (1 if name == "embedding" else _inputs(path, leaf.shape) ** -0.5)
+    return array.astype(leaf.dtype)
+
+
+def _inputs(path: tuple, shape: tuple[int, ...]) -> int:
+    keys = [key.key for key in path]
+    own = shape[1:] if keys[1] in ("dense_layers", "moe_layers") else shape
+    if "experts" in keys:
+        return own[1]
+    return own[0] * own[1] if "o_proj" in keys else own[0]
+
+
+def random_tokens(batch: int, length: int, config: ModelConfig = CONFIG, seed: int = 0) -> np.ndarray:
+    """Token ids [batch, length], int32."""
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length), np.int32)
+
+
+def published(config: ModelConfig) -> dict[str, Any]:
+    """The configuration as the oracle reads it."""
+    fields = dataclasses.asdict(config)
+    if config.rope_scaling is not None:
+        fields["rope_scaling"] = {name: value for name, value in fields["rope_scaling"].items() if value is not None}
+    return fields
+
+
+def oracle_tensors(config: ModelConfig, variables: Tree) -> dict[str, np.ndarray]:
+    """The variables as the oracle reads them: float64, under their published names."""
+    return published_tensors(config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables))
+
+
+def assert_gradient(gradient: Tree, oracle: Callable[[Tree], float], point: Tree, rtol: float = 1e-4, step: float = 1e-6) -> None:
+    """Holds a gradient to central differences of a float64 oracle, along a random direction for each leaf.
+
+    Args:
+      gradient: what is tested, a tree like `point`.
+      oracle: the function, in numpy.
+      point: where it is differentiated.
+      rtol: error allowed, relative to the norm of the leaf's gradient.
+      step: half the distance of the two evaluations, per unit of direction; no choice of experts may flip within it.
+    """
+    rng = np.random.default_rng(7)
+    leaves, structure = jax.tree.flatten(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), point))
+    found, found_structure = jax.tree.flatten(gradient)
+    assert structure == found_structure
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(point)]
+    for i, (leaf, leaf_gradient) in enumerate(zip(leaves, found, strict=True)):
+        assert leaf.shape == leaf_gradient.shape, paths[i]
+        direction = rng.standard_normal(leaf.shape)
+        above, below = (
+            oracle(jax.tree.unflatten(structure, [*leaves[:i], leaf + sign * step * direction, *leaves[i + 1 :]])) for sign in (1, -1)
+        )
+        slope, expected = float(np.sum(np.asarray(leaf_gradient, np.float64) * direction)), (above - below) / (2 * step)
+        size = max(float(np.linalg.norm(np.asarray(leaf_gradient, np.float64))), abs(expected), 1e-4)
+        assert abs(slope - expected) <= rtol * size, f"{paths[i]}: slope {slope}, by differences {expected}"

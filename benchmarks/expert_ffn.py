@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from machine import machine
 
 from dsv3_jax.kernels import choose_backend, expert_ffn
 
@@ -54,7 +51,7 @@ def _with_gradients(ffn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def _milliseconds(functions: dict[str, Callable], inputs: tuple[jax.Array, ...], repeats: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for name, function in functions.items():
+    for function in functions.values():
         jax.block_until_ready(function(*inputs))
     for _ in range(repeats):
         for name, function in functions.items():
@@ -66,20 +63,6 @@ def _milliseconds(functions: dict[str, Callable], inputs: tuple[jax.Array, ...],
 
 def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(numerators, denominators, strict=True)), 2)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() or None
 
 
 def main() -> None:
@@ -115,12 +98,7 @@ def main() -> None:
                 "time_over_dense": _median_ratio(times["ours"], times["dense"]),
                 "milliseconds": {name: round(statistics.median(t), 3) for name, t in times.items()},
                 "repeats": args.repeats,
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-                "device": jax.devices()[0].device_kind,
-                "processor": _processor(),
-                "cores": os.cpu_count(),
-                "commit": _commit(),
+                **machine(),
             }
             print(json.dumps(result), flush=True)
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from machine import machine
 
 from dsv3_jax.checkpoint.hugging_face import load_hf, save_hf
 from dsv3_jax.checkpoint.names import leaves
@@ -109,25 +108,16 @@ def main() -> None:
         _write(folder, arguments.megabytes, arguments.stored)
         command = [sys.executable, __file__, "--load", str(folder), "--dtype", arguments.dtype]
         measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--verify", "--quiet", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True)
-    print(
-        json.dumps(
-            {
-                "benchmark": "load_hf_memory",
-                "stored": arguments.stored,
-                "dtype": arguments.dtype,
-                "peak_ratio": round(measured["peak_bytes"] / measured["model_bytes"], 3),
-                **measured,
-                "bytes_per_second": round(measured["model_bytes"] / measured["seconds"]),
-                "jax": jax.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-                "hardware": f"{os.cpu_count()} x {platform.machine()}",
-                "commit": commit.stdout.strip() or None,
-            }
-        )
-    )
+    result = {
+        "benchmark": "load_hf_memory",
+        "stored": arguments.stored,
+        "dtype": arguments.dtype,
+        "peak_ratio": round(measured["peak_bytes"] / measured["model_bytes"], 3),
+        **measured,
+        "bytes_per_second": round(measured["model_bytes"] / measured["seconds"]),
+        **machine(),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

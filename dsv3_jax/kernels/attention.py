@@ -95,15 +95,20 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
     def key_tile(dq_BMUTX: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         k_j, v_j = _take(k_BMTX, j, tile, 2), _take(v_BMTW, j, tile, 2)
 
+        # Keys come first here: of the three gradients, only dq is then a product with a transposed left side.
         def query_tile(i: jax.Array, carry: tuple) -> tuple:
             dq, dk_j, dv_j = carry
             q_i, do_i = _take(q_BMUTX, i, tile, 3), _take(do_BMUTW, i, tile, 3)
-            p = jnp.exp(_tile_logits(q_i, k_j, i, j, scale, tile) - _take(lse_BMUT, i, tile, 3)[..., None])
-            dp = einsum("BMUAW,BMZW->BMUAZ", do_i, v_j)
-            ds = (p * (dp - _take(delta_BMUT, i, tile, 3)[..., None]) * scale).astype(q_i.dtype)
-            dv_j += einsum("BMUAZ,BMUAW->BMZW", p.astype(do_i.dtype), do_i)
-            dk_j += einsum("BMUAZ,BMUAX->BMZX", ds, q_i)
-            dq_i = _take(dq, i, tile, 3) + einsum("BMUAZ,BMZX->BMUAX", ds, k_j)
+            lse_i, delta_i = _take(lse_BMUT, i, tile, 3), _take(delta_BMUT, i, tile, 3)
+            logits_BMZUA = einsum("BMZX,BMUAX->BMZUA", k_j, q_i) * scale
+            offset = jnp.arange(tile)
+            seen_ZUA = (i * tile + offset >= j * tile + offset[:, None])[:, None]
+            p_BMZUA = jnp.exp(jnp.where(seen_ZUA, logits_BMZUA, MASKED) - lse_i[:, :, None])
+            dp_BMZUA = einsum("BMZW,BMUAW->BMZUA", v_j, do_i)
+            ds_BMZUA = (p_BMZUA * (dp_BMZUA - delta_i[:, :, None]) * scale).astype(q_i.dtype)
+            dv_j += einsum("BMZUA,BMUAW->BMZW", p_BMZUA.astype(do_i.dtype), do_i)
+            dk_j += einsum("BMZUA,BMUAX->BMZX", ds_BMZUA, q_i)
+            dq_i = _take(dq, i, tile, 3) + einsum("BMZUA,BMZX->BMUAX", ds_BMZUA, k_j)
             return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * tile, 3), dk_j, dv_j
 
         start = dq_BMUTX, jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32)

@@ -6,6 +6,8 @@ the same faster: `tiles.py` on CPUs, `ragged_dot.py` wherever XLA has a grouped 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +15,11 @@ from dsv3_jax.kernels.ragged_dot import expert_ffn_ragged_dot
 from dsv3_jax.kernels.reference import expert_ffn_reference
 from dsv3_jax.kernels.tiles import expert_ffn_tiles
 
-_BACKENDS = {"tiles": expert_ffn_tiles, "ragged_dot": expert_ffn_ragged_dot, "reference": expert_ffn_reference}
+_BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "tiles": expert_ffn_tiles,
+    "ragged_dot": expert_ffn_ragged_dot,
+    "reference": expert_ffn_reference,
+}
 _PLANNED = ("pallas_tpu", "pallas_gpu")
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 _LARGEST_TILE = 256
-_SMALLEST_TILE = 4
+_REMAINDER_TILE = 32
 
 
 class _Tile(NamedTuple):
@@ -38,11 +38,14 @@ class _Tile(NamedTuple):
 
 
 def _tile_rows(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Rows of a tile, largest first, for experts that have num_rows / num_experts rows on average."""
+    """Rows of a tile, largest first, for experts that have num_rows / num_experts rows on average.
+
+    Every product packs the weights anew and every tile adds to the weight gradients, so a tile should hold most of an
+    expert's rows; past 64 rows that is paid for, and small tiles for the remainder save more than they cost.
+    """
     mean = -(-num_rows // num_experts)
-    largest = min(max(1 << (mean - 1).bit_length(), _SMALLEST_TILE), _LARGEST_TILE)
-    rows = (largest, largest // 4) if largest >= 8 * _SMALLEST_TILE else (largest,)
-    return tuple(min(n, num_rows) for n in rows)
+    largest = min(1 << (mean - 1).bit_length(), _LARGEST_TILE, num_rows)
+    return (largest, _REMAINDER_TILE) if largest >= 4 * _REMAINDER_TILE else (largest,)
 
 
 def _over_experts(visit: Callable[[jax.Array, Callable, Any], Any], carry: Any, group_sizes_E: jax.Array, num_rows: int) -> Any:

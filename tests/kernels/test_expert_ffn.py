@@ -1,0 +1,228 @@
+"""Every backend of `expert_ffn` against the reference, and the reference against numpy."""
+
+from __future__ import annotations
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.kernels import choose_backend, expert_ffn
+from tests.tolerances import TOLERANCE
+
+# Group sizes by shape: rows, hidden size, expert hidden size, experts; cases of one shape are compiled once. Rows past
+# the sum of the sizes are poisoned with NaN.
+SIZES = {
+    # Tiles of 8 rows.
+    (40, 13, 7, 6): {
+        "some": [7, 0, 0, 19, 3, 11],
+        "one expert has everything": [0, 40, 0, 0, 0, 0],
+        "all rows in the last expert": [0, 0, 0, 0, 0, 40],
+        "rows past the last group": [5, 0, 21, 3, 0, 0],
+        "one row past the last group": [8, 8, 8, 8, 7, 0],
+        "no rows at all": [0, 0, 0, 0, 0, 0],
+    },
+    # Tiles of 16 rows.
+    (160, 16, 8, 17): {"sizes up to a tile and one more": list(range(1, 18))},
+    # Tiles of 256 and of 32 rows.
+    (620, 8, 6, 5): {
+        "around both tiles": [1, 289, 0, 255, 33],
+        "the last large tile ends at the last row": [0, 108, 256, 0, 256],
+        "the last small tile ends at the last row": [0, 300, 0, 0, 320],
+    },
+    (80, 8, 6, 256): {"256 experts": [(i % 7 == 0) * (1 + i % 3) for i in range(256)]},
+    (21, 6, 8, 1): {"one expert": [20]},
+    # A power of two would be four rows.
+    (3, 6, 8, 1): {"fewer rows than a tile": [3]},
+    (1, 6, 8, 2): {"one row": [0, 1]},
+}
+CASES = {case: (shape, sizes) for shape, cases in SIZES.items() for case, sizes in cases.items()}
+
+
+def make_inputs(case: str, dtype: str) -> tuple[jax.Array, ...]:
+    """x, weights, group sizes and the gradient of y, so that values and gradients are of about unit size."""
+    (num_rows, hidden, expert_hidden, num_experts), sizes = CASES[case]
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, scale: float) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape) * scale, dtype)
+
+    x_RD = normal(num_rows, hidden, scale=1.0)
+    w_gate_EDF = normal(num_experts, hidden, expert_hidden, scale=hidden**-0.5)
+    w_up_EDF = normal(num_experts, hidden, expert_hidden, scale=hidden**-0.5)
+    w_down_EFD = normal(num_experts, expert_hidden, hidden, scale=expert_hidden**-0.5)
+    dy_RD = normal(num_rows, hidden, scale=max(*sizes, 1) ** -0.5)
+    x_RD, dy_RD = (a.at[sum(sizes) :].set(jnp.nan) for a in (x_RD, dy_RD))
+    return x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, jnp.asarray(sizes, jnp.int32), dy_RD
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def value_and_gradients(
+    x_RD: jax.Array,
+    w_gate_EDF: jax.Array,
+    w_up_EDF: jax.Array,
+    w_down_EFD: jax.Array,
+    group_sizes_E: jax.Array,
+    dy_RD: jax.Array,
+    backend: str,
+) -> dict[str, jax.Array]:
+    def ffn(*differentiated: jax.Array) -> jax.Array:
+        return expert_ffn(*differentiated, group_sizes_E, backend=backend)
+
+    y_RD, gradient = jax.vjp(ffn, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD)
+    return {"y": y_RD} | dict(zip(("dx", "dw_gate", "dw_up", "dw_down"), gradient(dy_RD), strict=True))
+
+
+@functools.cache
+def expected(case: str, dtype: str) -> dict[str, jax.Array]:
+    return value_and_gradients(*make_inputs(case, dtype), backend="reference")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["tiles", "ragged_dot"])
+@pytest.mark.parametrize("case", CASES)
+def test_backend_matches_reference(case: str, backend: str, dtype: str) -> None:
+    inputs = make_inputs(case, dtype)
+    found = value_and_gradients(*inputs, backend=backend)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected(case, dtype))
+    chex.assert_trees_all_close(found, expected(case, dtype), **TOLERANCE[dtype])
+    used = int(inputs[-2].sum())
+    np.testing.assert_array_equal(found["y"][used:], 0)
+    np.testing.assert_array_equal(found["dx"][used:], 0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_matches_numpy(case: str) -> None:
+    x, w_gate, w_up, w_down, sizes, dy = (np.asarray(a, np.float64) for a in make_inputs(case, "float32"))
+    want = {"y": x, "dx": x, "dw_gate": w_gate, "dw_up": w_up, "dw_down": w_down}
+    want = {name: np.zeros_like(array) for name, array in want.items()}
+    row = 0
+    for e, size in enumerate(sizes.astype(int)):
+        for r in range(row, row + size):
+            gate, up = x[r] @ w_gate[e], x[r] @ w_up[e]
+            sigmoid = 1 / (1 + np.exp(-gate))
+            want["y"][r] = (gate * sigmoid * up) @ w_down[e]
+            dhidden = w_down[e] @ dy[r]
+            dgate = dhidden * up * sigmoid * (1 + gate * (1 - sigmoid))
+            dup = dhidden * gate * sigmoid
+            want["dx"][r] = w_gate[e] @ dgate + w_up[e] @ dup
+            want["dw_gate"][e] += np.outer(x[r], dgate)
+            want["dw_up"][e] += np.outer(x[r], dup)
+            want["dw_down"][e] += np.outer(gate * sigmoid * up, dy[r])
+        row += size
+    chex.assert_trees_all_close(expected(case, "float32"), want, **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("backend", ["tiles", "ragged_dot"])
+def test_inside_scan_and_checkpoint(backend: str) -> None:
+    x_RD, *weights, group_sizes_E, dy_RD = make_inputs("some", "float32")
+    layers = [jnp.stack([w, 0.5 * w, -w]) for w in weights]
+
+    def loss(x_RD: jax.Array, layers: list[jax.Array], name: str) -> jax.Array:
+        @jax.checkpoint
+        def layer(x_RD: jax.Array, weights: list[jax.Array]) -> tuple[jax.Array, None]:
+            return x_RD + expert_ffn(x_RD, *weights, group_sizes_E, backend=name), None
+
+        return jnp.sum(dy_RD * jax.lax.scan(layer, x_RD, layers)[0])
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    chex.assert_trees_all_close(gradients(x_RD, layers, backend), gradients(x_RD, layers, "reference"), **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("backend", ["tiles", "ragged_dot", "reference"])
+def test_inside_shard_map_weight_gradients_are_summed(backend: str) -> None:
+    """Rows split over devices, weights on each, and JAX's check of what varies where left on."""
+    devices, rows = 4, 8
+    sizes = jnp.asarray([[8, 0, 0], [1, 3, 4], [0, 0, 8], [2, 2, 2]], jnp.int32)
+    rng = np.random.default_rng(0)
+    x_RD, dy_RD = (jnp.asarray(rng.standard_normal((devices * rows, 6)), jnp.float32) for _ in range(2))
+    shapes = (3, 6, 5), (3, 6, 5), (3, 5, 6)
+    weights = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    mesh = jax.make_mesh((devices,), ("expert",), devices=jax.devices()[:devices], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(x_RD: jax.Array, weights: list[jax.Array], sizes_1E: jax.Array) -> jax.Array:
+        return expert_ffn(x_RD, *weights, sizes_1E[0], backend=backend)
+
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P("expert"), P(), P("expert")), out_specs=P("expert"))
+
+    def loss_sharded(x_RD: jax.Array, weights: list[jax.Array]) -> jax.Array:
+        return jnp.sum(dy_RD * sharded(x_RD, weights, sizes))
+
+    def loss_of_parts(x_RD: jax.Array, weights: list[jax.Array]) -> jax.Array:
+        parts = zip(jnp.split(x_RD, devices), sizes, strict=True)
+        return jnp.sum(dy_RD * jnp.concatenate([expert_ffn(x, *weights, s, backend="reference") for x, s in parts]))
+
+    found = jax.jit(jax.value_and_grad(loss_sharded, argnums=(0, 1)))(x_RD, weights)
+    want = jax.jit(jax.value_and_grad(loss_of_parts, argnums=(0, 1)))(x_RD, weights)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-4)
+
+
+def test_tiles_never_touch_idle_experts() -> None:
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD = make_inputs("some", "float32")
+    idle_E11 = (group_sizes_E == 0)[:, None, None]
+    poisoned = (jnp.where(idle_E11, jnp.nan, w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    found = value_and_gradients(x_RD, *poisoned, group_sizes_E, dy_RD, backend="tiles")
+    chex.assert_trees_all_close(found, expected("some", "float32"), **TOLERANCE["float32"])
+
+
+def test_tiles_keep_activations_only_for_a_gradient() -> None:
+    x_RD, *weights, group_sizes_E, dy_RD = make_inputs("some", "float32")
+    stored = f"f32[{x_RD.shape[0]},{weights[0].shape[2]}]"
+
+    def forward(*args: jax.Array) -> jax.Array:
+        return expert_ffn(*args, group_sizes_E, backend="tiles")
+
+    assert stored in str(jax.make_jaxpr(jax.grad(lambda *args: jnp.vdot(dy_RD, forward(*args))))(x_RD, *weights))
+    assert stored not in jax.jit(forward).lower(x_RD, *weights).compile().as_text()
+
+
+@pytest.mark.parametrize(("platform", "backend"), [("cpu", "tiles"), ("gpu", "ragged_dot"), ("tpu", "ragged_dot")])
+def test_auto_goes_by_platform(platform: str, backend: str) -> None:
+    assert choose_backend("auto", platform) == backend
+
+
+def test_auto_is_the_default_platform() -> None:
+    assert choose_backend("auto") == choose_backend("auto", jax.default_backend())
+    inputs = make_inputs("some", "float32")[:-1]
+    chex.assert_trees_all_equal(expert_ffn(*inputs, backend="auto"), expert_ffn(*inputs, backend=choose_backend("auto")))
+
+
+@pytest.mark.parametrize("name", ["tiles", "ragged_dot", "reference"])
+def test_a_named_backend_is_kept(name: str) -> None:
+    assert choose_backend(name, "tpu") == name
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
+def test_planned_backends_say_so(name: str) -> None:
+    with pytest.raises(NotImplementedError, match=name):
+        expert_ffn(*make_inputs("some", "float32")[:-1], backend=name)
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="'tile'; choose one of auto, tiles"):
+        choose_backend("tile")
+
+
+@pytest.mark.parametrize(
+    ("index", "replacement", "named"),
+    [
+        (0, jnp.ones((40, 12)), r"x float32\[40, 12\]"),
+        (0, jnp.ones((0, 13)), r"x float32\[0, 13\]"),
+        (0, jnp.ones((40,)), r"x float32\[40\]"),
+        (0, jnp.ones((40, 13), jnp.bfloat16), r"x bfloat16\[40, 13\], w_gate float32"),
+        (1, jnp.ones((13, 7)), r"w_gate float32\[13, 7\]"),
+        (2, jnp.ones((6, 7, 13)), r"w_up float32\[6, 7, 13\]"),
+        (3, jnp.ones((6, 13, 7)), r"w_down float32\[6, 13, 7\]"),
+        (4, jnp.ones((5,), jnp.int32), r"group_sizes int32\[5\]"),
+        (4, jnp.ones((6,), jnp.float32), r"group_sizes float32\[6\]"),
+    ],
+)
+def test_ill_fitting_arrays_are_refused(index: int, replacement: jax.Array, named: str) -> None:
+    inputs = list(make_inputs("some", "float32")[:-1])
+    inputs[index] = replacement
+    with pytest.raises(ValueError, match=named):
+        expert_ffn(*inputs, backend="tiles")

@@ -1,0 +1,110 @@
+"""metrics.jsonl, TensorBoard and the picture of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+
+import matplotlib.image
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.train.metrics import MetricsLog, read_metrics, write_report
+
+NAMES = ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path) -> RunDirectory:
+    return RunDirectory(str(tmp_path))
+
+
+def row(step: int) -> dict[str, float]:
+    """A row of figures without a short decimal form."""
+    return {"step": step, **{name: math.pi / step * 3**i for i, name in enumerate(NAMES)}, "tokens": 64 * step}
+
+
+def test_rows_come_back_to_the_bit(run: RunDirectory) -> None:
+    rows = [row(step) for step in (2, 4, 6)]
+    rows[0] |= {"loss": 0.1 + 0.2, "grad_norm": 5e-324, "learning_rate": 1 - 2**-53}
+    with MetricsLog(run, 0) as log:
+        for each in rows:
+            log.write(each)
+            # Written at once: a run that is killed keeps what it said.
+            assert json.loads(run.metrics_file.read_text().splitlines()[-1]) == each
+        assert log.rows == rows
+    assert read_metrics(run) == rows
+    assert [float(value).hex() for value in read_metrics(run)[0].values()] == [float(v).hex() for v in rows[0].values()]
+    assert run.metrics_file.read_text().count("\n") == 3
+
+
+def test_a_continued_run_drops_the_steps_it_takes_again(run: RunDirectory) -> None:
+    with MetricsLog(run, 0) as log:
+        for step in range(1, 8):
+            log.write(row(step))
+    before = run.metrics_file.read_text().splitlines(keepends=True)
+    with MetricsLog(run, 5) as log:
+        assert [each["step"] for each in log.rows] == [1, 2, 3, 4, 5]
+        assert run.metrics_file.read_text() == "".join(before[:5])
+        log.write(row(6))
+    assert run.metrics_file.read_text() == "".join(before[:6])
+    with MetricsLog(run, 0) as log:
+        assert log.rows == []
+    assert run.metrics_file.read_text() == ""
+
+
+def test_a_line_cut_short_is_left_out_and_not_written_onto(run: RunDirectory) -> None:
+    with MetricsLog(run, 0) as log:
+        for step in (1, 2, 3):
+            log.write(row(step))
+    whole = run.metrics_file.read_text()
+    last_line = whole.rindex("\n", 0, -1) + 1
+    for end in range(last_line + 1, len(whole) - 1):
+        run.metrics_file.write_text(whole[:end])
+        assert read_metrics(run) == [row(1), row(2)]
+    with MetricsLog(run, 2) as log:
+        log.write(row(3))
+    assert run.metrics_file.read_text() == whole
+
+
+def test_a_run_without_metrics_has_no_rows(run: RunDirectory) -> None:
+    assert read_metrics(run) == []
+
+
+def scalars(folder: pathlib.Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of every scalar in the event files, whose records are [length, crc, data, crc]."""
+    found = []
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[12 + length + 4 :]
+    return found
+
+
+def test_tensorboard_gets_the_same(run: RunDirectory) -> None:
+    with MetricsLog(run, 0) as log:
+        log.write(row(3))
+        log.write(row(6))
+    expected = [(step, name, value) for step in (3, 6) for name, value in row(step).items() if name != "step"]
+    found = scalars(pathlib.Path(run.tensorboard))
+    assert [(step, name) for step, name, _ in found] == [(step, name) for step, name, _ in expected]
+    assert [value for *_, value in found] == pytest.approx([value for *_, value in expected], rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [(2, 4, 6), (7,), ()])
+def test_report_is_a_picture(run: RunDirectory, steps: tuple[int, ...]) -> None:
+    rows = [row(step) for step in steps]
+    if len(rows) > 1:
+        rows[1]["heldout_loss"] = 3.0
+    write_report(run, rows)
+    assert run.report_file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    picture = matplotlib.image.imread(str(run.report_file))
+    assert picture.shape == (840, 1320, 4)
+    # Curves are drawn in colour; axes and text are grey.
+    coloured = (picture[..., :3].max(-1) - picture[..., :3].min(-1) > 0.2).sum()
+    assert (coloured > 500) == (len(steps) > 1)

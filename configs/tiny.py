@@ -9,13 +9,13 @@ beside those of `gzip -9` and `xz -9`, and with a sample.
 
 from __future__ import annotations
 
-from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
 
 config = Config(
     model=ModelConfig(
         vocab_size=4096,
         hidden_size=256,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_nextn_predict_layers=1,
         first_k_dense_replace=1,
         num_attention_heads=4,
@@ -24,11 +24,11 @@ config = Config(
         qk_nope_head_dim=32,
         qk_rope_head_dim=16,
         v_head_dim=32,
-        intermediate_size=768,
+        intermediate_size=512,
         moe_intermediate_size=128,
         n_routed_experts=16,
         n_shared_experts=1,
-        num_experts_per_tok=4,
+        num_experts_per_tok=2,
         n_group=4,
         topk_group=2,
         max_position_embeddings=1024,
@@ -37,6 +37,7 @@ config = Config(
         attention_chunk=256,
         loss_chunk=256,
     ),
-    optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=100, moment_dtype="float32"),
-    train=TrainConfig(steps=1000, batch_size=8, sequence_length=256, bias_update_speed=0.001),
+    optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=40, moment_dtype="float32"),
+    train=TrainConfig(steps=400, batch_size=8, sequence_length=256, eval_every=50),
+    checkpoint=CheckpointConfig(every=100),
 )

@@ -147,11 +147,9 @@ class ModelConfig:
             groups == 1 or experts // groups >= 2,
             f"n_group ({groups}) leaves {experts // groups} expert a group; a group is scored by its best two, so it needs two",
         )
-        reachable = self.topk_group * experts // groups
-        require(
-            self.num_experts_per_tok <= reachable,
-            f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {reachable} experts of {self.topk_group} (topk_group) groups",
-        )
+        reachable, chosen = self.topk_group * experts // groups, self.num_experts_per_tok
+        kept = f"topk_group ({self.topk_group}) groups"
+        require(chosen <= reachable, f"num_experts_per_tok ({chosen}) exceeds the {reachable} experts of {kept}")
         for name in ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "initializer_range"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         require(self.aux_loss_alpha >= 0, f"aux_loss_alpha is {self.aux_loss_alpha}; it cannot be negative")

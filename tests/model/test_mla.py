@@ -57,19 +57,17 @@ def in_pieces(config: ModelConfig, params: Any, x_BTD: np.ndarray, pieces: list[
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("absorbed", [False, True], ids=["materialised", "absorbed"])
 def test_values_and_gradients(name: str, absorbed: bool) -> None:
-    """Both forms over a whole sequence, and every parameter's gradient through them."""
+    """Both forms over a whole sequence, what they leave for the cache, and every parameter's gradient.
+
+    The norms of the latents have their own epsilon, 1e-6, whatever the config says; the rotary key passes no norm.
+    """
     config = CONFIGS[name]
     params, tensors = layer_of(config)
     x_BTD, dy_BTD = inputs(), inputs(1)
-    found_BTD, latents = whole(config, params, x_BTD, absorbed)
-    chex.assert_trees_all_close(
-        np.float64(found_BTD), reference_model.attention(published(config), tensors, np.float64(x_BTD)), **TOLERANCE["float32"]
-    )
-    chex.assert_shape(latents.c_kv, (2, LENGTH, config.kv_lora_rank))
-    chex.assert_shape(latents.k_rope, (2, LENGTH, config.qk_rope_head_dim))
 
-    def loss(at: tuple[Any, jax.Array]) -> jax.Array:
-        return jnp.sum(dy_BTD * whole(config, *at, absorbed)[0])
+    def loss(at: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
+        y_BTD, latents = whole(config, *at, absorbed)
+        return jnp.sum(dy_BTD * y_BTD), (y_BTD, latents)
 
     def oracle(at: tuple[Any, np.ndarray]) -> float:
         stack = jax.tree.map(lambda leaf: leaf[None], at[0])
@@ -77,12 +75,28 @@ def test_values_and_gradients(name: str, absorbed: bool) -> None:
         layer = reference_model.layer_tensors(named, 0)
         return float(np.sum(dy_BTD * reference_model.attention(published(config), layer, at[1])))
 
-    assert_gradient(jax.jit(jax.grad(loss))((params, x_BTD)), oracle, (params, x_BTD))
+    gradient, found = jax.jit(jax.grad(loss, has_aux=True))((params, x_BTD))
+    expected_BTD = reference_model.attention(published(config), tensors, np.float64(x_BTD))
+    expected = expected_BTD, oracle_latents(config, tensors, x_BTD)
+    chex.assert_trees_all_equal_shapes(found, expected)
+    chex.assert_trees_all_close(jax.tree.map(np.float64, found), expected, **TOLERANCE["float32"])
+    assert_gradient(gradient, oracle, (params, x_BTD))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("pieces", [[1] * LENGTH, [1, 7, 3, 8], [LENGTH]], ids=["tokens", "pieces", "whole"])
+def oracle_latents(config: ModelConfig, tensors: dict[str, np.ndarray], x_BTD: np.ndarray) -> Latents:
+    """norm(c_kv), and the rotated k_r."""
+    joint_BTX = np.float64(x_BTD) @ tensors["self_attn.kv_a_proj_with_mqa.weight"].T
+    c_kv_BTC, k_rope_BTP = np.split(joint_BTX, [config.kv_lora_rank], axis=-1)
+    angles = reference_model.rotary_angles(published(config), LENGTH)
+    return Latents(
+        reference_model.rms_norm(c_kv_BTC, tensors["self_attn.kv_a_layernorm.weight"], 1e-6),
+        reference_model.rotate(k_rope_BTP[:, :, None], angles)[:, :, 0],
+    )
+
+
+@pytest.mark.parametrize(("name", "pieces"), [("q_lora", [1] * LENGTH), ("q_lora", [8, 8, 3]), ("no_q_lora", [1] * LENGTH)])
 def test_cached_is_uncached(name: str, pieces: list[int]) -> None:
+    """Token by token, and in pieces."""
     config = CONFIGS[name]
     params, tensors = layer_of(config)
     x_BTD = inputs()
@@ -91,35 +105,14 @@ def test_cached_is_uncached(name: str, pieces: list[int]) -> None:
     chex.assert_trees_all_close(np.float64(found_BTD), expected_BTD, **TOLERANCE["float32"])
 
 
-def test_latents_are_normalised_keys_are_not() -> None:
-    """The cache holds norm(c_kv) and the rotated k_r, which passes no norm."""
-    params, tensors = layer_of(CONFIG)
-    x_BTD, C = inputs(), CONFIG.kv_lora_rank
-    _, latents = whole(CONFIG, params, x_BTD)
-    joint_BTX = np.float64(x_BTD) @ tensors["self_attn.kv_a_proj_with_mqa.weight"].T
-    c_kv_BTC = reference_model.rms_norm(joint_BTX[..., :C], tensors["self_attn.kv_a_layernorm.weight"], 1e-6)
-    k_rope_BTP = reference_model.rotate(joint_BTX[:, :, None, C:], reference_model.rotary_angles(published(CONFIG), LENGTH))[:, :, 0]
-    chex.assert_trees_all_close(jax.tree.map(np.float64, latents), Latents(c_kv_BTC, k_rope_BTP), **TOLERANCE["float32"])
-
-
-def test_latent_norms_keep_their_own_epsilon() -> None:
-    """1e-6 whatever rms_norm_eps says, as in the reference."""
+@pytest.mark.parametrize("absorbed", [False, True], ids=["materialised", "absorbed"])
+def test_bfloat16(absorbed: bool) -> None:
+    """As near the exact result of the rounded inputs as a few bfloat16 roundings allow."""
     params, _ = layer_of(CONFIG)
-    x_BTD = inputs()
-    other = dataclasses.replace(CONFIG, rms_norm_eps=0.5)
-    chex.assert_trees_all_equal(whole(CONFIG, params, x_BTD), whole(other, params, x_BTD))
-
-
-def test_bfloat16() -> None:
-    """The three forms in bfloat16 lie as near the exact result as bfloat16 allows."""
-    config = CONFIG.with_dtype("bfloat16")
-    params, _ = layer_of(CONFIG)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
-    x_BTD = np.asarray(jnp.asarray(inputs(), jnp.bfloat16))
-    exact = jax.tree.map(np.float32, (params, x_BTD))
-    expected_BTD = np.float64(whole(CONFIG, *exact)[0])
-    for absorbed in (False, True):
-        found_BTD, latents = whole(config, params, x_BTD, absorbed)
-        chex.assert_type([found_BTD, *latents], jnp.bfloat16)
-        error = np.linalg.norm(np.float64(found_BTD) - expected_BTD) / np.linalg.norm(expected_BTD)
-        assert error < TOLERANCE["bfloat16"]["rtol"]
+    params, x_BTD = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16)), (params, inputs()))
+    found_BTD, latents = whole(CONFIG.with_dtype("bfloat16"), params, x_BTD, absorbed)
+    chex.assert_type([found_BTD, *latents], jnp.bfloat16)
+    stack = jax.tree.map(lambda leaf: leaf[None], params)
+    tensors = reference_model.layer_tensors(oracle_tensors(CONFIG, {"params": {"dense_layers": {"self_attn": stack}}}), 0)
+    expected_BTD = reference_model.attention(published(CONFIG), tensors, np.float64(x_BTD))
+    assert np.linalg.norm(np.float64(found_BTD) - expected_BTD) < TOLERANCE["bfloat16"]["rtol"] * np.linalg.norm(expected_BTD)

@@ -1,0 +1,167 @@
+"""Checkpoints of a run: every bit comes back, the newest are kept, and what is no run is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.config import CheckpointConfig, Config, OptimizerConfig, TrainConfig
+from dsv3_jax.train.optimizer import make_optimizer
+from tests.model.tiny import CONFIG, random_variables
+
+RUN = Config(
+    model=CONFIG,
+    optimizer=OptimizerConfig(moment_dtype="bfloat16"),
+    train=TrainConfig(steps=3, sequence_length=16),
+    checkpoint=CheckpointConfig(every=1, keep=2),
+)
+Tree = Any
+
+
+def state(seed: int) -> tuple[dict[str, Any], Tree]:
+    """Random variables, and an optimizer that has taken a step from them."""
+    variables = jax.tree.map(jnp.asarray, random_variables(seed=seed))
+    optimizer = make_optimizer(RUN)
+    _, taken = optimizer.update(variables["params"], optimizer.init(variables["params"]), variables["params"])
+    return variables, taken
+
+
+def like(tree: Tree) -> Tree:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoints of steps 1, 2 and 3 behind it."""
+    path = tmp_path_factory.mktemp("run")
+    run = RunDirectory.create_or_resume(str(path), RUN, resume=False)
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        assert checkpoints.latest_step() is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, *state(step))
+    return path
+
+
+def assert_same_bits(found: Tree, expected: Tree) -> None:
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_every_bit_comes_back_in_the_same_structure(saved: Path, step: int) -> None:
+    variables, optimizer = state(step)
+    with Checkpoints(RunDirectory.existing(str(saved)), RUN.checkpoint) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        restored = checkpoints.restore(step, variables=like(variables), optimizer=like(optimizer))
+    assert_same_bits(restored, {"variables": variables, "optimizer": optimizer})
+    assert any(isinstance(part, optax.ScaleByAdamState) for part in restored["optimizer"])
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(restored["optimizer"])}
+    assert dtypes == {"int32", "bfloat16"}
+
+
+def test_the_newest_are_kept(saved: Path) -> None:
+    assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_one_item_is_read_without_the_other(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(saved, path)
+    shutil.rmtree(path / "checkpoints" / "3" / "optimizer")
+    _, variables, step = load_run(str(path))
+    assert step == 3
+    assert_same_bits(variables, state(3)[0])
+
+
+def test_arrays_may_be_donated_as_soon_as_saving_has_begun(tmp_path: Path) -> None:
+    run = RunDirectory.create_or_resume(str(tmp_path), RUN, resume=False)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    tree = {"params": jnp.zeros((2000, 1000)), "router": jnp.zeros(7)}
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        checkpoints.save(1, tree, {"count": jnp.zeros(())})
+        donated = tree
+        for _ in range(3):
+            tree = overwrite(tree)
+        assert donated["params"].is_deleted()
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        restored = checkpoints.restore(1, variables=like(tree))["variables"]
+    chex.assert_trees_all_equal(restored, jax.tree.map(jnp.zeros_like, tree))
+
+
+def test_a_relative_path_will_do(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory.create_or_resume("runs/a", RUN, resume=False)
+    variables, optimizer = state(1)
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        checkpoints.save(7, variables, optimizer)
+    _, loaded, step = load_run("runs/a")
+    assert step == 7
+    assert_same_bits(loaded, variables)
+    assert [path.name for path in (tmp_path / "runs" / "a" / "checkpoints").iterdir()] == ["7"]
+
+
+def test_load_run_gives_the_newest_with_its_config(saved: Path) -> None:
+    config, variables, step = load_run(str(saved))
+    assert (config, step) == (RUN, 3)
+    assert_same_bits(variables, state(3)[0])
+    assert {leaf.devices().pop() for leaf in jax.tree.leaves(variables)} == {jax.devices()[0]}
+
+
+def test_load_run_casts_the_parameters_and_not_the_biases(saved: Path) -> None:
+    config, variables, _ = load_run(str(saved), "bfloat16")
+    expected, _ = state(3)
+    assert config == dataclasses.replace(RUN, model=dataclasses.replace(CONFIG, dtype="bfloat16", param_dtype="bfloat16"))
+    assert_same_bits(variables["params"], jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), expected["params"]))
+    assert_same_bits(variables["router"], expected["router"])
+
+
+def test_a_save_cut_short_is_not_a_checkpoint(saved: Path, tmp_path: Path) -> None:
+    """Orbax writes under another name and renames at the end."""
+    path = tmp_path / "run"
+    shutil.copytree(saved, path)
+    (path / "checkpoints" / "3").rename(path / "checkpoints" / "3.orbax-checkpoint-tmp")
+    assert load_run(str(path))[2] == 2
+
+
+def test_load_run_refuses_what_holds_no_checkpoint(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        load_run(str(tmp_path / "missing"))
+    path = tmp_path / "run"
+    RunDirectory.create_or_resume(str(path), RUN, resume=False)
+    with pytest.raises(ValueError, match=r"holds no checkpoint yet; let the run reach its first \(checkpoint.every steps\)"):
+        load_run(str(path))
+    assert not (path / "checkpoints").exists()
+    (path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="holds no complete checkpoint yet"):
+        load_run(str(path))
+
+
+def test_load_run_refuses_weights_of_another_model(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(saved, path)
+    other = dataclasses.replace(RUN, model=dataclasses.replace(CONFIG, moe_intermediate_size=9))
+    (path / "config.json").write_text(other.to_json())
+    with pytest.raises(ValueError):  # noqa: PT011
+        load_run(str(path))
+
+
+def test_load_run_refuses_a_damaged_checkpoint(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(saved, path)
+    for file in (path / "checkpoints" / "3" / "variables").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ValueError):  # noqa: PT011
+        load_run(str(path))

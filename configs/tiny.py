@@ -9,7 +9,7 @@ beside those of `gzip -9` and `xz -9`, and with a sample.
 
 from __future__ import annotations
 
-from dsv3_jax.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.config import CheckpointConfig, Config, InferConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 config = Config(
     model=ModelConfig(
@@ -38,6 +38,8 @@ config = Config(
         loss_chunk=256,
     ),
     optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=40, moment_dtype="float32"),
-    train=TrainConfig(steps=400, batch_size=8, sequence_length=256, eval_every=50),
+    # 400 steps of the published gamma, 0.001, would be too few to even out the experts.
+    train=TrainConfig(steps=400, batch_size=8, sequence_length=256, eval_every=50, bias_update_speed=0.01),
     checkpoint=CheckpointConfig(every=100),
+    infer=InferConfig(prompt="def main(", max_tokens=96, temperature=0.7, top_p=0.9),
 )

@@ -39,7 +39,7 @@ def main() -> None:
     flags = parse_flags(EvaluateFlags, description=__doc__ or "")
     documents, _ = read_source(flags.text)
     model = load_model(flags.checkpoint, flags.dtype)
-    length = flags.sequence_length or model.sequence_length
+    length = model.sequence_length if flags.sequence_length is None else flags.sequence_length
     context = model.config.max_position_embeddings
     if not 1 <= length <= context:
         raise ValueError(f"--sequence-length is {length}; it must lie in 1..{context} (max_position_embeddings)")

@@ -188,7 +188,9 @@ def test_a_file_is_refused(tmp_path: Path, resume: bool) -> None:
     refused(tmp_path / "file" / "run", "cannot be made .*name another --run-dir", resume=resume)
 
 
-@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, lambda path: path.write_text("x")], ids=["missing", "empty", "file"])
+@pytest.mark.parametrize(
+    "make", [lambda path: None, Path.mkdir, lambda path: path.write_text("x")], ids=["missing", "empty", "file"]
+)
 def test_reading_what_is_no_run_is_refused(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     make(tmp_path / "run")
     with pytest.raises(ValueError, match=r"holds no run \(no config.json\); name the --run-dir of a training run"):

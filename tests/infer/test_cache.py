@@ -22,7 +22,9 @@ LAYERS = {
 
 @pytest.mark.parametrize(("config", "names"), LAYERS.values(), ids=LAYERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_empty_cache_has_a_row_of_places_for_every_layer_and_sequence(config: ModelConfig, names: list[str], dtype: str) -> None:
+def test_an_empty_cache_has_a_row_of_places_for_every_layer_and_sequence(
+    config: ModelConfig, names: list[str], dtype: str
+) -> None:
     cache = empty_cache(config.with_dtype(dtype), 3, 10)
     assert list(cache.layers) == names
     for latents in cache.layers.values():

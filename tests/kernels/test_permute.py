@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,22 @@ from dsv3_jax.kernels.permute import combine, dispatch, sort_by_expert
 from tests.tolerances import TOLERANCE
 
 # Tokens, choices of each, experts.
-SHAPES = [(1, 1, 1), (1, 3, 8), (7, 1, 4), (16, 4, 16), (33, 8, 256)]
+SHAPES = [(1, 3, 8), (7, 1, 4), (33, 8, 256)]
 
 
 def choose(num_tokens: int, num_chosen: int, num_experts: int) -> jax.Array:
     """Distinct experts for each token, as top-k gives them."""
     rng = np.random.default_rng(0)
     return jnp.asarray(np.stack([rng.permutation(num_experts)[:num_chosen] for _ in range(num_tokens)]), jnp.int32)
+
+
+def value_and_gradients(function: Callable[..., jax.Array], gradient: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
+    @jax.jit
+    def run(gradient: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
+        value, backward = jax.vjp(function, *args)
+        return value, *backward(gradient)
+
+    return run(gradient, *args)
 
 
 def check_order(chosen_TK: jax.Array, num_experts: int) -> None:
@@ -55,14 +66,15 @@ def test_dispatch_is_a_gather(shape: tuple[int, int, int], dtype: str) -> None:
     x_TD = jnp.asarray(rng.standard_normal((num_tokens, 5)), dtype)
     dx_RD = jnp.asarray(rng.standard_normal((num_tokens * num_chosen, 5)), dtype)
 
-    x_RD, gradient = jax.vjp(lambda x_TD: dispatch(x_TD, order, inverse), x_TD)
-    want_RD, want_gradient = jax.vjp(lambda x_TD: x_TD[order // num_chosen], x_TD.astype(jnp.float32))
+    x_RD, dx_TD = value_and_gradients(lambda x_TD: dispatch(x_TD, order, inverse), dx_RD, x_TD)
+    want_RD, want_TD = value_and_gradients(
+        lambda x_TD: x_TD[order // num_chosen], dx_RD.astype(jnp.float32), x_TD.astype(jnp.float32)
+    )
     chex.assert_trees_all_equal(x_RD, want_RD.astype(dtype))
-    # Summed in float32 and rounded once, so even bfloat16 agrees to its last digit, or the one beside it.
-    want_TD = want_gradient(dx_RD.astype(jnp.float32))[0]
+    chex.assert_trees_all_equal_dtypes(dx_TD, x_TD)
+    # Summed in float32 and rounded once, so even bfloat16 agrees to its last digit.
     tolerance = {"float32": 1e-6, "bfloat16": 2.0**-8}[dtype]
-    chex.assert_trees_all_equal_dtypes(gradient(dx_RD)[0], x_TD)
-    chex.assert_trees_all_close(gradient(dx_RD)[0].astype(jnp.float32), want_TD, rtol=tolerance, atol=1e-6)
+    chex.assert_trees_all_close(dx_TD.astype(jnp.float32), want_TD, rtol=tolerance, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -79,11 +91,9 @@ def test_combine_is_the_weighted_sum(shape: tuple[int, int, int], dtype: str) ->
         y_TKD = y_RD[inverse].reshape(num_tokens, num_chosen, -1)
         return jnp.einsum("TK,TKD->TD", weight_TK, y_TKD, precision="highest")
 
-    out_TD, gradient = jax.vjp(lambda y_RD, weight_TK: combine(y_RD, weight_TK, order, inverse), y_RD, weight_TK)
-    want_TD, want_gradient = jax.vjp(plain, y_RD.astype(jnp.float32), weight_TK)
-    found = (out_TD, *gradient(dout_TD))
+    found = value_and_gradients(lambda *args: combine(*args, order, inverse), dout_TD, y_RD, weight_TK)
+    want = value_and_gradients(plain, dout_TD.astype(jnp.float32), y_RD.astype(jnp.float32), weight_TK)
     chex.assert_trees_all_equal_dtypes(found, (y_RD, y_RD, weight_TK))
-    want = (want_TD, *want_gradient(dout_TD.astype(jnp.float32)))
     chex.assert_trees_all_close([a.astype(jnp.float32) for a in found], list(want), **TOLERANCE[dtype])
     # The weights' gradient is float32 throughout, whatever the rows are.
     chex.assert_trees_all_close(found[2], want[2], **TOLERANCE["float32"])

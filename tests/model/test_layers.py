@@ -74,14 +74,18 @@ def test_linear(shape: tuple[int, ...], num_in: int, equation: str) -> None:
     x, kernel = normal(2, 7, *shape[:num_in]), normal(*shape, seed=1)
     dy = normal(2, 7, *shape[num_in:], seed=2)
     found = linear.apply({"params": {"kernel": kernel}}, x)
-    chex.assert_trees_all_close(np.float64(found), np.einsum(equation, np.float64(x), np.float64(kernel)), **TOLERANCE["float32"])
+    chex.assert_trees_all_close(
+        np.float64(found), np.einsum(equation, np.float64(x), np.float64(kernel)), **TOLERANCE["float32"]
+    )
 
     ins, out = equation.split("->")
     left, right = ins.split(",")
     dkernel = np.einsum(f"{left},{out}->{right}", np.float64(x), np.float64(dy))
     dx = np.einsum(f"{out},{right}->{left}", np.float64(dy), np.float64(kernel))
     chex.assert_trees_all_close(
-        jax.tree.map(np.float64, gradients(linear, {"kernel": kernel}, x, dy)), ({"kernel": dkernel}, dx), **TOLERANCE["float32"]
+        jax.tree.map(np.float64, gradients(linear, {"kernel": kernel}, x, dy)),
+        ({"kernel": dkernel}, dx),
+        **TOLERANCE["float32"],
     )
 
 

@@ -43,7 +43,9 @@ def in_pieces(config: ModelConfig, params: Any, x_BTD: np.ndarray, pieces: list[
     """Every piece on the latents of those before it, in a cache whose other rows are NaN."""
     attend, start, outputs = jax.jit(MLA(config).apply), 0, []
     B = len(x_BTD)
-    cache = Latents(*(np.full((B, LENGTH + 3, width), np.nan, np.float32) for width in (config.kv_lora_rank, config.qk_rope_head_dim)))
+    cache = Latents(
+        *(np.full((B, LENGTH + 3, width), np.nan, np.float32) for width in (config.kv_lora_rank, config.qk_rope_head_dim))
+    )
     for size in pieces:
         turns = rotation(config, jnp.arange(start, start + size)[None])
         o_BTD, new = attend({"params": params}, x_BTD[:, start : start + size], turns, cache, np.full(B, start))

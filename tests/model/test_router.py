@@ -71,7 +71,9 @@ def test_choice_of_many(experts: int, n_group: int, topk_group: int, num_chosen:
     config = dataclasses.replace(
         CONFIG, n_routed_experts=experts, n_group=n_group, topk_group=topk_group, num_experts_per_tok=num_chosen
     )
-    chex.assert_trees_all_equal(np.asarray(choose_experts(biased_TE.reshape(4, 15, -1), config)).reshape(60, -1), np.array(expected))
+    chex.assert_trees_all_equal(
+        np.asarray(choose_experts(biased_TE.reshape(4, 15, -1), config)).reshape(60, -1), np.array(expected)
+    )
 
 
 # --- The whole gate --------------------------------------------------------------------------------------------------
@@ -163,7 +165,9 @@ def test_fresh_biases_are_zero_in_float32_whatever_the_parameters_are() -> None:
 # --- The balance loss ------------------------------------------------------------------------------------------------
 
 
-def balance_by_sequence(score_BTE: np.ndarray, counted_BT: np.ndarray, num_chosen: int, f_from: np.ndarray | None = None) -> float:
+def balance_by_sequence(
+    score_BTE: np.ndarray, counted_BT: np.ndarray, num_chosen: int, f_from: np.ndarray | None = None
+) -> float:
     """Eqs. 17-20, a sequence and an expert at a time; f is taken from `f_from` (it has no gradient)."""
     f_from = score_BTE if f_from is None else f_from
     losses = []

@@ -100,7 +100,9 @@ def oracle_tensors(config: ModelConfig, variables: Tree) -> dict[str, np.ndarray
     return published_tensors(config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables))
 
 
-def assert_gradient(gradient: Tree, oracle: Callable[[Tree], float], point: Tree, rtol: float = 1e-4, step: float = 1e-6) -> None:
+def assert_gradient(
+    gradient: Tree, oracle: Callable[[Tree], float], point: Tree, rtol: float = 1e-4, step: float = 1e-6
+) -> None:
     """Holds a gradient to central differences of a float64 oracle, along a random direction for each leaf.
 
     Args:
@@ -119,7 +121,8 @@ def assert_gradient(gradient: Tree, oracle: Callable[[Tree], float], point: Tree
         assert leaf.shape == leaf_gradient.shape, paths[i]
         direction = rng.standard_normal(leaf.shape)
         above, below = (
-            oracle(jax.tree.unflatten(structure, [*leaves[:i], leaf + sign * step * direction, *leaves[i + 1 :]])) for sign in (1, -1)
+            oracle(jax.tree.unflatten(structure, [*leaves[:i], leaf + sign * step * direction, *leaves[i + 1 :]]))
+            for sign in (1, -1)
         )
         slope, expected = float(np.sum(np.asarray(leaf_gradient, np.float64) * direction)), (above - below) / (2 * step)
         size = max(float(np.linalg.norm(np.asarray(leaf_gradient, np.float64))), abs(expected), 1e-4)

@@ -1,0 +1,205 @@
+"""train.py from text to summary: what it leaves behind, that it resumes to the bit, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import train
+from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.config import Config
+from dsv3_jax.data import load_corpus, load_tokenizer
+from dsv3_jax.train.optimizer import learning_rate_schedule
+from dsv3_jax.train.state import state_of
+from tests.cli.conftest import CONFIG, TRAIN, Done, contents, started
+
+STEPS = CONFIG.train.steps
+TOKENS_PER_STEP = CONFIG.train.batch_size * CONFIG.train.sequence_length
+LOGGED = {
+    "step", "loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "max_violation", "tokens", "tokens_per_second",
+}  # fmt: skip
+SUMMARY = {
+    "steps", "tokens", "seconds", "tokens_per_second", "final_loss", "heldout_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte",
+}  # fmt: skip
+FLAGS = TRAIN[1:]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, float]]:
+    """The logged rows without what differs from one run to the next: their speed."""
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows(run)]
+
+
+def optimizer(run: Path) -> Any:
+    """The optimizer of the last checkpoint."""
+    like = state_of(CONFIG, load_run(str(run))[1]).optimizer
+    with Checkpoints(RunDirectory.existing(str(run))) as checkpoints:
+        return checkpoints.restore(STEPS, optimizer=like)["optimizer"]
+
+
+def test_a_run_leaves_everything_behind(straight: tuple[Path, Done], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, done = straight
+    monkeypatch.chdir(workplace)
+    left = {path.name for path in run.iterdir()}
+    assert left == {
+        "config.json", "text.digest", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.png", "summary.json",
+    }  # fmt: skip
+    assert Config.from_json((run / "config.json").read_text()) == CONFIG
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["12", "6"]
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").iterdir())
+    assert load_tokenizer(run).vocab_size == CONFIG.model.vocab_size
+
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary.keys() == SUMMARY
+    assert (summary["steps"], summary["tokens"]) == (STEPS, STEPS * TOKENS_PER_STEP)
+    assert summary["final_loss"] == rows(run)[-1]["loss"]
+    heldout = load_corpus(CONFIG.data).heldout
+    chance = math.log2(CONFIG.model.vocab_size) * len(load_tokenizer(run).encode("".join(d.text for d in heldout)))
+    assert 0 < summary["heldout_bits_per_byte"] < 0.95 * chance / sum(document.num_bytes for document in heldout)
+    assert 0 < summary["gzip_bits_per_byte"] < 8
+    assert 0 < summary["xz_bits_per_byte"] < 8
+    # What is not said for machines says what it runs on, and by what.
+    assert "experts by tiles" in done.stdout
+    assert "parameters in float32" in done.stdout
+
+
+def test_metrics_hold_every_logged_step(straight: tuple[Path, Done]) -> None:
+    logged = rows(straight[0])
+    assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
+    rate = learning_rate_schedule(CONFIG.optimizer, STEPS)
+    for row in logged:
+        evaluated = row["step"] % CONFIG.train.eval_every == 0
+        assert row.keys() == LOGGED | ({"heldout_loss"} if evaluated else set())
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["tokens"] == row["step"] * TOKENS_PER_STEP
+        assert row["learning_rate"] == pytest.approx(float(rate(row["step"] - 1)))
+        parts = row["main_loss"] + CONFIG.train.mtp_loss_weight * row["mtp_loss"] + 1e-4 * row["balance_loss"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
+    assert logged[0]["main_loss"] == pytest.approx(math.log(CONFIG.model.vocab_size), rel=0.05)
+    assert logged[-1]["main_loss"] < 0.95 * logged[0]["main_loss"]
+
+
+def test_biases_have_moved_by_gamma_a_step(straight: tuple[Path, Done]) -> None:
+    _, variables, step = load_run(str(straight[0]))
+    assert step == STEPS
+    moves = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(variables["router"])]) / CONFIG.train.bias_update_speed
+    np.testing.assert_allclose(moves, np.round(moves), atol=1e-3)
+    assert 0 < np.abs(moves).max() <= STEPS + 1e-3
+
+
+def test_a_resumed_run_ends_as_one_without_interruption_to_the_bit(straight: tuple[Path, Done], workplace: Path) -> None:
+    """Interrupted after the checkpoint of step 6: the steps after it were logged, the last line only in part."""
+    run = workplace / "runs" / "resumed"
+    shutil.copytree(straight[0], run)
+    shutil.rmtree(run / "checkpoints" / "12")
+    for name in ("summary.json", "report.png"):
+        (run / name).unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:9]) + lines[9][:40])
+
+    done = started(workplace, *TRAIN, "runs/resumed", "--resume")
+    assert done.code == 0, done.stderr
+    assert "continuing after step 6 of 12" in done.stdout
+    assert untimed(run) == untimed(straight[0])
+    assert (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:6] == lines[:6]
+    for a, b in ((load_run(str(run))[1], load_run(str(straight[0]))[1]), (optimizer(run), optimizer(straight[0]))):
+        chex.assert_trees_all_equal(a, b)
+    before, after = (json.loads((path / "summary.json").read_text()) for path in (straight[0], run))
+    for name in SUMMARY - {"seconds", "tokens_per_second"}:
+        assert after[name] == before[name], name
+    assert (run / "report.png").exists()
+
+    # And once more: there is nothing left to do but to sum up.
+    kept = contents(run / "checkpoints")
+    done = started(workplace, *TRAIN, "runs/resumed", "--resume")
+    assert done.code == 0, done.stderr
+    assert "continuing after step 12 of 12" in done.stdout
+    assert untimed(run) == untimed(straight[0])
+    assert contents(run / "checkpoints") == kept
+    again = json.loads(done.stdout.splitlines()[-1])
+    assert {**after, "seconds": again["seconds"]} == again
+
+
+def test_a_second_start_is_refused(straight: tuple[Path, Done], workplace: Path) -> None:
+    before = contents(straight[0])
+    done = started(workplace, *TRAIN, "runs/straight")
+    done.assert_refused("runs/straight already holds a run; continue it with --resume, or name another --run-dir")
+    assert contents(straight[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--train.seed", "4"], ["train.seed 3, not 4"]),
+        (["--train.batch_size", "2"], ["train.batch_size 4, not 2"]),
+        (["--model.hidden_size", "48"], ["model.hidden_size 32, not 48"]),
+        (["--optimizer.learning_rate", "1e-3"], ["optimizer.learning_rate 0.003, not 0.001"]),
+        (["--data.heldout_fraction", "0.5"], ["data.heldout_fraction 0.2, not 0.5"]),
+    ],
+)
+def test_another_config_is_not_continued(
+    straight: tuple[Path, Done], called: Callable[..., Done], arguments: list[str], fragments: list[str]
+) -> None:
+    before = contents(straight[0])
+    done = called(train.main, *FLAGS, "runs/straight", "--resume", *arguments)
+    done.assert_refused("runs/straight holds a run with", *fragments)
+    assert contents(straight[0]) == before
+
+
+def test_another_text_is_not_continued(straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path) -> None:
+    before = contents(straight[0])
+    (workplace / "text" / "more.py").write_text("print('more')\n" * 10)
+    try:
+        done = called(train.main, *FLAGS, "runs/straight", "--resume")
+    finally:
+        (workplace / "text" / "more.py").unlink()
+    done.assert_refused("runs/straight was trained on another text")
+    assert contents(straight[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--train.step", "3"], ["--train.step does not exist; the nearest is --train.steps"]),
+        (["--train.steps", "many"], ["--train.steps is 'many'; give an integer"]),
+        (["--train.sequence_length", "65"], ["train.sequence_length (65) exceeds model.max_position_embeddings (64)"]),
+        (["--model.n_routed_experts", "5"], ["n_routed_experts (5) is not a multiple of n_group (2)"]),
+        (["--data.source", "nowhere"], ["'nowhere' does not exist"]),
+        (["--data.source", "empty"], ["'empty' holds no text"]),
+        (["--model.vocab_size", "200"], ["200", "at least 258"]),
+        (["--config", "none.py"], ["'none.py' does not exist"]),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_a_folder_is_made(
+    called: Callable[..., Done], workplace: Path, arguments: list[str], fragments: list[str]
+) -> None:
+    (workplace / "empty").mkdir(exist_ok=True)
+    called(train.main, *FLAGS, "runs/new", *arguments).assert_refused(*fragments)
+    assert not (workplace / "runs" / "new").exists()
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["start", "resume"])
+def test_a_foreign_folder_is_left_alone(called: Callable[..., Done], workplace: Path, resume: list[str]) -> None:
+    before = contents(workplace / "text")
+    done = called(train.main, *FLAGS, "text", *resume)
+    done.assert_refused("text is not empty and holds no run (no config.json); name another --run-dir")
+    assert contents(workplace / "text") == before
+
+
+def test_a_wrong_flag_ends_the_process_with_code_2(workplace: Path) -> None:
+    started(workplace, *TRAIN, "runs/new", "--train.step", "3").assert_refused("the nearest is --train.steps")

@@ -1,0 +1,257 @@
+"""The engine against the model run over the whole sequence again for every token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
+from dsv3_jax.infer import Completion, Engine, SamplingParams
+from dsv3_jax.infer.steps import decode, prefill
+from dsv3_jax.model import DeepSeekV3
+from tests.model.tiny import CONFIG, random_variables
+
+# Without an end token, so that completions have the length that is asked for.
+ENDLESS = dataclasses.replace(CONFIG, eos_token_id=None)
+CONTEXT = ENDLESS.max_position_embeddings
+PROMPTS = [[5], [3, 8, 21, 2], [int(i) for i in np.random.default_rng(0).integers(0, CONFIG.vocab_size, 17)]]
+TEN = SamplingParams(max_tokens=10)
+
+Greedy = Callable[[list[int], int], list[int]]
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict[str, Any]:
+    return jax.tree.map(jnp.asarray, random_variables())
+
+
+@pytest.fixture(scope="module")
+def engine(variables: dict[str, Any]) -> Engine:
+    return Engine(ENDLESS, variables, max_batch=4)
+
+
+@pytest.fixture(scope="module")
+def greedy(variables: dict[str, Any]) -> Greedy:
+    """The most likely tokens, each from the whole sequence's logits; padded to one length, so that it compiles once."""
+    model = jax.jit(DeepSeekV3(ENDLESS).apply)
+
+    def complete(prompt: list[int], count: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(count):
+            padded = np.zeros((1, CONTEXT), np.int32)
+            padded[0, : len(tokens)] = tokens
+            tokens.append(int(np.argmax(model(variables, padded).logits[0, len(tokens) - 1])))
+        return tokens[len(prompt) :]
+
+    return complete
+
+
+def test_greedy_completions_of_a_mixed_batch_are_those_of_the_whole_sequences(engine: Engine, greedy: Greedy) -> None:
+    """Three prompts in four rows: the fourth is padding."""
+    completions = list(engine.generate(PROMPTS, TEN))
+    assert completions == [Completion(greedy(prompt, 10), None, "length") for prompt in PROMPTS]
+    assert len({tuple(completion.tokens) for completion in completions}) == 3
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(engine: Engine) -> None:
+    together = [completion.tokens for completion in engine.generate(PROMPTS, TEN)]
+    assert together == [list(engine.stream(prompt, TEN)) for prompt in PROMPTS]
+    assert together == [next(engine.generate([prompt], TEN)).tokens for prompt in PROMPTS]
+
+
+def test_decode_compiles_once_for_all_steps(variables: dict[str, Any]) -> None:
+    """One entry in jax's cache of the program: a second would be a second compilation."""
+    fresh = Engine(dataclasses.replace(ENDLESS, loss_chunk=5), variables, max_batch=4)
+    before = prefill._cache_size(), decode._cache_size()
+    assert all(len(completion.tokens) == 25 for completion in fresh.generate(PROMPTS[:2], SamplingParams(max_tokens=25)))
+    assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 1, before[1] + 1)
+    # Nor does another length, way of sampling or seed make another program.
+    list(fresh.generate([PROMPTS[2][:9], PROMPTS[0]], SamplingParams(max_tokens=20, temperature=0.7, top_p=0.9, seed=3)))
+    assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 1, before[1] + 1)
+
+
+def test_more_prompts_than_rows_come_in_order(engine: Engine, greedy: Greedy) -> None:
+    prompts = [[i, i + 1] for i in range(6)]
+    completions = engine.generate(iter(prompts), SamplingParams(max_tokens=3))
+    assert [completion.tokens for completion in completions] == [greedy(prompt, 3) for prompt in prompts]
+
+
+@pytest.mark.parametrize("length", [40, CONTEXT - 3, CONTEXT - 1])
+def test_a_completion_ends_with_the_context(engine: Engine, greedy: Greedy, length: int) -> None:
+    prompt = (PROMPTS[2] * 4)[:length]
+    (completion,) = engine.generate([prompt], SamplingParams(max_tokens=1000))
+    assert completion == Completion(greedy(prompt, CONTEXT - length), None, "length")
+
+
+def test_a_short_and_a_long_prompt_end_at_their_own_limits(engine: Engine, greedy: Greedy) -> None:
+    long = (PROMPTS[2] * 4)[: CONTEXT - 2]
+    completions = list(engine.generate([[5], long], SamplingParams(max_tokens=30)))
+    assert [len(completion.tokens) for completion in completions] == [30, 2]
+    assert [completion.tokens for completion in completions] == [greedy([5], 30), greedy(long, 2)]
+
+
+def test_max_length_is_the_context_of_an_engine(variables: dict[str, Any], greedy: Greedy) -> None:
+    short = Engine(ENDLESS, variables, max_length=8)
+    assert next(short.generate([[5, 3]], TEN)).tokens == greedy([5, 3], 6)
+    with pytest.raises(ValueError, match="8 tokens leave no room in a context of 8; shorten it"):
+        short.generate([list(range(8))])
+
+
+def ending(tokens: list[int], index: int) -> int:
+    """A token that appears at `index` for the first time."""
+    assert tokens[index] not in tokens[:index]
+    return tokens[index]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_end_token_stops_its_sequence_and_is_left_out(variables: dict[str, Any], greedy: Greedy, several: bool) -> None:
+    expected = [greedy(prompt, 10) for prompt in PROMPTS]
+    index = next(i for i in range(2, 10) if expected[1][i] not in expected[1][:i])
+    end = ending(expected[1], index)
+    unused = next(i for i in range(CONFIG.vocab_size) if not any(i in tokens for tokens in expected))
+    config = dataclasses.replace(ENDLESS, eos_token_id=(unused, end) if several else end)
+    completions = list(Engine(config, variables, max_batch=4).generate(PROMPTS, TEN))
+    assert completions[1] == Completion(expected[1][:index], None, "stop")
+    for completion, tokens in zip(completions, expected, strict=True):
+        cut = tokens.index(end) if end in tokens else 10
+        assert completion == Completion(tokens[:cut], None, "stop" if cut < 10 else "length")
+
+
+def test_an_end_token_at_once_leaves_an_empty_completion(variables: dict[str, Any], greedy: Greedy) -> None:
+    config = dataclasses.replace(ENDLESS, eos_token_id=greedy(PROMPTS[0], 1)[0])
+    ended = Engine(config, variables)
+    assert list(ended.generate([PROMPTS[0]], TEN)) == [Completion([], None, "stop")]
+    assert list(ended.stream(PROMPTS[0], TEN)) == []
+
+
+def test_an_end_token_in_place_of_the_last_is_a_stop(variables: dict[str, Any], greedy: Greedy) -> None:
+    tokens = greedy(PROMPTS[1], 10)
+    index = next(i for i in range(2, 10) if tokens[i] not in tokens[:i])
+    config = dataclasses.replace(ENDLESS, eos_token_id=tokens[index])
+    limits = SamplingParams(max_tokens=index), SamplingParams(max_tokens=index + 1)
+    completions = [next(Engine(config, variables).generate([PROMPTS[1]], params)) for params in limits]
+    assert completions == [Completion(tokens[:index], None, "length"), Completion(tokens[:index], None, "stop")]
+
+
+def test_draws_depend_on_the_seed_and_not_on_what_shares_the_batch(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=8, temperature=1.5, top_p=0.95, seed=40)
+    prompts = [*PROMPTS, [7], [9, 9], [1, 2, 3]]
+    together = [completion.tokens for completion in engine.generate(prompts, params)]
+    for i, prompt in enumerate(prompts):
+        alone = dataclasses.replace(params, seed=40 + i)
+        assert list(engine.stream(prompt, alone)) == together[i]
+    same_prompt = [completion.tokens for completion in engine.generate([[5]] * 4, params)]
+    assert len({tuple(tokens) for tokens in same_prompt}) > 1
+    assert [completion.tokens for completion in engine.generate([[5]] * 4, params)] == same_prompt
+
+
+def test_stream_gives_tokens_as_they_come(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv3_jax.infer import engine as module
+
+    steps = []
+    monkeypatch.setattr(module, "decode", lambda *args: steps.append(1) or decode(*args))
+    stream = engine.stream(PROMPTS[1], TEN)
+    for taken in range(10):
+        next(stream)
+        assert len(steps) == taken
+    assert next(stream, None) is None
+    assert len(steps) == 9
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty; give at least one token"),
+        (list(range(25)) * 3, "75 tokens leave no room in a context of 64; shorten it"),
+        ([1] * CONTEXT, "64 tokens leave no room"),
+        ([3, CONFIG.vocab_size], f"token id {CONFIG.vocab_size} is outside the vocabulary of {CONFIG.vocab_size}"),
+        ([-1], "token id -1 is outside the vocabulary"),
+        ("text", "the prompt is text, but the engine has no tokenizer; pass token ids, or a tokenizer"),
+    ],
+)
+def test_a_prompt_that_cannot_be_completed_is_refused_before_anything_is_generated(
+    engine: Engine, prompt: Any, message: str
+) -> None:
+    before = prefill._cache_size()
+    with pytest.raises(ValueError, match=message):
+        engine.generate([[5], prompt])
+    with pytest.raises(ValueError, match=message):
+        engine.stream(prompt)
+    assert prefill._cache_size() == before
+
+
+def test_one_string_is_no_list_of_prompts(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="prompts is one string; pass a list of prompts"):
+        engine.generate("text")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": CONTEXT + 1}, "max_length is 65; it must lie in 2..64"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"max_batch": 0}, "max_batch is 0; it must be at least 1"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(variables: dict[str, Any], arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(ENDLESS, variables, **arguments)
+
+
+def test_weights_are_held_in_the_computation_dtype(variables: dict[str, Any]) -> None:
+    engine = Engine(dataclasses.replace(ENDLESS, dtype="bfloat16"), variables)
+    assert {leaf.dtype for leaf in jax.tree.leaves(engine._variables["params"])} == {jnp.dtype("bfloat16")}
+    chex.assert_trees_all_equal(
+        engine._variables["router"]["moe_layers_1"], jax.tree.map(lambda leaf: leaf[1], variables["router"]["moe_layers"])
+    )
+
+
+TEXTS = ["def f(x):", "for i in range(3): print(i)"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS * 3, 270, ["<bos>", "<eos>"])
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[ModelConfig, dict[str, Any]]:
+    """A model with a token for every byte."""
+    config = dataclasses.replace(ENDLESS, vocab_size=270)
+    return config, jax.tree.map(jnp.asarray, random_variables(config))
+
+
+def test_text_goes_in_after_the_bos_token_and_comes_out(tokenizer: Tokenizer, large: tuple) -> None:
+    config, variables = large
+    with_text, ids = Engine(config, variables, tokenizer), Engine(config, variables)
+    expected = list(ids.generate([[0, *tokenizer.encode(text)] for text in TEXTS], TEN))
+    found = list(with_text.generate(TEXTS, TEN))
+    assert [completion.tokens for completion in found] == [completion.tokens for completion in expected]
+    assert [completion.text for completion in found] == [tokenizer.decode(completion.tokens) for completion in expected]
+    assert any(completion.text for completion in found)
+    assert list(with_text.stream(TEXTS[0], TEN)) == expected[0].tokens
+    # Token ids are taken as they are.
+    assert list(with_text.stream([0, *tokenizer.encode(TEXTS[0])], TEN)) == expected[0].tokens
+
+
+def test_text_without_a_bos_token_goes_in_as_it_is(tokenizer: Tokenizer, large: tuple) -> None:
+    config, variables = large
+    bare = Engine(dataclasses.replace(config, bos_token_id=None), variables, tokenizer)
+    assert list(bare.stream(TEXTS[0], TEN)) == list(bare.stream(tokenizer.encode(TEXTS[0]), TEN))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        bare.stream("")
+
+
+def test_a_tokenizer_too_large_for_the_model_is_noticed(
+    engine: Engine, tokenizer: Tokenizer, variables: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="is outside the vocabulary of 29"):
+        Engine(ENDLESS, variables, tokenizer).generate(["~"])

@@ -1,0 +1,126 @@
+"""Loading a model to run from either kind of folder, and every folder that is neither."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3_jax.checkpoint.hugging_face import save_hf
+from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.config import Config, InferConfig, TrainConfig
+from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.infer.load import is_hugging_face, load_model
+from tests.model.tiny import CONFIG, random_variables
+
+MODEL = dataclasses.replace(CONFIG, vocab_size=270)
+RUN = Config(model=MODEL, train=TrainConfig(steps=9, sequence_length=24), infer=InferConfig(prompt="for ", max_tokens=3))
+TOKENIZER = train_tokenizer(["for i in range(3):"], 270, ["<bos>", "<eos>"])
+
+
+@pytest.fixture(scope="module")
+def variables() -> dict[str, Any]:
+    return jax.tree.map(jnp.asarray, random_variables(MODEL))
+
+
+@pytest.fixture
+def run(tmp_path: Path, variables: dict[str, Any]) -> Path:
+    path = tmp_path / "run"
+    opened = RunDirectory.create_or_resume(str(path), RUN, resume=False)
+    TOKENIZER.save(opened.tokenizer_file)
+    with Checkpoints(opened, RUN.checkpoint) as checkpoints:
+        checkpoints.save(6, variables, {"count": jnp.zeros(())})
+    return path
+
+
+@pytest.fixture
+def published(tmp_path: Path, variables: dict[str, Any]) -> Path:
+    path = tmp_path / "published"
+    save_hf(path, MODEL, variables)
+    TOKENIZER.save(path / "tokenizer.json")
+    return path
+
+
+def test_a_run_is_loaded_with_its_defaults(run: Path, variables: dict[str, Any]) -> None:
+    assert not is_hugging_face(str(run))
+    loaded = load_model(str(run))
+    assert loaded.config == MODEL
+    chex.assert_trees_all_equal(loaded.variables, variables)
+    assert loaded.tokenizer.to_json() == TOKENIZER.to_json()
+    assert loaded.origin == f"run {run} at step 6"
+    assert (loaded.sequence_length, loaded.infer) == (24, RUN.infer)
+
+
+def test_a_hugging_face_folder_is_loaded(published: Path, variables: dict[str, Any]) -> None:
+    assert is_hugging_face(str(published))
+    loaded = load_model(str(published))
+    assert dataclasses.replace(loaded.config, attention_chunk=MODEL.attention_chunk, loss_chunk=MODEL.loss_chunk) == MODEL
+    chex.assert_trees_all_equal(loaded.variables, variables)
+    assert loaded.tokenizer.to_json() == TOKENIZER.to_json()
+    assert loaded.origin == f"Hugging Face checkpoint {published}"
+    assert (loaded.sequence_length, loaded.infer) == (64, InferConfig())
+
+
+@pytest.mark.parametrize("kind", ["run", "published"])
+def test_dtype_is_that_of_computing_and_storing(kind: str, variables: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    loaded = load_model(str(request.getfixturevalue(kind)), "bfloat16")
+    assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "bfloat16")
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"])
+    chex.assert_trees_all_equal(loaded.variables, {"params": expected, "router": variables["router"]})
+
+
+@pytest.mark.parametrize("kind", ["run", "published"])
+def test_a_folder_without_a_tokenizer_is_refused(kind: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(kind)
+    (path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{path}/tokenizer.json does not exist")):
+        load_model(str(path))
+
+
+def test_a_run_without_a_checkpoint_is_refused(run: Path) -> None:
+    (run / "checkpoints").rename(run / "elsewhere")
+    with pytest.raises(ValueError, match="holds no checkpoint yet"):
+        load_model(str(run))
+
+
+def test_a_hugging_face_folder_without_weights_is_refused(published: Path) -> None:
+    for file in published.glob("*.safetensors*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="safetensors"):
+        load_model(str(published))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "holds no config.json; name a run directory of train.py or a Hugging Face folder"),
+        ("{", "is not JSON"),
+        ("\udcff", "is not JSON"),
+        ("[1, 2]", "is neither a run's config nor a Hugging Face one"),
+        (json.dumps({"hidden_size": 7168}), r"is neither a run's config nor a Hugging Face one \(no model_type\)"),
+        (json.dumps({"model": "deepseek"}), "is neither"),
+        (json.dumps({"model": {}, "train": {}, "mine": 1}), "is not a run's config: config has unknown fields"),
+        (json.dumps({"model_type": "llama"}), "llama"),
+    ],
+)
+def test_a_foreign_folder_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    if text is not None:
+        (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
+        load_model(str(tmp_path))
+
+
+def test_what_does_not_exist_or_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{}")
+    for name in ("missing", "file"):
+        with pytest.raises(ValueError, match=f"{name} holds no config.json"):
+            load_model(str(tmp_path / name))

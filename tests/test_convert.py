@@ -1,0 +1,91 @@
+"""`python -m dsv3_jax.convert`, both ways, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax import load_hf
+from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.convert import main
+from dsv3_jax.train.state import state_of
+from tests.checkpoint import tiny
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("source") / "hf", tiny.random_tensors(dtype=np.dtype(np.float32)))
+
+
+@pytest.fixture(scope="module")
+def run(source: Path) -> Path:
+    path = source.parent / "run"
+    main([str(source), str(path)])
+    return path
+
+
+def tensors(folder: Path) -> tiny.Tensors:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in tiny.load(file).items()}
+
+
+def test_there_and_back_keeps_every_bit(source: Path, run: Path, tmp_path: Path):
+    main([str(run), str(tmp_path / "back")])
+    tiny.assert_identical(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_a_converted_run_can_be_trained_further(source: Path, run: Path):
+    config, variables, step = load_run(str(run))
+    assert step == 0
+    _, expected = load_hf(source)
+    chex.assert_trees_all_equal(variables, expected)
+    fresh = state_of(config, expected).optimizer
+    with Checkpoints(RunDirectory.existing(str(run))) as checkpoints:
+        optimizer = checkpoints.restore(0, optimizer=fresh)["optimizer"]
+    chex.assert_trees_all_equal(jax.tree.leaves(optimizer), jax.tree.leaves(fresh))
+
+
+def test_to_hugging_face_in_another_dtype(run: Path, tmp_path: Path):
+    main([str(run), str(tmp_path / "half"), "--dtype", "bfloat16"])
+    found = tensors(tmp_path / "half")
+    assert {tensor.dtype for name, tensor in found.items() if tiny.BIAS not in name} == {tiny.BF16}
+    assert {tensor.dtype for name, tensor in found.items() if tiny.BIAS in name} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "out"], "nowhere holds no config.json"),
+        (["foreign", "out"], "neither a run's config nor a Hugging Face one"),
+        (["{source}", "full"], "full"),
+        (["{source}", "out", "--fp8"], "--fp8 is for writing Hugging Face folders"),
+        (["{source}"], "target"),
+        (["{source}", "out", "--dtype", "int3"], "int3"),
+    ],
+)
+def test_refuses_in_one_line(
+    arguments: list[str],
+    message: str,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    for name, content in {"foreign/config.json": "{}", "full/notes.txt": "mine"}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(content) if name.endswith("txt") else content)
+    with pytest.raises(SystemExit) as exit_code:
+        main([argument.format(source=source) for argument in arguments])
+    assert exit_code.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]

@@ -36,7 +36,9 @@ class Experts(nn.Module):
         order, inverse, group_sizes_E = sort_by_expert(chosen_TK, E)
         y_RD = expert_ffn(
             dispatch(x_TD, order, inverse),
-            *(w.astype(c.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)),
+            w_gate_EDF.astype(c.dtype),
+            w_up_EDF.astype(c.dtype),
+            w_down_EFD.astype(c.dtype),
             group_sizes_E,
             backend=choose_backend(c.expert_backend),
         )

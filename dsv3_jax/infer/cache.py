@@ -39,13 +39,14 @@ def append(cache: Cache, new: dict[str, Latents], count_B: jax.Array) -> Cache:
     """The cache with each sequence's T new latents written behind its old ones.
 
     Args:
-      cache: the cache before; it must have room.
+      cache: the cache before; what it has no room for is dropped (sequences that have ended still pass through).
       new: latents of the new tokens, [B, T, ...] by layer.
       count_B: how many of the T are real; those after are written too, and overwritten by the next call.
     """
 
     def write(old_BSX: jax.Array, new_BTX: jax.Array) -> jax.Array:
-        insert = lambda row_SX, new_TX, start: jax.lax.dynamic_update_slice_in_dim(row_SX, new_TX, start, 0)  # noqa: E731
-        return jax.vmap(insert)(old_BSX, new_BTX.astype(old_BSX.dtype), cache.length_B)
+        place_BT = cache.length_B[:, None] + jnp.arange(new_BTX.shape[1])
+        row_B1 = jnp.arange(new_BTX.shape[0])[:, None]
+        return old_BSX.at[row_B1, place_BT].set(new_BTX.astype(old_BSX.dtype), mode="drop")
 
     return Cache(jax.tree.map(write, cache.layers, new), cache.length_B + count_B)

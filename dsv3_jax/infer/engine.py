@@ -17,7 +17,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.sampling import SamplingParams
 from dsv3_jax.infer.steps import Draw, decode, prefill
-from dsv3_jax.model import DeepSeekV3, unstack
+from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 
 SMALLEST_BUCKET = 32
 LONGEST_BY_DEFAULT = 4096
@@ -101,7 +101,8 @@ class Engine:
         self._model = DeepSeekV3(config, unrolled=True)
         # Stored in the computation dtype, so that no step converts weights again.
         params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), variables["params"])
-        self._variables = unstack({"params": params, "router": variables["router"]})
+        variables = unstack({"params": params, "router": variables["router"]})
+        self._variables = with_absorbed_weights(variables, config)
 
     def generate(self, prompts: Iterable[Prompt], params: SamplingParams = GREEDY) -> Iterator[Completion]:
         """Completes every prompt, in order; batches of `max_batch` run together.
@@ -171,12 +172,14 @@ class Engine:
 
         capacity = _bucket(places, SMALLEST_BUCKET, self.max_length)
         token_B, cache = prefill(self._model, self._variables, tokens_BT, length_B, draw, capacity=capacity)
-        while True:
+        for remaining in reversed(range(max(sequence.max_tokens for sequence in batch))):
+            # The next step starts before this one's tokens are read, so that the device does not wait for Python.
+            ahead = decode(self._model, self._variables, token_B, cache, draw) if remaining else None
             accepted = zip(batch, np.asarray(token_B), strict=False)
             yield [int(token) if sequence.accept(int(token)) else None for sequence, token in accepted]
-            if all(sequence.finish_reason is not None for sequence in batch):
+            if ahead is None or all(sequence.finish_reason is not None for sequence in batch):
                 return
-            token_B, cache = decode(self._model, self._variables, token_B, cache, draw)
+            token_B, cache = ahead
 
 
 def _bucket(size: int, smallest: int, largest: int) -> int:

@@ -1,7 +1,17 @@
 """What DeepSeek-V3 is; each file one idea of the paper."""
 
 from dsv3_jax.model.losses import Losses, training_loss
+from dsv3_jax.model.mla import with_absorbed_weights
 from dsv3_jax.model.model import DeepSeekV3, ModelOutput, init_variables, logical_axes
 from dsv3_jax.model.stack import unstack
 
-__all__ = ["DeepSeekV3", "Losses", "ModelOutput", "init_variables", "logical_axes", "training_loss", "unstack"]
+__all__ = [
+    "DeepSeekV3",
+    "Losses",
+    "ModelOutput",
+    "init_variables",
+    "logical_axes",
+    "training_loss",
+    "unstack",
+    "with_absorbed_weights",
+]

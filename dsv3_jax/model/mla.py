@@ -8,7 +8,7 @@ the query into the latent space instead (cheaper for a few queries over a long c
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,19 @@ class Latents(NamedTuple):
 
     c_kv: jax.Array
     k_rope: jax.Array
+
+
+class AbsorbedWeights(NamedTuple):
+    """The two parts of W_kvb as the absorbed form multiplies with them: one matrix a head."""
+
+    w_uk_NHC: jax.Array
+    w_uv_NCW: jax.Array
+
+    @classmethod
+    def of(cls, kernel_CNX: jax.Array, config: ModelConfig) -> AbsorbedWeights:
+        """Splits the kernel of `kv_b_proj`."""
+        w_uk_CNH, w_uv_CNW = jnp.split(kernel_CNX, [config.qk_nope_head_dim], axis=-1)
+        return cls(w_uk_CNH.transpose(1, 2, 0), w_uv_CNW.transpose(1, 0, 2))
 
 
 class MLA(nn.Module):
@@ -121,9 +134,19 @@ class MLA(nn.Module):
         return self._out_of_latent(mixed_BTNC)
 
     def _into_latent(self, q_nope_BTNH: jax.Array) -> jax.Array:
-        w_uk_CNH = self.kv_b_proj.kernel[..., : self.config.qk_nope_head_dim].astype(self.config.dtype)
-        return jnp.einsum("BTNH,CNH->BTNC", q_nope_BTNH, w_uk_CNH)
+        return jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, self._absorbed_weights().w_uk_NHC)
 
     def _out_of_latent(self, mixed_BTNC: jax.Array) -> jax.Array:
-        w_uv_CNW = self.kv_b_proj.kernel[..., self.config.qk_nope_head_dim :].astype(self.config.dtype)
-        return jnp.einsum("BTNC,CNW->BTNW", mixed_BTNC, w_uv_CNW)
+        return jnp.einsum("BTNC,NCW->BTNW", mixed_BTNC, self._absorbed_weights().w_uv_NCW)
+
+    def _absorbed_weights(self) -> AbsorbedWeights:
+        if self.has_variable("absorbed", "kv_b_proj"):
+            return self.get_variable("absorbed", "kv_b_proj")
+        return AbsorbedWeights.of(self.kv_b_proj.kernel.astype(self.config.dtype), self.config)
+
+
+def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The variables of an unrolled model with a collection `absorbed`, so that decoding need not split W_kvb each step."""
+    layers = {name: layer["self_attn"] for name, layer in variables["params"].items() if "self_attn" in layer}
+    split = {name: AbsorbedWeights.of(attention["kv_b_proj"]["kernel"], config) for name, attention in layers.items()}
+    return variables | {"absorbed": {name: {"self_attn": {"kv_b_proj": weights}} for name, weights in split.items()}}

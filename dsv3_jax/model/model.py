@@ -30,7 +30,7 @@ class ModelOutput:
     logits: jax.Array
     """[B, T, V] float32; row t predicts token t + 1."""
     mtp_logits: list[jax.Array]
-    """If asked for: depth k at index k - 1, [B, T - k, V] float32; row i predicts token i + k + 1."""
+    """If asked for: depth k at index k - 1, [B, max(T - k, 0), V] float32; row i predicts token i + k + 1."""
     load: dict[str, jax.Array]
     """Tokens per expert: "moe_layers" [L, E], and "mtp_0", ... [E] for the MTP depths that ran; float32."""
     balance_loss: jax.Array
@@ -95,7 +95,7 @@ class DeepSeekV3(nn.Module):
         inspected = _inspected(features) if hidden_states else (None, None)
         return ModelOutput(
             self.head(features.h_BTD),
-            [self.head(h_BTD[:, : T - k]) for k, h_BTD in enumerate(features.mtp_h_BTD, 1)],
+            [self.head(h_BTD[:, : max(T - k, 0)]) for k, h_BTD in enumerate(features.mtp_h_BTD, 1)],
             features.load,
             features.balance_loss,
             *inspected,

@@ -18,7 +18,8 @@ from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config, OptimizerConfig, TrainConfig
 from dsv3_jax.train.optimizer import make_optimizer
-from tests.model.tiny import CONFIG, random_variables
+from tests.model.tiny import MOE_ONLY as CONFIG
+from tests.model.tiny import random_variables
 
 RUN = Config(
     model=CONFIG,
@@ -31,7 +32,7 @@ Tree = Any
 
 def state(seed: int) -> tuple[dict[str, Any], Tree]:
     """Random variables, and an optimizer that has taken a step from them."""
-    variables = jax.tree.map(jnp.asarray, random_variables(seed=seed))
+    variables = jax.tree.map(jnp.asarray, random_variables(CONFIG, seed))
     optimizer = make_optimizer(RUN)
     _, taken = optimizer.update(variables["params"], optimizer.init(variables["params"]), variables["params"])
     return variables, taken

@@ -19,8 +19,8 @@ from dsv3_jax.infer.steps import decode, prefill
 from dsv3_jax.model import DeepSeekV3
 from tests.model.tiny import CONFIG, random_variables
 
-# Without an end token, so that completions have the length that is asked for.
-ENDLESS = dataclasses.replace(CONFIG, eos_token_id=None)
+# A dense and an MoE layer; without an end token, so that completions have the length that is asked for.
+ENDLESS = dataclasses.replace(CONFIG, num_hidden_layers=2, num_nextn_predict_layers=0, eos_token_id=None)
 CONTEXT = ENDLESS.max_position_embeddings
 PROMPTS = [[5], [3, 8, 21, 2], [int(i) for i in np.random.default_rng(0).integers(0, CONFIG.vocab_size, 17)]]
 TEN = SamplingParams(max_tokens=10)
@@ -30,7 +30,7 @@ Greedy = Callable[[list[int], int], list[int]]
 
 @pytest.fixture(scope="module")
 def variables() -> dict[str, Any]:
-    return jax.tree.map(jnp.asarray, random_variables())
+    return jax.tree.map(jnp.asarray, random_variables(ENDLESS))
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_weights_are_held_in_the_computation_dtype(variables: dict[str, Any]) ->
     engine = Engine(dataclasses.replace(ENDLESS, dtype="bfloat16"), variables)
     assert {leaf.dtype for leaf in jax.tree.leaves(engine._variables["params"])} == {jnp.dtype("bfloat16")}
     chex.assert_trees_all_equal(
-        engine._variables["router"]["moe_layers_1"], jax.tree.map(lambda leaf: leaf[1], variables["router"]["moe_layers"])
+        engine._variables["router"]["moe_layers_0"], jax.tree.map(lambda leaf: leaf[0], variables["router"]["moe_layers"])
     )
 
 

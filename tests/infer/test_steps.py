@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,9 +17,11 @@ from dsv3_jax.infer.cache import Cache, append, empty_cache
 from dsv3_jax.infer.sampling import sample
 from dsv3_jax.infer.steps import Draw, decode, prefill
 from dsv3_jax.model import DeepSeekV3, unstack
-from tests.model.tiny import CONFIG, DENSE_ONLY, random_tokens, random_variables
+from tests.model.tiny import CONFIG as WITH_MTP
+from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
 from tests.tolerances import TOLERANCE
 
+CONFIG = dataclasses.replace(WITH_MTP, num_nextn_predict_layers=0)
 B, T, CAPACITY = 3, 20, 32
 LENGTH_B = np.array([5, 12, 1], np.int32)
 GREEDY = Draw(jnp.zeros(B, jnp.uint32), jnp.float32(0), jnp.float32(1))
@@ -27,20 +30,23 @@ TOKENS_BT = random_tokens(B, T)
 
 @pytest.fixture(scope="module")
 def variables() -> dict[str, Any]:
-    return jax.tree.map(jnp.asarray, random_variables())
+    return jax.tree.map(jnp.asarray, random_variables(CONFIG))
 
 
 @pytest.fixture(scope="module")
 def whole(variables: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
     """Logits of the whole sequences, and the latents of every layer."""
     model = DeepSeekV3(CONFIG)
-    features = functools.partial(model.apply, method="features", keep=("latents",))
-    latents = {name: output.latents for name, output in jax.jit(features)(variables, TOKENS_BT).outputs.items()}
-    unstacked = {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], latents[name]) for name, i in LAYERS}
-    return np.asarray(jax.jit(model.apply)(variables, TOKENS_BT).logits), unstacked
 
+    @jax.jit
+    def run(variables: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+        features = model.apply(variables, TOKENS_BT, method="features", keep=("latents",))
+        logits_BTV = model.apply(variables, features.h_BTD, method="head")
+        return logits_BTV, {name: output.latents for name, output in features.outputs.items()}
 
-LAYERS = [("dense_layers", 0), ("moe_layers", 0), ("moe_layers", 1)]
+    logits_BTV, latents = run(variables)
+    layers = [("dense_layers", 0), ("moe_layers", 0), ("moe_layers", 1)]
+    return np.asarray(logits_BTV), {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], latents[name]) for name, i in layers}
 
 
 def assert_holds(cache: Cache, latents: dict[str, Any], length_B: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from dsv3_jax.model.router import Router, choose_experts, max_violation, sequence_balance_loss, updated_bias
 from dsv3_jax.train.state import TrainState, state_of
 from dsv3_jax.train.step import train_step
-from tests.model.tiny import CONFIG, assert_gradient, random_tokens, random_variables
+from tests.model.tiny import CONFIG, assert_gradient, balance_by_sequence, random_tokens, random_variables
 from tests.tolerances import TOLERANCE
 
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
@@ -122,8 +122,9 @@ def test_gate_token_by_token(changes: dict[str, int], norm_topk_prob: bool) -> N
 
 def test_without_a_mask_every_token_counts() -> None:
     drawn = Drawn(CONFIG)
-    everywhere = Router(CONFIG).apply(drawn.variables, drawn.x_BTD, np.ones_like(drawn.counted_BT))
-    chex.assert_trees_all_equal(Router(CONFIG).apply(drawn.variables, drawn.x_BTD), everywhere)
+    route = jax.jit(Router(CONFIG).apply)
+    everywhere = route(drawn.variables, drawn.x_BTD, np.ones_like(drawn.counted_BT))
+    chex.assert_trees_all_equal(route(drawn.variables, drawn.x_BTD), everywhere)
 
 
 def test_the_gate_is_float32_in_a_bfloat16_model() -> None:
@@ -133,7 +134,8 @@ def test_the_gate_is_float32_in_a_bfloat16_model() -> None:
     variables = {**drawn.variables, "params": {"kernel": jnp.asarray(drawn.kernel_DE, jnp.bfloat16)}}
     x_BTD = jnp.asarray(drawn.x_BTD, jnp.bfloat16)
     exact = {**drawn.variables, "params": {"kernel": np.float32(variables["params"]["kernel"])}}
-    found, expected = Router(config).apply(variables, x_BTD), Router(CONFIG).apply(exact, np.float32(x_BTD))
+    found = jax.jit(Router(config).apply)(variables, x_BTD)
+    expected = jax.jit(Router(CONFIG).apply)(exact, np.float32(x_BTD))
     chex.assert_type(found.weight_BTK, jnp.float32)
     chex.assert_trees_all_close(found, expected, **TOLERANCE["float32"])
 
@@ -143,14 +145,16 @@ def test_gradient_reaches_the_kernel_and_no_bias(norm_topk_prob: bool) -> None:
     config = dataclasses.replace(CONFIG, norm_topk_prob=norm_topk_prob)
     drawn = Drawn(config)
     dw_BTK = np.random.default_rng(5).standard_normal((2, 9, config.num_experts_per_tok))
-    chosen_BTK = np.asarray(Router(config).apply(drawn.variables, drawn.x_BTD).chosen_BTK)
+    biased_TE = (drawn.scores() + drawn.bias_E).reshape(18, -1).tolist()
+    chosen_TK = [choose_one(biased_E, config.n_group, config.topk_group, config.num_experts_per_tok) for biased_E in biased_TE]
+    chosen_BTK = np.reshape(chosen_TK, dw_BTK.shape)
 
     def oracle(kernel_DE: np.ndarray) -> float:
         weight_BTK = np.take_along_axis(drawn.scores(kernel_DE), chosen_BTK, axis=-1)
         weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdims=True) if norm_topk_prob else weight_BTK
         return float(np.sum(dw_BTK * weight_BTK) * config.routed_scaling_factor)
 
-    gradient = jax.grad(lambda v: jnp.sum(dw_BTK * Router(config).apply(v, drawn.x_BTD).weight_BTK))(drawn.variables)
+    gradient = jax.jit(jax.grad(lambda v: jnp.sum(dw_BTK * Router(config).apply(v, drawn.x_BTD).weight_BTK)))(drawn.variables)
     assert_gradient(gradient["params"]["kernel"], oracle, drawn.kernel_DE)
     chex.assert_trees_all_equal(gradient["router"], {"e_score_correction_bias": jnp.zeros(config.n_routed_experts)})
 
@@ -165,38 +169,21 @@ def test_fresh_biases_are_zero_in_float32_whatever_the_parameters_are() -> None:
 # --- The balance loss ------------------------------------------------------------------------------------------------
 
 
-def balance_by_sequence(
-    score_BTE: np.ndarray, counted_BT: np.ndarray, num_chosen: int, f_from: np.ndarray | None = None
-) -> float:
-    """Eqs. 17-20, a sequence and an expert at a time; f is taken from `f_from` (it has no gradient)."""
-    f_from = score_BTE if f_from is None else f_from
-    losses = []
-    for score_TE, f_TE, counted_T in zip(score_BTE, f_from, counted_BT, strict=True):
-        score_TE, f_TE = score_TE[counted_T], f_TE[counted_T]
-        T, E = score_TE.shape
-        loss = 0.0
-        for i in range(E):
-            f_i = E / (num_chosen * T) * sum(i in np.argsort(-f_TE[t])[:num_chosen] for t in range(T))
-            loss += f_i * sum(score_TE[t, i] / score_TE[t].sum() for t in range(T)) / T
-        losses.append(loss)
-    return float(np.mean(losses))
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_balance_loss_by_sequence(masked: bool) -> None:
     """Unbiased and ungrouped, each sequence over its own counted tokens; and its gradient."""
     drawn = Drawn(CONFIG)
     counted_BT = drawn.counted_BT if masked else np.ones_like(drawn.counted_BT)
-    K, score_BTE = CONFIG.num_experts_per_tok, drawn.scores()
+    K = CONFIG.num_experts_per_tok
 
     def loss(kernel_DE: jax.Array) -> jax.Array:
         return Router(CONFIG).apply({**drawn.variables, "params": {"kernel": kernel_DE}}, drawn.x_BTD, counted_BT).balance_loss
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(drawn.kernel_DE)
-    expected = balance_by_sequence(score_BTE, counted_BT, K)
+    expected = balance_by_sequence(drawn.scores(), counted_BT, K)
     assert float(value) == pytest.approx(expected, rel=1e-5)
     assert expected > 1.01
-    assert_gradient(gradient, lambda k: balance_by_sequence(drawn.scores(k), counted_BT, K, score_BTE), drawn.kernel_DE)
+    assert_gradient(gradient, lambda k: balance_by_sequence(drawn.scores(k), counted_BT, K), drawn.kernel_DE)
 
 
 def test_balance_loss_is_one_without_preference_and_e_over_k_when_all_choose_alike() -> None:
@@ -212,7 +199,7 @@ def test_balance_loss_is_one_without_preference_and_e_over_k_when_all_choose_ali
 def test_a_sequence_without_counted_tokens_adds_nothing() -> None:
     score_BTE = jnp.asarray(Drawn(CONFIG).scores(), jnp.float32)
     counted_BT = jnp.array([[True], [False]]) & jnp.ones((2, 9), bool)
-    value, gradient = jax.value_and_grad(sequence_balance_loss)(score_BTE, counted_BT, 3)
+    value, gradient = jax.jit(jax.value_and_grad(sequence_balance_loss), static_argnums=2)(score_BTE, counted_BT, 3)
     alone = sequence_balance_loss(score_BTE[:1], counted_BT[:1], 3)
     assert float(value) == pytest.approx(float(alone) / 2, rel=1e-6)
     chex.assert_trees_all_equal(gradient[1], jnp.zeros_like(gradient[1]))
@@ -241,8 +228,9 @@ def test_max_violation(load: list, expected: float) -> None:
     assert float(max_violation(jnp.array(load))) == expected
 
 
+ONE_MOE_LAYER = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
 SKEWED = Config(
-    model=dataclasses.replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, **ONE_GROUP),
+    model=dataclasses.replace(CONFIG, aux_loss_alpha=0.0, **ONE_MOE_LAYER, **ONE_GROUP),
     optimizer=OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-4, warmup_steps=0, moment_dtype="float32"),
     train=TrainConfig(steps=200, batch_size=16, sequence_length=32, bias_update_speed=0.001),
 )

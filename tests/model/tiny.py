@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ModelConfig, RopeScaling
-from dsv3_jax.model import init_variables
+from dsv3_jax.model import DeepSeekV3, Losses, ModelOutput, init_variables, training_loss
 from tests.parity.compare import published_tensors
 
 CONFIG = ModelConfig(
@@ -100,6 +100,18 @@ def oracle_tensors(config: ModelConfig, variables: Tree) -> dict[str, np.ndarray
     return published_tensors(config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables))
 
 
+def balance_by_sequence(score_BTE: np.ndarray, counted_BT: np.ndarray, num_chosen: int) -> float:
+    """The balance loss of eqs. 17-20, a sequence and an expert at a time, without alpha."""
+    losses = []
+    for sequence_TE, counted_T in zip(score_BTE, counted_BT, strict=True):
+        score_TE = sequence_TE[counted_T]
+        T, E = score_TE.shape
+        share_TE = score_TE / score_TE.sum(-1, keepdims=True)
+        best_TK = np.argsort(-score_TE, axis=-1)[:, :num_chosen]
+        losses.append(sum(E / (num_chosen * T) * np.sum(best_TK == i) * share_TE[:, i].mean() for i in range(E)))
+    return float(np.mean(losses))
+
+
 def assert_gradient(
     gradient: Tree, oracle: Callable[[Tree], float], point: Tree, rtol: float = 1e-4, step: float = 1e-6
 ) -> None:
@@ -127,3 +139,35 @@ def assert_gradient(
         slope, expected = float(np.sum(np.asarray(leaf_gradient, np.float64) * direction)), (above - below) / (2 * step)
         size = max(float(np.linalg.norm(np.asarray(leaf_gradient, np.float64))), abs(expected), 1e-4)
         assert abs(slope - expected) <= rtol * size, f"{paths[i]}: slope {slope}, by differences {expected}"
+
+
+@functools.cache
+def compiled_model(config: ModelConfig = CONFIG) -> Callable[..., ModelOutput]:
+    """(variables, tokens) -> everything the model can be asked for; compiled once for all test files."""
+    return jax.jit(lambda variables, tokens_BT: DeepSeekV3(config).apply(variables, tokens_BT, mtp=True, hidden_states=True))
+
+
+@functools.cache
+def compiled_gradient(config: ModelConfig = CONFIG) -> Callable[..., tuple[Tree, Losses]]:
+    """(variables, tokens, targets, lambda) -> the gradient of the training loss by parameter, and its parts."""
+
+    def loss(params: Tree, router: Tree, *args: Any) -> tuple[jax.Array, Losses]:
+        losses = training_loss(params, router, config, *args)
+        return losses.loss, losses
+
+    differentiated = jax.jit(jax.grad(loss, has_aux=True))
+    return lambda variables, *args: differentiated(variables["params"], variables["router"], *args)
+
+
+@functools.cache
+def initialised(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Fresh variables. The key's kind is the one whose generator compiles fastest."""
+    return jax.jit(lambda: init_variables(config, jax.random.key(seed, impl="unsafe_rbg")))()
+
+
+def perturbed(length: int, config: ModelConfig = CONFIG) -> np.ndarray:
+    """Tokens [length + 1, length]: a sequence in row 0, and in row j + 1 the same one with another token at j."""
+    tokens_BT = np.tile(random_tokens(1, length, config), (length + 1, 1))
+    changed = np.arange(length)
+    tokens_BT[changed + 1, changed] = (tokens_BT[0] + 1 + changed % (config.vocab_size - 1)) % config.vocab_size
+    return tokens_BT

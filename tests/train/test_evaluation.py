@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import chex
+import jax
 import numpy as np
 import pytest
 
@@ -13,9 +14,10 @@ from dsv3_jax.data import Document, HeldoutBatch, HeldoutWindows
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.train.evaluation import Evaluation, Evaluator
-from tests.model.tiny import CONFIG, MOE_ONLY, random_tokens, random_variables
+from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
 
 B, T = 3, 16
+CONFIG = DENSE_ONLY  # compiles fast
 
 
 def batches(count: int) -> list[HeldoutBatch]:
@@ -31,10 +33,11 @@ def batches(count: int) -> list[HeldoutBatch]:
 
 
 def test_nats_and_tokens_are_those_of_every_scored_token() -> None:
-    variables, scored = random_variables(), batches(3)
+    variables, scored = random_variables(CONFIG), batches(3)
+    model = jax.jit(DeepSeekV3(CONFIG).apply)
     nats, count = 0.0, 0
     for tokens_BT, targets_BT, weights_BT in scored:
-        logits_BTV = np.asarray(DeepSeekV3(CONFIG).apply(variables, tokens_BT).logits, np.float64)
+        logits_BTV = np.asarray(model(variables, tokens_BT).logits, np.float64)
         for b, t in zip(*np.nonzero(weights_BT), strict=True):
             row_V = logits_BTV[b, t]
             nats -= row_V[targets_BT[b, t]] - math.log(np.exp(row_V).sum())
@@ -64,14 +67,14 @@ def test_bits_per_byte_of_a_text() -> None:
     """Over windows of a text, and once over its whole stream of tokens in one go."""
     text = "for x in range(3):\n    print(x, 'ünï')\n" * 3
     tokenizer = train_tokenizer([text], 270, ["<bos>", "<eos>"])
-    model = dataclasses.replace(MOE_ONLY, vocab_size=300, max_position_embeddings=512)
+    model = dataclasses.replace(CONFIG, vocab_size=300, max_position_embeddings=512)
     variables = random_variables(model)
     windows = HeldoutWindows([Document("a", text)], tokenizer, model, batch_size=1, sequence_length=512)
     evaluation = Evaluator(model)(variables, windows)
 
     ids = [1, 0, *tokenizer.encode(text)]
     chex.assert_axis_dimension_lt(np.array([ids]), 1, 512)
-    logits_TV = np.asarray(DeepSeekV3(model).apply(variables, np.array([ids[:-1]])).logits[0, 1:], np.float64)
+    logits_TV = np.asarray(jax.jit(DeepSeekV3(model).apply)(variables, np.array([ids[:-1]])).logits[0, 1:], np.float64)
     log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
     bits = -log_p_TV[np.arange(len(ids) - 2), ids[2:]].sum() / math.log(2)
     assert evaluation.tokens == len(ids) - 2

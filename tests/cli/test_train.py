@@ -26,11 +26,27 @@ from tests.cli.conftest import CONFIG, TRAIN, Done, contents, started
 STEPS = CONFIG.train.steps
 TOKENS_PER_STEP = CONFIG.train.batch_size * CONFIG.train.sequence_length
 LOGGED = {
-    "step", "loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "max_violation", "tokens", "tokens_per_second",
-}  # fmt: skip
+    "step",
+    "loss",
+    "main_loss",
+    "mtp_loss",
+    "balance_loss",
+    "grad_norm",
+    "learning_rate",
+    "max_violation",
+    "tokens",
+    "tokens_per_second",
+}
 SUMMARY = {
-    "steps", "tokens", "seconds", "tokens_per_second", "final_loss", "heldout_bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte",
-}  # fmt: skip
+    "steps",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "final_loss",
+    "heldout_bits_per_byte",
+    "gzip_bits_per_byte",
+    "xz_bits_per_byte",
+}
 FLAGS = TRAIN[1:]
 
 
@@ -55,8 +71,15 @@ def test_a_run_leaves_everything_behind(straight: tuple[Path, Done], workplace: 
     monkeypatch.chdir(workplace)
     left = {path.name for path in run.iterdir()}
     assert left == {
-        "config.json", "text.digest", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "report.png", "summary.json",
-    }  # fmt: skip
+        "config.json",
+        "text.digest",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "report.png",
+        "summary.json",
+    }
     assert Config.from_json((run / "config.json").read_text()) == CONFIG
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["12", "6"]
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -52,7 +52,7 @@ def problems(command: str, options: Options) -> list[str]:
         return [f"{file} does not exist"]
     given = option_names(arguments)
     found = [f"{file} has no option --{name}" for name in given if name not in options(program)]
-    if program == ("train.py",) and not found:
+    if program == ("train.py",) and not found and "--help" not in arguments:
         try:
             parse_run(arguments)
         except ValueError as error:

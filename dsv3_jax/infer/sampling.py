@@ -41,7 +41,8 @@ def sample(logits_BV: jax.Array, key_B: jax.Array, temperature: jax.Array, top_p
     """
 
     def draw() -> jax.Array:
-        scaled_BV = logits_BV / temperature
+        # From the largest down, so that the smallest temperature gives -inf and never inf - inf.
+        scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
         kept_BV = jnp.where(nucleus(scaled_BV, top_p), scaled_BV, -jnp.inf)
         return jax.vmap(jax.random.categorical)(key_B, kept_BV)
 

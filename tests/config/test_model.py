@@ -86,7 +86,7 @@ def test_attention_scale(mscale: float | None, expected: float):
         ({"loss_chunk": 0}, "loss_chunk is 0"),
         ({"q_lora_rank": -2}, "q_lora_rank is -2"),
         ({"qk_rope_head_dim": 63}, "qk_rope_head_dim is 63; rotary pairs need an even number"),
-        ({"first_k_dense_replace": 62}, "first_k_dense_replace is 62; it must lie in 0..num_hidden_layers (61)"),
+        ({"first_k_dense_replace": 62}, "first_k_dense_replace is 62; it must lie in 0..num_hidden_layers"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
         ({"n_shared_experts": -1}, "n_shared_experts is -1"),
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1"),

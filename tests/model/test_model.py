@@ -15,7 +15,7 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.command_line import load_config
-from dsv3_jax.model import DeepSeekV3, init_variables, logical_axes, unstack
+from dsv3_jax.model import DeepSeekV3, logical_axes, unstack
 from tests import reference_model
 from tests.model.tiny import (
     CONFIG,
@@ -23,6 +23,7 @@ from tests.model.tiny import (
     MOE_ONLY,
     abstract_variables,
     compiled_model,
+    initialised,
     oracle_tensors,
     perturbed,
     published,
@@ -30,6 +31,7 @@ from tests.model.tiny import (
     random_variables,
 )
 from tests.parity.compare import HIDDEN_STATES, LOGITS
+from tests.tolerances import TOLERANCE
 
 ROOT = pathlib.Path(__file__).parents[2]
 T = 12
@@ -47,7 +49,7 @@ def test_forward_against_the_oracle(config: ModelConfig) -> None:
     chex.assert_shape(found.logits, (T + 1, T, config.vocab_size))
     chex.assert_type(found.logits, jnp.float32)
     assert expected.margin > 1e-5, "a near tie: draw another"
-    assert 1 < expected.logits_BTV.std() < 4
+    assert 0.5 < expected.logits_BTV.std() < 4
     chex.assert_trees_all_close(np.float64(found.logits), expected.logits_BTV, rtol=0, atol=LOGITS)
     chex.assert_trees_all_close(np.float64(found.hidden_states), np.stack(expected.hidden_states), rtol=0, atol=HIDDEN_STATES)
     if config.num_moe_layers:
@@ -68,35 +70,32 @@ def test_no_token_sees_the_future() -> None:
     assert change_TT[~past].max() < 1e-5
 
 
-@pytest.mark.parametrize(("unrolled", "pieces"), [(False, [5, 4, 3]), (True, [1] * T)], ids=["scanned", "unrolled"])
-def test_decoding_is_the_forward_pass(unrolled: bool, pieces: list[int]) -> None:
-    """On the latents of earlier pieces, at positions of its own for each sequence; empty rows of the cache are NaN.
+@pytest.mark.parametrize(("unrolled", "size"), [(False, 3), (True, 1)], ids=["scanned_in_pieces", "unrolled_by_tokens"])
+def test_decoding_is_the_forward_pass(unrolled: bool, size: int) -> None:
+    """On the latents of earlier pieces; empty rows of the cache are NaN.
 
-    The second sequence runs a piece behind the first, so their caches have different lengths.
+    The second sequence runs a piece behind the first, so that each has a length and positions of its own.
     """
-    variables, tokens_BT = random_variables(), random_tokens(T + 1, T)[:2]
-    expected_BTV = np.asarray(compiled_model()(variables, random_tokens(T + 1, T)).logits)[:2]
+    variables, tokens_BT = random_variables(), random_tokens(T + 1, T)
+    expected_BTV = np.asarray(compiled_model()(variables, tokens_BT).logits)[:2]
     model = DeepSeekV3(CONFIG, unrolled=unrolled)
     decode = jax.jit(lambda *args: model.apply(*args, method="decode"))
     laid_out = unstack(variables) if unrolled else variables
-    cache, axis = empty_cache(unrolled), 0 if unrolled else 1
+    cache, batch_axis = empty_cache(unrolled), 0 if unrolled else 1
 
-    starts = np.cumsum([0, *pieces])
     found_BTV = np.full_like(expected_BTV, np.nan)
-    for i, size in enumerate(pieces):
-        length_B = np.array([starts[i], starts[max(i - 1, 0)]])
-        length_B[1] = min(length_B[1], T - size)
-        rows = length_B[:, None] + np.arange(size)
-        logits_BTV, new = decode(laid_out, np.take_along_axis(tokens_BT, rows, 1), cache, length_B)
-        for b in range(2):
-            found_BTV[b, rows[b]] = logits_BTV[b]
+    for start in range(0, T, size):
+        length_B = np.array([start, max(start - size, 0)])
+        rows_BT = length_B[:, None] + np.arange(size)
+        logits_BTV, new = decode(laid_out, np.take_along_axis(tokens_BT[:2], rows_BT, axis=1), cache, length_B)
+        chex.assert_type(logits_BTV, jnp.float32)
+        chex.assert_trees_all_equal_structs(cache, new)
+        for b, rows in enumerate(rows_BT):
+            found_BTV[b, rows] = logits_BTV[b]
             for old, fresh in zip(jax.tree.leaves(cache), jax.tree.leaves(new), strict=True):
-                np.moveaxis(old, axis, 0)[b][..., rows[b], :] = np.moveaxis(fresh, axis, 0)[b]
-    chex.assert_type(logits_BTV, jnp.float32)
-    chex.assert_trees_all_equal_structs(cache, new)
+                np.moveaxis(old, batch_axis, 0)[b][..., rows, :] = np.moveaxis(fresh, batch_axis, 0)[b]
     chex.assert_trees_all_close(found_BTV[0], expected_BTV[0], rtol=0, atol=LOGITS)
-    done = starts[-2]
-    chex.assert_trees_all_close(found_BTV[1, :done], expected_BTV[1, :done], rtol=0, atol=LOGITS)
+    chex.assert_trees_all_close(found_BTV[1, : T - size], expected_BTV[1, : T - size], rtol=0, atol=LOGITS)
 
 
 def empty_cache(unrolled: bool) -> dict[str, Any]:
@@ -113,23 +112,27 @@ def empty_cache(unrolled: bool) -> dict[str, Any]:
 # --- Dtypes ----------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16() -> None:
-    """Logits, loads and losses are float32, states bfloat16; biases stay float32 under bfloat16 parameters."""
-    config = MOE_ONLY.with_dtype("bfloat16")
-    variables = random_variables(config)
+def test_bfloat16_near_the_oracle() -> None:
+    """Without a choice to flip, whole logits are as near as bfloat16 gets: a few of its roundings, 2^-8 each."""
+    config = DENSE_ONLY.with_dtype("bfloat16")
+    variables, tokens_BT = random_variables(config), random_tokens(T + 1, T, config)
+    found = compiled_model(config)(variables, tokens_BT)
+    exact = reference_model.forward(published(config), oracle_tensors(config, variables), tokens_BT)
+    chex.assert_type([found.logits, found.hidden_states], [jnp.float32, jnp.bfloat16])
+    error = np.linalg.norm(np.asarray(found.logits) - exact.logits_BTV) / np.linalg.norm(exact.logits_BTV)
+    assert error < TOLERANCE["bfloat16"]["rtol"]
+
+
+def test_what_stays_float32_in_a_bfloat16_model() -> None:
+    """The biases among the variables; logits, loads and losses among the outputs."""
+    config = CONFIG.with_dtype("bfloat16")
+    variables = abstract_variables(config)
     chex.assert_type(jax.tree.leaves(variables["params"]), jnp.bfloat16)
     chex.assert_type(jax.tree.leaves(variables["router"]), jnp.float32)
-    tokens_BT = random_tokens(2, T, config)
-    found = compiled_model(config)(variables, tokens_BT)
-    floats = [found.logits, *found.mtp_logits, *found.load.values(), found.balance_loss]
-    chex.assert_type(floats, jnp.float32)
-    chex.assert_type(found.hidden_states, jnp.bfloat16)
-
-    exact = reference_model.forward(published(config), oracle_tensors(config, variables), tokens_BT)
-    # Where the routes agree the logits do, to a bfloat16 model's accuracy.
-    same_BT = (np.sort(found.routes, axis=-1) == exact.routes_LBTK).all((0, -1))
-    assert same_BT[:, 0].all()
-    assert np.abs(np.asarray(found.logits) - exact.logits_BTV)[:, 0].max() < 0.1
+    tokens = jax.ShapeDtypeStruct((2, T), jnp.int32)
+    output = jax.eval_shape(lambda v, t: DeepSeekV3(config).apply(v, t, mtp=True, hidden_states=True), variables, tokens)
+    chex.assert_type([output.logits, *output.mtp_logits, *output.load.values(), output.balance_loss], jnp.float32)
+    chex.assert_type([output.hidden_states, output.routes], [jnp.bfloat16, jnp.int32])
 
 
 def test_dtype_of_computation_and_of_storage_are_two() -> None:
@@ -170,22 +173,20 @@ def test_logical_axes_say_what_an_axis_is() -> None:
 
 def test_fresh_variables_are_plain_and_from_the_seed() -> None:
     """Dicts of arrays: matrices of deviation `initializer_range`, layers and depths unlike one another, biases zero."""
-    config = dataclasses.replace(CONFIG, initializer_range=0.02)
-    init = jax.jit(init_variables, static_argnums=0)
-    variables = init(config, jax.random.key(1))
-    chex.assert_trees_all_equal_shapes_and_dtypes(variables, random_variables(config))
+    variables = initialised(CONFIG, 3)
+    chex.assert_trees_all_equal_shapes_and_dtypes(variables, random_variables())
     chex.assert_trees_all_equal(variables["router"], jax.tree.map(jnp.zeros_like, variables["router"]))
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         if path[-1].key == "scale":
             assert (leaf == 1).all(), path
         else:
-            assert float(leaf.std()) == pytest.approx(0.02, rel=5 / leaf.size**0.5), path
-    first, second = variables["params"]["moe_layers"]["mlp"]["gate"]["kernel"]
-    drawn = [first, second, *(variables["params"][f"mtp_{k}"]["block"]["mlp"]["gate"]["kernel"] for k in range(2))]
-    assert len({np.asarray(kernel).tobytes() for kernel in drawn}) == 4
-    chex.assert_trees_all_equal(variables, init(config, jax.random.key(1)))
-    other = init(config, jax.random.key(2))
-    assert not np.array_equal(other["params"]["embed"]["embedding"], variables["params"]["embed"]["embedding"])
+            assert float(leaf.std()) == pytest.approx(CONFIG.initializer_range, rel=5 / leaf.size**0.5), path
+    params = variables["params"]
+    gates = [
+        *params["moe_layers"]["mlp"]["gate"]["kernel"],
+        *(params[f"mtp_{k}"]["block"]["mlp"]["gate"]["kernel"] for k in range(2)),
+    ]
+    assert len({np.asarray(gate_DE).tobytes() for gate_DE in gates}) == 4
 
 
 # --- At full size ----------------------------------------------------------------------------------------------------
@@ -261,13 +262,13 @@ def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
 
 
 def test_within_jit_such_a_token_gives_nan() -> None:
-    """And only where it is seen: not in the other sequence, not before it."""
+    """From its position on, and in no other sequence."""
     tokens_BT = random_tokens(T + 1, T)
     tokens_BT[1, 2] = CONFIG.vocab_size
     found = compiled_model()(random_variables(), tokens_BT)
     is_nan_BT = np.isnan(found.logits).all(-1)
-    assert not np.isnan(found.logits[0]).any()
-    assert is_nan_BT[1].tolist() == [False] * 2 + [True] * (T - 2)
+    assert not np.isnan(np.delete(found.logits, 1, axis=0)).any()
+    assert is_nan_BT[1, 2:].all()
 
 
 def test_too_long_a_sequence_is_refused() -> None:

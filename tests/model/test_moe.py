@@ -94,6 +94,18 @@ def shared_of(layer: Tree) -> dict[str, np.ndarray]:
     return {f"shared_experts.{name}.weight": np.float64(leaf["kernel"]).T for name, leaf in shared.items()}
 
 
+def test_bfloat16() -> None:
+    """The experts' products are bfloat16, their weights and the sum over them float32: a few roundings from the exact."""
+    config = ONE_LAYER.with_dtype("bfloat16")
+    layer, x_BTD = draw(config)
+    x_BTD = np.asarray(jnp.asarray(x_BTD, jnp.bfloat16))
+    y_BTD, routing = moe(config, layer, x_BTD)
+    expected_BTD, expected_routing = oracle(config, layer, x_BTD)
+    assert y_BTD.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(np.int64(routing.chosen_BTK), expected_routing.chosen_BTK)
+    assert np.linalg.norm(np.float64(y_BTD) - expected_BTD) < TOLERANCE["bfloat16"]["rtol"] * np.linalg.norm(expected_BTD)
+
+
 def test_uncounted_tokens_are_computed_all_the_same() -> None:
     """The mask is for statistics: the output does not see it."""
     layer, x_BTD = draw(ONE_LAYER)

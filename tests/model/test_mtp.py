@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model import DeepSeekV3, init_variables
+from dsv3_jax.model import DeepSeekV3
 from tests import reference_model
 from tests.model.tiny import (
     CONFIG,
-    MOE_ONLY,
     abstract_variables,
+    compiled_gradient,
     compiled_model,
+    initialised,
     oracle_tensors,
     perturbed,
     published,
@@ -26,7 +27,7 @@ from tests.model.tiny import (
 from tests.parity.compare import LOGITS
 
 T = 12
-WITHOUT = dataclasses.replace(MOE_ONLY, num_nextn_predict_layers=0)
+WITHOUT = dataclasses.replace(CONFIG, num_nextn_predict_layers=0)
 
 
 def test_logits_of_every_depth_against_the_oracle() -> None:
@@ -61,7 +62,7 @@ def test_load_leaves_out_the_rows_without_a_token_ahead() -> None:
 
 @pytest.mark.parametrize(("length", "depths"), [(1, 2), (2, 3)])
 def test_a_sequence_shorter_than_a_depth_has_no_rows_there(length: int, depths: int) -> None:
-    config = dataclasses.replace(WITHOUT, num_hidden_layers=1, num_nextn_predict_layers=depths)
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1, num_nextn_predict_layers=depths)
     variables = abstract_variables(config)
     tokens_BT = jax.ShapeDtypeStruct((2, length), jnp.int32)
     output = jax.eval_shape(lambda v, t: DeepSeekV3(config).apply(v, t, mtp=True), variables, tokens_BT)
@@ -83,22 +84,18 @@ def test_embedding_and_head_are_no_parameters_of_a_depth() -> None:
 
 
 def test_its_gradient_reaches_the_embedding_and_the_head() -> None:
-    """A token that stands last in its sequence is seen by depth 1 alone, and only as the embedding ahead."""
-    tokens_BT = random_tokens(2, T, MOE_ONLY) % 20
+    """A token that stands last in its sequence is seen by the depths alone, and only as the embedding ahead."""
+    tokens_BT = random_tokens(2, T) % 20
+    target_BT = np.roll(tokens_BT, -1, axis=1)
     tokens_BT[0, -1], tokens_BT[1, -1] = 27, 28
-    variables = random_variables(MOE_ONLY)
-
-    def loss(params: dict) -> jax.Array:
-        return jnp.sum(DeepSeekV3(MOE_ONLY).apply({**variables, "params": params}, tokens_BT, mtp=True).mtp_logits[0] ** 2)
-
-    gradient = jax.jit(jax.grad(loss))(variables["params"])
-    chex.assert_tree_all_finite(gradient)
+    with_mtp, without = (compiled_gradient()(random_variables(), tokens_BT, target_BT, weight)[0] for weight in (1.0, 0.0))
+    gradient = jax.tree.map(np.subtract, with_mtp, without)
     norm_V = np.linalg.norm(gradient["embed"]["embedding"], axis=-1)
-    assert norm_V[[27, 28]].min() > 0.1
+    assert norm_V[[27, 28]].min() > 0.01
     assert norm_V[20:27].max() == 0
-    assert np.linalg.norm(gradient["lm_head"]["kernel"]) > 0.1
+    assert np.linalg.norm(gradient["lm_head"]["kernel"]) > 0.01
     # It goes through the state too, to the main model's own layers.
-    assert np.linalg.norm(gradient["moe_layers"]["self_attn"]["o_proj"]["kernel"][0]) > 0.1
+    assert np.linalg.norm(gradient["dense_layers"]["mlp"]["down_proj"]["kernel"]) > 0.01
 
 
 # --- Without it ------------------------------------------------------------------------------------------------------
@@ -106,20 +103,19 @@ def test_its_gradient_reaches_the_embedding_and_the_head() -> None:
 
 def test_depth_0_leaves_the_main_model_alone_bit_for_bit() -> None:
     """From the same seed the same weights, and from those the same logits, whether the depths exist, run, or do neither."""
-    variables = jax.jit(init_variables, static_argnums=0)(MOE_ONLY, jax.random.key(3))
-    without = jax.jit(init_variables, static_argnums=0)(WITHOUT, jax.random.key(3))
-    main = {name: {key: value for key, value in tree.items() if key != "mtp_0"} for name, tree in variables.items()}
+    variables, without = initialised(CONFIG, 3), initialised(WITHOUT, 3)
+    main = {name: {key: value for key, value in tree.items() if not key.startswith("mtp_")} for name, tree in variables.items()}
     assert "mtp_0" in variables["params"]
     assert "mtp_0" in variables["router"]
     chex.assert_trees_all_equal(without, main)
 
-    tokens_BT = random_tokens(2, T, MOE_ONLY)
     # As they were initialised, logits are hundredths; larger ones have more to lose.
     variables, without = (jax.tree.map(lambda leaf: leaf * 30, tree) for tree in (variables, without))
+    tokens_BT = random_tokens(T + 1, T)
     expected = jax.jit(DeepSeekV3(WITHOUT).apply)(without, tokens_BT)
-    for mtp in (False, True):
-        found = jax.jit(lambda v, t, mtp=mtp: DeepSeekV3(MOE_ONLY).apply(v, t, mtp=mtp))(variables, tokens_BT)
-        assert len(found.mtp_logits) == mtp
-        chex.assert_trees_all_equal(found.logits, expected.logits)
-    assert expected.mtp_logits == []
+    found = jax.jit(DeepSeekV3(CONFIG).apply)(variables, tokens_BT)
+    with_mtp = compiled_model()(variables, tokens_BT)
+    assert [len(output.mtp_logits) for output in (expected, found, with_mtp)] == [0, 0, 2]
+    chex.assert_trees_all_equal(found.logits, expected.logits)
+    chex.assert_trees_all_equal(with_mtp.logits, expected.logits)
     assert float(jnp.std(expected.logits)) > 0.1

@@ -161,7 +161,7 @@ def compiled_gradient(config: ModelConfig = CONFIG) -> Callable[..., tuple[Tree,
 
 @functools.cache
 def initialised(config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Fresh variables. The key's kind is the one whose generator compiles fastest."""
+    """Fresh variables, from a key whose kind compiles fastest."""
     return jax.jit(lambda: init_variables(config, jax.random.key(seed, impl="unsafe_rbg")))()
 
 

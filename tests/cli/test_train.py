@@ -186,11 +186,15 @@ def test_another_config_is_not_continued(
 
 def test_another_text_is_not_continued(straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path) -> None:
     before = contents(straight[0])
-    (workplace / "text" / "more.py").write_text("print('more')\n" * 10)
+    # Several files, so that some fall among the training documents whatever their hashes.
+    more = [workplace / "text" / f"more{i}.py" for i in range(8)]
+    for i, file in enumerate(more):
+        file.write_text(f"print('more {i}')\n" * 10)
     try:
         done = called(train.main, *FLAGS, "runs/straight", "--resume")
     finally:
-        (workplace / "text" / "more.py").unlink()
+        for file in more:
+            file.unlink()
     done.assert_refused("runs/straight was trained on another text")
     assert contents(straight[0]) == before
 

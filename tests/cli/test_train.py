@@ -184,6 +184,7 @@ def test_another_config_is_not_continued(
     assert contents(straight[0]) == before
 
 
+@pytest.mark.slow
 def test_another_text_is_not_continued(straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path) -> None:
     before = contents(straight[0])
     # Several files, so that some fall among the training documents whatever their hashes.

@@ -29,16 +29,16 @@ from dsv3_jax.config import ModelConfig
 _LAYERS = 4
 
 
-def _config(megabytes: int, param_dtype: str) -> ModelConfig:
+def _config(megabytes: int, param_dtype: str, mtp_depths: int) -> ModelConfig:
     """A model of roughly that size whose bytes lie, as in the published one, mostly in stacked experts."""
     itemsize = jnp.dtype(param_dtype).itemsize
     width = 512
     experts = max(8, round(megabytes * 1e6 * 0.85 / itemsize / (_LAYERS * 3 * width * 256)) // 8 * 8)
     return ModelConfig(
-        vocab_size=max(256, round(megabytes * 1e6 * 0.12 / itemsize / (2 * width))),
+        vocab_size=max(256, round(megabytes * 1e6 * 0.12 / itemsize / (2 * width)) // 64 * 64),
         hidden_size=width,
         num_hidden_layers=_LAYERS,
-        num_nextn_predict_layers=0,
+        num_nextn_predict_layers=mtp_depths,
         first_k_dense_replace=1,
         num_attention_heads=8,
         q_lora_rank=192,
@@ -56,8 +56,9 @@ def _config(megabytes: int, param_dtype: str) -> ModelConfig:
     )
 
 
-def _write(folder: Path, megabytes: int, stored: str) -> None:
-    config = _config(megabytes, "float32" if stored == "F32" else "bfloat16")
+def write_checkpoint(folder: Path, megabytes: int, stored: str, mtp_depths: int = 0) -> None:
+    """Writes a random checkpoint of about that size, besides MTP depths."""
+    config = _config(megabytes, "float32" if stored == "F32" else "bfloat16", mtp_depths)
     rng = np.random.default_rng(0)
     variables: dict[str, dict] = {"params": {}, "router": {}}
     for leaf in leaves(config):
@@ -105,7 +106,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        _write(folder, arguments.megabytes, arguments.stored)
+        write_checkpoint(folder, arguments.megabytes, arguments.stored)
         command = [sys.executable, __file__, "--load", str(folder), "--dtype", arguments.dtype]
         measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     result = {

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 MAY_IMPORT = {
     "config": set(),
     "kernels": {"config"},
-    "parallel": {"config"},
+    "parallel": {"config", "kernels"},
     "model": {"config", "kernels", "parallel"},
     "data": {"config", "parallel"},
     "checkpoint": {"config", "parallel", "model"},

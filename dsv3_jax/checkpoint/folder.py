@@ -52,6 +52,13 @@ class _Found:
         self.problems.setdefault(kind, []).append(item)
 
 
+def require_no_folder(path: Any) -> None:
+    """Raises ValueError if `path` exists, unless it is an empty folder: nothing is ever overwritten."""
+    target = epath.Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not an empty folder; choose another path or remove it")
+
+
 def read_config(folder: epath.Path) -> dict[str, Any]:
     """The dict of `folder`/config.json.
 

@@ -52,18 +52,21 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = EXPORT_BLOCK) -
     return -(-rows // block[0]), -(-columns // block[1])
 
 
-def dequantise(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
+def dequantise(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int], corner: tuple[int, int] = (0, 0)) -> np.ndarray:
     """weight [out, in] times its block's scale: float32 [out, in].
 
     Args:
-      weight: E4M3; `out` need not be a multiple of the block.
-      scale: [ceil(out / block rows), ceil(in / block columns)].
+      weight: E4M3, a whole matrix or a part of one; neither need end with a block.
+      scale: of the blocks it touches: [ceil((corner + out) / block rows), ceil((corner + in) / block columns)].
       block: (rows, columns).
+      corner: where within the first block a part begins.
     """
-    assert scale.shape == scale_shape(weight.shape, block)
+    (rows, columns), (top, left) = weight.shape, corner
+    assert scale.shape == scale_shape((top + rows, left + columns), block)
     product = _VALUES[weight.view(np.uint8)]
     for i, row_of_scales in enumerate(scale.astype(np.float32)):
-        product[i * block[0] : (i + 1) * block[0]] *= np.repeat(row_of_scales, block[1])[: weight.shape[1]]
+        here = slice(max(0, i * block[0] - top), (i + 1) * block[0] - top)
+        product[here] *= np.repeat(row_of_scales, block[1])[left : left + columns]
     return product
 
 

@@ -12,6 +12,8 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+import numpy as np
+
 from dsv3_jax.config import ModelConfig
 
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
@@ -46,6 +48,10 @@ class Leaf:
     def is_bias(self) -> bool:
         """Whether it is a router bias, float32 whatever the other parameters are."""
         return self.path[0] == "router"
+
+    def dtype(self, config: ModelConfig) -> np.dtype:
+        """Type of the array."""
+        return np.dtype("float32" if self.is_bias else config.param_dtype)
 
 
 def leaves(config: ModelConfig) -> list[Leaf]:

@@ -11,8 +11,8 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,9 @@ DTYPES = {
 """The tensor types a checkpoint may hold, by their name in a header."""
 NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
+Box = tuple[tuple[int, int], tuple[int, int]]
+"""(first, one past the last) of the rows, and of the columns, of a part of a matrix."""
+
 _LARGEST_HEADER = 100 * 2**20
 _BAND_BYTES = 64 * 2**20
 
@@ -42,24 +45,55 @@ class StoredTensor:
     offset: int
     """Of its first byte in the file."""
 
-    def bands(self, rows: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-        """Its data, `rows` rows of the first axis at a time: (which rows, array in the dtype of the file)."""
-        assert self.shape, "a scalar has no rows"
-        dtype, row_shape = DTYPES[self.dtype], self.shape[1:]
-        row_values = math.prod(row_shape)
-        if rows is None:
-            rows = max(1, _BAND_BYTES // max(1, row_values * dtype.itemsize))
-        with self.file.open("rb") as data:
-            data.seek(self.offset)
-            for start in range(0, self.shape[0], rows):
-                stop = min(start + rows, self.shape[0])
-                content = data.read((stop - start) * row_values * dtype.itemsize)
-                values = np.frombuffer(content, dtype)  # Raises if the file has shrunk since its header was read.
-                yield slice(start, stop), values.reshape(stop - start, *row_shape)
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the tensor as a matrix: its first axis, and the others in one."""
+        return self.shape[0], math.prod(self.shape[1:])
 
-    def read(self) -> np.ndarray:
-        """All of its data, in the dtype of the file."""
-        return np.concatenate([band for _, band in self.bands()])
+    def bands(self, rows: int | None = None, box: Box | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """The data in `box`, some rows at a time: (which rows of the tensor, array in the dtype of the file).
+
+        A box as wide as the tensor takes one read a band. Of a narrower one each row is a read of its own, from the
+        first column wanted to the last. Either way not a byte beside the box is asked for, and reads go forward, so
+        that a remote file system's read-ahead can merge them.
+
+        Args:
+          rows: bands end at its multiples.
+          box: part of the tensor as a matrix; all of it by default.
+        """
+        assert self.shape, "a scalar has no rows"
+        (first, last), (left, right) = box or ((0, self.shape[0]), (0, self.matrix_shape[1]))
+        dtype, width = DTYPES[self.dtype], self.matrix_shape[1]
+        row_bytes, wanted_bytes = width * dtype.itemsize, (right - left) * dtype.itemsize
+        row_shape = self.shape[1:] if right - left == width else (right - left,)
+        if rows is None:
+            rows = max(1, _BAND_BYTES // max(1, wanted_bytes))
+        with self.file.open("rb") as opened:
+            data = getattr(opened, "raw", opened)  # The buffer of a local file would read more than is asked for.
+            while first < last:
+                stop = min((first // rows + 1) * rows, last)
+                start = self.offset + first * row_bytes
+                if wanted_bytes == row_bytes:
+                    content = _read_at(data, start, (stop - first) * row_bytes)
+                else:
+                    starts = range(start + left * dtype.itemsize, start + (stop - first) * row_bytes, row_bytes)
+                    content = b"".join([_read_at(data, row_start, wanted_bytes) for row_start in starts])
+                values = np.frombuffer(content, dtype)  # Reshaping raises if the file has shrunk since its header was read.
+                yield slice(first, stop), values.reshape(stop - first, *row_shape)
+                first = stop
+
+    def read(self, box: Box | None = None) -> np.ndarray:
+        """All of that, in the dtype of the file."""
+        return np.concatenate([band for _, band in self.bands(box=box)])
+
+
+def _read_at(data: BinaryIO, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` on, fewer only if the file ends."""
+    data.seek(offset)
+    content = data.read(size)
+    while len(content) < size and (more := data.read(size - len(content))):
+        content += more
+    return content
 
 
 def read_header(file: epath.Path) -> dict[str, StoredTensor]:
@@ -119,25 +153,30 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+Described = tuple[str, np.dtype, tuple[int, ...]]
+"""(name, dtype, shape) of a tensor to be written."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
     """Tensors to be written next to each other, made only when their turn comes."""
 
-    tensors: tuple[tuple[str, np.dtype, tuple[int, ...]], ...]
-    """(name, dtype, shape) of each."""
-    make: Callable[[], tuple[np.ndarray, ...]]
-    """Their data, in the same order."""
+    tensors: tuple[Described, ...]
+    fetch: Callable[[], Any]
+    """Brings what they are made from to this process; all processes call it where it has to travel."""
+    encode: Callable[[Any], tuple[np.ndarray, ...]]
+    """Makes their data of what was fetched, in the order of `tensors`."""
 
     @property
     def nbytes(self) -> int:
         return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.tensors)
 
 
-def write_file(file: epath.Path, content: Sequence[Outgoing]) -> None:
-    """Writes a safetensors file that torch programs accept, holding one `Outgoing` in memory at a time."""
+def write_file(file: epath.Path, tensors: Iterable[Described], arrays: Iterable[np.ndarray]) -> None:
+    """Writes a safetensors file that torch programs accept; takes from `arrays` the data of one tensor at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, dtype, shape in itertools.chain.from_iterable(outgoing.tensors for outgoing in content):
+    position, tensors = 0, list(tensors)
+    for name, dtype, shape in tensors:
         end = position + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": NAMES_OF_DTYPES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
@@ -145,10 +184,9 @@ def write_file(file: epath.Path, content: Sequence[Outgoing]) -> None:
     encoded += b" " * (-len(encoded) % 8)  # The format wants the data aligned.
     with file.open("wb") as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
-        for outgoing in content:
-            for (name, dtype, shape), array in zip(outgoing.tensors, outgoing.make(), strict=True):
-                assert (array.dtype, array.shape) == (dtype, shape), (name, array.dtype, array.shape)
-                out.write(np.ascontiguousarray(array).view(np.uint8).data)
+        for (name, dtype, shape), array in zip(tensors, arrays, strict=True):
+            assert (array.dtype, array.shape) == (dtype, shape), (name, array.dtype, array.shape)
+            out.write(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def shards(content: Iterable[Outgoing], max_bytes: int) -> list[list[Outgoing]]:

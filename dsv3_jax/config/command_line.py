@@ -41,6 +41,29 @@ _TYPE_NAMES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class DistributedFlags:
+    """Where the processes of a run meet; found by themselves on Cloud TPU and under SLURM."""
+
+    coordinator: str | None = None
+    """host:port of process 0."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+
+    def __post_init__(self) -> None:
+        given = [value is not None for value in dataclasses.astuple(self)]
+        if any(given) and not all(given):
+            raise ValueError(
+                "--distributed.coordinator, .num-processes and .process-id belong together; give all three or none"
+            )
+        if self.num_processes is not None and self.process_id is not None and not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"--distributed.process-id is {self.process_id}; it must lie in 0..{self.num_processes - 1} (num-processes - 1)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFlags:
     """What stands beside the fields of the run config."""
 
@@ -50,6 +73,8 @@ class RunFlags:
     """Folder of the run; None is runs/ and the name of the config file."""
     resume: bool = False
     """Continue from the newest checkpoint of the folder if there is one, else start."""
+    distributed: DistributedFlags = DistributedFlags()
+    """How the processes of a run find each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +89,8 @@ class RunArguments:
     """Folder of the run."""
     resume: bool
     """Whether to continue what the folder holds."""
+    distributed: DistributedFlags
+    """How the processes of the run find each other."""
 
 
 def load_config(path: str) -> Config:
@@ -102,7 +129,7 @@ def parse_run(argv: Sequence[str] | None = None, description: str | None = None)
     """
     flags, config = parse_with_config(RunFlags, argv, description)
     run_dir = flags.run_dir or os.path.join("runs", pathlib.Path(flags.config).stem)
-    return RunArguments(config=config, config_path=flags.config, run_dir=run_dir, resume=flags.resume)
+    return RunArguments(config, flags.config, run_dir, flags.resume, flags.distributed)
 
 
 def parse_with_config(
@@ -233,7 +260,12 @@ def _build_flags(flags_type: type[Flags], values: dict[str, Any]) -> Flags:
     for field in dataclasses.fields(flags_type):  # type: ignore[arg-type]
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         require(has_default or field.name in values, f"--{field.name} is missing (--help lists all)")
-    return flags_type(**values)
+    built = {name: value for name, value in values.items() if "." not in name}
+    for name, hint in typing.get_type_hints(flags_type).items():
+        inner = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
+        if inner:
+            built[name] = hint(**inner)
+    return flags_type(**built)
 
 
 def _override(config: Any, overrides: dict[str, Any], path: str = "") -> Any:

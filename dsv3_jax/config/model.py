@@ -19,6 +19,7 @@ from dsv3_jax.config.rope_scaling import RopeScaling
 
 RematPolicy = Literal["none", "save_latents", "full"]
 ExpertBackend = Literal["auto", "tiles", "ragged_dot", "reference"]
+ExpertExchange = Literal["auto", "ragged", "dense", "ring"]
 
 
 def _dtype_name(field: str, dtype: Any) -> str:
@@ -103,6 +104,10 @@ class ModelConfig:
     """What the backward pass recomputes: "none", all but the latents and the MoE input, or the "full" block."""
     expert_backend: ExpertBackend = "auto"
     """Implementation of the expert FFN; "auto" is chosen by platform and printed at start."""
+    expert_exchange: ExpertExchange = "auto"
+    """How rows travel to their experts on a mesh; "auto" is chosen by platform and printed at start."""
+    receive_factor: float = 1.5
+    """Rows a device receives in one round of that exchange, over the rows it sends; what does not fit takes another round."""
     attention_chunk: int = 512
     """Queries and keys per tile of the attention loop; the T x S matrix is never built."""
     loss_chunk: int = 512
@@ -160,6 +165,11 @@ class ModelConfig:
             self.expert_backend in typing.get_args(ExpertBackend),
             f"expert_backend is {self.expert_backend!r}; choose from {typing.get_args(ExpertBackend)}",
         )
+        require(
+            self.expert_exchange in typing.get_args(ExpertExchange),
+            f"expert_exchange is {self.expert_exchange!r}; choose from {typing.get_args(ExpertExchange)}",
+        )
+        require(self.receive_factor > 0, f"receive_factor is {self.receive_factor}; it must be positive")
         for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
                 require(

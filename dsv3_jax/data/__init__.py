@@ -4,6 +4,7 @@ from dsv3_jax.data.corpus import Corpus, CorpusReport, load_corpus
 from dsv3_jax.data.heldout import HeldoutBatch, HeldoutWindows, compressor_bits_per_byte
 from dsv3_jax.data.pipeline import Batch, TrainBatches, tokenize_corpus
 from dsv3_jax.data.sources import Document
+from dsv3_jax.data.text import Text, prepare_text
 from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, document_marks, load_tokenizer, prepare_tokenizer
 
 __all__ = [
@@ -14,12 +15,14 @@ __all__ = [
     "HeldoutBatch",
     "HeldoutWindows",
     "StreamDecoder",
+    "Text",
     "Tokenizer",
     "TrainBatches",
     "compressor_bits_per_byte",
     "document_marks",
     "load_corpus",
     "load_tokenizer",
+    "prepare_text",
     "prepare_tokenizer",
     "tokenize_corpus",
 ]

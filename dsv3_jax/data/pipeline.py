@@ -11,7 +11,7 @@ resumes at any step, on any number of processes, without reading what came befor
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,7 +120,7 @@ class TokenStream:
 class PackedRows:
     """The rows that this process reads, in the order it reads them: a random-access source for grain."""
 
-    def __init__(self, stream: TokenStream, config: TrainConfig, rows: range) -> None:
+    def __init__(self, stream: TokenStream, config: TrainConfig, rows: Sequence[int]) -> None:
         """Args: rows: which of the batch_size rows of each global batch are read."""
         self._stream = stream
         self._config = config
@@ -146,7 +146,7 @@ class PackedRows:
 class TrainBatches:
     """The batches of a run: `batches[step]`, and `batches.iterate(step)` that reads ahead in the background."""
 
-    def __init__(self, config: TrainConfig, model: ModelConfig, tokens: np.ndarray, rows: range | None = None) -> None:
+    def __init__(self, config: TrainConfig, model: ModelConfig, tokens: np.ndarray, rows: Sequence[int] | None = None) -> None:
         """Sets up the pipeline; nothing is read yet.
 
         Args:

@@ -15,85 +15,100 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.varying import varying_alike, zeros_beside
+
 # Finite, so that a fully masked row stays free of NaN.
 MASKED = -1e30
 
 
-def causal_attention(q_BTNX: jax.Array, k_BTMX: jax.Array, v_BTMW: jax.Array, *, scale: float, chunk: int) -> jax.Array:
+def causal_attention(
+    q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array, *, scale: float, chunk: int, first: jax.Array | int = 0
+) -> jax.Array:
     """softmax(q k^T * scale, over positions up to the query's own) v.
 
     Args:
       q_BTNX: queries of N heads.
-      k_BTMX: keys of M heads; M divides N, and query head n reads key-value head n * M // N.
-      v_BTMW: values of the same M heads.
+      k_BSMX: keys of M heads; M divides N, and query head n reads key-value head n * M // N.
+      v_BSMW: values of the same M heads.
       scale: factor on the logits.
       chunk: queries and keys per tile.
+      first: position of the first query among the keys; not 0 where other devices hold the queries before it.
 
     Returns:
       [B, T, N, W] in v's dtype; logits and softmax are float32.
     """
     B, T, N, X = q_BTNX.shape
-    M, W = v_BTMW.shape[2:]
+    M, W = v_BSMW.shape[2:]
     tile = min(chunk, T)
-    padding = ((0, 0), (0, -T % tile), (0, 0), (0, 0))
-    q, k, v = (jnp.pad(a, padding) if T % tile else a for a in (q_BTNX, k_BTMX, v_BTMW))
+    q, k, v = (_padded(a, tile) for a in (q_BTNX, k_BSMX, v_BSMW))
     q_BMUTX = q.reshape(B, -1, M, N // M, X).transpose(0, 2, 3, 1, 4)
-    o_BMUTW = _attend(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), scale, tile)
+    varying = varying_alike(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first, jnp.int32))
+    o_BMUTW = _attend(*varying, scale, tile)
     return o_BMUTW.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, W)[:, :T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attend(q_BMUTX: jax.Array, k_BMTX: jax.Array, v_BMTW: jax.Array, scale: float, tile: int) -> jax.Array:
-    return _attend_forward(q_BMUTX, k_BMTX, v_BMTW, scale, tile)[0]
+def _padded(array_BTNX: jax.Array, tile: int) -> jax.Array:
+    missing = -array_BTNX.shape[1] % tile
+    return jnp.pad(array_BTNX, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else array_BTNX
 
 
-def _tile_logits(q_BMUAX: jax.Array, k_BMZX: jax.Array, i: jax.Array, j: jax.Array, scale: float, tile: int) -> jax.Array:
-    """Masked float32 logits of query tile i against key tile j: [B, M, U, A, Z]."""
-    logits = jnp.einsum("BMUAX,BMZX->BMUAZ", q_BMUAX, k_BMZX, preferred_element_type=jnp.float32) * scale
-    offset = jnp.arange(tile)
-    return jnp.where(i * tile + offset[:, None] >= j * tile + offset, logits, MASKED)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BMUTX: jax.Array, k_BMSX: jax.Array, v_BMSW: jax.Array, first: jax.Array, scale: float, tile: int) -> jax.Array:
+    return _attend_forward(q_BMUTX, k_BMSX, v_BMSW, first, scale, tile)[0]
+
+
+def _seen(first: jax.Array, i: jax.Array, j: jax.Array, tile: int) -> jax.Array:
+    """Which keys of tile j the queries of tile i look at: bool [A, Z]."""
+    place = jnp.arange(tile)
+    return (first + i * tile + place)[:, None] >= j * tile + place
 
 
 def _take(array: jax.Array, index: jax.Array, tile: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, index * tile, tile, axis)
 
 
-def _attend_forward(q_BMUTX: jax.Array, k_BMTX: jax.Array, v_BMTW: jax.Array, scale: float, tile: int) -> tuple:
+def _attend_forward(
+    q_BMUTX: jax.Array, k_BMSX: jax.Array, v_BMSW: jax.Array, first: jax.Array, scale: float, tile: int
+) -> tuple:
     B, M, U, T, _ = q_BMUTX.shape
-    W = v_BMTW.shape[-1]
+    S, W = v_BMSW.shape[2:]
 
     def query_tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         q_i = _take(q_BMUTX, i, tile, 3)
 
         def key_tile(j: jax.Array, carry: tuple) -> tuple:
             top, total, mix = carry
-            logits = _tile_logits(q_i, _take(k_BMTX, j, tile, 2), i, j, scale, tile)
+            logits = jnp.einsum("BMUAX,BMZX->BMUAZ", q_i, _take(k_BMSX, j, tile, 2), preferred_element_type=jnp.float32)
+            logits = jnp.where(_seen(first, i, j, tile), logits * scale, MASKED)
             new_top = jnp.maximum(top, logits.max(-1))
             p = jnp.exp(logits - new_top[..., None])
             shrink = jnp.exp(top - new_top)
-            v_j = _take(v_BMTW, j, tile, 2)
+            v_j = _take(v_BMSW, j, tile, 2)
             mixed = jnp.einsum("BMUAZ,BMZW->BMUAW", p.astype(v_j.dtype), v_j, preferred_element_type=jnp.float32)
             return new_top, total * shrink + p.sum(-1), mix * shrink[..., None] + mixed
 
         rows = (B, M, U, tile)
-        start = jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows, W), jnp.float32)
-        top, total, mix = jax.lax.fori_loop(0, i + 1, key_tile, start)
-        return (mix / total[..., None]).astype(v_BMTW.dtype), top + jnp.log(total)
+        zeros = functools.partial(zeros_beside, q_BMUTX, dtype=jnp.float32)
+        start = zeros(rows, fill=MASKED), zeros(rows), zeros((*rows, W))
+        # Up to the tile of the last query's own key.
+        end = jnp.minimum((first + (i + 1) * tile - 1) // tile + 1, S // tile)
+        top, total, mix = jax.lax.fori_loop(0, end, key_tile, start)
+        return (mix / total[..., None]).astype(v_BMSW.dtype), top + jnp.log(total)
 
     o, lse = jax.lax.map(query_tile, jnp.arange(T // tile))
     o_BMUTW = jnp.moveaxis(o, 0, 3).reshape(B, M, U, T, W)
     lse_BMUT = jnp.moveaxis(lse, 0, 3).reshape(B, M, U, T)
-    return o_BMUTW, (q_BMUTX, k_BMTX, v_BMTW, o_BMUTW, lse_BMUT)
+    return o_BMUTW, (q_BMUTX, k_BMSX, v_BMSW, first, o_BMUTW, lse_BMUT)
 
 
 def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Array) -> tuple:
-    q_BMUTX, k_BMTX, v_BMTW, o_BMUTW, lse_BMUT = residuals
+    q_BMUTX, k_BMSX, v_BMSW, first, o_BMUTW, lse_BMUT = residuals
     num_tiles = q_BMUTX.shape[3] // tile
     delta_BMUT = jnp.sum(do_BMUTW.astype(jnp.float32) * o_BMUTW.astype(jnp.float32), axis=-1)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def key_tile(dq_BMUTX: jax.Array, j: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        k_j, v_j = _take(k_BMTX, j, tile, 2), _take(v_BMTW, j, tile, 2)
+        k_j, v_j = _take(k_BMSX, j, tile, 2), _take(v_BMSW, j, tile, 2)
 
         # Keys come first here: of the three gradients, only dq is then a product with a transposed left side.
         def query_tile(i: jax.Array, carry: tuple) -> tuple:
@@ -101,8 +116,7 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
             q_i, do_i = _take(q_BMUTX, i, tile, 3), _take(do_BMUTW, i, tile, 3)
             lse_i, delta_i = _take(lse_BMUT, i, tile, 3), _take(delta_BMUT, i, tile, 3)
             logits_BMZUA = einsum("BMZX,BMUAX->BMZUA", k_j, q_i) * scale
-            offset = jnp.arange(tile)
-            seen_ZUA = (i * tile + offset >= j * tile + offset[:, None])[:, None]
+            seen_ZUA = _seen(first, i, j, tile).T[:, None]
             p_BMZUA = jnp.exp(jnp.where(seen_ZUA, logits_BMZUA, MASKED) - lse_i[:, :, None])
             dp_BMZUA = einsum("BMZW,BMUAW->BMZUA", v_j, do_i)
             ds_BMZUA = (p_BMZUA * (dp_BMZUA - delta_i[:, :, None]) * scale).astype(q_i.dtype)
@@ -111,14 +125,17 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
             dq_i = _take(dq, i, tile, 3) + einsum("BMZUA,BMZX->BMUAX", ds_BMZUA, k_j)
             return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * tile, 3), dk_j, dv_j
 
-        start = dq_BMUTX, jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32)
-        dq_BMUTX, dk_j, dv_j = jax.lax.fori_loop(j, num_tiles, query_tile, start)
+        start = dq_BMUTX, zeros_beside(k_j, k_j.shape, jnp.float32), zeros_beside(v_j, v_j.shape, jnp.float32)
+        # From the tile of the first query that looks at the first key.
+        begin = jnp.maximum(j * tile - first, 0) // tile
+        dq_BMUTX, dk_j, dv_j = jax.lax.fori_loop(begin, num_tiles, query_tile, start)
         return dq_BMUTX, (dk_j.astype(k_j.dtype), dv_j.astype(v_j.dtype))
 
-    dq_BMUTX, (dk, dv) = jax.lax.scan(key_tile, jnp.zeros(q_BMUTX.shape, jnp.float32), jnp.arange(num_tiles))
-    dk_BMTX = jnp.moveaxis(dk, 0, 2).reshape(k_BMTX.shape)
-    dv_BMTW = jnp.moveaxis(dv, 0, 2).reshape(v_BMTW.shape)
-    return dq_BMUTX.astype(q_BMUTX.dtype), dk_BMTX, dv_BMTW
+    start = zeros_beside(q_BMUTX, q_BMUTX.shape, jnp.float32)
+    dq_BMUTX, (dk, dv) = jax.lax.scan(key_tile, start, jnp.arange(k_BMSX.shape[2] // tile))
+    dk_BMSX = jnp.moveaxis(dk, 0, 2).reshape(k_BMSX.shape)
+    dv_BMSW = jnp.moveaxis(dv, 0, 2).reshape(v_BMSW.shape)
+    return dq_BMUTX.astype(q_BMUTX.dtype), dk_BMSX, dv_BMSW, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

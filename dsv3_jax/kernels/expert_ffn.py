@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dsv3_jax.kernels.ragged_dot import expert_ffn_ragged_dot
 from dsv3_jax.kernels.reference import expert_ffn_reference
 from dsv3_jax.kernels.tiles import expert_ffn_tiles
+from dsv3_jax.kernels.varying import varying_alike
 
 _BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "tiles": expert_ffn_tiles,
@@ -73,7 +74,7 @@ def expert_ffn(
     """
     ffn = _BACKENDS[choose_backend(backend)]
     _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
-    return ffn(*_varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
+    return ffn(*varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
 
 
 def _check(
@@ -92,15 +93,3 @@ def _check(
             + "; it needs x [R, D], w_gate and w_up [E, D, F] and w_down [E, F, D] of one float dtype and no empty axis, "
             "and group_sizes int32[E]"
         )
-
-
-def _varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The same arrays, all varying over the union of their manual mesh axes.
-
-    Inside `jax.shard_map` the weights may be replicated where the rows are not. Saying so before the custom gradients
-    begin lets JAX sum the weight gradients over those axes.
-    """
-    axes = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
-    return tuple(
-        jax.lax.pcast(a, tuple(missing), to="varying") if (missing := axes - jax.typeof(a).mat.varying) else a for a in arrays
-    )

@@ -59,7 +59,7 @@ def dispatch(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array
       x_TD: the tokens.
       order, inverse: as `sort_by_expert` gives them; K is R / T.
     """
-    return _rows(x_TD, order // (order.shape[0] // x_TD.shape[0]))
+    return rows_at(x_TD, order // (order.shape[0] // x_TD.shape[0]))
 
 
 @jax.custom_vjp
@@ -71,18 +71,20 @@ def combine(y_RD: jax.Array, weight_TK: jax.Array, order: jax.Array, inverse: ja
       weight_TK: the weight of each choice.
       order, inverse: as `sort_by_expert` gives them.
     """
-    return _sum_over_choices(y_RD, inverse.reshape(weight_TK.shape), weight_TK).astype(y_RD.dtype)
+    return sum_over_choices(y_RD, inverse.reshape(weight_TK.shape), weight_TK).astype(y_RD.dtype)
 
 
-def _rows(array_XD: jax.Array, index_R: jax.Array) -> jax.Array:
+def rows_at(array_XD: jax.Array, index_R: jax.Array) -> jax.Array:
+    """The rows at indices that are known to lie within the array."""
     return array_XD.at[index_R].get(mode="promise_in_bounds")
 
 
-def _sum_over_choices(y_RD: jax.Array, row_TK: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
+def sum_over_choices(y_RD: jax.Array, row_TK: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
+    """sum_k weight_k y[row_k] of every token, or the plain sum: [T, D], float32 at the least."""
     # One gather for each k, rather than one of [T, K, D], fuses into a single pass without a temporary.
     total_TD = jnp.zeros_like(y_RD, shape=(row_TK.shape[0], y_RD.shape[1]), dtype=jnp.promote_types(y_RD.dtype, jnp.float32))
     for k in range(row_TK.shape[1]):
-        chosen_TD = _rows(y_RD, row_TK[:, k])
+        chosen_TD = rows_at(y_RD, row_TK[:, k])
         total_TD += chosen_TD if weight_TK is None else weight_TK[:, k, None] * chosen_TD
     return total_TD
 
@@ -93,7 +95,7 @@ def _dispatch_forward(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> 
 
 
 def _dispatch_backward(row_TK: jax.Array, dx_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    return _sum_over_choices(dx_RD, row_TK, None).astype(dx_RD.dtype), None, None
+    return sum_over_choices(dx_RD, row_TK, None).astype(dx_RD.dtype), None, None
 
 
 def _combine_forward(
@@ -105,9 +107,9 @@ def _combine_forward(
 def _combine_backward(residuals: tuple[jax.Array, ...], dout_TD: jax.Array) -> tuple[jax.Array | None, ...]:
     y_RD, weight_TK, order, inverse = residuals
     wide = jnp.promote_types(y_RD.dtype, jnp.float32)
-    dout_RD = _rows(dout_TD, order // weight_TK.shape[1]).astype(wide)
-    dy_RD = _rows(weight_TK.reshape(-1), order)[:, None] * dout_RD
-    dweight_TK = _rows(jnp.sum(y_RD * dout_RD, axis=1), inverse).reshape(weight_TK.shape)
+    dout_RD = rows_at(dout_TD, order // weight_TK.shape[1]).astype(wide)
+    dy_RD = rows_at(weight_TK.reshape(-1), order)[:, None] * dout_RD
+    dweight_TK = rows_at(jnp.sum(y_RD * dout_RD, axis=1), inverse).reshape(weight_TK.shape)
     return dy_RD.astype(y_RD.dtype), dweight_TK.astype(weight_TK.dtype), None, None
 
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.varying import zeros_beside
+
 _LARGEST_TILE = 256
 _REMAINDER_TILE = 32
 
@@ -92,11 +94,6 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
-    # Taken from an input, so that inside shard_map the loops' carries vary over the same mesh axes from the start.
-    return jnp.zeros_like(like, shape=shape, dtype=dtype)
-
-
 @jax.custom_vjp
 def expert_ffn_tiles(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
@@ -133,7 +130,7 @@ def _forward(
 
         return over_tiles(body, carry)
 
-    pre_RF = _zeros((num_rows, hidden), jnp.promote_types(x_RD.dtype, jnp.float32), x_RD)
+    pre_RF = zeros_beside(x_RD, (num_rows, hidden), jnp.promote_types(x_RD.dtype, jnp.float32))
     y_RD, gate_RF, up_RF = _over_experts(visit, (jnp.zeros_like(x_RD), pre_RF, pre_RF), group_sizes_E, num_rows)
     return y_RD, (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, gate_RF, up_RF)
 
@@ -157,7 +154,7 @@ def _backward(residuals: tuple[jax.Array, ...], dy_RD: jax.Array) -> tuple[jax.A
             )
 
         dx_RD, dweights = carry
-        sums = tuple(_zeros(dw.shape[1:], gate_RF.dtype, x_RD) for dw in dweights)
+        sums = tuple(zeros_beside(x_RD, dw.shape[1:], gate_RF.dtype) for dw in dweights)
         dx_RD, sums = over_tiles(body, (dx_RD, sums))
         return dx_RD, tuple(dw.at[e].set(total.astype(dw.dtype)) for dw, total in zip(dweights, sums, strict=True))
 

@@ -13,6 +13,7 @@ from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.mla import MLA, Latents
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.rope import Rotation
+from dsv3_jax.parallel.placement import place_tokens
 
 
 class BlockOutput(NamedTuple):
@@ -22,6 +23,8 @@ class BlockOutput(NamedTuple):
     """MoE: counted tokens per expert."""
     balance_loss: jax.Array | None = None
     """MoE: sequence-wise balance loss, without alpha."""
+    rounds: jax.Array | None = None
+    """MoE: rounds of the exchange with the experts' devices."""
     chosen_BTK: jax.Array | None = None
     """MoE, if "routes" is kept: expert ids."""
     latents: Latents | None = None
@@ -67,13 +70,14 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(self.post_attention_layernorm(h_BTD), "ffn_input")
         output = BlockOutput(latents=latents if "latents" in self.keep else None)
         if self.moe:
-            y_BTD, routing = self.mlp(x_BTD, counted_BT)
+            y_BTD, routing, rounds = self.mlp(x_BTD, counted_BT)
             output = output._replace(
                 load_E=routing.load_E,
                 balance_loss=routing.balance_loss,
+                rounds=rounds,
                 chosen_BTK=routing.chosen_BTK if "routes" in self.keep else None,
             )
         else:
             y_BTD = self.mlp(x_BTD)
-        h_BTD += y_BTD
+        h_BTD = place_tokens(h_BTD + y_BTD)
         return h_BTD, output._replace(hidden_BTD=h_BTD if "hidden" in self.keep else None)

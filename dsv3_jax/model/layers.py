@@ -11,6 +11,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.parallel.mesh import current_mesh
+from dsv3_jax.parallel.placement import gathered
+from dsv3_jax.parallel.rules import RULES, TOKENS
+
+EMBEDDING_AXES = "vocab", "embed"
 
 
 def normal_init(config: ModelConfig, axes: tuple[str, ...]) -> nn.initializers.Initializer:
@@ -23,13 +28,12 @@ class RMSNorm(nn.Module):
 
     config: ModelConfig
     size: int
-    axis: str = "embed"
     epsilon: float | None = None
     """None takes `rms_norm_eps`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
         scale = self.param("scale", init, (self.size,), self.config.param_dtype)
         epsilon = self.config.rms_norm_eps if self.epsilon is None else self.epsilon
         x32 = x.astype(jnp.float32)
@@ -52,7 +56,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = self.config.dtype
         contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
-        return jax.lax.dot_general(x.astype(dtype), self.kernel.astype(dtype), (contract, ((), ())))
+        return jax.lax.dot_general(x.astype(dtype), gathered(self.kernel.astype(dtype), self.axes), (contract, ((), ())))
 
 
 class Embedding(nn.Module):
@@ -64,10 +68,34 @@ class Embedding(nn.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         config = self.config
         shape = config.vocab_size, config.hidden_size
-        embedding_VD = self.param("embedding", normal_init(config, ("vocab", "embed")), shape, config.param_dtype)
-        # Inside jit nobody can refuse an id outside the table; plain indexing would give it another token's row.
-        rows = jnp.asarray(embedding_VD, config.dtype).at[tokens_BT]
-        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        embedding_VD = self.param("embedding", normal_init(config, EMBEDDING_AXES), shape, config.param_dtype)
+        look_up = _look_up if current_mesh() is None else _look_up_on_mesh
+        return look_up(embedding_VD, tokens_BT, config)
+
+
+def _look_up(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    # Inside jit nobody can refuse an id outside the table; plain indexing would give it another token's row.
+    rows_BTD = embedding_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    # Cast after the lookup, so that the gradients of a token's occurrences are summed in the table's dtype.
+    return rows_BTD.astype(config.dtype)
+
+
+def _look_up_on_mesh(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
+    """Each device looks its own columns up for its whole group: rows travel, not the table nor its gradient."""
+
+    def on_device(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        tokens_BT = jax.lax.all_gather(tokens_BT, ("fsdp", "expert"), axis=0, tiled=True)
+        tokens_BT = jax.lax.all_gather(tokens_BT, "context", axis=1, tiled=True)
+        row_BT = tokens_BT - jax.lax.axis_index("tensor") * embedding_VD.shape[0]
+        mine_BTD = embedding_VD.at[row_BT].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        rows_BTD = jax.lax.psum(mine_BTD.astype(config.dtype), "tensor")
+        # `FSDP_AXES` split the columns with `context` innermost.
+        rows_BTD = jax.lax.all_to_all(rows_BTD, "context", 1, 2, tiled=True)
+        return jax.lax.all_to_all(rows_BTD, ("fsdp", "expert"), 0, 2, tiled=True)
+
+    split = jax.shard_map(on_device, in_specs=(RULES.spec(EMBEDDING_AXES), TOKENS), out_specs=TOKENS)
+    known_BT = (tokens_BT >= 0) & (tokens_BT < config.vocab_size)
+    return jnp.where(known_BT[..., None], split(embedding_VD, tokens_BT), jnp.nan)
 
 
 class SwiGLU(nn.Module):

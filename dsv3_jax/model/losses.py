@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.model import DeepSeekV3
+from dsv3_jax.kernels.varying import varying_alike, zeros_beside
+from dsv3_jax.model.model import HEAD_AXES, DeepSeekV3
+from dsv3_jax.parallel.mesh import AXES, current_mesh
+from dsv3_jax.parallel.rules import FSDP_AXES, RULES, TOKENS
 
 
 class Losses(NamedTuple):
@@ -29,11 +33,15 @@ class Losses(NamedTuple):
     """Sequence-wise balance loss summed over MoE layers, without alpha."""
     load: dict[str, jax.Array]
     """Tokens per expert of the whole batch, as in `ModelOutput.load`."""
+    rounds: jax.Array
+    """Most rounds of exchange that any layer took."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int) -> jax.Array:
     """sum over tokens of weight * -log softmax(h head)[target], a float32 scalar.
+
+    On a mesh every device walks its own tokens; the vocabulary is split along `tensor`, and the head gathered along the
+    fsdp axes.
 
     Args:
       h_BTD: normalised states, in the computation dtype.
@@ -42,14 +50,58 @@ def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, we
       weight_BT: float32 weight of each token; not differentiated.
       chunk: positions of every sequence per step.
     """
+    if current_mesh() is None:
+        return _summed_loss(h_BTD, head_DV, target_BT, weight_BT, chunk, False)
 
-    head = head_DV.astype(h_BTD.dtype)
+    def on_device(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
+        loss = _summed_loss(*varying_alike(h_BTD, head_DV, target_BT, weight_BT), chunk, True)
+        # Each device of a `tensor` group has the whole loss of their tokens: its share keeps the sum right.
+        return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES)
+
+    specs = TOKENS, RULES.spec(HEAD_AXES), TOKENS, TOKENS
+    return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec())(h_BTD, head_DV, target_BT, weight_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed_loss(
+    h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int, on_mesh: bool
+) -> jax.Array:
+    head = _Head.of(head_DV, h_BTD.dtype, on_mesh)
 
     def step(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
         h, target, weight = part
         return total + _chunk_loss(h, target, weight, head)[0], None
 
-    return jax.lax.scan(step, jnp.float32(0), _chunks(h_BTD, target_BT, weight_BT, chunk))[0]
+    return jax.lax.scan(step, zeros_beside(h_BTD, (), jnp.float32), _chunks(h_BTD, target_BT, weight_BT, chunk))[0]
+
+
+class _Head(NamedTuple):
+    """The head, whole or this device's columns of it, and what it takes to work with such a part."""
+
+    kernel_DV: jax.Array
+    first: jax.Array | int
+    """Token id of the first column."""
+    on_mesh: bool
+
+    @classmethod
+    def of(cls, head_DV: jax.Array, dtype: Any, on_mesh: bool) -> _Head:
+        kernel_DV = head_DV.astype(dtype)
+        if not on_mesh:
+            return cls(kernel_DV, 0, False)
+        whole_DV = jax.lax.all_gather(kernel_DV, FSDP_AXES, axis=0, tiled=True)
+        return cls(whole_DV, jax.lax.axis_index("tensor") * head_DV.shape[1], True)
+
+    def hit_BTV(self, target_BT: jax.Array) -> jax.Array:
+        """Which of these columns is the target."""
+        return (target_BT - self.first)[..., None] == jnp.arange(self.kernel_DV.shape[1])
+
+    def total(self, partial: jax.Array) -> jax.Array:
+        """The sum of every part's `partial`."""
+        return varying_alike(jax.lax.psum(partial, "tensor"), partial)[0] if self.on_mesh else partial
+
+    def largest(self, partial: jax.Array) -> jax.Array:
+        """The maximum of every part's `partial`."""
+        return varying_alike(jax.lax.pmax(partial, "tensor"), partial)[0] if self.on_mesh else partial
 
 
 def _chunks(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int) -> tuple:
@@ -64,40 +116,45 @@ def _chunks(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk:
     return cut(h_BTD), cut(target_BT), cut(weight_BT)
 
 
-def _chunk_loss(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, head_DV: jax.Array) -> tuple:
-    logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
-    log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    picked_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0]
+def _chunk_loss(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, head: _Head) -> tuple:
+    logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head.kernel_DV, preferred_element_type=jnp.float32)
+    top_BT = head.largest(logits_BTV.max(-1))
+    log_sum_BT = top_BT + jnp.log(head.total(jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)))
+    picked_BT = head.total(jnp.sum(logits_BTV, axis=-1, where=head.hit_BTV(target_BT)))
     return jnp.sum(weight_BT * (log_sum_BT - picked_BT)), logits_BTV, log_sum_BT
 
 
-def _cross_entropy_forward(h_BTD, head_DV, target_BT, weight_BT, chunk):  # type: ignore[no-untyped-def]
-    head = head_DV.astype(h_BTD.dtype)
-    vocabulary = jnp.arange(head.shape[1])
+def _forward(h_BTD, head_DV, target_BT, weight_BT, chunk, on_mesh):  # type: ignore[no-untyped-def]
+    head = _Head.of(head_DV, h_BTD.dtype, on_mesh)
 
     def step(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         total, dhead_DV = carry
         h, target, weight = part
         loss, logits_BTV, log_sum_BT = _chunk_loss(h, target, weight, head)
-        hit_BTV = target[..., None] == vocabulary
-        dlogits_BTV = ((jnp.exp(logits_BTV - log_sum_BT[..., None]) - hit_BTV) * weight[..., None]).astype(h.dtype)
-        dh = jnp.einsum("BTV,DV->BTD", dlogits_BTV, head)
+        p_BTV = jnp.exp(logits_BTV - log_sum_BT[..., None])
+        dlogits_BTV = ((p_BTV - head.hit_BTV(target)) * weight[..., None]).astype(h.dtype)
+        dh = jnp.einsum("BTV,DV->BTD", dlogits_BTV, head.kernel_DV)
         dhead_DV += jnp.einsum("BTD,BTV->DV", h, dlogits_BTV, preferred_element_type=jnp.float32)
         return (total + loss, dhead_DV), dh
 
-    start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
+    start = zeros_beside(h_BTD, (), jnp.float32), zeros_beside(h_BTD, head.kernel_DV.shape, jnp.float32)
     (total, dhead_DV), dh = jax.lax.scan(step, start, _chunks(h_BTD, target_BT, weight_BT, chunk))
     B, T, D = h_BTD.shape
     dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T]
-    return total, (dh_BTD, dhead_DV, jnp.zeros((), head_DV.dtype))
+    if on_mesh:
+        # At once, so that what waits for the backward pass is this device's part of the gradient alone.
+        dhead_DV = jax.lax.psum_scatter(dhead_DV.astype(h_BTD.dtype), FSDP_AXES, scatter_dimension=0, tiled=True)
+    return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
 
 
-def _cross_entropy_backward(chunk: int, residuals: tuple, dloss: jax.Array) -> tuple:
-    dh_BTD, dhead_DV, head_like = residuals
-    return (dh_BTD * dloss).astype(dh_BTD.dtype), (dhead_DV * dloss).astype(head_like.dtype), None, None
+def _backward(chunk: int, on_mesh: bool, residuals: tuple, dloss: jax.Array) -> tuple:
+    if on_mesh:
+        # The loss is the sum over all devices, and on each of a `tensor` group it was counted in shares.
+        dloss = dloss * jax.lax.axis_size("tensor")
+    return *((gradient * dloss).astype(gradient.dtype) for gradient in residuals), None, None
 
 
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+_summed_loss.defvjp(_forward, _backward)
 
 
 def training_loss(
@@ -127,4 +184,4 @@ def training_loss(
     mtp_loss = sum(depths, jnp.float32(0)) / max(len(depths), 1)
     balance_loss = features.balance_loss
     loss = main_loss + mtp_loss_weight * mtp_loss + config.aux_loss_alpha * balance_loss
-    return Losses(loss, main_loss, mtp_loss, balance_loss, features.load)
+    return Losses(loss, main_loss, mtp_loss, balance_loss, features.load, features.rounds)

@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import causal_attention, latent_attention
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
+from dsv3_jax.parallel.mesh import current_mesh
+from dsv3_jax.parallel.placement import gathered
+from dsv3_jax.parallel.rules import FSDP_AXES, RULES, TOKENS
 
+KV_B_AXES = "latent", "heads", "head_dim"
 # The reference fixes it, whatever rms_norm_eps says (model of the published code; both are 1e-6 there).
 LATENT_NORM_EPSILON = 1e-6
 
@@ -56,15 +61,15 @@ class MLA(nn.Module):
         N, H, P, W = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         D, C, Q = c.hidden_size, c.kv_lora_rank, c.q_lora_rank
         if Q is None:
-            self.q_proj = Linear(c, (D, N, H + P), ("embed", "heads", "qk_dim"))
+            self.q_proj = Linear(c, (D, N, H + P), ("embed", "heads", "head_dim"))
         else:
-            self.q_a_proj = Linear(c, (D, Q), ("embed", "q_latent"))
-            self.q_a_layernorm = RMSNorm(c, Q, "q_latent", LATENT_NORM_EPSILON)
-            self.q_b_proj = Linear(c, (Q, N, H + P), ("q_latent", "heads", "qk_dim"))
-        self.kv_a_proj_with_mqa = Linear(c, (D, C + P), ("embed", "kv_latent"))
-        self.kv_a_layernorm = RMSNorm(c, C, "kv_latent", LATENT_NORM_EPSILON)
-        self.kv_b_proj = Linear(c, (C, N, H + W), ("kv_latent", "heads", "kv_dim"))
-        self.o_proj = Linear(c, (N, W, D), ("heads", "v_dim", "embed"), num_in=2)
+            self.q_a_proj = Linear(c, (D, Q), ("embed", "latent_out"))
+            self.q_a_layernorm = RMSNorm(c, Q, LATENT_NORM_EPSILON)
+            self.q_b_proj = Linear(c, (Q, N, H + P), ("latent", "heads", "head_dim"))
+        self.kv_a_proj_with_mqa = Linear(c, (D, C + P), ("embed", "latent_out"))
+        self.kv_a_layernorm = RMSNorm(c, C, LATENT_NORM_EPSILON)
+        self.kv_b_proj = Linear(c, (C, N, H + W), KV_B_AXES)
+        self.o_proj = Linear(c, (N, W, D), ("heads", "head_dim", "embed"), num_in=2)
 
     def __call__(
         self, x_BTD: jax.Array, rotation: Rotation, cache: Latents | None = None, length_B: jax.Array | None = None
@@ -106,12 +111,11 @@ class MLA(nn.Module):
         return Latents(self.kv_a_layernorm(c_kv_BTC), rotate(k_rope_BTP, rotation))
 
     def _materialised(self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents) -> jax.Array:
-        kv_BTNX = self.kv_b_proj(latents.c_kv)
-        k_nope_BTNH, v_BTNW = jnp.split(kv_BTNX, [self.config.qk_nope_head_dim], axis=-1)
-        k_rope_BTNP = jnp.broadcast_to(latents.k_rope[:, :, None], q_rope_BTNP.shape)
         q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
-        k_BTNX = jnp.concatenate([k_nope_BTNH, k_rope_BTNP], axis=-1)
-        return causal_attention(q_BTNX, k_BTNX, v_BTNW, scale=self.config.softmax_scale, chunk=self.config.attention_chunk)
+        kernel_CNX = self.kv_b_proj.kernel
+        if current_mesh() is None:
+            return _attend_expanded(q_BTNX, latents, kernel_CNX, self.config)
+        return _attend_on_mesh(q_BTNX, latents, kernel_CNX, self.config)
 
     def _absorbed(self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents) -> jax.Array:
         q_BTNX = jnp.concatenate([self._into_latent(q_nope_BTNH), q_rope_BTNP], axis=-1)
@@ -142,7 +146,36 @@ class MLA(nn.Module):
     def _absorbed_weights(self) -> AbsorbedWeights:
         if self.has_variable("absorbed", "kv_b_proj"):
             return self.get_variable("absorbed", "kv_b_proj")
-        return AbsorbedWeights.of(self.kv_b_proj.kernel.astype(self.config.dtype), self.config)
+        return AbsorbedWeights.of(gathered(self.kv_b_proj.kernel.astype(self.config.dtype), KV_B_AXES), self.config)
+
+
+def _attend_expanded(
+    q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, config: ModelConfig, first: jax.Array | int = 0
+) -> jax.Array:
+    """Keys and values of every head expanded from the latents [B, S, ...], and attended to by queries from `first` on."""
+    kv_BSNX = jnp.einsum("BSC,CNX->BSNX", latents.c_kv, kernel_CNX.astype(config.dtype))
+    k_nope_BSNH, v_BSNW = jnp.split(kv_BSNX, [config.qk_nope_head_dim], axis=-1)
+    k_rope_BSNP = jnp.broadcast_to(latents.k_rope[:, :, None], (*k_nope_BSNH.shape[:3], config.qk_rope_head_dim))
+    k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1)
+    scale, chunk = config.softmax_scale, config.attention_chunk
+    return causal_attention(q_BTNX, k_BSNX, v_BSNW, scale=scale, chunk=chunk, first=first)
+
+
+def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, config: ModelConfig) -> jax.Array:
+    """The same on the current mesh: a device has its own queries and heads, and gathers the latents of the whole sequence.
+
+    It is the latents that travel along `context`, 576 values a token, and not the keys and values of all heads.
+    """
+
+    def on_device(q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: jax.Array) -> jax.Array:
+        whole = jax.lax.all_gather(kernel_CNX.astype(config.dtype), FSDP_AXES, axis=0, tiled=True)
+        everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
+        first = jax.lax.axis_index("context") * q_BTNX.shape[1]
+        return _attend_expanded(q_BTNX, everyone, whole, config, first)
+
+    heads = PartitionSpec(*TOKENS, "tensor")
+    specs: Any = heads, (TOKENS, TOKENS), RULES.spec(KV_B_AXES)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=heads)(q_BTNX, (latents.c_kv, latents.k_rope), kernel_CNX)
 
 
 def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

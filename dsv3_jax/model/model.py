@@ -6,6 +6,7 @@ both training and prefill start from: the states before the head, so that [B, T,
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,10 @@ from dsv3_jax.model.mla import Latents
 from dsv3_jax.model.mtp import MTPDepth
 from dsv3_jax.model.rope import rotation
 from dsv3_jax.model.stack import run_scanned, run_unrolled, stack_sizes
+from dsv3_jax.parallel.mesh import without_mesh
+from dsv3_jax.parallel.placement import gathered, place_tokens
+
+HEAD_AXES = "embed", "vocab"
 
 
 @struct.dataclass
@@ -57,6 +62,12 @@ class Features(NamedTuple):
         return {name: output.load_E for name, output in self.outputs.items() if output.load_E is not None}
 
     @property
+    def rounds(self) -> jax.Array:
+        """Most rounds of exchange that any layer took, int32."""
+        rounds = [jnp.max(output.rounds) for output in self.outputs.values() if output.rounds is not None]
+        return functools.reduce(jnp.maximum, rounds, jnp.int32(1))
+
+    @property
     def balance_loss(self) -> jax.Array:
         losses = [jnp.sum(o.balance_loss) for o in self.outputs.values() if o.balance_loss is not None]
         return sum(losses, jnp.float32(0))
@@ -75,7 +86,7 @@ class DeepSeekV3(nn.Module):
         config = self.config
         self.embed = Embedding(config)
         self.norm = RMSNorm(config, config.hidden_size)
-        self.lm_head = Linear(config, (config.hidden_size, config.vocab_size), ("embed", "vocab"))
+        self.lm_head = Linear(config, (config.hidden_size, config.vocab_size), HEAD_AXES)
         self.mtp = [MTPDepth(config) for _ in range(config.num_nextn_predict_layers)]
 
     def __call__(self, tokens_BT: jax.Array, *, mtp: bool = False, hidden_states: bool = False) -> ModelOutput:
@@ -112,7 +123,7 @@ class DeepSeekV3(nn.Module):
 
         mtp_h_BTD, state_BTD = [], h_BTD
         for k, depth in enumerate(self.mtp if mtp else (), 1):
-            ahead_BTD = jnp.roll(embedded_BTD, -k, axis=1)
+            ahead_BTD = place_tokens(jnp.roll(embedded_BTD, -k, axis=1))
             counted_BT = jnp.broadcast_to(jnp.arange(T) < T - k, tokens_BT.shape)
             state_BTD, normed_BTD, outputs[f"mtp_{k - 1}"] = depth(state_BTD, ahead_BTD, turns, counted_BT)
             mtp_h_BTD.append(normed_BTD)
@@ -121,7 +132,7 @@ class DeepSeekV3(nn.Module):
     def head(self, h_BTD: jax.Array) -> jax.Array:
         """Logits of normalised states, float32."""
         dtype = self.config.dtype
-        kernel_DV = self.lm_head.kernel.astype(dtype)
+        kernel_DV = gathered(self.lm_head.kernel.astype(dtype), HEAD_AXES)
         return jnp.einsum("...D,DV->...V", h_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32)
 
     def decode(
@@ -196,5 +207,6 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     tokens_BT = jnp.zeros((1, config.num_nextn_predict_layers + 1), jnp.int32)
-    variables = DeepSeekV3(config).init(key, tokens_BT, mtp=True)
+    with without_mesh():  # It is only the shapes of this pass that matter, and one row would not divide over a mesh.
+        variables = DeepSeekV3(config).init(key, tokens_BT, mtp=True)
     return {"params": variables["params"], "router": variables.get("router", {})}

@@ -7,6 +7,7 @@ whatever size that gives.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
@@ -14,6 +15,8 @@ from dsv3_jax.kernels.expert_ffn import choose_backend, expert_ffn
 from dsv3_jax.kernels.permute import combine, dispatch, sort_by_expert
 from dsv3_jax.model.layers import SwiGLU, normal_init
 from dsv3_jax.model.router import Router, Routing
+from dsv3_jax.parallel.dispatch import WEIGHT_AXES, ExpertWeights, routed_experts_on_mesh
+from dsv3_jax.parallel.mesh import current_mesh, current_platform
 
 
 class Experts(nn.Module):
@@ -22,27 +25,33 @@ class Experts(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, chosen_BTK: jax.Array, weight_BTK: jax.Array) -> jax.Array:
-        """sum_k weight_k * Expert_{chosen_k}(x), the sum in float32: [B, T, D]."""
+    def __call__(self, x_BTD: jax.Array, chosen_BTK: jax.Array, weight_BTK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """sum_k weight_k * Expert_{chosen_k}(x), the sum in float32: [B, T, D]; and the rounds of exchange it took."""
         c = self.config
         E, D, F = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
-        wide, narrow = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
-        w_gate_EDF = self.param("gate_proj", normal_init(c, wide), (E, D, F), c.param_dtype)
-        w_up_EDF = self.param("up_proj", normal_init(c, wide), (E, D, F), c.param_dtype)
-        w_down_EFD = self.param("down_proj", normal_init(c, narrow), (E, F, D), c.param_dtype)
-
-        x_TD = x_BTD.reshape(-1, D)
-        chosen_TK = chosen_BTK.reshape(-1, c.num_experts_per_tok)
-        order, inverse, group_sizes_E = sort_by_expert(chosen_TK, E)
-        y_RD = expert_ffn(
-            dispatch(x_TD, order, inverse),
-            w_gate_EDF.astype(c.dtype),
-            w_up_EDF.astype(c.dtype),
-            w_down_EFD.astype(c.dtype),
-            group_sizes_E,
-            backend=choose_backend(c.expert_backend),
+        shapes = (E, D, F), (E, D, F), (E, F, D)
+        gate, up, down = (
+            self.param(f"{name}_proj", normal_init(c, axes), shape, c.param_dtype)
+            for name, axes, shape in zip(("gate", "up", "down"), WEIGHT_AXES, shapes, strict=True)
         )
-        return combine(y_RD, weight_BTK.reshape(chosen_TK.shape), order, inverse).reshape(x_BTD.shape)
+        weights = gate, up, down
+        backend = choose_backend(c.expert_backend, current_platform())
+        if current_mesh() is not None:
+            return routed_experts_on_mesh(x_BTD, chosen_BTK, weight_BTK, weights, c, backend)
+        y_TD = routed_experts(x_BTD.reshape(-1, D), chosen_BTK, weight_BTK, weights, c, backend)
+        return y_TD.reshape(x_BTD.shape), jnp.int32(1)
+
+
+def routed_experts(
+    x_TD: jax.Array, chosen_BTK: jax.Array, weight_BTK: jax.Array, weights: ExpertWeights, config: ModelConfig, backend: str
+) -> jax.Array:
+    """sum_k weight_k * Expert_{chosen_k}(x) on one device: [T, D]."""
+    chosen_TK, weight_TK = (array.reshape(-1, config.num_experts_per_tok) for array in (chosen_BTK, weight_BTK))
+    order, inverse, group_sizes_E = sort_by_expert(chosen_TK, config.n_routed_experts)
+    rows_RD = dispatch(x_TD, order, inverse)
+    gate, up, down = (weight.astype(config.dtype) for weight in weights)
+    y_RD = expert_ffn(rows_RD, gate, up, down, group_sizes_E, backend=backend)
+    return combine(y_RD, weight_TK, order, inverse)
 
 
 class MoE(nn.Module):
@@ -57,10 +66,15 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = SwiGLU(config, config.n_shared_experts * config.moe_intermediate_size)
 
-    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array | None = None) -> tuple[jax.Array, Routing]:
-        """Returns the output and where the tokens went; `counted_BT` marks those that enter load and balance loss."""
+    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array | None = None) -> tuple[jax.Array, Routing, jax.Array]:
+        """Returns the output, where the tokens went, and the rounds it took to bring them there.
+
+        Args:
+          x_BTD: the normalised residual stream.
+          counted_BT: tokens that enter load and balance loss; None counts all.
+        """
         routing = self.gate(x_BTD, counted_BT)
-        y_BTD = self.experts(x_BTD, routing.chosen_BTK, routing.weight_BTK)
+        y_BTD, rounds = self.experts(x_BTD, routing.chosen_BTK, routing.weight_BTK)
         if self.config.n_shared_experts:
             y_BTD += self.shared_experts(x_BTD)
-        return y_BTD, routing
+        return y_BTD, routing, rounds

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import normal_init
+from dsv3_jax.parallel.placement import gathered
 
 
 class Routing(NamedTuple):
@@ -47,7 +48,7 @@ class Router(nn.Module):
         logits_BTE = jnp.einsum(
             "BTD,DE->BTE",
             x_BTD.astype(jnp.float32),
-            kernel_DE.astype(jnp.float32),
+            gathered(kernel_DE.astype(jnp.float32), ("embed", "router")),
             precision=jax.lax.Precision.HIGHEST,
         )
         score_BTE = nn.sigmoid(logits_BTE)

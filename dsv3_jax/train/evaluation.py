@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import HeldoutBatch
@@ -30,11 +32,13 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """Scores batches of one shape with one compiled program."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, place: Callable[[np.ndarray], Any] = jnp.asarray) -> None:
+        """Args: config: the model; place: puts an array [B, T] of a batch where the model runs."""
+        self._place = place
         self._loss = jax.jit(functools.partial(heldout_loss, config=config))
 
     def __call__(self, variables: dict[str, Any], batches: Iterable[HeldoutBatch]) -> Evaluation:
         """The loss of the batches' scored tokens under `variables`."""
         # Summed in Python floats: float32 would lose digits over a million tokens.
-        parts = [(float(self._loss(variables, *batch)), int(batch.weights_BT.sum())) for batch in batches]
+        parts = [(float(self._loss(variables, *map(self._place, batch))), int(batch.weights_BT.sum())) for batch in batches]
         return Evaluation(sum(nats for nats, _ in parts), sum(count for _, count in parts))

@@ -16,21 +16,27 @@ class MetricsLog:
     A continued run first drops the lines after the checkpoint it continues from: those steps are taken again.
     """
 
-    def __init__(self, run: RunDirectory, first_step: int) -> None:
+    def __init__(self, run: RunDirectory, first_step: int, *, writes: bool = True) -> None:
+        """Args: writes: whether this process writes; the others of a run only keep the rows."""
         self.path = run.metrics_file
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else None)
+        self._board: SummaryWriter | None = None
+        if writes:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else None)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     def write(self, row: dict[str, Any]) -> None:
         """Logs one step; `row` has `step` and numbers."""
         self.rows.append(row)
+        if self._board is None:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         for name, value in row.items():

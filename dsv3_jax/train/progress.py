@@ -9,13 +9,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 class ProgressBar:
     """A bar on a terminal; where the output is no terminal, a line every tenth of the run. A context manager."""
 
-    def __init__(self, first_step: int, steps: int) -> None:
+    def __init__(self, first_step: int, steps: int, *, shows: bool = True) -> None:
+        """Args: shows: whether this process prints; only one of a run should."""
+        self._shows = shows
         self._steps = steps
         self._line_every = max(steps // 10, 1)
         self._printed = first_step // self._line_every
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         self._console = Console()
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._progress = Progress(*columns, console=self._console, disable=not (shows and self._console.is_terminal))
         self._task = self._progress.add_task("compiling", total=steps, completed=first_step)
 
     def __enter__(self) -> ProgressBar:
@@ -27,6 +29,8 @@ class ProgressBar:
 
     def show(self, row: dict[str, float]) -> None:
         """Shows a logged row of metrics."""
+        if not self._shows:
+            return
         step = int(row["step"])
         text = (
             f"step {step}  loss {row['main_loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
@@ -39,4 +43,6 @@ class ProgressBar:
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
+        if not self._shows:
+            return
         self._progress.print(text) if self._console.is_terminal else print(text, flush=True)

@@ -6,12 +6,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
 from dsv3_jax.model import init_variables
+from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.train.optimizer import make_optimizer
 
 
@@ -38,6 +41,28 @@ def init_state(config: Config) -> TrainState:
     """A fresh state from `train.seed`; run it under `jax.jit` (or `jax.eval_shape`)."""
     variables = init_variables(config.model, jax.random.key(config.train.seed))
     return state_of(config, variables)
+
+
+def state_shardings(config: Config, mesh: Mesh | AbstractMesh) -> Any:
+    """Where each array of the state lives, as a TrainState of shardings.
+
+    Moments live beside their parameters, what is no parameter on every device.
+
+    Raises:
+      ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
+    """
+    variables = variable_shardings(config.model, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: init_state(config))
+    optimizer = optax.tree.map_params(
+        make_optimizer(config),
+        lambda _, sharding: sharding,
+        shapes.optimizer,
+        variables["params"],
+        transform_non_params=lambda _: everywhere,
+    )
+    step: Any = everywhere
+    return TrainState(step, **variables, optimizer=optimizer)
 
 
 def save_run_start(path: str, config: Config, variables: dict[str, Any]) -> None:

@@ -6,24 +6,53 @@ biases, moved against the load of the whole global batch.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.model import DeepSeekV3, training_loss
 from dsv3_jax.model.losses import cross_entropy
 from dsv3_jax.model.router import max_violation, updated_bias
+from dsv3_jax.parallel.exchange import choose_exchange
+from dsv3_jax.parallel.mesh import current_platform
+from dsv3_jax.parallel.rules import TOKENS
 from dsv3_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from dsv3_jax.train.state import TrainState
+from dsv3_jax.train.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
 
 
+def compile_train_step(config: Config, mesh: Mesh) -> Any:
+    """`train_step` as a run compiles it for a mesh; call (or lower) it under `jax.set_mesh(mesh)`.
+
+    It takes the state, whose memory it reuses, and a batch split along the mesh, and returns the state after and the
+    metrics, which are the same on every device.
+    """
+    state, batch, everywhere = state_shardings(config, mesh), NamedSharding(mesh, TOKENS), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        functools.partial(train_step, config=config),
+        in_shardings=(state, batch, batch),
+        out_shardings=(state, everywhere),
+        donate_argnums=0,
+    )
+
+
+def describe_backends(config: ModelConfig, mesh: Mesh) -> str:
+    """What the model's programs will compute with on the mesh, for the line printed at start."""
+    with jax.set_mesh(mesh):
+        experts = choose_backend(config.expert_backend, current_platform())
+        exchange = choose_exchange(config.expert_exchange, current_platform(), mesh.shape["expert"])
+    return f"experts by {experts}" + (f", exchange {exchange}" if exchange != "local" else "")
+
+
 def train_step(state: TrainState, tokens_BT: jax.Array, target_BT: jax.Array, *, config: Config) -> tuple[TrainState, Metrics]:
-    """Takes one step; pure, for `jax.jit(functools.partial(train_step, config=config), donate_argnums=0)`.
+    """Takes one step; pure, for `compile_train_step`.
 
     Args:
       state: the state before.
@@ -49,6 +78,7 @@ def train_step(state: TrainState, tokens_BT: jax.Array, target_BT: jax.Array, *,
         "balance_loss": losses.balance_loss,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(learning_rate_schedule(config.optimizer, config.train.steps)(state.step), jnp.float32),
+        "exchange_rounds": losses.rounds,
         "max_violation": jnp.max(jnp.stack([max_violation(load) for load in losses.load.values()] or [jnp.float32(0)])),
     }
     after = TrainState(

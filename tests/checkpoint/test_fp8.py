@@ -34,6 +34,17 @@ def test_dequantise_multiplies_each_element_by_its_blocks_scale(shape: tuple[int
     np.testing.assert_array_equal(values, _reference(weight, scale, block))
 
 
+@pytest.mark.parametrize("part", [np.s_[0:131, 0:257], np.s_[30:40, 60:70], np.s_[31:131, 64:129], np.s_[128:131, 255:257]])
+def test_a_part_of_a_matrix_takes_the_scales_it_touches(part: tuple[slice, slice]) -> None:
+    rng, block = np.random.default_rng(0), (32, 64)
+    weight = rng.normal(0, 100, (131, 257)).astype(np.float32).clip(-448, 448).astype(FP8)
+    scale = rng.uniform(1e-4, 1e-2, scale_shape(weight.shape, block)).astype(np.float32)
+    rows, columns = part
+    touched = scale[rows.start // 32 : -(-rows.stop // 32), columns.start // 64 : -(-columns.stop // 64)]
+    values = dequantise(weight[part], touched, block, (rows.start % 32, columns.start % 64))
+    np.testing.assert_array_equal(values, _reference(weight, scale, block)[part], strict=True)
+
+
 def test_the_published_grid_of_a_partial_matrix() -> None:
     assert scale_shape((576, 7168), (128, 128)) == (5, 56)
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.checkpoint import hugging_face
+from dsv3_jax.checkpoint import loading, saving
 from dsv3_jax.checkpoint.folder import CheckpointError
 from dsv3_jax.checkpoint.hugging_face import load_hf, save_hf
 from dsv3_jax.config import ModelConfig
@@ -27,6 +27,7 @@ from tests.checkpoint.tiny import (
     Tensors,
     assert_identical,
     load,
+    make_mesh,
     may_be_fp8,
     quantization_config,
     random_tensors,
@@ -155,7 +156,7 @@ def test_biases_are_float32_however_they_are_stored(tmp_path: Path) -> None:
 
 
 def test_rows_beyond_one_band_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hugging_face, "_BAND", 16)
+    monkeypatch.setattr(loading, "_BAND", 16)
     tensors = random_tensors()
     _, variables = load_hf(write(tmp_path, tensors))
     _assert_equal(variables, _in_dtype(_expected(tensors), np.float32))
@@ -179,7 +180,7 @@ def _dequantised(tensors: Tensors) -> Tensors:
 
 @pytest.mark.parametrize("band", [512, 32, 8], ids=["one band", "two blocks a band", "one block a band"])
 def test_fp8_blocks_with_partial_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, band: int) -> None:
-    monkeypatch.setattr(hugging_face, "_BAND", band)
+    monkeypatch.setattr(loading, "_BAND", band)
     tensors = with_fp8(random_tensors())
     partial = [n for n, t in tensors.items() if t.dtype == FP8 and t.shape[0] % BLOCK[0] and t.shape[1] % BLOCK[1]]
     assert any("kv_a_proj_with_mqa" in name for name in partial)
@@ -206,8 +207,8 @@ def test_a_copy_that_differs_is_an_error(tmp_path: Path, copy: str) -> None:
 
 def test_what_load_hf_refuses(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", random_tensors())
-    with pytest.raises(NotImplementedError, match="mesh"):
-        load_hf(folder, mesh=jax.make_mesh((1,), ("data",)))
+    with pytest.raises(ValueError, match="no multiple"):
+        load_hf(folder, mesh=make_mesh(tensor=8))
     with pytest.raises(ValueError, match="jax_enable_x64"):
         load_hf(folder, jnp.float64)
     with pytest.raises(ValueError, match="int32"):
@@ -261,7 +262,7 @@ def test_the_written_config_is_the_one_that_was_read(tmp_path: Path) -> None:
 
 
 def test_arrays_on_an_accelerator_are_fetched_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hugging_face, "_host_view", lambda array: array)
+    monkeypatch.setattr(saving, "_host_view", lambda array: array)
     tensors = random_tensors()
     config, variables = load_hf(write(tmp_path / "in", tensors), jnp.bfloat16)
     save_hf(tmp_path / "out", config, variables)
@@ -347,16 +348,16 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_failure_midway_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, variables = load_hf(write(tmp_path / "in", random_tensors()))
-    write_file = hugging_face.write_file
+    write_file = saving.write_file
     written = []
 
-    def full_disk(file: Any, content: Any) -> None:
+    def full_disk(file: Any, tensors: Any, arrays: Any) -> None:
         if len(written) == 2:
             raise OSError("no space left on device")
-        write_file(file, content)
+        write_file(file, tensors, arrays)
         written.append(file)
 
-    monkeypatch.setattr(hugging_face, "write_file", full_disk)
+    monkeypatch.setattr(saving, "write_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_hf(tmp_path / "out", config, variables, max_shard_bytes=20_000)
     assert written

@@ -46,23 +46,53 @@ def test_bands_cover_the_rows_in_order(tmp_path: Path) -> None:
         np.testing.assert_array_equal(values, matrix[rows])
 
 
+@pytest.mark.parametrize("rows", [None, 2, 3])
+@pytest.mark.parametrize("box", [((0, 7), (0, 5)), ((2, 6), (0, 5)), ((2, 6), (1, 4)), ((6, 7), (4, 5)), ((3, 3), (0, 2))])
+def test_a_box_is_cut_out_of_the_matrix(tmp_path: Path, box: Any, rows: int | None) -> None:
+    matrix = np.arange(35, dtype=np.float32).reshape(7, 5)
+    save_file({"other": np.ones(3, np.float32), "m": matrix}, tmp_path / "x.safetensors")
+    stored = read_header(epath.Path(tmp_path / "x.safetensors"))["m"]
+    (top, bottom), (left, right) = box
+    covered = []
+    for band, values in stored.bands(rows, box):
+        np.testing.assert_array_equal(values, matrix[band, left:right], strict=True)
+        assert rows is None or band.stop % rows == 0 or band.stop == bottom
+        covered += range(band.start, band.stop)
+    assert covered == list(range(top, bottom))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel's own count of bytes is read from /proc")
+@pytest.mark.parametrize("box", [((0, 4096), (1000, 1100)), ((100, 900), (0, 2048))])
+def test_no_byte_beside_the_box_is_read(tmp_path: Path, box: Any) -> None:
+    save_file({"m": np.zeros((4096, 2048), np.int8).view(ml_dtypes.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    stored = read_header(epath.Path(tmp_path / "x.safetensors"))["m"]
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before, now = bytes_read(), bytes_read()
+    itself = now - before
+    wanted = sum(values.nbytes for _, values in stored.bands(512, box))
+    assert bytes_read() - now - itself == wanted == (box[0][1] - box[0][0]) * (box[1][1] - box[1][0])
+
+
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     expected = _tensors()
-    outgoing = [Outgoing(((n, a.dtype, a.shape),), lambda a=a: (a,)) for n, a in expected.items()]
-    write_file(epath.Path(tmp_path / "x.safetensors"), outgoing)
+    write_file(epath.Path(tmp_path / "x.safetensors"), [(n, a.dtype, a.shape) for n, a in expected.items()], expected.values())
     assert_identical(load(tmp_path / "x.safetensors"), expected)
     assert read_header(epath.Path(tmp_path / "x.safetensors")).keys() == expected.keys()
 
 
 def test_transposed_arrays_are_written_in_row_order(tmp_path: Path) -> None:
     matrix = np.arange(12, dtype=np.float32).reshape(3, 4)
-    write_file(epath.Path(tmp_path / "x.safetensors"), [Outgoing((("m", matrix.dtype, (4, 3)),), lambda: (matrix.T,))])
+    write_file(epath.Path(tmp_path / "x.safetensors"), [("m", matrix.dtype, (4, 3))], [matrix.T])
     np.testing.assert_array_equal(load(tmp_path / "x.safetensors")["m"], matrix.T)
 
 
 def test_shards_are_filled_in_order() -> None:
     def outgoing(name: str, *sizes: int) -> Outgoing:
-        return Outgoing(tuple((f"{name}{i}", np.dtype(np.float32), (n,)) for i, n in enumerate(sizes)), lambda: ())
+        tensors = tuple((f"{name}{i}", np.dtype(np.float32), (n,)) for i, n in enumerate(sizes))
+        return Outgoing(tensors, lambda: None, lambda _: ())
 
     content = [outgoing("a", 2), outgoing("b", 2), outgoing("c", 1, 1), outgoing("d", 9), outgoing("e", 1)]
     cut = shards(content, max_bytes=16)

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from tests.parity.cases import PUBLISHED
@@ -44,6 +46,33 @@ CONFIG: dict[str, Any] = {
     "v_head_dim": 8,
 }
 """A config.json. D 40, V 70, N 3, H 10, P 6, W 8, Q 20, C 28, E 6, F 24, dense hidden 56; layers: 2 dense, 2 MoE, 2 MTP."""
+
+SHARDED_CONFIG: dict[str, Any] = {
+    **CONFIG,
+    "vocab_size": 80,
+    "hidden_size": 56,
+    "intermediate_size": 72,
+    "moe_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+}
+"""The same with what meshes split a multiple of eight, hardly ever where a block of `BLOCK` ends."""
+
+_AXES = "data", "fsdp", "expert", "context", "tensor"
+MESHES: dict[str, dict[str, int]] = {
+    "fsdp 2, expert 2, tensor 2": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "fsdp 8": {"fsdp": 8},
+    "expert 8": {"expert": 8},
+    "tensor 8": {"tensor": 8},
+    "fsdp 2, expert 4": {"fsdp": 2, "expert": 4},
+    "data 2, expert 2, tensor 2": {"data": 2, "expert": 2, "tensor": 2},
+    "context 2, expert 2, tensor 2": {"context": 2, "expert": 2, "tensor": 2},
+}
+"""Sizes of the mesh axes that are not 1; eight devices each."""
 
 Tensors = dict[str, np.ndarray]
 
@@ -117,3 +146,8 @@ def with_fp8(tensors: Tensors, block: tuple[int, int] = BLOCK, seed: int = 1) ->
 def quantization_config(block: tuple[int, int] = BLOCK) -> dict[str, Any]:
     """The entry of config.json that goes with `with_fp8`."""
     return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": list(block)}
+
+
+def make_mesh(**sizes: int) -> Mesh:
+    """A mesh over all devices."""
+    return Mesh(np.array(jax.devices()).reshape([sizes.get(axis, 1) for axis in _AXES]), _AXES)

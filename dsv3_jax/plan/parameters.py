@@ -1,33 +1,13 @@
-"""`python -m dsv3_jax.plan --config C [--json]`: what a run is made of, before anything is paid for.
-
-Nothing is computed: shapes come from `jax.eval_shape`, so the 671B model is counted on a laptop.
-"""
+"""How many parameters a model has, by module and in all: counted from shapes, so that no array is made."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.command_line import exits_with_one_line, parse_with_config
 from dsv3_jax.model import init_variables
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanFlags:
-    """What stands beside the fields of the run config."""
-
-    config: str = "configs/tiny.py"
-    """Python file that exposes `config`, a Config; the fields below override it."""
-    topology: str | None = None
-    """Accelerator topology to compile for, such as v5p:8x8x8."""
-    json: bool = False
-    """Print one JSON object and nothing else."""
 
 
 def count_parameters(config: ModelConfig) -> dict[str, Any]:
@@ -60,27 +40,3 @@ def count_parameters(config: ModelConfig) -> dict[str, Any]:
         "experts_active": config.num_moe_layers * (config.n_shared_experts + config.num_experts_per_tok),
         "modules": modules,
     }
-
-
-@exits_with_one_line
-def main() -> None:
-    """The command line."""
-    flags, config = parse_with_config(PlanFlags, description=__doc__ or "")
-    if flags.topology is not None:
-        raise NotImplementedError(f"--topology {flags.topology}: compiling for a topology is not implemented yet; leave it out")
-    counts = count_parameters(config.model)
-    if flags.json:
-        print(json.dumps(counts))
-        return
-    table = Table("module", "parameters", title=flags.config)
-    table.columns[1].justify = "right"
-    for name, count in counts["modules"].items():
-        table.add_row(name, f"{count:,}")
-    table.add_section()
-    for name in ("parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"):
-        table.add_row(name.replace("_", " "), f"{counts[name]:,}")
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

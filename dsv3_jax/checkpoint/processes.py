@@ -1,0 +1,104 @@
+"""Several processes writing one checkpoint: parts of arrays travel between them, and all succeed or none does."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+@contextlib.contextmanager
+def all_or_none(processes: int) -> Iterator[None]:
+    """If what one process does in the block fails, all of them raise when all have left it.
+
+    Args:
+      processes: how many there are; with one, an error simply passes.
+
+    Raises:
+      RuntimeError: if it failed elsewhere. The process where it failed raises what it was.
+    """
+    if processes == 1:
+        yield
+        return
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    failed = multihost_utils.process_allgather(np.array(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed.any():
+        raise RuntimeError(f"process {', '.join(map(str, np.flatnonzero(failed)))} failed, and says why; nothing is kept")
+
+
+@contextlib.contextmanager
+def first_alone(processes: int) -> Iterator[bool]:
+    """`all_or_none` for what process 0 does while the others wait: whether this is the one."""
+    with all_or_none(processes):
+        yield processes == 1 or jax.process_index() == 0
+
+
+def same_everywhere(number: int, processes: int) -> int:
+    """`number` of process 0."""
+    return number if processes == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def take(array: Any, index: tuple[int, ...]) -> Any:
+    """array[index] on this process; if devices share the array out, all processes that hold it must call this.
+
+    Only that part leaves the devices, or travels between them; then it comes as the unsigned integers of its bits.
+    """
+    if not isinstance(array, jax.Array):
+        return array[index]
+    if array.is_fully_replicated or not isinstance(array.sharding, NamedSharding):
+        local = array.addressable_data(0) if array.is_fully_replicated else array
+        return _take(local, index)
+    part = _gathering(array.sharding, array.ndim, len(index))(array, index)
+    # Waiting keeps the processes in step, so that no more than this part is in flight.
+    return jax.block_until_ready(part).addressable_data(0)
+
+
+@jax.jit
+def _take(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    """array[index], compiled once for all indices."""
+    return array[index]
+
+
+@functools.cache
+def _gathering(sharding: NamedSharding, ndim: int, depth: int) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """A compiled function from an array and an index into its first `depth` axes to that part, on every device.
+
+    Indexing a sharded axis under plain jit would gather all of it first. Here the shard that has the part adds it to
+    the zeros of the others: as integers, which keeps every bit, of 32 bits or more, which every backend can add.
+    """
+    axes = [(a,) if isinstance(a, str) else tuple(a or ()) for a in (*sharding.spec, *[None] * (ndim - len(sharding.spec)))]
+    stack_axes = tuple(axis for dim in axes[:depth] for axis in dim)
+
+    def local(shard: jax.Array, index: tuple[int, ...]) -> jax.Array:
+        held = jnp.bool_(True)
+        for i, size, dim in zip(index, shard.shape, axes, strict=False):
+            if dim:
+                held &= jax.lax.axis_index(dim) == i // size
+        part = shard[tuple(i % size for i, size in zip(index, shard.shape, strict=False))]
+        bits = jax.lax.bitcast_convert_type(part, _unsigned(part.dtype.itemsize))
+        if not stack_axes:
+            return bits
+        wide_bits = jnp.where(held, bits, 0).astype(_unsigned(max(4, part.dtype.itemsize)))
+        return jax.lax.psum(wide_bits, stack_axes).astype(bits.dtype)
+
+    specs = PartitionSpec(*sharding.spec), PartitionSpec()
+    part_bits = jax.shard_map(local, mesh=sharding.mesh, in_specs=specs, out_specs=PartitionSpec(*axes[depth:]))
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.jit(part_bits, out_shardings=everywhere)
+
+
+def _unsigned(nbytes: int) -> np.dtype:
+    return np.dtype(f"uint{8 * nbytes}")

@@ -1,0 +1,40 @@
+"""Inside `jax.shard_map`: arrays that enter a custom gradient or a loop together have to vary over the same mesh axes.
+
+JAX tracks over which axes a value differs between devices. A custom gradient cannot know that a weight is replicated
+where the rows are not; saying "varying" before it begins lets JAX sum the weight's gradient over those axes. A loop's
+carry has to vary from the start over all that its body makes it vary over.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+Tree = TypeVar("Tree")
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The mesh axes over which any array of `tree` varies; none outside `jax.shard_map`."""
+    return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
+
+
+def varying_over(tree: Tree, axes: frozenset[str]) -> Tree:
+    """The same arrays, varying over `axes` too."""
+
+    def vary(leaf: jax.Array) -> jax.Array:
+        missing = axes - jax.typeof(leaf).mat.varying
+        return jax.lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+
+    return jax.tree.map(vary, tree)
+
+
+def varying_alike(*trees: Any) -> Any:
+    """The same arrays, all varying over the union of their axes."""
+    return varying_over(trees, varying_axes(trees))
+
+
+def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any, fill: float = 0.0) -> jax.Array:
+    """A constant array that varies as `like` does: what a loop starts from."""
+    return varying_over(jnp.full(shape, fill, dtype), varying_axes(like))

@@ -1,0 +1,40 @@
+"""Batches onto the mesh: each process makes the rows that its devices hold, and no other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dsv3_jax.parallel.rules import TOKENS
+
+
+class BatchPlacement:
+    """Where the rows of [B, T] batches go."""
+
+    def __init__(self, mesh: Mesh, batch_size: int, sequence_length: int) -> None:
+        self._shape = batch_size, sequence_length
+        self._sharding = NamedSharding(mesh, TOKENS)
+        held = self._sharding.addressable_devices_indices_map(self._shape)
+        self.rows = sorted({row for index in held.values() if index for row in range(*index[0].indices(batch_size))})
+        """The rows of each batch that devices of this process hold."""
+
+    def place(self, array_BT: np.ndarray) -> jax.Array:
+        """A whole batch on the mesh, from this process's rows of it, or from all of its rows.
+
+        Raises:
+          ValueError: if the array has neither as many rows as this process holds, nor as many as the batch.
+        """
+        batch_size = self._shape[0]
+        rows = list(range(batch_size)) if len(array_BT) == batch_size else self.rows
+        if array_BT.shape != (len(rows), self._shape[1]):
+            raise ValueError(f"a batch of shape {array_BT.shape} has neither the {len(self.rows)} rows of this process nor all")
+        place = {row: i for i, row in enumerate(rows)}
+
+        def part(index: Any) -> np.ndarray:
+            wanted = [place[row] for row in range(*index[0].indices(batch_size))]
+            return array_BT[wanted, index[1]]
+
+        return jax.make_array_from_callback(self._shape, self._sharding, part)

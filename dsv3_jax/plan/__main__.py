@@ -1,0 +1,196 @@
+"""`python -m dsv3_jax.plan --config C [--topology v5p:8x8x8 [--slices 2] | --devices N] [--json]`.
+
+Without a topology: parameters by module, and where each array would live. With one, the training step is compiled for that
+machine, and its memory, its traffic and the least time it can take are printed; --devices N compiles for N CPU devices
+instead, which shows that the program exists and what it sends, not what it takes on an accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from jax.sharding import AbstractMesh
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_jax.config import Config
+from dsv3_jax.config.checks import require
+from dsv3_jax.config.command_line import exits_with_one_line, parse_with_config
+from dsv3_jax.parallel.mesh import AXES, check_fits, make_mesh
+from dsv3_jax.plan.parameters import count_parameters
+from dsv3_jax.plan.program import GIB, Program, bound, compile_program
+from dsv3_jax.plan.roofline import Chip, Roofline, flops_per_token
+from dsv3_jax.plan.sharding_table import Row, sharding_table
+from dsv3_jax.plan.topology import chip_of, prepare_environment, tpu_devices
+
+_COUNTS = "parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"
+PROVES = "A compile proves that this program exists and what it takes; it does not prove that it computes the right thing."
+CPU_PROVES = (
+    "Compiled for CPU devices: the traffic is that of the CPU's exchange, the memory that of the CPU's compiler, and neither "
+    "says whether the program fits an accelerator."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFlags:
+    """What stands beside the fields of the run config."""
+
+    config: str = "configs/tiny.py"
+    """Python file that exposes `config`, a Config; the fields below override it."""
+    topology: str | None = None
+    """Accelerator topology to compile for, one slice of it, such as v5p:8x8x8."""
+    slices: int = 1
+    """How many such slices; mesh.data runs across them."""
+    devices: int | None = None
+    """Compile for so many CPU devices instead."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def __post_init__(self) -> None:
+        require(self.slices >= 1, f"--slices is {self.slices}; it must be at least 1")
+        require(self.devices is None or self.devices >= 1, f"--devices is {self.devices}; it must be at least 1")
+        require(self.topology is None or self.devices is None, "--topology and --devices exclude each other; keep one")
+        require(self.slices == 1 or self.topology is not None, "--slices belongs to --topology; name the topology of one slice")
+
+
+@exits_with_one_line
+def main() -> None:
+    """The command line."""
+    flags, config = parse_with_config(PlanFlags, description=__doc__ or "")
+    compiled = flags.topology is not None or flags.devices is not None
+    chip = None if flags.topology is None else chip_of(flags.topology)
+    result: dict[str, Any] = count_parameters(config.model)
+    mesh: Any = _smallest_mesh(config)
+    if compiled:
+        prepare_environment(flags.devices or 1)
+        devices = None if flags.topology is None else tpu_devices(flags.topology, flags.slices)
+        mesh = make_mesh(config.mesh, devices)
+        check_fits(config, mesh)
+    rows = sharding_table(config, mesh)
+    result |= {"devices": mesh.size, "mesh": dict(mesh.shape), "sharding": _sharding_json(rows)}
+    program = limits = None
+    if compiled:
+        program = compile_program(config, mesh, chip, flags.slices)
+        limits = None if chip is None else bound(config, mesh, program, chip, flags.slices)
+        result |= _program_json(config, program, chip, limits)
+    if flags.json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    _print_parameters(console, flags.config, result)
+    _print_sharding(console, rows, result)
+    if program is not None:
+        _print_program(console, config, program, chip, limits, flags)
+
+
+def _smallest_mesh(config: Config) -> AbstractMesh:
+    """The config's mesh with -1 standing for 1: where arrays live does not depend on how many devices there are."""
+    sizes = [max(size, 1) for size in dataclasses.astuple(config.mesh)]
+    return AbstractMesh(tuple(sizes), AXES)
+
+
+def _sharding_json(rows: list[Row]) -> dict[str, Any]:
+    return {
+        row.path: {
+            "shape": row.shape,
+            "dtype": row.dtype,
+            "logical_axes": row.logical_axes,
+            "spec": row.spec,
+            "bytes_per_device": row.bytes_per_device,
+        }
+        for row in rows
+    }
+
+
+def _program_json(config: Config, program: Program, chip: Chip | None, limits: Roofline | None) -> dict[str, Any]:
+    model, train = config.model, config.train
+    return {
+        "argument_bytes": program.argument_bytes,
+        "temporary_bytes": program.temporary_bytes,
+        "total_bytes": program.total_bytes,
+        "hbm_bytes": None if chip is None else int(chip.hbm_gib * GIB),
+        "fits": program.fits,
+        "batch_size": train.batch_size,
+        "sequence_length": train.sequence_length,
+        "dtype": model.dtype,
+        "param_dtype": model.param_dtype,
+        "moment_dtype": config.optimizer.moment_dtype,
+        "remat": model.remat,
+        "mtp_depths": model.num_nextn_predict_layers,
+        "collectives": [dataclasses.asdict(one) for one in program.collectives],
+        "flops_per_token": flops_per_token(model, train.sequence_length)._asdict(),
+        "roofline_seconds": None if limits is None else limits._asdict(),
+        "compile_seconds": program.compile_seconds,
+    }
+
+
+def _print_parameters(console: Console, title: str, result: dict[str, Any]) -> None:
+    table = Table("module", "parameters", title=title)
+    table.columns[1].justify = "right"
+    for name, count in result["modules"].items():
+        table.add_row(name, f"{count:,}")
+    table.add_section()
+    for name in _COUNTS:
+        table.add_row(name.replace("_", " "), f"{result[name]:,}")
+    console.print(table)
+
+
+def _print_sharding(console: Console, rows: list[Row], result: dict[str, Any]) -> None:
+    sizes = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    table = Table("array", "shape", "split along", "bytes a device", title=f"{result['devices']} devices: {sizes}")
+    table.columns[3].justify = "right"
+    for row in rows:
+        split = ", ".join("-" if part is None else part if isinstance(part, str) else "+".join(part) for part in row.spec)
+        table.add_row(row.path, str(list(row.shape)), split, f"{row.bytes_per_device:,}")
+    table.add_section()
+    table.add_row("all", "", "", f"{sum(row.bytes_per_device for row in rows):,}")
+    console.print(table)
+
+
+def _print_program(
+    console: Console, config: Config, program: Program, chip: Chip | None, limits: Roofline | None, flags: PlanFlags
+) -> None:
+    where = f"{flags.slices} x {flags.topology}" if flags.topology else f"{flags.devices} CPU devices"
+    table = Table("a device", "GiB", title=f"training step compiled for {where} in {program.compile_seconds:.0f} s")
+    table.columns[1].justify = "right"
+    temporary = program.temporary_bytes
+    sizes = {
+        "parameters": program.parameter_bytes,
+        "optimizer": program.optimizer_bytes,
+        "temporaries": temporary,
+        "in all, by the compiler": program.total_bytes,
+        "HBM a program can use": None if chip is None else chip.hbm_gib * GIB,
+    }
+    for name, size in sizes.items():
+        table.add_row(name, "?" if size is None else f"{size / GIB:.2f}")
+    console.print(table)
+    if program.fits is not None:
+        console.print("It fits." if program.fits else "[bold]It does not fit.[/bold]")
+
+    if program.collectives:
+        traffic = Table("collective", "along", "times a step", "GB sent a step and device")
+        for column in traffic.columns[2:]:
+            column.justify = "right"
+        for one in program.collectives:
+            more = " and more where rounds repeat" if one.data_dependent else ""
+            traffic.add_row(one.kind + more, one.axis, str(one.count), f"{one.bytes / 1e9:.3f}")
+        console.print(traffic)
+    flops = flops_per_token(config.model, config.train.sequence_length)
+    console.print(
+        f"{flops.causal / 1e9:.1f} GFLOP a token, attention counted causally ({flops.non_causal / 1e9:.1f} if not): six a "
+        "weight that a token is multiplied with, and 6 N (H + P + W) a key it attends to, in each layer."
+    )
+    if limits is not None and chip is not None and program.collectives:
+        console.print(
+            f"Least time of a step: arithmetic {limits.compute_seconds:.2f} s at {chip.bf16_flops / 1e12:.0f} TFLOP/s, HBM "
+            f"{limits.hbm_seconds:.2f} s at {chip.hbm_bytes / 1e9:.0f} GB/s, links {limits.link_seconds:.2f} s at "
+            f"{chip.ici_bytes / 1e9:.0f} GB/s (between slices {chip.dcn_bytes / 1e9:.1f}): "
+            f"{limits.step_seconds:.2f} s if all overlap."
+        )
+    console.print(CPU_PROVES if chip is None else PROVES)
+
+
+if __name__ == "__main__":
+    main()

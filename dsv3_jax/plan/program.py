@@ -1,0 +1,147 @@
+"""The training step of a run, compiled for machines that are not there, and what the compiler says of it.
+
+It is the very function that train.py calls (`compile_train_step`), with arrays that have a shape and no content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.plan.collectives import Collective, collectives
+from dsv3_jax.plan.roofline import Chip, Roofline, flops_per_token, roofline
+from dsv3_jax.train.state import init_state, state_shardings
+from dsv3_jax.train.step import compile_train_step
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled training step, in bytes per device."""
+
+    argument_bytes: int
+    """The state and the batch."""
+    parameter_bytes: int
+    """Of those, the variables."""
+    optimizer_bytes: int
+    """And the optimizer's moments."""
+    temporary_bytes: int | None
+    """Everything that lives only within the step; None where the compiler gave up and did not say."""
+    total_bytes: int
+    """Argument + temporary + output - alias, or what the compiler says it would take where it does not fit."""
+    fits: bool | None
+    """Whether that is within the device's memory; None on CPU devices, which have no such limit."""
+    collectives: list[Collective]
+    """What a device sends in a step; empty where the program did not fit."""
+    compile_seconds: float
+    text: str
+    """The optimised program, as the compiler prints it."""
+
+
+def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int = 1) -> Program:
+    """Compiles a run's training step for the devices of `mesh`; a program that does not fit is an answer, too.
+
+    Args:
+      config: the run.
+      mesh: of devices that need not exist.
+      chip: gives the memory of a device; None for CPU devices.
+      slices: TPU slices that the mesh spans.
+    """
+    shapes = jax.eval_shape(lambda: init_state(config))
+    shardings = state_shardings(config, mesh)
+    tokens_BT = jax.ShapeDtypeStruct((config.train.batch_size, config.train.sequence_length), jnp.int32)
+    variables = _device_bytes((shapes.params, shapes.router), (shardings.params, shardings.router))
+    moments = _device_bytes(shapes.optimizer, shardings.optimizer)
+    started = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = compile_train_step(config, mesh).lower(shapes, tokens_BT, tokens_BT)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = bytes_of_refusal(str(error))
+            if needed is None:
+                raise
+            seconds = time.perf_counter() - started
+            state = variables + moments
+            return Program(state, variables, moments, None, needed, False, [], seconds, "")
+    seconds = time.perf_counter() - started
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        memory.argument_size_in_bytes,
+        variables,
+        moments,
+        memory.temp_size_in_bytes,
+        total,
+        None if chip is None else total <= chip.hbm_gib * GIB,
+        collectives(text, dict(mesh.shape), slices=slices, ragged_rows=expected_rows_sent(config, mesh)),
+        seconds,
+        text,
+    )
+
+
+def expected_rows_sent(config: Config, mesh: Mesh) -> float:
+    """Rows that a device sends to others in one exchange, under even routing: T K (X - 1) / X for an expert axis of X."""
+    tokens = (
+        config.train.batch_size * config.train.sequence_length / math.prod(mesh.shape[a] for a in mesh.shape if a != "tensor")
+    )
+    away = 1 - 1 / mesh.shape["expert"]
+    return tokens * config.model.num_experts_per_tok * away
+
+
+def bytes_of_refusal(message: str) -> int | None:
+    """The bytes that a program would take, from the TPU compiler's out-of-memory error; None for any other message."""
+    found = re.search(r"Ran out of memory in memory space hbm\. Used ([\d.]+)([KMGT]?) of", message)
+    if found is None:
+        return None
+    return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def bound(config: Config, mesh: Mesh, program: Program, chip: Chip, slices: int) -> Roofline:
+    """The least time of a step. HBM traffic is a lower bound, too: see `least_hbm_bytes`."""
+    tokens = config.train.batch_size * config.train.sequence_length / mesh.size
+    return roofline(
+        flops_per_token=flops_per_token(config.model, config.train.sequence_length).causal,
+        tokens_per_device=tokens,
+        remat=config.model.remat,
+        hbm_bytes=least_hbm_bytes(config, mesh, program),
+        collectives=program.collectives,
+        chip=chip,
+        dcn_axis="data" if slices > 1 else None,
+    )
+
+
+def least_hbm_bytes(config: Config, mesh: Mesh, program: Program) -> float:
+    """Bytes that a device reads and writes at the least in a step.
+
+    The state is read and written once; each gathered weight is written once and read once in the forward pass, in the
+    recomputation and in the backward pass, and its gradient written and read once. Activations are left out.
+    """
+    passes = 2 if config.model.remat == "none" else 3
+    width = jnp.dtype(config.model.dtype).itemsize
+    parameters = program.parameter_bytes / jnp.dtype(config.model.param_dtype).itemsize
+    dense_split = mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape["context"]
+    expert_split = mesh.shape["fsdp"] * mesh.shape["context"]
+    one_expert = 3 * config.model.hidden_size * config.model.moe_intermediate_size
+    layers = config.model.num_moe_layers + config.model.num_nextn_predict_layers
+    experts = layers * config.model.n_routed_experts * one_expert / (mesh.shape["expert"] * expert_split * mesh.shape["tensor"])
+    gathered = experts * expert_split + (parameters - experts) * dense_split
+    return 2.0 * (program.parameter_bytes + program.optimizer_bytes) + 2.0 * (passes + 1) * width * gathered
+
+
+def _device_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes of a tree of arrays on one device."""
+
+    def size(leaf: Any, sharding: Any) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))

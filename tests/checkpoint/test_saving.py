@@ -1,0 +1,75 @@
+"""Saving sharded arrays: the files of the unsharded save, byte for byte, and tensors fetched as their turn comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.checkpoint import saving
+from dsv3_jax.checkpoint.hugging_face import load_hf, save_hf
+from dsv3_jax.checkpoint.tensor_files import Outgoing
+from tests.checkpoint.tiny import MESHES, SHARDED_CONFIG, make_mesh, random_tensors, write
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fp8"), [("fsdp 2, expert 2, tensor 2", True), ("expert 8", False), ("data 2, expert 2, tensor 2", False)]
+)
+def test_sharded_arrays_are_saved_to_the_same_bytes(tmp_path: Path, mesh: str, fp8: bool) -> None:
+    source = write(tmp_path / "in", random_tensors(SHARDED_CONFIG), SHARDED_CONFIG, files=3)
+    config, expected = load_hf(source, jnp.bfloat16)
+    _, variables = load_hf(source, jnp.bfloat16, make_mesh(**MESHES[mesh]))
+    save_hf(tmp_path / "expected", config, expected, fp8=fp8, max_shard_bytes=100_000)
+    save_hf(tmp_path / "sharded", config, variables, fp8=fp8, max_shard_bytes=100_000)
+    assert _files(tmp_path / "sharded") == _files(tmp_path / "expected")
+
+
+def test_no_sharded_array_is_ever_whole_in_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "in", random_tensors(SHARDED_CONFIG), SHARDED_CONFIG)
+    config, variables = load_hf(source, jnp.bfloat16, make_mesh(fsdp=2, expert=2, tensor=2))
+    fetched: list[Any] = []
+    take = saving.take
+
+    def recorded(array: Any, index: tuple[int, ...]) -> Any:
+        fetched.append(part := take(array, index))
+        return part
+
+    monkeypatch.setattr(saving, "take", recorded)
+    save_hf(tmp_path / "out", config, variables)
+    largest = max(config.vocab_size * config.hidden_size, 2 * config.hidden_size**2)
+    assert max(part.size for part in fetched) <= largest < variables["params"]["moe_layers"]["mlp"]["experts"]["up_proj"].size
+
+
+def _outgoing(log: list[str], name: str) -> Outgoing:
+    def fetch() -> str:
+        log.append(name)
+        return name
+
+    return Outgoing(((name, np.dtype(np.float32), ()),), fetch, lambda part: (part,))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("me", [0, 1, 2])
+def test_every_process_fetches_everything_in_the_same_order_and_keeps_its_own(me: int) -> None:
+    log: list[str] = []
+    files = [[_outgoing(log, name) for name in names] for names in (["a0", "a1", "a2"], ["b0"])]
+    turns = saving._turns(files, me)
+    kept = [part for _, part in turns]
+    assert log == ["a0", "b0", "a1", "a2"]
+    assert kept == [["a0", "a1", "a2"], ["b0"], []][me]
+
+
+def test_a_consumer_that_fails_leaves_the_other_turns_to_be_taken() -> None:
+    log: list[str] = []
+    turns = saving._turns([[_outgoing(log, "a0"), _outgoing(log, "a1")], [_outgoing(log, "b0"), _outgoing(log, "b1")]], 0)
+    with pytest.raises(RuntimeError):  # noqa: PT012
+        for _ in (part for _, part in turns):
+            raise RuntimeError
+    assert [part for _, part in turns] == ["a1"]
+    assert log == ["a0", "b0", "a1", "b1"]

@@ -75,7 +75,7 @@ class Embedding(nn.Module):
 
 def _look_up(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
     # Inside jit nobody can refuse an id outside the table; plain indexing would give it another token's row.
-    rows_BTD = embedding_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    rows_BTD = jnp.asarray(embedding_VD).at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     # Cast after the lookup, so that the gradients of a token's occurrences are summed in the table's dtype.
     return rows_BTD.astype(config.dtype)
 

@@ -21,7 +21,7 @@ from dsv3_jax.kernels.attention import causal_attention, latent_attention
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
 from dsv3_jax.parallel.mesh import current_mesh
-from dsv3_jax.parallel.placement import gathered
+from dsv3_jax.parallel.placement import gather_parts, gathered
 from dsv3_jax.parallel.rules import FSDP_AXES, RULES, TOKENS
 
 KV_B_AXES = "latent", "heads", "head_dim"
@@ -168,7 +168,7 @@ def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, 
     """
 
     def on_device(q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: jax.Array) -> jax.Array:
-        whole = jax.lax.all_gather(kernel_CNX.astype(config.dtype), FSDP_AXES, axis=0, tiled=True)
+        whole = gather_parts(kernel_CNX.astype(config.dtype), FSDP_AXES, 0)
         everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
         first = jax.lax.axis_index("context") * q_BTNX.shape[1]
         return _attend_expanded(q_BTNX, everyone, whole, config, first)

@@ -22,6 +22,7 @@ from dsv3_jax.kernels.expert_ffn import expert_ffn
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 from dsv3_jax.parallel.exchange import EXCHANGES, EXPERT_AXIS, Exchange, choose_exchange
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
+from dsv3_jax.parallel.placement import gather_parts, scatter_sums
 from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, RULES, TOKENS
 
 ExpertWeights = tuple[jax.Array, jax.Array, jax.Array]
@@ -146,7 +147,7 @@ def _gather(weights: ExpertWeights, how: _How) -> ExpertWeights:
 
     def gather(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         dimension = axes.index("expert_embed")
-        return jax.lax.all_gather(weight.astype(how.dtype), EXPERT_FSDP_AXES, axis=dimension, tiled=True)
+        return gather_parts(weight.astype(how.dtype), EXPERT_FSDP_AXES, dimension)
 
     gate, up, down = map(gather, weights, WEIGHT_AXES)
     return gate, up, down
@@ -157,8 +158,7 @@ def _scatter(dwhole: ExpertWeights, weights: ExpertWeights) -> ExpertWeights:
 
     def scatter(dweight: jax.Array, axes: tuple[str, ...], weight: jax.Array) -> jax.Array:
         dimension = axes.index("expert_embed")
-        part = jax.lax.psum_scatter(dweight, EXPERT_FSDP_AXES, scatter_dimension=dimension, tiled=True)
-        return part.astype(weight.dtype)
+        return scatter_sums(dweight, EXPERT_FSDP_AXES, dimension).astype(weight.dtype)
 
     gate, up, down = map(scatter, dwhole, WEIGHT_AXES, weights)
     return gate, up, down

@@ -160,7 +160,12 @@ def test_swiglu() -> None:
     ("module", "x", "name", "axes"),
     [
         (RMSNorm(CONFIG, 6), jnp.ones((1, 6)), "scale", ("norm",)),
-        (Linear(CONFIG, (60, 7, 10), ("embed", "heads", "head_dim")), jnp.ones((1, 60)), "kernel", ("embed", "heads", "head_dim")),
+        (
+            Linear(CONFIG, (60, 7, 10), ("embed", "heads", "head_dim")),
+            jnp.ones((1, 60)),
+            "kernel",
+            ("embed", "heads", "head_dim"),
+        ),
         (Embedding(dataclasses.replace(CONFIG, vocab_size=300)), jnp.zeros((1, 1), int), "embedding", ("vocab", "embed")),
     ],
 )

@@ -208,7 +208,9 @@ def test_biases_and_metrics_are_equal_everywhere_and_those_of_one_device(sizes: 
 @pytest.mark.parametrize(
     ("sizes", "left_out"), [(BY_AXIS[0], "data"), (BY_AXIS[0], "fsdp"), (BY_AXIS[0], "expert"), (BY_AXIS[1], "context")]
 )
-def test_a_load_that_leaves_an_axis_out_would_show(sizes: dict[str, int], left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_leaves_an_axis_out_would_show(
+    sizes: dict[str, int], left_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The mistake that is easily made: counts summed over all axes that split tokens but one."""
     count = router_module.expert_load
 

@@ -1,17 +1,18 @@
 """The published DeepSeek-V3 (arXiv 2412.19437, section 4.2), for a pod of accelerators.
 
+    python -m dsv3_jax.plan --config configs/v3_671b.py --topology v5p:8x8x8
     python train.py --config configs/v3_671b.py --run-dir gs://bucket/v3_671b \
         --data.source path/to/text --data.tokenizer path/to/tokenizer.json
 
 671,026,419,200 parameters in the main model, of which a token uses 37.55B, and one MTP depth. Pre-training reads 4,096
 tokens without YaRN; the long-context phases that follow set `--model.rope_scaling.factor 40` and a longer
-`--model.max_position_embeddings`. The numbers are those of the constant part of the published run: batches of 15,360
-sequences, the peak learning rate, gamma 0.001, lambda 0.3. Its schedules in tokens (the batch that grows from 3,072 over
-the first 469B tokens, the learning rate held until 10T, gamma and lambda lowered towards the end) are not implemented
-yet: here the learning rate falls as one cosine over the 14.8T tokens.
+`--model.max_position_embeddings`. The peak learning rate, gamma 0.001 and lambda 0.3 are those of the constant part of the
+published run. Its schedules in tokens and its batches (3,072 sequences growing to 15,360 over the first 469B tokens) are not
+implemented yet: they take accumulated gradients. Here a step is one sequence for each of 512 chips, and the learning rate
+falls as one cosine over 14.8T tokens; on another slice set `--train.batch-size` to a multiple of its chips.
 
-Eight devices split the experts, all others the parameters and the batch.
-`python -m dsv3_jax.plan --config configs/v3_671b.py` prints the parameters and makes no array.
+Eight devices split the experts, so that each holds one of the eight groups that routing is limited by; all others split
+parameters and batch. `python -m dsv3_jax.plan --config configs/v3_671b.py` prints where every array lives and makes none.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ config = Config(
         moment_dtype="bfloat16",
     ),
     train=TrainConfig(
-        steps=235_240,  # 14.8T tokens
-        batch_size=15360,
+        steps=7_057_189,  # 14.8T tokens
+        batch_size=512,
         sequence_length=4096,
         mtp_loss_weight=0.3,
         bias_update_speed=0.001,

@@ -86,10 +86,9 @@ class _Head(NamedTuple):
 
     @classmethod
     def of(cls, head_DV: jax.Array, dtype: Any, on_mesh: bool) -> _Head:
-        kernel_DV = head_DV.astype(dtype)
         if not on_mesh:
-            return cls(kernel_DV, 0, False)
-        return cls(whole_weight(kernel_DV, HEAD_AXES), jax.lax.axis_index("tensor") * head_DV.shape[1], True)
+            return cls(head_DV.astype(dtype), 0, False)
+        return cls(whole_weight(head_DV, HEAD_AXES, dtype), jax.lax.axis_index("tensor") * head_DV.shape[1], True)
 
     def hit_BTV(self, target_BT: jax.Array) -> jax.Array:
         """Which of these columns is the target."""

@@ -168,7 +168,7 @@ def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, 
     """
 
     def on_device(q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: jax.Array) -> jax.Array:
-        whole = whole_weight(kernel_CNX.astype(config.dtype), KV_B_AXES)
+        whole = whole_weight(kernel_CNX, KV_B_AXES, config.dtype)
         everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
         first = jax.lax.axis_index("context") * q_BTNX.shape[1]
         return _attend_expanded(q_BTNX, everyone, whole, config, first)

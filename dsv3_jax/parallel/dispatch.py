@@ -144,7 +144,7 @@ _weighted_sums.defvjp(_forward, _backward)
 
 def _gather(weights: ExpertWeights, how: _How) -> ExpertWeights:
     """The local experts' weights, whole along the fsdp axes."""
-    gate, up, down = (whole_weight(w.astype(how.dtype), axes) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
+    gate, up, down = (whole_weight(w, axes, how.dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
     return gate, up, down
 
 

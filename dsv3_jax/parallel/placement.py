@@ -38,7 +38,7 @@ def project(x: jax.Array, kernel: jax.Array, names: tuple[str, ...], *, num_in: 
     split = [_along_tensor(name) for name in names]
 
     def on_device(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        y = _contract(x, whole_weight(kernel.astype(x.dtype), names), num_in, how)
+        y = _contract(x, whole_weight(kernel, names, x.dtype), num_in, how)
         return jax.lax.psum(y, "tensor") if "tensor" in split[:num_in] else y
 
     specs = PartitionSpec(*TOKENS, *split[:num_in]), RULES.spec(names)
@@ -54,8 +54,9 @@ def _along_tensor(name: str) -> str | None:
     return "tensor" if "tensor" in getattr(RULES, name) else None
 
 
-def whole_weight(part: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Inside `jax.shard_map`: a weight made whole along the fsdp axes. Its transpose sums and scatters."""
+def whole_weight(part: jax.Array, names: tuple[str, ...], dtype: Any) -> jax.Array:
+    """Inside `jax.shard_map`: a weight cast to `dtype` and made whole along the fsdp axes. Its transpose sums and scatters."""
+    part = part.astype(dtype)
     for dimension, axes in _fsdp_splits(names):
         for axis in reversed(axes):  # The first of them is the outermost.
             part = jax.lax.all_gather(part, axis, axis=dimension, tiled=True)

@@ -23,7 +23,7 @@ from dsv3_jax.plan.parameters import count_parameters
 from dsv3_jax.plan.program import GIB, Program, bound, compile_program
 from dsv3_jax.plan.roofline import Chip, Roofline, flops_per_token
 from dsv3_jax.plan.sharding_table import Row, sharding_table
-from dsv3_jax.plan.topology import chip_of, prepare_environment, tpu_devices
+from dsv3_jax.plan.topology import chip_of, tpu_devices, use_cpu_devices
 
 _COUNTS = "parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"
 PROVES = "A compile proves that this program exists and what it takes; it does not prove that it computes the right thing."
@@ -64,8 +64,7 @@ def main() -> None:
     result: dict[str, Any] = count_parameters(config.model)
     mesh: Any = _smallest_mesh(config)
     if compiled:
-        prepare_environment(flags.devices or 1)
-        devices = None if flags.topology is None else tpu_devices(flags.topology, flags.slices)
+        devices = tpu_devices(flags.topology, flags.slices) if flags.topology else use_cpu_devices(flags.devices or 1)
         mesh = make_mesh(config.mesh, devices)
         check_fits(config, mesh)
     rows = sharding_table(config, mesh)

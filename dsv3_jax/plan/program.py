@@ -61,18 +61,18 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
     tokens_BT = jax.ShapeDtypeStruct((config.train.batch_size, config.train.sequence_length), jnp.int32)
     variables = _device_bytes((shapes.params, shapes.router), (shardings.params, shardings.router))
     moments = _device_bytes(shapes.optimizer, shardings.optimizer)
+    step = compile_train_step(config, mesh)
     started = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = compile_train_step(config, mesh).lower(shapes, tokens_BT, tokens_BT)
+        lowered = step.lower(shapes, tokens_BT, tokens_BT)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = bytes_of_refusal(str(error))
-            if needed is None:
+            arguments = variables + moments
+            refusal = read_refusal(str(error), arguments)
+            if refusal is None:
                 raise
-            seconds = time.perf_counter() - started
-            state = variables + moments
-            return Program(state, variables, moments, None, needed, False, [], seconds, "")
+            return Program(arguments, variables, moments, *refusal, False, [], time.perf_counter() - started, "")
     seconds = time.perf_counter() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -98,12 +98,20 @@ def expected_rows_sent(config: Config, mesh: Mesh) -> float:
     return tokens * config.model.num_experts_per_tok * away
 
 
-def bytes_of_refusal(message: str) -> int | None:
-    """The bytes that a program would take, from the TPU compiler's out-of-memory error; None for any other message."""
-    found = re.search(r"Ran out of memory in memory space hbm\. Used ([\d.]+)([KMGT]?) of", message)
-    if found is None:
-        return None
-    return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+def read_refusal(message: str, argument_bytes: int) -> tuple[int | None, int] | None:
+    """What the TPU compiler's out-of-memory error says: (temporary bytes if it names them, bytes in all), or None if it is another.
+
+    It gives up early where the temporaries alone are too many, and later where all together are.
+    """
+
+    def size(found: re.Match[str]) -> int:
+        return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+    if found := re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\)", message):
+        return size(found), argument_bytes + size(found)
+    if found := re.search(r"Ran out of memory in memory space hbm\. Used ([\d.]+)([KMGT]?) of", message):
+        return None, size(found)
+    return None
 
 
 def bound(config: Config, mesh: Mesh, program: Program, chip: Chip, slices: int) -> Roofline:

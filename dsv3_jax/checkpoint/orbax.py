@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -68,8 +69,12 @@ class Checkpoints:
 @contextlib.contextmanager
 def _damage_named(folder: epath.Path) -> Iterator[None]:
     """Makes whatever Orbax raises a ValueError of one line."""
+    report = sys.unraisablehook
+    # When one read fails, those under way still report to the event loop that Orbax has closed, a traceback each.
+    sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else report(late)
     try:
         yield
+        sys.unraisablehook = report
     except Exception as error:  # It raises a dozen kinds.
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def test_the_whole_context_of_the_model_may_be_used(
     monkeypatch.setattr("dsv3_jax.infer.engine.LONGEST_BY_DEFAULT", 16)
     done = called(infer.main, "--checkpoint", "runs/straight", "--prompt", "x = 1\n" * 8, "--max-tokens", "2")
     assert done.code == 0, done.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(straight: tuple[Path, Done], workplace: Path) -> None:
+    damaged = workplace / "runs" / "damaged"
+    shutil.copytree(straight[0], damaged)
+    for file in (damaged / "checkpoints" / "12" / "variables" / "d").iterdir():
+        file.write_bytes(b"")
+    done = started(workplace, PROGRAM, "--checkpoint", "runs/damaged")
+    done.assert_refused("runs/damaged/checkpoints/12 cannot be read", "remove it to go on from the checkpoint before")
 
 
 @pytest.mark.parametrize(

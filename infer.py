@@ -53,7 +53,8 @@ def main() -> None:
     wanted = dataclasses.asdict(model.infer) | given
     params = SamplingParams(wanted["max_tokens"], wanted["temperature"], wanted["top_p"], wanted["seed"])
     cache_compilations(DataConfig.cache_dir)
-    engine = Engine(model.config, model.variables, model.tokenizer)
+    # The cache of a completion has room for what was asked, so that a long context costs nothing by itself.
+    engine = Engine(model.config, model.variables, model.tokenizer, max_length=model.config.max_position_embeddings)
     tokens = engine.stream(wanted["prompt"], params)
     experts = choose_backend(model.config.expert_backend)
     print(f"{model.origin}, in {model.config.dtype} on {jax.devices()[0]}; experts by {experts}", file=sys.stderr)

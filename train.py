@@ -1,7 +1,7 @@
 """Trains a DeepSeek-V3, from text to a sample, on one device, a mesh of them, or many processes of a pod.
 
     python train.py                                      # configs/tiny.py: minutes on two CPU cores
-    python train.py --config configs/tiny.py --run-dir runs/short --train.steps 200 --train.seed 1
+    python train.py --config configs/tiny.py --run-dir runs/short --train.steps 200
     python train.py --config configs/tiny.py --run-dir runs/short --train.steps 400 --resume
     python train.py --config configs/v3_671b.py --mesh.fsdp 8 --mesh.expert 64
 

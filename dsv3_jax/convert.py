@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 from etils import epath
 
-from dsv3_jax.checkpoint.folder import read_config
-from dsv3_jax.checkpoint.hugging_face import load_hf, require_no_folder, save_hf
+from dsv3_jax.checkpoint.folder import require_no_folder
+from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype, save_hf
 from dsv3_jax.checkpoint.orbax import load_run
-from dsv3_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from dsv3_jax.checkpoint.saving import new_folder
+from dsv3_jax.config import Config, DataConfig, TrainConfig
 from dsv3_jax.config.command_line import exits_with_one_line
 from dsv3_jax.infer.load import is_hugging_face
 from dsv3_jax.train.state import save_run_start
@@ -57,7 +58,7 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
     require_no_folder(target)
     model, variables = load_hf(source, dtype or "float32")
     if dtype is None:
-        model = dataclasses.replace(model, dtype=ModelConfig.from_hf(read_config(epath.Path(source))).dtype)
+        model = dataclasses.replace(model, dtype=named_dtype(source))
     tokenizer, kept = epath.Path(source) / _TOKENIZER, epath.Path(target) / _TOKENIZER
     has_tokenizer = tokenizer.exists()
     config = Config(
@@ -65,9 +66,11 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
         data=DataConfig(tokenizer=str(kept) if has_tokenizer else None),
         train=TrainConfig(sequence_length=min(TrainConfig.sequence_length, model.max_position_embeddings)),
     )
-    save_run_start(str(target), config, variables)
-    if has_tokenizer:
-        tokenizer.copy(kept)
+    # Half a run, continued, would train from random weights.
+    with new_folder(epath.Path(target), processes=1) as folder:
+        save_run_start(str(folder), config, variables)
+        if has_tokenizer:
+            tokenizer.copy(folder / _TOKENIZER)
     print(f"{source} is now the run directory {target}, at step 0{'' if has_tokenizer else ' (no tokenizer.json)'}")
 
 
@@ -84,7 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _OneLine(prog="python -m dsv3_jax.convert", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", help="a run directory or a Hugging Face folder")
     parser.add_argument("target", help="the folder to make; it must not exist, or be empty")
-    parser.add_argument("--dtype", help="dtype of the parameters written; by default a run's own, and float32 for a new run")
+    dtypes = "float32", "bfloat16", "float16"
+    parser.add_argument(
+        "--dtype", choices=dtypes, help="dtype of the parameters written; by default a run's own, and float32 for a new run"
+    )
     parser.add_argument("--fp8", action="store_true", help="to Hugging Face only: linear layers as FP8 blocks")
     parsed = parser.parse_args(arguments)
     if not is_hugging_face(parsed.source):

@@ -10,10 +10,12 @@ import dataclasses
 import json
 from typing import Literal
 
+from dsv3_jax.config import DataConfig
 from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
 from dsv3_jax.data import HeldoutWindows, compressor_bits_per_byte
 from dsv3_jax.data.sources import read_source
 from dsv3_jax.infer.load import load_model
+from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.train.evaluation import Evaluator
 
 
@@ -37,7 +39,7 @@ class EvaluateFlags:
 def main() -> None:
     """The command line; prints one JSON object."""
     flags = parse_flags(EvaluateFlags, description=__doc__ or "")
-    documents, _ = read_source(flags.text)
+    documents, _ = read_source(flags.text, "--text")
     model = load_model(flags.checkpoint, flags.dtype)
     length = model.sequence_length if flags.sequence_length is None else flags.sequence_length
     context = model.config.max_position_embeddings
@@ -45,6 +47,7 @@ def main() -> None:
         raise ValueError(f"--sequence-length is {length}; it must lie in 1..{context} (max_position_embeddings)")
     if flags.batch_size < 1:
         raise ValueError(f"--batch-size is {flags.batch_size}; it must be at least 1")
+    cache_compilations(DataConfig.cache_dir)
     windows = HeldoutWindows(documents, model.tokenizer, model.config, batch_size=flags.batch_size, sequence_length=length)
     scored = Evaluator(model.config)(model.variables, windows)
     compressors = compressor_bits_per_byte(documents)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -50,6 +52,29 @@ def test_a_converted_run_can_be_trained_further(source: Path, run: Path):
     chex.assert_trees_all_equal(jax.tree.leaves(optimizer), jax.tree.leaves(fresh))
 
 
+def test_a_run_is_there_whole_or_not_at_all(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Half a run, with its config and no checkpoint, would be continued from random weights."""
+    shutil.copytree(source, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    seen: list[list[str]] = []
+
+    def interrupted(checkpoints: Checkpoints, step: int, *items: Any) -> None:
+        seen.append([path.name for path in tmp_path.iterdir() if not path.name.startswith(".")])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", interrupted)
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "hf"), str(tmp_path / "run")])
+    assert seen == [["hf"]]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+    main([str(tmp_path / "hf"), str(tmp_path / "run")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
+    assert load_run(str(tmp_path / "run"))[0].data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+
+
 def test_to_hugging_face_in_another_dtype(run: Path, tmp_path: Path):
     main([str(run), str(tmp_path / "half"), "--dtype", "bfloat16"])
     found = tensors(tmp_path / "half")
@@ -65,7 +90,8 @@ def test_to_hugging_face_in_another_dtype(run: Path, tmp_path: Path):
         (["{source}", "full"], "full"),
         (["{source}", "out", "--fp8"], "--fp8 is for writing Hugging Face folders"),
         (["{source}"], "target"),
-        (["{source}", "out", "--dtype", "int3"], "int3"),
+        (["{source}", "out", "--dtype", "int3"], "--dtype: invalid choice: 'int3' (choose from"),
+        (["{source}", "out", "--dtype", "float64"], "--dtype: invalid choice: 'float64' (choose from"),
     ],
 )
 def test_refuses_in_one_line(

@@ -37,6 +37,8 @@ def block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        raise ValueError(f"quantization_config is {quantization!r}; use an object or null")
     for name, only in (("quant_method", "fp8"), ("fmt", "e4m3")):
         if quantization.get(name, only) != only:
             raise ValueError(f"quantization_config.{name} is {quantization[name]!r}; only {only!r} is supported")

@@ -62,15 +62,25 @@ def open_hf(path: Any, dtype: Any) -> tuple[ModelConfig, Weights]:
     The second is `load_variables`; between and after them `weights.bytes_read` tells what was read of tensor data.
     """
     folder = epath.Path(path)
-    file_config = read_config(folder)
-    try:
-        config, block = ModelConfig.from_hf(file_config), block_size(file_config)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    config, block = _read_model(folder)
     config = config.with_dtype(dtype)
     if jax.dtypes.canonicalize_dtype(config.param_dtype) != config.param_dtype:
         raise ValueError(f"dtype is {config.param_dtype}, which jax has disabled; set jax_enable_x64 or use float32")
     return config, Weights(folder, find_tensors(folder, config, block), block)
+
+
+def named_dtype(path: Any) -> str:
+    """The dtype that the config.json of a Hugging Face folder names, "bfloat16" if none. Raises as `load_hf`."""
+    return _read_model(epath.Path(path))[0].dtype
+
+
+def _read_model(folder: epath.Path) -> tuple[ModelConfig, tuple[int, int] | None]:
+    """The model of a folder's config.json, and its FP8 blocks."""
+    file_config = read_config(folder)
+    try:
+        return ModelConfig.from_hf(file_config), block_size(file_config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
 def load_variables(config: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None = None) -> Variables:

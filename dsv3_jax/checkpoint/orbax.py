@@ -6,11 +6,15 @@ A checkpoint has two items, so that inference need not read the optimizer: `vari
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
@@ -24,7 +28,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=config.keep if config else None, create=config is not None)
         # Orbax takes absolute paths only; to etils, gs:// is one.
         folder = run.checkpoints if run.checkpoints.is_absolute() else run.checkpoints.resolve()
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "optimizer")}
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -43,10 +48,54 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, **like: Any) -> dict[str, Any]:
-        """Restores the named items onto the shapes, dtypes and shardings of `like`."""
+        """Restores the named items onto the shapes, dtypes and shardings of `like`.
+
+        Raises:
+          ValueError: naming the folder, if the checkpoint is damaged or of another model.
+        """
+        folder = self._manager.directory / str(step)
+        with _damage_named(folder):
+            stored = self._manager.item_metadata(step)
+        for name, tree in like.items():
+            if name not in stored or stored[name] is None:
+                raise ValueError(f"{folder} lacks {name}; remove it to go on from the checkpoint before")
+            _require_same_shapes(f"{folder}/{name}", _shapes(stored[name]), _shapes(tree))
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {name: restored[name] for name in like}
+        with _damage_named(folder):
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return {name: restored[name] for name in like}
+
+
+@contextlib.contextmanager
+def _damage_named(folder: epath.Path) -> Iterator[None]:
+    """Makes whatever Orbax raises a ValueError of one line."""
+    report = sys.unraisablehook
+    # When one read fails, those under way still report to the event loop that Orbax has closed, a traceback each.
+    sys.unraisablehook = lambda late: None if str(late.exc_value) == "Event loop is closed" else report(late)
+    try:
+        yield
+        sys.unraisablehook = report
+    except Exception as error:  # It raises a dozen kinds.
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(
+            f"{folder} cannot be read ({reason:.200}); if it is damaged, remove it to go on from the checkpoint before"
+        ) from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every array by its path, whatever containers hold it."""
+    leaves = jax.tree_util.tree_leaves_with_path(getattr(tree, "tree", tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _require_same_shapes(where: str, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    for path in (*wanted, *stored):
+        there, here = (list(shapes[path]) if path in shapes else "nothing" for shapes in (stored, wanted))
+        if there != here:
+            raise ValueError(
+                f"{where} holds another model than config.json describes: {path} is {there} there and {here} here; restore "
+                "the config.json of the run"
+            )
 
 
 def load_run(path: str, dtype: Any = None) -> tuple[Config, dict[str, Any], int]:
@@ -60,7 +109,7 @@ def load_run(path: str, dtype: Any = None) -> tuple[Config, dict[str, Any], int]
       The run's config (its model in `dtype`), the variables, and the step they are of.
 
     Raises:
-      ValueError: if `path` holds no run, or no checkpoint yet.
+      ValueError: if `path` holds no run, no checkpoint yet, or one that is damaged or of another model.
     """
     run = RunDirectory.existing(path)
     config = run.config()

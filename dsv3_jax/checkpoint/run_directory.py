@@ -51,8 +51,8 @@ class RunDirectory:
             that has seen none yet.
 
         Raises:
-          ValueError: if the folder holds a run and `resume` is off; if it holds a run of another config or text; if it
-            holds other things than a run, or cannot be made. Nothing is written then.
+          ValueError: if the folder holds a run and `resume` is off; if it holds a run of another config or text, or of more
+            steps; if it holds other things than a run, or cannot be made or written. Nothing is written then.
         """
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
@@ -62,16 +62,17 @@ class RunDirectory:
             if not resume:
                 raise ValueError(f"{path} already holds a run; continue it with --resume, or name another --run-dir")
             run._refuse_other_config(before, config)
+            run._refuse_fewer_steps(config)
             run._refuse_other_text(text_digest)
         elif run.path.exists() and any(run.path.iterdir()):
             raise ValueError(f"{path} is not empty and holds no run (no config.json); name another --run-dir")
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            write_whole(run.config_file, config.to_json())
+            if text_digest is not None:
+                write_whole(run.text_digest_file, text_digest + "\n")
         except OSError as error:
-            raise ValueError(f"run directory {path} cannot be made ({error}); name another --run-dir") from error
-        _write_whole(run.config_file, config.to_json())
-        if text_digest is not None:
-            _write_whole(run.text_digest_file, text_digest + "\n")
+            raise ValueError(f"run directory {path} cannot be made or written ({error}); name another --run-dir") from error
         return run
 
     @classmethod
@@ -90,13 +91,24 @@ class RunDirectory:
             raise ValueError(f"{self.config_file} is not a run's config: {error}") from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json."""
-        _write_whole(self.summary_file, json.dumps(summary) + "\n")
+        """Writes summary.json; of a run that was resumed, `seconds` count from the last start."""
+        write_whole(self.summary_file, json.dumps(summary) + "\n")
+
+    def _refuse_fewer_steps(self, now: Config) -> None:
+        folders = self.checkpoints.iterdir() if self.checkpoints.exists() else ()
+        taken = max((int(folder.name) for folder in folders if folder.name.isdigit()), default=0)
+        if taken > now.train.steps:
+            raise ValueError(
+                f"{self.path} has taken {taken} steps, more than train.steps {now.train.steps}; raise train.steps, or name "
+                "another --run-dir"
+            )
 
     def _refuse_other_config(self, before: Config, now: Config) -> None:
         values = _binding(now)
+        # A run that has seen no text yet, as dsv3_jax.convert leaves it, is bound by its model alone.
+        is_new = not self.text_digest_file.exists()
         for name, value in _binding(before).items():
-            if value != values[name]:
+            if value != values[name] and (name.startswith("model.") or not is_new):
                 raise ValueError(
                     f"{self.path} holds a run with {name} {value!r}, not {values[name]!r}; continue it with its own "
                     "value, or name another --run-dir"
@@ -120,7 +132,7 @@ def _binding(config: Config) -> dict[str, Any]:
     return flat
 
 
-def _write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new, never a part."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)

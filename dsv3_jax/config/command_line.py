@@ -68,9 +68,9 @@ class RunFlags:
     """What stands beside the fields of the run config."""
 
     config: str = "configs/tiny.py"
-    """Python file that exposes `config`, a Config; the fields below override it."""
+    """Python file that exposes `config`, a Config, or the config.json of a run; the fields below override it."""
     run_dir: str | None = None
-    """Folder of the run; None is runs/ and the name of the config file."""
+    """Folder of the run; None is runs/ and the name of the Python file, or the folder of the config.json."""
     resume: bool = False
     """Continue from the newest checkpoint of the folder if there is one, else start."""
     distributed: DistributedFlags = DistributedFlags()
@@ -83,8 +83,6 @@ class RunArguments:
 
     config: Config
     """The file's config with the overrides applied."""
-    config_path: str
-    """The file it came from."""
     run_dir: str
     """Folder of the run."""
     resume: bool
@@ -94,20 +92,28 @@ class RunArguments:
 
 
 def load_config(path: str) -> Config:
-    """The `config` of a Python file, as in `configs/`.
+    """The `config` of a Python file, as in `configs/`, or the config.json of a run.
 
     Raises:
-      ValueError: if there is no such file, or it exposes no `config` of type Config, or the config contradicts itself.
+      ValueError: if there is no such file, it does not run or exposes no `config` of type Config, or the config
+        contradicts itself.
     """
     file = pathlib.Path(path)
     if not file.is_file():
         others = sorted(str(other) for other in file.parent.glob("*.py"))
         remedy = f"there are {', '.join(others)}" if others else "name a Python file that exposes `config`"
         raise ValueError(f"config file {path!r} does not exist; {remedy}")
+    if file.suffix == ".json":
+        try:
+            return Config.from_json(file.read_text())
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"config file {path!r} is not a run's config: {error}") from error
     try:
         exposed = runpy.run_path(str(file))
     except ValueError as error:
         raise ValueError(f"config file {path!r}: {error}") from error
+    except Exception as error:  # It is a program: anything may go wrong in it.
+        raise ValueError(f"config file {path!r} does not run ({type(error).__name__}: {error}); correct it") from error
     require("config" in exposed, f"config file {path!r} exposes no `config`; end it with config = Config(...)")
     config = exposed["config"]
     require(
@@ -128,8 +134,9 @@ def parse_run(argv: Sequence[str] | None = None, description: str | None = None)
       SystemExit: with code 0, after `--help`.
     """
     flags, config = parse_with_config(RunFlags, argv, description)
-    run_dir = flags.run_dir or os.path.join("runs", pathlib.Path(flags.config).stem)
-    return RunArguments(config, flags.config, run_dir, flags.resume, flags.distributed)
+    file = pathlib.Path(flags.config)
+    run_dir = flags.run_dir or (str(file.parent) if file.suffix == ".json" else os.path.join("runs", file.stem))
+    return RunArguments(config, run_dir, flags.resume, flags.distributed)
 
 
 def parse_with_config(
@@ -141,7 +148,7 @@ def parse_with_config(
     """
     given, wants_help = _tokenize(argv)
     flag_types, field_types = _leaf_types(flags_type), _leaf_types(Config)
-    _refuse_unknown(given, [*flag_types, *field_types])
+    _refuse_unknown(given, flag_types | field_types)
     flags = _build_flags(flags_type, {name: _read(name, given[name], flag_types[name]) for name in flag_types if name in given})
     config = load_config(typing.cast(Any, flags).config)
     if wants_help:
@@ -157,15 +164,16 @@ def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, desc
     """
     given, wants_help = _tokenize(argv)
     flag_types = _leaf_types(flags_type)
-    _refuse_unknown(given, list(flag_types))
+    _refuse_unknown(given, flag_types)
     if wants_help:
         _print_help(flags_type, None, description)
     return _build_flags(flags_type, {name: _read(name, values, flag_types[name]) for name, values in given.items()})
 
 
 def exits_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
-    """Makes a ValueError (or NotImplementedError) of a program's `main` one line on stderr and exit code 2.
+    """Makes a ValueError, NotImplementedError or OSError of a program's `main` one line on stderr and exit code 2.
 
+    Ctrl-C gives one line and code 130, a closed pipe behind the output nothing and code 1.
     With DSV3_JAX_TRACEBACK set in the environment it is raised as it is.
     """
 
@@ -173,9 +181,15 @@ def exits_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
     def program(*args: Any, **kwargs: Any) -> None:
         try:
             main(*args, **kwargs)
-        except (ValueError, NotImplementedError) as error:
+        except (ValueError, NotImplementedError, OSError, KeyboardInterrupt) as error:
             if os.environ.get("DSV3_JAX_TRACEBACK"):
                 raise
+            if isinstance(error, BrokenPipeError):  # Whoever read the output has had enough.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else the flush at exit fails again.
+                sys.exit(1)
+            if isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -218,16 +232,20 @@ def _leaf_types(cls: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _refuse_unknown(given: dict[str, list[str]], known: Sequence[str]) -> None:
+def _refuse_unknown(given: dict[str, list[str]], known: dict[str, Any]) -> None:
     def likeness(name: str, candidate: str) -> float:
         # The last part counts twice: people forget the group, or put a field into the wrong one.
         last = difflib.SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
         return last + difflib.SequenceMatcher(None, name, candidate).ratio()
 
+    before = None
     for name in given:
         if name not in known:
             nearest = max(known, key=functools.partial(likeness, name))
-            raise ValueError(f"--{name} does not exist; the nearest is --{nearest} (--help lists all)")
+            lacks_value = before is not None and known[before] is not bool and not given[before]
+            remedy = f"; a value of --{before} that opens with dashes is written --{before}=--..." if lacks_value else ""
+            raise ValueError(f"--{name} does not exist; the nearest is --{nearest} (--help lists all){remedy}")
+        before = name
 
 
 def _read(name: str, values: list[str], hint: Any) -> Any:
@@ -245,7 +263,9 @@ def _read(name: str, values: list[str], hint: Any) -> Any:
             return tyro.cli(holder, args=arguments, config=(tyro.conf.FlagConversionOff,), add_help=False).value
     except SystemExit:
         given = f"is {shown!r}" if values else "has no value"
-        raise ValueError(f"--{name} {given}; give {_type_name(hint)}") from None
+        is_text = str in (hint, *typing.get_args(hint))
+        remedy = f"put it in quotes: --{name} {shown!r}" if is_text and len(values) > 1 else f"give {_type_name(hint)}"
+        raise ValueError(f"--{name} {given}; {remedy}") from None
 
 
 def _type_name(hint: Any) -> str:

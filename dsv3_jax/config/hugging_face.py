@@ -8,6 +8,7 @@ absent gets the default of transformers' `DeepseekV3Config`; a value the archite
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.config.checks import require
@@ -92,6 +93,7 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     fields["rope_theta"], fields["rope_scaling"] = _rope(config, fields["max_position_embeddings"])
     dtype = _one_value(config, "torch_dtype", "dtype")
     if dtype is not None:
+        require(isinstance(dtype, str), f"torch_dtype is {dtype!r}; use the name of a dtype, such as bfloat16")
         fields["dtype"] = fields["param_dtype"] = dtype
     return fields
 
@@ -202,7 +204,8 @@ def _integer(config: dict[str, Any], name: str, default: int | None = None) -> i
 def _number(config: dict[str, Any], name: str, default: float | None = None) -> float:
     value: Any = config.get(name, default)
     require(name in config or default is not None, f"{name} is missing, and it has no default")
-    require(isinstance(value, int | float) and not isinstance(value, bool), f"{name} is {value!r}; use a number")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(is_number and abs(value) <= sys.float_info.max, f"{name} is {value!r}; use a finite number")
     return float(value)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from dsv3_jax.config import hugging_face
-from dsv3_jax.config.checks import require, require_positive
+from dsv3_jax.config.checks import require, require_numbers, require_positive
 from dsv3_jax.config.rope_scaling import RopeScaling
 
 RematPolicy = Literal["none", "save_latents", "full"]
@@ -23,7 +23,11 @@ ExpertExchange = Literal["auto", "ragged", "dense", "ring"]
 
 
 def _dtype_name(field: str, dtype: Any) -> str:
-    name = jnp.dtype(dtype).name if not isinstance(dtype, str) else dtype
+    try:
+        # To numpy None is float64.
+        name: Any = dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
+    except (TypeError, ValueError):
+        name = dtype
     require(
         name in ("float32", "bfloat16", "float16", "float64"),
         f"{field} is {name!r}; choose float32, bfloat16, float16 or float64",
@@ -123,6 +127,7 @@ class ModelConfig:
         self._check()
 
     def _check(self) -> None:
+        require_numbers(self)
         require_positive(
             self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
             "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size",
@@ -170,6 +175,7 @@ class ModelConfig:
             f"expert_exchange is {self.expert_exchange!r}; choose from {typing.get_args(ExpertExchange)}",
         )
         require(self.receive_factor > 0, f"receive_factor is {self.receive_factor}; it must be positive")
+        require(self.eos_token_id != (), "eos_token_id is empty; name a token id, or use None")
         for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
                 require(

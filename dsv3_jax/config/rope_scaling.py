@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from dsv3_jax.config.checks import require, require_positive
+from dsv3_jax.config.checks import require, require_numbers, require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class RopeScaling:
     """Scales the attention logits (squared); 0 or None leaves them alone."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "rope_scaling.")
         require(self.factor >= 1.0, f"rope_scaling.factor is {self.factor}; it must be at least 1")
         require_positive(self, "original_max_position_embeddings")
         require(

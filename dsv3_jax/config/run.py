@@ -11,7 +11,7 @@ import math
 import typing
 from typing import Any, Literal
 
-from dsv3_jax.config.checks import require, require_positive
+from dsv3_jax.config.checks import require, require_positive, require_seed
 from dsv3_jax.config.model import ModelConfig
 
 
@@ -74,6 +74,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.source != "", 'data.source is empty; name a file, a folder or "stdlib"')
+        # What is kept there is mapped into memory.
+        require("://" not in self.cache_dir, f"data.cache_dir is {self.cache_dir!r}; name a folder of this machine")
         require(
             0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
         )
@@ -148,6 +150,7 @@ class TrainConfig:
         require(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; it cannot be negative")
         require(self.mtp_loss_weight >= 0, f"train.mtp_loss_weight is {self.mtp_loss_weight}; it cannot be negative")
         require(self.bias_update_speed >= 0, f"train.bias_update_speed is {self.bias_update_speed}; it cannot be negative")
+        require_seed("train.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

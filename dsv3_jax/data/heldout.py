@@ -44,8 +44,8 @@ class HeldoutWindows:
         """Tokenizes the documents.
 
         Raises:
-          ValueError: if there is no document, or the tokenizer does not give a document back unchanged, so that
-            its tokens would not stand for all of the bytes.
+          ValueError: if there is no document, if the tokenizer does not give a document back unchanged, so that
+            its tokens would not stand for all of the bytes, or if it gives ids outside the model's vocabulary.
         """
         require(len(documents) > 0, "there is no held-out text to score")
         bos, eos = document_marks(model)
@@ -58,8 +58,13 @@ class HeldoutWindows:
             )
             tokens += [*opening, *ids, eos]
             scored += [*[False] * len(opening), *[True] * len(ids), False]
+        highest = max(tokens)
+        require(
+            highest < model.vocab_size,
+            f"the tokenizer gives token id {highest}, outside the model's vocabulary of {model.vocab_size}; use the "
+            "tokenizer.json that the model was trained with",
+        )
         self.num_bytes = sum(document.num_bytes for document in documents)
-        self.num_tokens = sum(scored)
         self._batch_size = batch_size
         windows = -(-(len(tokens) - 1) // sequence_length)
         self._tokens_RT = _windows(np.array(tokens[:-1], np.int32), windows, sequence_length)

@@ -167,7 +167,6 @@ class TrainBatches:
 
         rows = range(config.batch_size) if rows is None else rows
         stream = TokenStream(tokens, document_marks(model)[1], config.seed)
-        self.tokens_per_epoch = stream.epoch_length
         self._batches: grain.MapDataset = (
             grain.MapDataset.source(PackedRows(stream, config, rows)).batch(len(rows)).map(_split_targets)
         )
@@ -195,4 +194,4 @@ def _split_targets(rows: np.ndarray) -> Batch:
 
 
 def _generator(seed: int, purpose: int, number: int) -> np.random.Generator:
-    return np.random.default_rng([seed % 2**64, purpose, number])
+    return np.random.default_rng([seed, purpose, number])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 
@@ -42,7 +43,7 @@ class Document:
         return len(self.text.encode("utf-8"))
 
 
-def read_source(source: str) -> tuple[list[Document], list[str]]:
+def read_source(source: str, option: str = "data.source") -> tuple[list[Document], list[str]]:
     """All documents of `source` in the order of their files' names, and the names of the binary files passed over.
 
     Files below a folder count as text unless they hold a NUL byte; hidden files and folders are not read, nor
@@ -50,19 +51,26 @@ def read_source(source: str) -> tuple[list[Document], list[str]]:
 
     Args:
       source: "stdlib", or the path of a text file, a .jsonl file, or a folder of such files.
+      option: what `source` was given as, for messages.
 
     Raises:
-      ValueError: if the path is missing or holds no text, or a line of a .jsonl file is not a JSON object with a "text" string.
+      ValueError: if the path is missing, cannot be read or holds no text, or a line of a .jsonl file is not a JSON object
+        with a "text" string.
     """
     if source == STDLIB:
         root, files = _stdlib_files()
     else:
-        root, files = _files(source)
+        root, files = _files(source, option)
     documents: list[Document] = []
     binary: list[str] = []
     for path in files:
         name = path.relative_to(root).as_posix()
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"{option} {source!r}: {name} cannot be read ({error}); make it readable or move it away"
+            ) from error
         if b"\0" in data:
             binary.append(name)
         elif name.endswith(".jsonl"):
@@ -71,19 +79,19 @@ def read_source(source: str) -> tuple[list[Document], list[str]]:
             documents.append(Document(name, *_decode(data)))
     documents = [document for document in documents if document.text]
     if not documents:
-        found = f"{len(binary)} binary files (with a NUL byte)" if binary else "nothing but hidden or empty files"
-        raise ValueError(f"data.source {source!r} holds no text, only {found}; name UTF-8 text, JSONL, or {STDLIB!r}")
+        found = f"binary files (with a NUL byte): {len(binary)}" if binary else "no files but hidden or empty ones"
+        raise ValueError(f"{option} {source!r} holds no text ({found}); name UTF-8 text, JSONL, or {STDLIB!r}")
     return documents, binary
 
 
-def _files(source: str) -> tuple[epath.Path, list[epath.Path]]:
+def _files(source: str, option: str) -> tuple[epath.Path, list[epath.Path]]:
     """The folder that names count from, and the files to read, sorted."""
     path = epath.Path(source).expanduser()
     if path.is_dir():
         return path, sorted(_walk(path), key=lambda file: file.relative_to(path).parts)
     if path.exists():
         return path.parent, [path]
-    raise ValueError(f"data.source {source!r} does not exist; name a text file, a .jsonl file, a folder of them, or {STDLIB!r}")
+    raise ValueError(f"{option} {source!r} does not exist; name a text file, a .jsonl file, a folder of them, or {STDLIB!r}")
 
 
 def _stdlib_files() -> tuple[epath.Path, list[epath.Path]]:
@@ -98,7 +106,9 @@ def _walk(folder: epath.Path, skipped: tuple[str, ...] = (), skipped_prefixes: t
     for parent, folders, files in folder.walk():
         # Changed in place: that is how a walk is told where not to go.
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(skipped_prefixes)]
-        yield from (parent / name for name in files if not name.startswith(skipped_prefixes))
+        paths = (parent / name for name in files if not name.startswith(skipped_prefixes))
+        # On a disk a pipe would be waited for, and a link may lead nowhere; to etils, which reads gs:// too, both are files.
+        yield from (path for path in paths if "://" in str(path) or os.path.isfile(path))
 
 
 def _decode(data: bytes) -> tuple[str, bool]:

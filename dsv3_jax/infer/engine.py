@@ -7,13 +7,16 @@ step.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
+from dsv3_jax.checkpoint.names import leaves
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.sampling import SamplingParams
 from dsv3_jax.infer.steps import Draw, decode, prefill
@@ -88,7 +91,7 @@ class Engine:
           max_length: longest prompt and completion together, in tokens; None is the model's context, at most 4096.
 
         Raises:
-          ValueError: if `max_length` exceeds the model's context, or `max_batch` is below 1.
+          ValueError: if `max_length` exceeds the model's context, `max_batch` is below 1, or an array is not that of `config`.
         """
         context = config.max_position_embeddings
         self.max_length = min(LONGEST_BY_DEFAULT, context) if max_length is None else max_length
@@ -96,6 +99,7 @@ class Engine:
             raise ValueError(f"max_length is {max_length}; it must lie in 2..{context} (max_position_embeddings)")
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
+        _require_arrays_of(config, variables)
         self.max_batch = max_batch
         self.config, self.tokenizer = config, tokenizer
         self._model = DeepSeekV3(config, unrolled=True)
@@ -112,8 +116,8 @@ class Engine:
           params: how completions are drawn; the i-th prompt uses seed + i.
 
         Raises:
-          ValueError: before anything is generated, for an empty prompt, one that leaves no room in the context, or ids
-            outside the vocabulary.
+          ValueError: before anything is generated, for an empty prompt, one that leaves no room in the context, or what is
+            no id of the vocabulary.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts is one string; pass a list of prompts")
@@ -147,11 +151,21 @@ class Engine:
             bos = self.config.bos_token_id
             ids = ([] if bos is None else [bos]) + self.tokenizer.encode(prompt)
         else:
-            ids = [int(i) for i in prompt]
+            try:
+                ids = [operator.index(i) for i in prompt]
+            except TypeError:
+                raise ValueError(
+                    f"the prompt {prompt!r:.100} is neither text nor a list of token ids, which are integers; pass a list of "
+                    "such prompts"
+                ) from None
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         if len(ids) >= self.max_length:
-            raise ValueError(f"the prompt's {len(ids)} tokens leave no room in a context of {self.max_length}; shorten it")
+            context = self.config.max_position_embeddings
+            raise ValueError(
+                f"the prompt's {len(ids)} tokens leave no room in max_length {self.max_length} (the model's context is "
+                f"{context}); shorten it" + (" or raise max_length" if self.max_length < context else "")
+            )
         for i in ids:
             if not 0 <= i < self.config.vocab_size:
                 raise ValueError(f"token id {i} is outside the vocabulary of {self.config.vocab_size}")
@@ -180,6 +194,16 @@ class Engine:
             if ahead is None or all(sequence.finish_reason is not None for sequence in batch):
                 return
             token_B, cache = ahead
+
+
+def _require_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
+    arrays = traverse_util.flatten_dict(variables)
+    for leaf in leaves(config):
+        shape = jnp.shape(arrays[leaf.path]) if leaf.path in arrays else None
+        if shape != leaf.shape:
+            found = "missing" if shape is None else list(shape)
+            name = "/".join(leaf.path)
+            raise ValueError(f"{name} is {found}, not {list(leaf.shape)}; give the config and the variables of one model")
 
 
 def _bucket(size: int, smallest: int, largest: int) -> int:

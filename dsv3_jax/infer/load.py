@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from dsv3_jax.checkpoint.hugging_face import load_hf
+from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype
 from dsv3_jax.checkpoint.orbax import load_run
 from dsv3_jax.config import InferConfig, ModelConfig
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -60,8 +60,7 @@ def load_model(path: str, dtype: str | None = None) -> LoadedModel:
     from_hugging_face = is_hugging_face(path)
     tokenizer = load_tokenizer(path)
     if from_hugging_face:
-        own = ModelConfig.from_hf(json.loads((epath.Path(path) / "config.json").read_text())).dtype
-        config, variables = load_hf(path, dtype=dtype or own)
+        config, variables = load_hf(path, dtype=dtype or named_dtype(path))
         length = min(config.max_position_embeddings, 4096)
         return LoadedModel(config, variables, tokenizer, f"Hugging Face checkpoint {path}", length, InferConfig())
     run, variables, step = load_run(path, dtype)

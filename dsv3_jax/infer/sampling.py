@@ -7,6 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.config.checks import require_seed
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -22,12 +24,15 @@ class SamplingParams:
     """Seed of the draws; the i-th prompt of a call uses seed + i."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.max_tokens, int):
+            raise ValueError(f"max_tokens is {self.max_tokens!r}; use an integer")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
         if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; it cannot be negative (0 is greedy)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        require_seed("seed", self.seed)
 
 
 def sample(logits_BV: jax.Array, key_B: jax.Array, temperature: jax.Array, top_p: jax.Array) -> jax.Array:

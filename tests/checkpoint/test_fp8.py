@@ -118,3 +118,9 @@ def test_block_size_of_a_config() -> None:
 def test_other_quantisations_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         block_size({"quantization_config": {**EXPORT_CONFIG, **change}})
+
+
+@pytest.mark.parametrize("quantization", ["fp8", [EXPORT_CONFIG], True])
+def test_a_quantisation_that_is_no_object_is_refused(quantization: object) -> None:
+    with pytest.raises(ValueError, match=r"quantization_config is .*; use an object or null"):
+        block_size({"quantization_config": quantization})

@@ -149,20 +149,77 @@ def test_load_run_refuses_what_holds_no_checkpoint(saved: Path, tmp_path: Path) 
         load_run(str(path))
 
 
-def test_load_run_refuses_weights_of_another_model(saved: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    shutil.copytree(saved, path)
-    other = dataclasses.replace(RUN, model=dataclasses.replace(CONFIG, moe_intermediate_size=9))
+def copied(saved: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the run to break, and its newest checkpoint."""
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run", tmp_path / "run" / "checkpoints" / "3"
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_run(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "difference"),
+    [
+        ("moe_intermediate_size", 9, r"params/.* is \[.*\] there and \[.*\] here"),
+        ("num_nextn_predict_layers", 0, r"params/mtp_0/.* is \[.*\] there and nothing here"),
+        ("num_nextn_predict_layers", 2, r"params/mtp_1/.* is nothing there and \[.*\] here"),
+    ],
+)
+def test_load_run_refuses_weights_of_another_model(
+    saved: Path, tmp_path: Path, field: str, value: int, difference: str
+) -> None:
+    path, checkpoint = copied(saved, tmp_path)
+    other = dataclasses.replace(RUN, model=dataclasses.replace(CONFIG, **{field: value}))
     (path / "config.json").write_text(other.to_json())
-    with pytest.raises(ValueError):  # noqa: PT011
-        load_run(str(path))
+    message = "variables holds another model than config.json describes: "
+    refused(path, f"^{checkpoint}/{message}{difference}; restore the config.json of the run$")
 
 
-def test_load_run_refuses_a_damaged_checkpoint(saved: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    shutil.copytree(saved, path)
-    for file in (path / "checkpoints" / "3" / "variables").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(ValueError):  # noqa: PT011
-        load_run(str(path))
+def test_load_run_refuses_a_checkpoint_without_variables(saved: Path, tmp_path: Path) -> None:
+    path, checkpoint = copied(saved, tmp_path)
+    shutil.rmtree(checkpoint / "variables")
+    refused(path, f"^{checkpoint} lacks variables; remove it to go on from the checkpoint before$")
+
+
+def test_what_a_continued_run_needs_is_refused_alike(saved: Path, tmp_path: Path) -> None:
+    path, checkpoint = copied(saved, tmp_path)
+    variables, optimizer = state(3)
+    shutil.rmtree(checkpoint / "optimizer")
+    with Checkpoints(RunDirectory.existing(str(path)), RUN.checkpoint) as checkpoints:
+        with pytest.raises(ValueError, match=f"^{checkpoint} lacks optimizer; remove it"):
+            checkpoints.restore(3, variables=variables, optimizer=optimizer)
+        assert_same_bits(checkpoints.restore(2, optimizer=optimizer)["optimizer"], state(2)[1])
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 20])
+@pytest.mark.parametrize("part", ["variables/d/*", "variables/_METADATA", "variables/**/*"])
+def test_load_run_refuses_a_damaged_checkpoint(saved: Path, tmp_path: Path, part: str, kept_bytes: int) -> None:
+    path, checkpoint = copied(saved, tmp_path)
+    files = [file for file in checkpoint.glob(part) if file.is_file()]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:kept_bytes])
+    refused(path, f"^{checkpoint} (cannot be read .* damaged, )?.*remove it to go on from the checkpoint before$")
+
+
+def test_arrays_come_back_on_the_mesh_that_is_asked_for(tmp_path: Path) -> None:
+    """Written from two devices, read onto eight."""
+    run = RunDirectory.create_or_resume(str(tmp_path), RUN, resume=False)
+    values = {"w": np.arange(128, dtype=np.float32).reshape(16, 8)}
+    places = [
+        jax.sharding.NamedSharding(jax.make_mesh((count,), ("fsdp",), devices=jax.devices()[:count]), jax.P("fsdp"))
+        for count in (2, 8)
+    ]
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        checkpoints.save(1, jax.device_put(values, places[0]), {"count": jnp.zeros(())})
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        restored = checkpoints.restore(1, variables=jax.device_put(jax.tree.map(np.zeros_like, values), places[1]))
+        assert restored["variables"]["w"].sharding == places[1]
+        np.testing.assert_array_equal(restored["variables"]["w"], values["w"])
+        wider = {"w": jax.device_put(np.zeros((16, 16), np.float32), places[1])}
+        with pytest.raises(ValueError, match=r"w is \[16, 8\] there and \[16, 16\] here"):
+            checkpoints.restore(1, variables=wider)

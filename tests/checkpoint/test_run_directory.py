@@ -139,6 +139,14 @@ def test_what_changes_the_losses_may_not_differ(path: Path, group: str, field: s
     refused(path, re.escape(message), changed(group, **{field: value}), resume=True)
 
 
+def test_fewer_steps_than_were_taken_are_refused(path: Path) -> None:
+    # What Orbax has not finished is no step.
+    (path / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+    message = "has taken 5 steps, more than train.steps 4; raise train.steps, or name another --run-dir"
+    refused(path, message, changed("train", steps=4), resume=True)
+    RunDirectory.create_or_resume(str(path), changed("train", steps=5), resume=True, text_digest="0123")
+
+
 def test_another_text_under_the_same_name_is_refused(path: Path) -> None:
     refused(path, "trained on another text, or with another tokenizer", resume=True, text_digest="4567")
 
@@ -149,6 +157,20 @@ def test_a_run_that_has_seen_no_text_takes_any(tmp_path: Path) -> None:
     assert not (path / "text.digest").exists()
     RunDirectory.create_or_resume(str(path), RUN, resume=True, text_digest="0123")
     refused(path, "another text", resume=True, text_digest="4567")
+
+
+def test_a_run_that_has_seen_no_text_is_bound_by_its_model_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunDirectory.create_or_resume(str(path), RUN, resume=False)
+    refused(path, "model.hidden_size 7168, not 4096", changed("model", hidden_size=4096), resume=True)
+    other = dataclasses.replace(RUN, data=OTHER["data"], optimizer=OTHER["optimizer"], train=OTHER["train"])
+    assert RunDirectory.create_or_resume(str(path), other, resume=True, text_digest="0123").config() == other
+    refused(path, "train.batch_size 9, not 8", dataclasses.replace(other, train=RUN.train), resume=True)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(path: Path) -> None:
+    (path / "config.json.part").mkdir()
+    refused(path, "cannot be made or written .*; name another --run-dir", resume=True)
 
 
 @pytest.mark.parametrize("resume", [False, True])

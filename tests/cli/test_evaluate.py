@@ -42,14 +42,17 @@ def test_the_figures_of_a_text_file(straight: tuple[Path, Done], workplace: Path
 
 
 def test_the_held_out_documents_score_as_at_the_end_of_the_run(
-    straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path
+    straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cached: list[str] = []
+    monkeypatch.setattr(evaluate, "cache_compilations", cached.append)
     (workplace / "heldout").mkdir()
     for document in load_corpus(CONFIG.data).heldout:
         (workplace / "heldout" / document.name).write_text(document.text)
     done = called(evaluate.main, "--checkpoint", "runs/straight", "--text", "heldout", "--batch-size", "3")
     summary = json.loads((straight[0] / "summary.json").read_text())
     figures = json.loads(done.stdout)
+    assert cached == [".cache"]
     assert figures["bits_per_byte"] == pytest.approx(summary["heldout_bits_per_byte"], rel=1e-5)
     assert figures["gzip_bits_per_byte"] == summary["gzip_bits_per_byte"]
     assert figures["xz_bits_per_byte"] == summary["xz_bits_per_byte"]
@@ -59,7 +62,7 @@ def test_the_held_out_documents_score_as_at_the_end_of_the_run(
     ("arguments", "fragment"),
     [
         (["--checkpoint", "nowhere", "--text", "text"], "nowhere holds no config.json"),
-        (["--checkpoint", "runs/straight", "--text", "nowhere"], "'nowhere' does not exist"),
+        (["--checkpoint", "runs/straight", "--text", "nowhere"], "--text 'nowhere' does not exist"),
         (["--checkpoint", "runs/straight"], "--text is missing"),
         (
             ["--checkpoint", "runs/straight", "--text", "text", "--sequence-length", "65"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,24 @@ def test_the_runs_own_prompt_and_limits_are_the_defaults(straight: tuple[Path, D
 
 def test_a_prompt_longer_than_the_context_ends_the_process_with_code_2(straight: tuple[Path, Done], workplace: Path) -> None:
     done = started(workplace, PROGRAM, "--checkpoint", "runs/straight", "--prompt", "x = 1\n" * 50)
-    done.assert_refused("tokens leave no room in a context of 64; shorten it")
+    done.assert_refused("tokens leave no room in max_length 64 (the model's context is 64); shorten it")
+
+
+def test_the_whole_context_of_the_model_may_be_used(
+    straight: tuple[Path, Done], called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsv3_jax.infer.engine.LONGEST_BY_DEFAULT", 16)
+    done = called(infer.main, "--checkpoint", "runs/straight", "--prompt", "x = 1\n" * 8, "--max-tokens", "2")
+    assert done.code == 0, done.stderr
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(straight: tuple[Path, Done], workplace: Path) -> None:
+    damaged = workplace / "runs" / "damaged"
+    shutil.copytree(straight[0], damaged)
+    for file in (damaged / "checkpoints" / "12" / "variables" / "d").iterdir():
+        file.write_bytes(b"")
+    done = started(workplace, PROGRAM, "--checkpoint", "runs/damaged")
+    done.assert_refused("runs/damaged/checkpoints/12 cannot be read", "remove it to go on from the checkpoint before")
 
 
 @pytest.mark.parametrize(

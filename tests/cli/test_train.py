@@ -18,6 +18,7 @@ import train
 from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
+from dsv3_jax.convert import main as convert
 from dsv3_jax.data import load_corpus, load_tokenizer
 from dsv3_jax.train.optimizer import learning_rate_schedule
 from dsv3_jax.train.state import state_of
@@ -157,6 +158,19 @@ def test_a_resumed_run_ends_as_one_without_interruption_to_the_bit(straight: tup
     assert contents(run / "checkpoints") == kept
     again = json.loads(done.stdout.splitlines()[-1])
     assert {**after, "seconds": again["seconds"]} == again
+
+
+def test_a_hugging_face_checkpoint_is_trained_further(straight: tuple[Path, Done], workplace: Path) -> None:
+    """The commands of the README: what the run has learned is there at the first step."""
+    for source, target in (("runs/straight", "published"), ("published", "runs/continued")):
+        convert([str(workplace / source), str(workplace / target)])
+    flags = "--data.source", "text", "--data.cache_dir", "cache", "--train.steps", "1"
+    done = started(workplace, TRAIN[0], "--config", "runs/continued/config.json", "--resume", *flags)
+    assert done.code == 0, done.stderr
+    assert "continuing after step 0 of 1" in done.stdout
+    (row,) = rows(workplace / "runs" / "continued")
+    assert row["main_loss"] == pytest.approx(rows(straight[0])[-1]["main_loss"], rel=0.05)
+    assert row["main_loss"] < 0.95 * math.log(CONFIG.model.vocab_size)
 
 
 def test_a_second_start_is_refused(straight: tuple[Path, Done], workplace: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+import subprocess
+import sys
 import typing
 
 import pytest
@@ -42,7 +44,7 @@ def test_without_arguments_it_is_the_file(config_file: str):
     arguments = parse_run(["--config", config_file])
     assert arguments.config == load_config(config_file)
     assert arguments.config.model.hidden_size == 96
-    assert (arguments.config_path, arguments.run_dir, arguments.resume) == (config_file, "runs/mine", False)
+    assert (arguments.run_dir, arguments.resume) == ("runs/mine", False)
 
 
 def test_the_default_file_is_tiny():
@@ -141,6 +143,45 @@ def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch):
         exits_with_one_line(lambda: parse_run(["--nothing"]))()
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OSError(28, "No space left on device", "x"), 2, "error: [Errno 28] No space left on device: 'x'\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_the_machine_or_the_user_ends_gets_one_line(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def main() -> None:
+        raise error
+
+    monkeypatch.delenv("DSV3_JAX_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as exit_info:
+        exits_with_one_line(main)()
+    assert (exit_info.value.code, capsys.readouterr().err) == (code, line)
+    monkeypatch.setenv("DSV3_JAX_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        exits_with_one_line(main)()
+
+
+def test_a_closed_pipe_ends_a_program_without_a_word():
+    program = (
+        "from dsv3_jax.config.command_line import exits_with_one_line\n"
+        "@exits_with_one_line\n"
+        "def main():\n"
+        "    for i in range(10**6): print(i)\n"
+        "main()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_other_exceptions_pass_through():
     with pytest.raises(ZeroDivisionError):
         exits_with_one_line(lambda: 1 / 0)()
@@ -171,6 +212,9 @@ def test_help_lists_rope_scaling_where_there_is_none(capsys: pytest.CaptureFixtu
     ("text", "message"),
     [
         ("x = 1", "exposes no `config`"),
+        ("x = 1 / 0", r"mine.py' does not run \(ZeroDivisionError: division by zero\)"),
+        ("x = (", r"mine.py' does not run \(SyntaxError: "),
+        ("import nothing_of_that_name", r"does not run \(ModuleNotFoundError: No module named 'nothing_of_that_name'\)"),
         ("config = {}", "is a dict; it must be a dsv3_jax.config.Config"),
         (
             "from dsv3_jax.config import *\nconfig = ModelConfig(n_group=3)",
@@ -183,6 +227,23 @@ def test_config_files_that_are_refused(text: str, message: str, tmp_path: pathli
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(str(file))
+
+
+def test_the_config_of_a_run_is_one_too(config_file: str, tmp_path: pathlib.Path):
+    file = tmp_path / "runs" / "a" / "config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(load_config(config_file).to_json())
+    assert load_config(str(file)) == load_config(config_file)
+    arguments = parse_run(["--config", str(file), "--train.steps", "9"])
+    assert (arguments.run_dir, arguments.config.train.steps) == (str(file.parent), 9)
+    assert parse_run(["--config", str(file), "--run-dir", "b"]).run_dir == "b"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"model": 3}', '{"model_type": "deepseek_v3"}', '{"train": {"steps": -1}}'])
+def test_json_that_is_no_config_of_a_run_is_refused(text: str, tmp_path: pathlib.Path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json' is not a run's config: "):
+        load_config(str(tmp_path / "config.json"))
 
 
 def test_a_missing_config_file_names_its_neighbours(config_file: str):
@@ -215,6 +276,25 @@ def test_flags_of_another_program(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     assert exit_info.value.code == 0
     assert all(part in text for part in ("Samples.", "--checkpoint STR", "Where the weights are. (required)", "--json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "def", "main"], "--checkpoint is 'def main'; put it in quotes: --checkpoint 'def main'"),
+        (
+            ["--checkpoint", "--foo"],
+            "--foo does not exist; the nearest is --json (--help lists all); a value of --checkpoint that opens with dashes "
+            "is written --checkpoint=--...",
+        ),
+        (["--json", "--foo"], "--foo does not exist; the nearest is --json (--help lists all)"),
+        (["--checkpoint", "x", "--foo"], "--foo does not exist; the nearest is --json (--help lists all)"),
+    ],
+)
+def test_text_that_the_shell_or_a_dash_takes_apart(arguments: list[str], message: str):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        parse_flags(SampleFlags, arguments)
+    assert parse_flags(SampleFlags, ["--checkpoint=--foo"]).checkpoint == "--foo"
 
 
 def test_flags_of_another_program_beside_a_config(config_file: str):

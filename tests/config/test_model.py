@@ -105,6 +105,18 @@ def test_attention_scale(mscale: float | None, expected: float):
         ({"param_dtype": "float8"}, "param_dtype is 'float8'"),
         ({"bos_token_id": 129280}, "bos_token_id 129280 is outside the vocabulary of 129280"),
         ({"eos_token_id": [1, -1]}, "eos_token_id -1 is outside the vocabulary"),
+        ({"eos_token_id": []}, "eos_token_id is empty; name a token id, or use None"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0; use an integer"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; use an integer"),
+        ({"n_shared_experts": True}, "n_shared_experts is True; use an integer"),
+        ({"q_lora_rank": 1.5}, "q_lora_rank is 1.5; use an integer"),
+        ({"kv_lora_rank": None}, "kv_lora_rank is None; use an integer"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf; use a finite number"),
+        ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor is '2.5'; use a finite number"),
+        ({"receive_factor": float("inf")}, "receive_factor is inf; use a finite number"),
+        ({"dtype": None}, "dtype is None; choose float32"),
+        ({"dtype": 5}, "dtype is 5; choose float32"),
+        ({"param_dtype": [1]}, "param_dtype is [1]; choose float32"),
     ],
 )
 def test_contradictions_are_refused_by_name(changes: dict, message: str):
@@ -119,6 +131,11 @@ def test_contradictions_are_refused_by_name(changes: dict, message: str):
     [
         ({"factor": 0.5}, "rope_scaling.factor is 0.5"),
         ({"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
+        ({"factor": float("inf")}, "rope_scaling.factor is inf; use a finite number"),
+        (
+            {"original_max_position_embeddings": 4096.5},
+            "rope_scaling.original_max_position_embeddings is 4096.5; use an integer",
+        ),
         ({"beta_fast": 0.5}, "rope_scaling.beta_fast (0.5) must be at least beta_slow (1.0)"),
         ({"beta_slow": 0.0}, "rope_scaling.beta_fast (32.0) must be at least beta_slow (0.0), which must be positive"),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from dsv3_jax.data.sources import Document, read_source
 
@@ -73,9 +75,35 @@ def test_bad_jsonl_names_file_and_line(tmp_path: Path, line: str, complaint: str
 def test_sources_without_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere' does not exist"):
         read_source(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="holds no text, only nothing but hidden or empty files"):
+    with pytest.raises(ValueError, match=r"holds no text \(no files but hidden or empty ones\); name UTF-8 text"):
         read_source(str(tmp_path))
     (tmp_path / "a.bin").write_bytes(b"\0")
     for source in (tmp_path, tmp_path / "a.bin"):
-        with pytest.raises(ValueError, match="holds no text, only 1 binary files"):
+        with pytest.raises(ValueError, match=r"holds no text \(binary files \(with a NUL byte\): 1\); name"):
             read_source(str(source))
+
+
+def test_messages_name_the_option_that_was_given(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--text '.*nowhere' does not exist"):
+        read_source(str(tmp_path / "nowhere"), "--text")
+    with pytest.raises(ValueError, match=r"^--text '.*' holds no text"):
+        read_source(str(tmp_path), "--text")
+
+
+def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "link.txt").symlink_to("text.txt")
+    (tmp_path / "dangling.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert read_source(str(tmp_path)) == ([Document("link.txt", "text"), Document("text.txt", "text")], [])
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked.txt").write_text("text")
+
+    def refuse(path: epath.Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", refuse)
+    with pytest.raises(ValueError, match=r"^data.source '.*': locked.txt cannot be read \(.*Permission denied.*\); make it"):
+        read_source(str(tmp_path))

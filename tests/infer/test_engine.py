@@ -101,8 +101,26 @@ def test_a_short_and_a_long_prompt_end_at_their_own_limits(engine: Engine, greed
 def test_max_length_is_the_context_of_an_engine(variables: dict[str, Any], greedy: Greedy) -> None:
     short = Engine(ENDLESS, variables, max_length=8)
     assert next(short.generate([[5, 3]], TEN)).tokens == greedy([5, 3], 6)
-    with pytest.raises(ValueError, match="8 tokens leave no room in a context of 8; shorten it"):
+    message = r"8 tokens leave no room in max_length 8 \(the model's context is 64\); shorten it or raise max_length$"
+    with pytest.raises(ValueError, match=message):
         short.generate([list(range(8))])
+
+
+def test_a_cache_has_room_for_what_is_asked_and_not_for_the_whole_context(variables: dict[str, Any]) -> None:
+    """A context of a million tokens, of which one row would take 100 MB a layer."""
+    config = dataclasses.replace(ENDLESS, max_position_embeddings=2**20)
+    long = Engine(config, variables, max_length=2**20)
+    params = SamplingParams(max_tokens=40)
+    seen: list[int] = []
+
+    def recorded(*args: Any, capacity: int) -> Any:
+        seen.append(capacity)
+        return prefill(*args, capacity=capacity)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsv3_jax.infer.engine.prefill", recorded)
+        assert len(list(long.stream([5, 3], params))) == 40
+    assert seen == [64]
 
 
 def ending(tokens: list[int], index: int) -> int:
@@ -171,10 +189,14 @@ def test_stream_gives_tokens_as_they_come(engine: Engine, monkeypatch: pytest.Mo
     ("prompt", "message"),
     [
         ([], "the prompt is empty; give at least one token"),
-        (list(range(25)) * 3, "75 tokens leave no room in a context of 64; shorten it"),
+        (list(range(25)) * 3, r"75 tokens leave no room in max_length 64 \(the model's context is 64\); shorten it$"),
         ([1] * CONTEXT, "64 tokens leave no room"),
         ([3, CONFIG.vocab_size], f"token id {CONFIG.vocab_size} is outside the vocabulary of {CONFIG.vocab_size}"),
         ([-1], "token id -1 is outside the vocabulary"),
+        ([1.0, 2.0], r"the prompt \[1.0, 2.0\] is neither text nor a list of token ids, which are integers; pass a list"),
+        (["1"], r"the prompt \['1'\] is neither text nor a list of token ids"),
+        (7, "the prompt 7 is neither text nor a list of token ids"),
+        ([[1, 2]], r"the prompt \[\[1, 2\]\] is neither text nor a list of token ids"),
         ("text", "the prompt is text, but the engine has no tokenizer; pass token ids, or a tokenizer"),
     ],
 )
@@ -205,6 +227,28 @@ def test_one_string_is_no_list_of_prompts(engine: Engine) -> None:
 def test_an_engine_that_cannot_be_is_refused(variables: dict[str, Any], arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Engine(ENDLESS, variables, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": 20},
+            r"params/embed/embedding is \[29, 24\], not \[29, 20\]; give the config and the variables of one",
+        ),
+        ({"num_hidden_layers": 3}, r"params/moe_layers/.* is \[1, .*\], not \[2, "),
+        ({"num_nextn_predict_layers": 1}, r"params/mtp_0/.* is missing, not \["),
+    ],
+)
+def test_variables_of_another_model_are_refused(variables: dict[str, Any], changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Engine(dataclasses.replace(ENDLESS, **changes), variables)
+
+
+def test_ids_of_other_kinds_of_integers_will_do(engine: Engine) -> None:
+    expected = list(engine.stream([5, 3], TEN))
+    for prompt in (np.array([5, 3], np.uint16), jnp.array([5, 3]), (np.int64(5), 3)):
+        assert list(engine.stream(prompt, TEN)) == expected
 
 
 def test_weights_are_held_in_the_computation_dtype(variables: dict[str, Any]) -> None:

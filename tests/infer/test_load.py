@@ -108,7 +108,7 @@ def test_a_hugging_face_folder_without_weights_is_refused(published: Path) -> No
         (json.dumps({"hidden_size": 7168}), r"is neither a run's config nor a Hugging Face one \(no model_type\)"),
         (json.dumps({"model": "deepseek"}), "is neither"),
         (json.dumps({"model": {}, "train": {}, "mine": 1}), "is not a run's config: config has unknown fields"),
-        (json.dumps({"model_type": "llama"}), "llama"),
+        (json.dumps({"model_type": "llama"}), r"config\.json: model_type is 'llama'"),
     ],
 )
 def test_a_foreign_folder_is_refused(tmp_path: Path, text: str | None, message: str) -> None:

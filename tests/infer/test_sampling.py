@@ -125,6 +125,9 @@ def test_a_sequence_is_drawn_by_its_own_key() -> None:
     ("fields", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"max_tokens": 2.5}, "max_tokens is 2.5; use an integer"),
+        ({"seed": -1}, "seed is -1; it must be an integer in 0..4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be an integer in 0..4294967295"),
         ({"temperature": -0.1}, "temperature is -0.1; it cannot be negative"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0; it must lie in"),

@@ -8,6 +8,7 @@ import pathlib
 
 import matplotlib.image
 import pytest
+from etils import epath
 from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
@@ -67,6 +68,32 @@ def test_a_line_cut_short_is_left_out_and_not_written_onto(run: RunDirectory) ->
     with MetricsLog(run, 2) as log:
         log.write(row(3))
     assert run.metrics_file.read_text() == whole
+
+
+def test_a_restart_that_fails_loses_no_row(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricsLog(run, 0) as log:
+        log.write(row(1))
+    before = run.metrics_file.read_text()
+
+    def fail(path: epath.Path, text: str) -> int:
+        with path.open("w") as file:
+            file.write(text[:10])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(run.metrics_file), "write_text", fail)
+    with pytest.raises(OSError, match="No space"):
+        MetricsLog(run, 1)
+    assert run.metrics_file.read_text() == before
+
+
+def test_rows_are_never_appended_on_an_object_store(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr("dsv3_jax.train.metrics.write_whole", lambda path, text: written.append(text))
+    with MetricsLog(run, 0) as log:
+        log.path = epath.Path("gs://bucket/run/metrics.jsonl")
+        for step in (1, 2):
+            log.write(row(step))
+    assert [[json.loads(line)["step"] for line in text.splitlines()] for text in written] == [[], [1], [1, 2]]
 
 
 def test_a_run_without_metrics_has_no_rows(run: RunDirectory) -> None:

@@ -30,6 +30,7 @@ from dsv3_jax.parallel.distributed import (
     is_first_process,
     join_processes,
     require_agreement,
+    require_shared,
     wait_for_first_process,
 )
 from dsv3_jax.parallel.feed import BatchPlacement
@@ -56,7 +57,7 @@ def main() -> None:
 
     # Text to tokens. Whatever is wrong with the text is said before the run directory is touched.
     text = first_process_first(lambda: prepare_text(config.data, config.model, config.train))
-    require_agreement({"text and tokenizer": text.digest})
+    require_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.heldout_digest})
     placement = BatchPlacement(mesh, config.train.batch_size, config.train.sequence_length)
     batches = TrainBatches(config.train, config.model, text.tokens, placement.rows)
     tokens_per_step = config.train.batch_size * config.train.sequence_length
@@ -64,7 +65,7 @@ def main() -> None:
     open_run = functools.partial(RunDirectory.create_or_resume, arguments.run_dir, config)
     by_first_process(lambda: open_run(resume=arguments.resume, text_digest=text.digest))
     run = RunDirectory(arguments.run_dir)
-    require_agreement({f"{run.config_file} in reach": run.config_file.exists()})
+    require_shared(run.config_file)
     if first_process:
         text.tokenizer.save(run.tokenizer_file)
         print(f"{run.path}: {text.corpus.report}", flush=True)

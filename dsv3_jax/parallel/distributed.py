@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from etils import epath
 from jax._src.distributed import global_state  # The store has no public name; Orbax takes it from here too.
 
 from dsv3_jax.config.command_line import DistributedFlags
@@ -45,6 +46,8 @@ def join_processes(flags: DistributedFlags) -> None:
     Raises:
       ValueError: if the others cannot be reached.
     """
+    # JAX would catch SIGTERM to announce a preemption, which nothing here asks about: the process would not end.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if flags.coordinator is not None:
             jax.distributed.initialize(
@@ -59,7 +62,7 @@ def join_processes(flags: DistributedFlags) -> None:
         if "coordinator_address" not in str(error):
             raise
     except RuntimeError as error:
-        raise ValueError(f"the processes of the run did not come together: {error}") from error
+        raise ValueError(f"the processes of the run did not come together: {' '.join(str(error).split())}") from error
     if not is_first_process():
         # The file descriptor, for Gloo greets its peers there from C++.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
@@ -149,6 +152,16 @@ def require_agreement(values: Any) -> None:
                     )
 
     _judged_by_first_process(json.dumps(named), compare)
+
+
+def require_shared(path: epath.Path) -> None:
+    """Raises ValueError, on every process, unless all of them see `path`, which process 0 has written."""
+
+    def look() -> None:
+        if not path.exists():
+            raise ValueError(f"{path} is not here, though process 0 has written it; name a --run-dir that all hosts share")
+
+    on_every_process(look)
 
 
 def wait_for_first_process() -> None:

@@ -22,7 +22,7 @@ class MetricsLog:
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
         self._board: SummaryWriter | None = None
         if writes:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            self._write_all()
             self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1 if first_step else None)
 
     def __enter__(self) -> MetricsLog:
@@ -37,11 +37,17 @@ class MetricsLog:
         self.rows.append(row)
         if self._board is None:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if "://" in str(self.path):
+            self._write_all()  # An object in a store cannot be appended to: gcsfs would overwrite it with the row.
+        else:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name, value, row["step"])
+
+    def _write_all(self) -> None:
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:

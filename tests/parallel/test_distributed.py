@@ -282,7 +282,7 @@ def test_processes_that_do_not_come_together_are_one_line(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     before = jax.config.jax_enable_preemption_service
-    with pytest.raises(ValueError, match="did not come together: DEADLINE_EXCEEDED: connection refused$"):
+    with pytest.raises(ValueError, match=r"did not come together: DEADLINE_EXCEEDED: connection refused$"):
         distributed.join_processes(DistributedFlags("host:1234", 4, 3))
     jax.config.update("jax_enable_preemption_service", before)
 

@@ -276,6 +276,12 @@ def test_the_flags_win(initialized: list[tuple], monkeypatch: pytest.MonkeyPatch
     assert initialized == [("host:1234", 4, 3)]
 
 
+@pytest.mark.parametrize("coordinator", ["host0", "host0:", ":port"])
+def test_a_coordinator_without_a_port_is_refused(coordinator: str) -> None:
+    with pytest.raises(ValueError, match="write host:port of process 0"):
+        distributed.join_processes(DistributedFlags(coordinator, 2, 0))
+
+
 def test_processes_that_do_not_come_together_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: connection\nrefused")

@@ -10,6 +10,7 @@ Every field of the config can be set under its dotted name; --help lists them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -22,7 +23,6 @@ from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config.command_line import exits_with_one_line, parse_run
 from dsv3_jax.data import TrainBatches, compressor_bits_per_byte, prepare_text
-from dsv3_jax.data.cache import digest
 from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.parallel.distributed import (
     by_first_process,
@@ -30,6 +30,8 @@ from dsv3_jax.parallel.distributed import (
     is_first_process,
     join_processes,
     require_agreement,
+    require_shared,
+    wait_for_first_process,
 )
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
@@ -47,13 +49,15 @@ def main() -> None:
     config, steps = arguments.config, arguments.config.train.steps
     join_processes(arguments.distributed)
     first_process = is_first_process()
+    require_agreement({"run_dir": arguments.run_dir, "resume": arguments.resume, **dataclasses.asdict(config)})
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
+    shardings = state_shardings(config, mesh)
     cache_compilations(config.data.cache_dir)
 
     # Text to tokens. Whatever is wrong with the text is said before the run directory is touched.
     text = first_process_first(lambda: prepare_text(config.data, config.model, config.train))
-    require_agreement("text, tokenizer or config", f"{text.digest} {digest(config.to_json())}")
+    require_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.heldout_digest})
     placement = BatchPlacement(mesh, config.train.batch_size, config.train.sequence_length)
     batches = TrainBatches(config.train, config.model, text.tokens, placement.rows)
     tokens_per_step = config.train.batch_size * config.train.sequence_length
@@ -61,14 +65,16 @@ def main() -> None:
     open_run = functools.partial(RunDirectory.create_or_resume, arguments.run_dir, config)
     by_first_process(lambda: open_run(resume=arguments.resume, text_digest=text.digest))
     run = RunDirectory(arguments.run_dir)
+    require_shared(run.config_file)
     if first_process:
         text.tokenizer.save(run.tokenizer_file)
         print(f"{run.path}: {text.corpus.report}", flush=True)
 
     with jax.set_mesh(mesh), Checkpoints(run, config.checkpoint) as checkpoints:
         # The state: fresh, or the newest checkpoint's.
-        state = jax.jit(functools.partial(init_state, config), out_shardings=state_shardings(config, mesh))()
+        state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
         newest = checkpoints.latest_step()
+        require_agreement({"newest checkpoint": newest})
         first = newest or 0
         if newest is not None:
             saved = checkpoints.restore(newest, variables=state.variables, optimizer=state.optimizer)
@@ -112,22 +118,22 @@ def main() -> None:
             bar.say(f"scoring {text.heldout.num_bytes:,} held-out bytes")
         scored = evaluate(state.variables, text.heldout)
 
-    if not first_process:
-        return
-    write_report(run, log.rows)
-    compressors = compressor_bits_per_byte(text.corpus.heldout)
-    summary = {
-        "steps": int(state.step),
-        "tokens": int(state.step) * tokens_per_step,
-        "seconds": time.perf_counter() - started,
-        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in log.rows),
-        "final_loss": log.rows[-1]["loss"],
-        "heldout_bits_per_byte": text.heldout.bits_per_byte(scored.nats),
-        "gzip_bits_per_byte": compressors["gzip"],
-        "xz_bits_per_byte": compressors["xz"],
-    }
-    run.write_summary(summary)
-    print(json.dumps(summary))
+    if first_process:
+        write_report(run, log.rows)
+        compressors = compressor_bits_per_byte(text.corpus.heldout)
+        summary = {
+            "steps": int(state.step),
+            "tokens": int(state.step) * tokens_per_step,
+            "seconds": time.perf_counter() - started,
+            "tokens_per_second": statistics.median(row["tokens_per_second"] for row in log.rows),
+            "final_loss": log.rows[-1]["loss"],
+            "heldout_bits_per_byte": text.heldout.bits_per_byte(scored.nats),
+            "gzip_bits_per_byte": compressors["gzip"],
+            "xz_bits_per_byte": compressors["xz"],
+        }
+        run.write_summary(summary)
+        print(json.dumps(summary))
+    wait_for_first_process()
 
 
 if __name__ == "__main__":

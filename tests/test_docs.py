@@ -27,8 +27,10 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
 
 
 def commands(text: str) -> list[str]:
-    """Lines that run make or a program of ours: continued lines joined, prompts and settings of variables taken off."""
-    lines = (re.sub(r"^(\$ )?(\w+=\S+ )*", "", line.strip()) for line in text.replace("\\\n", " ").splitlines())
+    """Lines that run make or a program of ours: continued lines joined, prompts, variables and srun taken off."""
+    lines = (
+        re.sub(r"^(\$ )?(\w+=\S+ )*(srun (--\S+ )*)?", "", line.strip()) for line in text.replace("\\\n", " ").splitlines()
+    )
     return [line for line in lines if re.match(r"(make|python [\w/]+\.py|python -m dsv3_jax\.\w+)( |$)", line)]
 
 
@@ -48,7 +50,7 @@ def problems(command: str, options: Options) -> list[str]:
         return [f"make has no target {target}" for target in targets if target not in make_targets()]
     program, arguments = (tuple(words[1:3]), words[3:]) if words[1] == "-m" else (tuple(words[1:2]), words[2:])
     file = pathlib.Path(program[-1].replace(".", "/") + ".py") if len(program) == 2 else pathlib.Path(program[0])
-    if not (ROOT / file).is_file():
+    if not (ROOT / file).is_file() and not (ROOT / file.with_suffix("") / "__main__.py").is_file():
         return [f"{file} does not exist"]
     given = option_names(arguments)
     found = [f"{file} has no option --{name}" for name in given if name not in options(program)]
@@ -118,13 +120,20 @@ def test_commands_are_read_from_a_text():
     lines = [
         "$ make test",
         "A=-s make lint",
+        "srun --quiet --label python a.py --resume",
         "makes nothing",
         "python a/b.py \\",
         "--resume",
         "ls",
         "    python -m dsv3_jax.plan",
     ]
-    assert commands("\n".join(lines)) == ["make test", "make lint", "python a/b.py  --resume", "python -m dsv3_jax.plan"]
+    assert commands("\n".join(lines)) == [
+        "make test",
+        "make lint",
+        "python a.py --resume",
+        "python a/b.py  --resume",
+        "python -m dsv3_jax.plan",
+    ]
 
 
 def files_of_map(block: str) -> list[str]:

@@ -57,7 +57,12 @@ class Corpus:
     @functools.cached_property
     def train_digest(self) -> str:
         """Digest of the training documents' names and texts, in order: what caches and a resumed run hang on."""
-        return digest(*(part for document in self.train for part in (document.name, document.text)))
+        return _digest(self.train)
+
+    @functools.cached_property
+    def heldout_digest(self) -> str:
+        """The same of the held-out documents, on which the processes of a run have to agree."""
+        return _digest(self.heldout)
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -82,6 +87,10 @@ def load_corpus(config: DataConfig) -> Corpus:
             "by name nearly repeats training documents; remove the copies or raise data.heldout_fraction"
         )
     return _corpus(train, kept, dropped=len(heldout) - len(kept), binary=len(binary))
+
+
+def _digest(documents: list[Document]) -> str:
+    return digest(*(part for document in documents for part in (document.name, document.text)))
 
 
 def _corpus(train: list[Document], heldout: list[Document], *, dropped: int, binary: int) -> Corpus:

@@ -1,42 +1,73 @@
-"""A run of several processes: how they find each other, and the three things they have to do together.
+"""A run of several processes: how they find each other, what they do in turn, and how they end together.
 
 Cloud TPU (plain VMs, GKE, several slices) and SLURM say in the environment who takes part, and JAX reads it; elsewhere the
 `--distributed` flags do. One process on one host needs none of this, and all of it is then the identity.
+
+What the processes tell each other here goes through the key-value store of JAX's coordination service (on process 0), not
+through their devices: waiting an hour for a text to be tokenised then trips no time limit of a collective, and an error
+can be told while a device is busy.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from etils import epath
+from jax._src.distributed import global_state  # The store has no public name; Orbax takes it from here too.
 
 from dsv3_jax.config.command_line import DistributedFlags
 
 Result = TypeVar("Result")
 
-_LONGEST_MESSAGE = 4096
+SHUTDOWN_SECONDS = 30
+"""How long a process that ends waits for the others to end too; when it has waited in vain, all of them are ended.
+
+A process that vanishes without a word is missed after JAX's 100 seconds without a heartbeat, if no broken connection says
+so before.
+"""
+
+_POLL_MILLISECONDS = 10_000
+_turns = itertools.count()
 
 
 def join_processes(flags: DistributedFlags) -> None:
-    """Connects this process with the others of its run; call it before anything touches a device.
+    """Connects this process with the others of its run, and mutes its stdout if it is not the first of them.
+
+    Call it before anything touches a device. Without flags, and where neither Cloud TPU nor SLURM (a step of several
+    tasks) is around, it does nothing.
 
     Raises:
       ValueError: if the others cannot be reached.
     """
+    if flags.coordinator is not None and not flags.coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"--distributed.coordinator is {flags.coordinator!r}; write host:port of process 0, such as host0:1234")
+    # JAX would catch SIGTERM to announce a preemption, which nothing here asks about: the process would not end.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if flags.coordinator is not None:
-            jax.distributed.initialize(flags.coordinator, flags.num_processes, flags.process_id)
-        else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(
+                flags.coordinator, flags.num_processes, flags.process_id, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+            )
+        elif os.environ.get("SLURM_STEP_NUM_TASKS") != "1":  # Such a step may carry the task count of its whole job.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", r"\s*Kubernetes environment detected")  # Any container may be in one.
+                jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except ValueError as error:
         # What JAX says where no cluster environment is found: a run of one process.
         if "coordinator_address" not in str(error):
             raise
     except RuntimeError as error:
-        raise ValueError(f"the processes of the run did not come together: {error}") from error
+        raise ValueError(f"the processes of the run did not come together: {' '.join(str(error).split())}") from error
+    if not is_first_process():
+        # The file descriptor, for Gloo greets its peers there from C++.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
 
 
 def is_first_process() -> bool:
@@ -45,37 +76,118 @@ def is_first_process() -> bool:
 
 
 def by_first_process(function: Callable[[], Any]) -> None:
-    """Calls `function` on process 0, while the others wait; a ValueError there is raised on all of them."""
-    message = _message_of(function) if is_first_process() else ""
-    if jax.process_count() > 1:
-        text = np.zeros(_LONGEST_MESSAGE, np.uint8)
-        encoded = message.encode()[:_LONGEST_MESSAGE]
-        text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-        message = bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0").decode(errors="replace")
-    if message:
-        raise ValueError(message)
+    """Calls `function` on process 0, while the others wait; what it raises there ends all of them.
+
+    Raises:
+      ValueError: on every process, if it was one on process 0.
+      RuntimeError: on the others, if it was something else.
+    """
+    if jax.process_count() == 1:
+        function()
+        return
+    key = f"dsv3_jax/{next(_turns)}"
+    if is_first_process():
+        try:
+            function()
+        except Exception as error:
+            expected = isinstance(error, ValueError)
+            _tell(key, ("refused " if expected else "failed ") + (str(error) or type(error).__name__))
+            raise
+        _tell(key, "done")
+    else:
+        outcome, _, message = _hear(key).partition(" ")
+        if outcome == "refused":
+            raise ValueError(message)
+        if outcome == "failed":
+            raise RuntimeError(f"process 0 failed: {message}")
+
+
+def on_every_process(function: Callable[[], Result]) -> Result:
+    """`function()` on every process; where it raises ValueError on one, all of them raise it, with that process named."""
+    if jax.process_count() == 1:
+        return function()
+    result, message = None, ""
+    try:
+        result = function()
+    except ValueError as error:
+        message = str(error) or type(error).__name__
+
+    def refuse(messages: list[str]) -> None:
+        for process, said in enumerate(messages):
+            if said:
+                raise ValueError(f"process {process}: {said}")
+
+    _judged_by_first_process(message, refuse)
+    return result  # type: ignore[return-value]  # It is one, or _judged_by_first_process has raised.
 
 
 def first_process_first(function: Callable[[], Result]) -> Result:
-    """`function()` on every process, on process 0 before the others, who then find what it left in a shared cache."""
+    """`function()` on every process, on process 0 before the others, who then find what it left in a shared cache.
+
+    Raises:
+      ValueError: on every process, if it raises one on any.
+    """
     results: list[Result] = []
     by_first_process(lambda: results.append(function()))
-    return results[0] if results else function()
+    return on_every_process(lambda: results[0] if results else function())
 
 
-def require_agreement(what: str, value: str) -> None:
-    """Raises ValueError, on every process, unless all of them hold the same `value`."""
+def require_agreement(values: Any) -> None:
+    """Raises ValueError, on every process, unless all of them hold the same values.
+
+    Args:
+      values: a tree of plain values, in dicts whose keys name them in the error.
+    """
     if jax.process_count() == 1:
         return
-    text = np.frombuffer(value.encode().ljust(256, b"\0")[:256], np.uint8)
-    everyone = multihost_utils.process_allgather(text)
-    if (differing := np.flatnonzero((everyone != everyone[0]).any(1))).size:
-        raise ValueError(f"process {differing[0]} has another {what} than process 0; start all processes from the same files")
+    leaves = jax.tree_util.tree_leaves_with_path(values, is_leaf=lambda leaf: leaf is None)
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): repr(value) for path, value in leaves}
+
+    def compare(everyone: list[str]) -> None:
+        first = json.loads(everyone[0])
+        for process, theirs in enumerate(map(json.loads, everyone)):
+            for name in first | theirs:
+                if first.get(name) != theirs.get(name):
+                    raise ValueError(
+                        f"process {process} has {name} {theirs.get(name)}, process 0 has {first.get(name)}; start all "
+                        "processes with the same command and files"
+                    )
+
+    _judged_by_first_process(json.dumps(named), compare)
 
 
-def _message_of(function: Callable[[], Any]) -> str:
-    try:
-        function()
-    except ValueError as error:
-        return str(error) or type(error).__name__
-    return ""
+def require_shared(path: epath.Path) -> None:
+    """Raises ValueError, on every process, unless all of them see `path`, which process 0 has written."""
+
+    def look() -> None:
+        if not path.exists():
+            raise ValueError(f"{path} is not here, though process 0 has written it; name a --run-dir that all hosts share")
+
+    on_every_process(look)
+
+
+def wait_for_first_process() -> None:
+    """Waits until process 0 is here too; a process that simply ended would be missed after `SHUTDOWN_SECONDS`."""
+    by_first_process(lambda: None)
+
+
+def _judged_by_first_process(said: str, judge: Callable[[list[str]], None]) -> None:
+    """Hands what every process says to `judge` on process 0, in order; a ValueError of its is raised on all."""
+    key = f"dsv3_jax/{next(_turns)}"
+    if not is_first_process():
+        _tell(f"{key}/{jax.process_index()}", said)
+    by_first_process(lambda: judge([said, *(_hear(f"{key}/{process}") for process in range(1, jax.process_count()))]))
+
+
+def _tell(key: str, value: str) -> None:
+    global_state.client.key_value_set(key, value.encode(errors="backslashreplace").decode())  # type: ignore[union-attr]
+
+
+def _hear(key: str) -> str:
+    """What another process tells under `key`; as long as it takes, for the service ends this process if that one is gone."""
+    while True:
+        try:
+            return global_state.client.blocking_key_value_get(key, _POLL_MILLISECONDS)  # type: ignore[union-attr]
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise

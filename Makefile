@@ -10,6 +10,9 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip -qq --disable-pip-version-check --no-input
 READY := $(VENV)/ready
 PARITY_READY := $(VENV)/ready-parity
+TPU_READY := $(VENV)/ready-tpu
+# The TPU compiler exists for this system only; elsewhere the tests that need it are skipped and say so.
+TPU_HOST := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
 # What a .venv belongs to: this interpreter, in this folder (an environment does not survive being moved).
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
@@ -17,7 +20,7 @@ OWNER := $(PYTHON_VERSION) $(shell $(PYTHON) -c 'import sys; print(sys.base_pref
 STALE := $(if $(filter-out $(OWNER),$(shell cat $(READY) 2>/dev/null || echo missing)),stale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow parity lint fmt lock clean stale
+.PHONY: help setup train test test-slow parity tpu-compiler lint fmt lock clean stale
 MAKEFLAGS += --no-print-directory
 
 help:  ## list the targets
@@ -30,14 +33,17 @@ train: setup  ## train configs/tiny.py on real text, or continue it, and show a 
 	@$(RUN) train.py --config configs/tiny.py --run-dir runs/tiny --resume $(ARGS)
 	@$(RUN) infer.py --checkpoint runs/tiny
 
-test: lint  ## lint, types, then the default test suite; needs no torch
+test: lint $(if $(TPU_HOST),$(TPU_READY))  ## lint, types, then the default test suite; needs no torch and no TPU
 	@$(RUN) -m pytest $(ARGS)
 
-test-slow: setup  ## the tests that take minutes
+test-slow: setup $(if $(TPU_HOST),$(TPU_READY))  ## the tests that take minutes
 	@$(RUN) -m pytest -m slow $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
 	@$(RUN) -m pytest -m parity $(ARGS)
+
+tpu-compiler: $(TPU_READY)  ## add the TPU compiler, for python -m dsv3_jax.plan --topology
+	@:
 
 lint: setup  ## ruff and mypy
 	@$(RUN) -m ruff check --quiet .
@@ -54,6 +60,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 lock:  ## pin the requirements again after a change of pyproject.toml (needs uv)
 	$(LOCK) $(ARGS) pyproject.toml --extra test --group build --output-file requirements.txt
 	$(LOCK) $(ARGS) --group parity-without-torch --constraint requirements.txt --output-file requirements-parity.txt
+	$(LOCK) $(ARGS) --group tpu-compiler --output-file requirements-tpu.txt
 
 clean:  ## remove .venv and every cache; runs/ stays
 	@rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
@@ -76,4 +83,10 @@ $(PARITY_READY): $(READY) requirements-parity.txt
 	@echo "adding torch and transformers to $(VENV)"
 	@$(PIP) install --require-hashes --requirement requirements-parity.txt
 	@$(PIP) install torch==2.13.0
+	@touch $@
+
+# A folder of its own, where JAX does not see it: with libtpu among its packages it would look for a TPU at every start.
+$(TPU_READY): $(READY) requirements-tpu.txt
+	@echo "adding the TPU compiler to $(VENV)"
+	@$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/tpu --requirement requirements-tpu.txt
 	@touch $@

@@ -93,6 +93,14 @@ def test_dependencies_are_what_is_imported():
     assert {name.lower().replace("_", "-") for name in used} == {name.lower().replace("_", "-") for name in declared}
 
 
+def test_the_tpu_compiler_is_the_one_that_jax_asks_for():
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    (wanted,) = (need.partition(";")[0].strip() for need in importlib.metadata.requires("jax") if need.startswith("libtpu"))
+    new = sys.version_info >= (3, 12)
+    (pinned,) = (pin.partition(";")[0].strip() for pin in groups["tpu-compiler"] if (">=" in pin) == new)
+    assert pinned == wanted
+
+
 def test_arrows_that_run_back_are_found(tmp_path: pathlib.Path):
     """Every way of writing an import, at the top or in a function; imports of other packages do not count."""
     package = tmp_path / "dsv3_jax"

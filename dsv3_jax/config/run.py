@@ -17,7 +17,8 @@ from dsv3_jax.config.model import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; their product is the number of devices, and one of them may be -1, "the rest"."""
+    """Sizes of the device mesh: 1 everywhere is one device; else their product is the number of devices, and one of them may
+    be -1, "the rest"."""
 
     data: int = 1
     """Replicas of the parameters; splits the batch (between slices or hosts)."""

@@ -36,12 +36,15 @@ TOKEN_AXES = (*BATCH_AXES, "context")
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `config` over `devices` (all of the run's, if None), laid out along their links.
 
+    A mesh of one place, which is what a config has unless it says otherwise, takes the first device of a lone process.
     Devices of several TPU slices are split along `data` first, so that only that axis crosses the slow network.
 
     Raises:
       ValueError: if the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    if config == MeshConfig() and jax.process_count() == 1:
+        devices = devices[:1]
     shape = tuple(config.resolve(len(devices)).values())
     return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -99,9 +99,11 @@ def expected_rows_sent(config: Config, mesh: Mesh) -> float:
 
 
 def read_refusal(message: str, argument_bytes: int) -> tuple[int | None, int] | None:
-    """What the TPU compiler's out-of-memory error says: (temporary bytes if it names them, bytes in all), or None if it is another.
+    """What the TPU compiler's out-of-memory error says; None for any other error.
 
-    It gives up early where the temporaries alone are too many, and later where all together are.
+    Returns:
+      The temporary bytes, if it names them, and the bytes in all. The compiler gives up early where the temporaries alone
+      are too many, and later where all together are.
     """
 
     def size(found: re.Match[str]) -> int:

@@ -35,10 +35,14 @@ def test_sizes_and_order(sizes: dict[str, int], shape: tuple[int, ...]) -> None:
     assert mesh.are_all_axes_auto
 
 
-@pytest.mark.parametrize("sizes", [{}, {"fsdp": 16}, {"data": 3}, {"data": 3, "fsdp": -1}])
+@pytest.mark.parametrize("sizes", [{"fsdp": 16}, {"data": 3}, {"data": 3, "fsdp": -1}])
 def test_sizes_that_do_not_multiply_to_the_devices(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="8 devices"):
         make_mesh(MeshConfig(**sizes))
+
+
+def test_a_mesh_of_one_place_is_the_first_device() -> None:
+    assert list(make_mesh(MeshConfig()).devices.flat) == jax.devices()[:1]
 
 
 class _Chip:

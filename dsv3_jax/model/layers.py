@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.mesh import current_mesh
-from dsv3_jax.parallel.placement import gathered
+from dsv3_jax.parallel.placement import project
 from dsv3_jax.parallel.rules import RULES, TOKENS
 
 EMBEDDING_AXES = "vocab", "embed"
@@ -54,9 +54,7 @@ class Linear(nn.Module):
         self.kernel = self.param("kernel", init, self.shape, self.config.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = self.config.dtype
-        contract = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
-        return jax.lax.dot_general(x.astype(dtype), gathered(self.kernel.astype(dtype), self.axes), (contract, ((), ())))
+        return project(x.astype(self.config.dtype), self.kernel, self.axes, num_in=self.num_in)
 
 
 class Embedding(nn.Module):
@@ -75,7 +73,7 @@ class Embedding(nn.Module):
 
 def _look_up(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
     # Inside jit nobody can refuse an id outside the table; plain indexing would give it another token's row.
-    rows_BTD = embedding_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    rows_BTD = jnp.asarray(embedding_VD).at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     # Cast after the lookup, so that the gradients of a token's occurrences are summed in the table's dtype.
     return rows_BTD.astype(config.dtype)
 

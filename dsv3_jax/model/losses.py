@@ -17,7 +17,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 from dsv3_jax.model.model import HEAD_AXES, DeepSeekV3
 from dsv3_jax.parallel.mesh import AXES, current_mesh
-from dsv3_jax.parallel.rules import FSDP_AXES, RULES, TOKENS
+from dsv3_jax.parallel.placement import scattered_sum, whole_weight
+from dsv3_jax.parallel.rules import RULES, TOKENS
 
 
 class Losses(NamedTuple):
@@ -88,8 +89,7 @@ class _Head(NamedTuple):
         kernel_DV = head_DV.astype(dtype)
         if not on_mesh:
             return cls(kernel_DV, 0, False)
-        whole_DV = jax.lax.all_gather(kernel_DV, FSDP_AXES, axis=0, tiled=True)
-        return cls(whole_DV, jax.lax.axis_index("tensor") * head_DV.shape[1], True)
+        return cls(whole_weight(kernel_DV, HEAD_AXES), jax.lax.axis_index("tensor") * head_DV.shape[1], True)
 
     def hit_BTV(self, target_BT: jax.Array) -> jax.Array:
         """Which of these columns is the target."""
@@ -142,8 +142,9 @@ def _forward(h_BTD, head_DV, target_BT, weight_BT, chunk, on_mesh):  # type: ign
     B, T, D = h_BTD.shape
     dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T]
     if on_mesh:
-        # At once, so that what waits for the backward pass is this device's part of the gradient alone.
-        dhead_DV = jax.lax.psum_scatter(dhead_DV.astype(h_BTD.dtype), FSDP_AXES, scatter_dimension=0, tiled=True)
+        # Now, and not when the compiler finds time: what waits for the end is this device's part of the gradient alone.
+        dhead_DV = scattered_sum(dhead_DV.astype(h_BTD.dtype), HEAD_AXES)
+        total, dh_BTD, dhead_DV = jax.lax.optimization_barrier((total, dh_BTD, dhead_DV))
     return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
 
 

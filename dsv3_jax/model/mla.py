@@ -21,8 +21,8 @@ from dsv3_jax.kernels.attention import causal_attention, latent_attention
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
 from dsv3_jax.parallel.mesh import current_mesh
-from dsv3_jax.parallel.placement import gathered
-from dsv3_jax.parallel.rules import FSDP_AXES, RULES, TOKENS
+from dsv3_jax.parallel.placement import whole_weight
+from dsv3_jax.parallel.rules import RULES, TOKENS
 
 KV_B_AXES = "latent", "heads", "head_dim"
 # The reference fixes it, whatever rms_norm_eps says (model of the published code; both are 1e-6 there).
@@ -146,7 +146,7 @@ class MLA(nn.Module):
     def _absorbed_weights(self) -> AbsorbedWeights:
         if self.has_variable("absorbed", "kv_b_proj"):
             return self.get_variable("absorbed", "kv_b_proj")
-        return AbsorbedWeights.of(gathered(self.kv_b_proj.kernel.astype(self.config.dtype), KV_B_AXES), self.config)
+        return AbsorbedWeights.of(self.kv_b_proj.kernel.astype(self.config.dtype), self.config)
 
 
 def _attend_expanded(
@@ -168,7 +168,7 @@ def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, 
     """
 
     def on_device(q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: jax.Array) -> jax.Array:
-        whole = jax.lax.all_gather(kernel_CNX.astype(config.dtype), FSDP_AXES, axis=0, tiled=True)
+        whole = whole_weight(kernel_CNX.astype(config.dtype), KV_B_AXES)
         everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
         first = jax.lax.axis_index("context") * q_BTNX.shape[1]
         return _attend_expanded(q_BTNX, everyone, whole, config, first)

@@ -23,7 +23,7 @@ from dsv3_jax.model.mtp import MTPDepth
 from dsv3_jax.model.rope import rotation
 from dsv3_jax.model.stack import run_scanned, run_unrolled, stack_sizes
 from dsv3_jax.parallel.mesh import without_mesh
-from dsv3_jax.parallel.placement import gathered, place_tokens
+from dsv3_jax.parallel.placement import place_tokens, project
 
 HEAD_AXES = "embed", "vocab"
 
@@ -131,9 +131,8 @@ class DeepSeekV3(nn.Module):
 
     def head(self, h_BTD: jax.Array) -> jax.Array:
         """Logits of normalised states, float32."""
-        dtype = self.config.dtype
-        kernel_DV = gathered(self.lm_head.kernel.astype(dtype), HEAD_AXES)
-        return jnp.einsum("...D,DV->...V", h_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32)
+        kernel_DV, h_BTD = self.lm_head.kernel, h_BTD.astype(self.config.dtype)
+        return project(h_BTD, kernel_DV, HEAD_AXES, preferred_element_type=jnp.float32)
 
     def decode(
         self, tokens_BT: jax.Array, cache: dict[str, Latents], length_B: jax.Array

@@ -15,7 +15,9 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import normal_init
-from dsv3_jax.parallel.placement import gathered
+from dsv3_jax.parallel.placement import project
+
+KERNEL_AXES = "embed", "router"
 
 
 class Routing(NamedTuple):
@@ -42,15 +44,10 @@ class Router(nn.Module):
         config = self.config
         E = config.n_routed_experts
         shape = config.hidden_size, E
-        kernel_DE = self.param("kernel", normal_init(config, ("embed", "router")), shape, config.param_dtype)
+        kernel_DE = self.param("kernel", normal_init(config, KERNEL_AXES), shape, config.param_dtype)
         bias = self.variable("router", "e_score_correction_bias", _zero_bias, E)
         # HIGHEST: on TPU a float32 product is otherwise rounded to bfloat16, and the choice flips.
-        logits_BTE = jnp.einsum(
-            "BTD,DE->BTE",
-            x_BTD.astype(jnp.float32),
-            gathered(kernel_DE.astype(jnp.float32), ("embed", "router")),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        logits_BTE = project(x_BTD.astype(jnp.float32), kernel_DE, KERNEL_AXES, precision=jax.lax.Precision.HIGHEST)
         score_BTE = nn.sigmoid(logits_BTE)
         chosen_BTK = choose_experts(score_BTE + bias.value, config)
         if counted_BT is None:

@@ -22,7 +22,8 @@ from dsv3_jax.kernels.expert_ffn import expert_ffn
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 from dsv3_jax.parallel.exchange import EXCHANGES, EXPERT_AXIS, Exchange, choose_exchange
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
-from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, RULES, TOKENS
+from dsv3_jax.parallel.placement import scattered_sum, whole_weight
+from dsv3_jax.parallel.rules import RULES, TOKENS
 
 ExpertWeights = tuple[jax.Array, jax.Array, jax.Array]
 """The routed experts' parameters, gate, up and down: [E, D, F] twice and [E, F, D]."""
@@ -143,22 +144,12 @@ _weighted_sums.defvjp(_forward, _backward)
 
 def _gather(weights: ExpertWeights, how: _How) -> ExpertWeights:
     """The local experts' weights, whole along the fsdp axes."""
-
-    def gather(weight: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        dimension = axes.index("expert_embed")
-        return jax.lax.all_gather(weight.astype(how.dtype), EXPERT_FSDP_AXES, axis=dimension, tiled=True)
-
-    gate, up, down = map(gather, weights, WEIGHT_AXES)
+    gate, up, down = (whole_weight(w.astype(how.dtype), axes) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
     return gate, up, down
 
 
 def _scatter(dwhole: ExpertWeights, weights: ExpertWeights) -> ExpertWeights:
     """Their gradients, summed over the fsdp axes and split along them again, in the dtype of the parameters."""
-
-    def scatter(dweight: jax.Array, axes: tuple[str, ...], weight: jax.Array) -> jax.Array:
-        dimension = axes.index("expert_embed")
-        part = jax.lax.psum_scatter(dweight, EXPERT_FSDP_AXES, scatter_dimension=dimension, tiled=True)
-        return part.astype(weight.dtype)
-
-    gate, up, down = map(scatter, dwhole, WEIGHT_AXES, weights)
+    triples = zip(dwhole, WEIGHT_AXES, weights, strict=True)
+    gate, up, down = (scattered_sum(dw, axes).astype(w.dtype) for dw, axes, w in triples)
     return gate, up, down

@@ -1,57 +1,76 @@
-"""Inside a program: where activations live, and how a split parameter is made whole for its layer.
+"""Inside a program: where activations live, and how a layer works with weights that are split over the mesh.
 
-Both are the identity without a mesh (see `mesh.current_mesh`).
+A split weight is gathered along one mesh axis after the other. Along several at once the TPU compiler gathers by an
+all-reduce of zeros, at twice the traffic, wherever they span all dimensions of the torus.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.parallel.mesh import current_mesh
-from dsv3_jax.parallel.rules import FSDP_AXES, RULES, TOKENS
-
-
-def place(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """`x`, constrained to `spec`."""
-    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, spec)
+from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES, RULES, TOKENS
 
 
 def place_tokens(x: jax.Array) -> jax.Array:
     """An activation [B, T, ...], its tokens split over the token axes and its other dimensions whole."""
-    return place(x, TOKENS)
+    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, TOKENS)
 
 
-def gathered(weight: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """A dense weight, whole along the fsdp axes: cast it to the computation dtype first, which is what then travels.
+def project(x: jax.Array, kernel: jax.Array, names: tuple[str, ...], *, num_in: int = 1, **how: Any) -> jax.Array:
+    """Contracts the last `num_in` axes of x with the first `num_in` of a dense kernel, in x's dtype.
 
-    Its gradient leaves by reduce-scatter, in the dtype of the weight given.
+    On a mesh every device has its own tokens; the kernel is gathered along the fsdp axes in x's dtype, its gradient leaves
+    by reduce-scatter, and what `tensor` splits stays split, or is summed if it is contracted.
 
     Args:
-      weight: split as its logical axes say.
+      x: [B, T, ...] (on one device any array).
+      kernel: split as its logical axes say.
       names: its logical axes.
+      num_in: how many of them are contracted.
+      **how: for `jax.lax.dot_general`.
     """
     if current_mesh() is None:
-        return weight
-    whole = PartitionSpec(*(tuple(axis for axis in getattr(RULES, name) if axis not in FSDP_AXES) or None for name in names))
-    return _gathered(weight, RULES.spec(names), whole)
+        return _contract(x, kernel, num_in, how)
+    split = [_along_tensor(name) for name in names]
+
+    def on_device(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        y = _contract(x, whole_weight(kernel.astype(x.dtype), names), num_in, how)
+        return jax.lax.psum(y, "tensor") if "tensor" in split[:num_in] else y
+
+    specs = PartitionSpec(*TOKENS, *split[:num_in]), RULES.spec(names)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(*TOKENS, *split[num_in:]))(x, kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(weight: jax.Array, split: PartitionSpec, whole: PartitionSpec) -> jax.Array:
-    return jax.lax.with_sharding_constraint(weight, whole)
+def _contract(x: jax.Array, kernel: jax.Array, num_in: int, how: dict[str, Any]) -> jax.Array:
+    axes = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())), **how)
 
 
-def _gathered_forward(weight: jax.Array, split: PartitionSpec, whole: PartitionSpec) -> tuple[jax.Array, None]:
-    return _gathered(weight, split, whole), None
+def _along_tensor(name: str) -> str | None:
+    return "tensor" if "tensor" in getattr(RULES, name) else None
 
 
-def _gathered_backward(split: PartitionSpec, whole: PartitionSpec, residual: Any, gradient: jax.Array) -> tuple[jax.Array]:
-    # Asking for the parts only, so that no device ever holds the sum of the whole.
-    return (jax.lax.with_sharding_constraint(gradient, split),)
+def whole_weight(part: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Inside `jax.shard_map`: a weight made whole along the fsdp axes. Its transpose sums and scatters."""
+    for dimension, axes in _fsdp_splits(names):
+        for axis in reversed(axes):  # The first of them is the outermost.
+            part = jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
+    return part
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+def scattered_sum(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Inside `jax.shard_map`: this device's part of the sum, over the fsdp axes, of everybody's gradient of a whole weight."""
+    for dimension, axes in _fsdp_splits(names):
+        for axis in axes:
+            array = jax.lax.psum_scatter(array, axis, scatter_dimension=dimension, tiled=True)
+    return array
+
+
+def _fsdp_splits(names: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
+    """The dimensions of a weight that are split for want of room; that experts are split is no such thing."""
+    splits = {FSDP_AXES, EXPERT_FSDP_AXES}
+    return [(dimension, axes) for dimension, name in enumerate(names) if (axes := getattr(RULES, name)) in splits]

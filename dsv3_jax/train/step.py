@@ -78,7 +78,7 @@ def train_step(state: TrainState, tokens_BT: jax.Array, target_BT: jax.Array, *,
         "balance_loss": losses.balance_loss,
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": jnp.asarray(learning_rate_schedule(config.optimizer, config.train.steps)(state.step), jnp.float32),
-        "exchange_rounds": losses.rounds,
+        "exchange_rounds": losses.rounds.astype(jnp.float32),
         "max_violation": jnp.max(jnp.stack([max_violation(load) for load in losses.load.values()] or [jnp.float32(0)])),
     }
     after = TrainState(

@@ -33,6 +33,7 @@ LOGGED = {
     "balance_loss",
     "grad_norm",
     "learning_rate",
+    "exchange_rounds",
     "max_violation",
     "tokens",
     "tokens_per_second",

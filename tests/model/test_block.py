@@ -54,7 +54,7 @@ def test_nothing_is_kept_unasked() -> None:
         arguments = h_BTD, None, rotation(CONFIG, jnp.arange(T)[None])
         shapes[moe] = jax.eval_shape(lambda block=block, a=arguments: block.init_with_output(jax.random.key(0), *a))[0][1]
     assert shapes[False] == BlockOutput()
-    unasked = shapes[True]._replace(load_E=None, balance_loss=None)
+    unasked = shapes[True]._replace(load_E=None, balance_loss=None, rounds=None)
     assert unasked == BlockOutput()
     chex.assert_shape([shapes[True].load_E, shapes[True].balance_loss], [(CONFIG.n_routed_experts,), ()])
 

@@ -159,8 +159,13 @@ def test_swiglu() -> None:
 @pytest.mark.parametrize(
     ("module", "x", "name", "axes"),
     [
-        (RMSNorm(CONFIG, 6, "kv_latent"), jnp.ones((1, 6)), "scale", ("kv_latent",)),
-        (Linear(CONFIG, (60, 7, 10), ("embed", "heads", "qk_dim")), jnp.ones((1, 60)), "kernel", ("embed", "heads", "qk_dim")),
+        (RMSNorm(CONFIG, 6), jnp.ones((1, 6)), "scale", ("norm",)),
+        (
+            Linear(CONFIG, (60, 7, 10), ("embed", "heads", "head_dim")),
+            jnp.ones((1, 60)),
+            "kernel",
+            ("embed", "heads", "head_dim"),
+        ),
         (Embedding(dataclasses.replace(CONFIG, vocab_size=300)), jnp.zeros((1, 1), int), "embedding", ("vocab", "embed")),
     ],
 )

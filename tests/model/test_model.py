@@ -163,11 +163,11 @@ def test_logical_axes_say_what_an_axis_is() -> None:
     moe, depth = axes["params"]["moe_layers"], axes["params"]["mtp_0"]
     assert axes["params"]["embed"]["embedding"] == ("vocab", "embed")
     assert axes["params"]["lm_head"]["kernel"] == ("embed", "vocab")
-    assert moe["mlp"]["experts"]["gate_proj"] == ("layers", "experts", "embed", "expert_mlp")
-    assert moe["mlp"]["experts"]["down_proj"] == ("layers", "experts", "expert_mlp", "embed")
-    assert moe["self_attn"]["q_b_proj"]["kernel"] == ("layers", "q_latent", "heads", "qk_dim")
-    assert moe["self_attn"]["o_proj"]["kernel"] == ("layers", "heads", "v_dim", "embed")
-    assert depth["block"]["mlp"]["experts"]["up_proj"] == ("experts", "embed", "expert_mlp")
+    assert moe["mlp"]["experts"]["gate_proj"] == ("layers", "experts", "expert_embed", "expert_mlp")
+    assert moe["mlp"]["experts"]["down_proj"] == ("layers", "experts", "expert_mlp", "expert_embed")
+    assert moe["self_attn"]["q_b_proj"]["kernel"] == ("layers", "latent", "heads", "head_dim")
+    assert moe["self_attn"]["o_proj"]["kernel"] == ("layers", "heads", "head_dim", "embed")
+    assert depth["block"]["mlp"]["experts"]["up_proj"] == ("experts", "expert_embed", "expert_mlp")
     assert axes["router"]["moe_layers"]["mlp"]["gate"]["e_score_correction_bias"] == ("layers", "router")
 
 

@@ -93,7 +93,11 @@ def test_platform_and_description() -> None:
 @pytest.mark.parametrize(
     ("sizes", "changes", "complaint"),
     [
-        ({"data": 2, "expert": 4}, {"batch_size": 12}, "train.batch_size is 12, which mesh.data (2) * mesh.fsdp (1) * mesh.expert (4) = 8"),
+        (
+            {"data": 2, "expert": 4},
+            {"batch_size": 12},
+            "train.batch_size is 12, which mesh.data (2) * mesh.fsdp (1) * mesh.expert (4) = 8",
+        ),
         ({"context": 8}, {"sequence_length": 20}, "train.sequence_length is 20, which mesh.context (8)"),
         ({"tensor": 8}, {}, "model.num_attention_heads is 3, which mesh.tensor (8)"),
         ({"expert": 8}, {"n_routed_experts": 12}, "model.n_routed_experts is 12, which mesh.expert (8)"),

@@ -27,7 +27,11 @@ def test_specs() -> None:
     ("rules", "names", "complaint"),
     [
         (RULES, ("embed", "hidden"), "params/w ('embed', 'hidden') has the logical axis 'hidden', which has no rule"),
-        (dataclasses.replace(RULES, mlp=("model",)), ("embed", "mlp"), "the rule mlp -> ('model',) has no such mesh axis 'model'"),
+        (
+            dataclasses.replace(RULES, mlp=("model",)),
+            ("embed", "mlp"),
+            "the rule mlp -> ('model',) has no such mesh axis 'model'",
+        ),
         (RULES, ("embed", "latent"), "would be split along mesh axis 'fsdp' twice; change the rule of 'latent'"),
         (RULES, ("experts", "embed"), "would be split along mesh axis 'expert' twice; change the rule of 'embed'"),
         (ShardingRules(vocab=("tensor", "tensor")), ("vocab",), "would be split along mesh axis 'tensor' twice"),

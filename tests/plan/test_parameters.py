@@ -9,12 +9,13 @@ import sys
 
 import pytest
 
-from dsv3_jax import plan
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.command_line import load_config
+from dsv3_jax.plan.__main__ import main
+from dsv3_jax.plan.parameters import count_parameters
 from tests.model.tiny import CONFIG, DENSE_ONLY
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 
 
@@ -49,7 +50,7 @@ def counted(c: ModelConfig) -> dict[str, int]:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])
-    plan.main()
+    main()
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     ],
 )
 def test_counts(config: ModelConfig) -> None:
-    found = plan.count_parameters(config)
+    found = count_parameters(config)
     modules = found.pop("modules")
     assert found == counted(config)
     assert sum(modules.values()) == found["parameters_main"] + found["parameters_mtp"]
@@ -70,7 +71,7 @@ def test_counts(config: ModelConfig) -> None:
 
 def test_modules() -> None:
     """Every module once, experts and gate apart from one another."""
-    modules = plan.count_parameters(CONFIG)["modules"]
+    modules = count_parameters(CONFIG)["modules"]
     D, V, E, F = CONFIG.hidden_size, CONFIG.vocab_size, CONFIG.n_routed_experts, CONFIG.moe_intermediate_size
     assert modules["embed"] == modules["lm_head"] == V * D
     assert modules["moe_layers/mlp/experts"] == 2 * E * 3 * D * F

@@ -38,7 +38,7 @@ RUN = Config(
 )
 TOKENS_BX = random_tokens(B, T + 1)
 TOKENS_BT, TARGET_BT = TOKENS_BX[:, :-1], TOKENS_BX[:, 1:]
-METRICS = {"loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "max_violation"}
+METRICS = {"loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "exchange_rounds", "max_violation"}
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 # Compiling is most of the time here, and half of that is spent on code that would run faster.

@@ -47,7 +47,9 @@ def join_processes(flags: DistributedFlags) -> None:
       ValueError: if the others cannot be reached.
     """
     if flags.coordinator is not None and not flags.coordinator.rpartition(":")[2].isdigit():
-        raise ValueError(f"--distributed.coordinator is {flags.coordinator!r}; write process 0's host:port, such as host0:1234")
+        raise ValueError(
+            f"--distributed.coordinator is {flags.coordinator!r}; write host:port of process 0, such as host0:1234"
+        )
     # JAX would catch SIGTERM to announce a preemption, which nothing here asks about: the process would not end.
     jax.config.update("jax_enable_preemption_service", False)
     try:

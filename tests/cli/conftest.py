@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 import jax
 import pytest
 
+import train
 from dsv3_jax.config import CheckpointConfig, Config, DataConfig, InferConfig, ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = "bisect.py", "heapq.py", "shlex.py", "string.py", "textwrap.py", "this.py"
@@ -108,8 +111,11 @@ def straight(workplace: Path) -> tuple[Path, Done]:
 
 @pytest.fixture
 def called(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Calls a program's `main` in this process, which saves the seconds of a start."""
+    """Calls a program's `main` in this process, on one device, which saves the seconds of a start."""
     monkeypatch.chdir(workplace)
+    # JAX is at work here already, on the eight devices of the tests.
+    monkeypatch.setattr(train, "join_processes", lambda flags: None)
+    monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in names}
 

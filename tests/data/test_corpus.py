@@ -102,7 +102,11 @@ def test_train_digest_follows_names_and_texts(tmp_path: Path) -> None:
     before = split(tmp_path / "a")
     assert split(tmp_path / "a").train_digest == before.train_digest
     (tmp_path / "a" / before.train[3].name).write_text(text_of(77))
-    assert split(tmp_path / "a").train_digest != before.train_digest
+    changed = split(tmp_path / "a")
+    assert changed.train_digest != before.train_digest
+    assert changed.heldout_digest == before.heldout_digest
+    (tmp_path / "a" / before.heldout[0].name).write_text(text_of(78))
+    assert split(tmp_path / "a").heldout_digest != before.heldout_digest
 
 
 @functools.cache

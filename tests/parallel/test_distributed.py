@@ -278,7 +278,7 @@ def test_the_flags_win(initialized: list[tuple], monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("coordinator", ["host0", "host0:", ":port"])
 def test_a_coordinator_without_a_port_is_refused(coordinator: str) -> None:
-    with pytest.raises(ValueError, match="write process 0's host:port"):
+    with pytest.raises(ValueError, match="write host:port of process 0"):
         distributed.join_processes(DistributedFlags(coordinator, 2, 0))
 
 

@@ -41,6 +41,32 @@ def test_rows_come_back_to_the_bit(run: RunDirectory) -> None:
     assert run.metrics_file.read_text().count("\n") == 3
 
 
+def test_an_object_store_gets_every_row_each_time(run: RunDirectory) -> None:
+    """Objects cannot be appended to; gcsfs takes an append for an overwrite."""
+    written: list[str] = []
+
+    class Object:
+        def __str__(self) -> str:
+            return "gs://bucket/metrics.jsonl"
+
+        def write_text(self, text: str) -> None:
+            written.append(text)
+
+    with MetricsLog(run, 0) as log:
+        log.path = Object()
+        for step in (1, 2):
+            log.write(row(step))
+    assert [json.loads(line) for line in written[-1].splitlines()] == [row(1), row(2)]
+
+
+def test_only_the_process_that_writes_leaves_a_trace(run: RunDirectory) -> None:
+    with MetricsLog(run, 0, writes=False) as log:
+        log.write(row(1))
+        assert log.rows == [row(1)]
+    assert not run.metrics_file.exists()
+    assert not run.tensorboard.exists()
+
+
 def test_a_continued_run_drops_the_steps_it_takes_again(run: RunDirectory) -> None:
     with MetricsLog(run, 0) as log:
         for step in range(1, 8):

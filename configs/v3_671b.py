@@ -11,8 +11,8 @@ published run. Its schedules in tokens and its batches (3,072 sequences growing 
 implemented yet: they take accumulated gradients. Here a step is one sequence for each of 512 chips, and the learning rate
 falls as one cosine over 14.8T tokens; on another slice set `--train.batch-size` to a multiple of its chips.
 
-Eight devices split the experts, so that each holds one of the eight groups that routing is limited by; all others split
-parameters and batch. `python -m dsv3_jax.plan --config configs/v3_671b.py` prints where every array lives and makes none.
+64 devices split the experts, eight of them each of the eight groups that routing is limited by; the others split parameters
+and batch, and the experts' weights, which are then gathered among few. `python -m dsv3_jax.plan --config configs/v3_671b.py` prints where every array lives and makes none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ config = Config(
         initializer_range=0.006,
         remat="full",
     ),
-    mesh=MeshConfig(expert=8, fsdp=-1),
+    mesh=MeshConfig(expert=64, fsdp=-1),
     data=DataConfig(source="data/text", tokenizer="data/tokenizer.json"),
     optimizer=OptimizerConfig(
         learning_rate=2.2e-4,

@@ -12,7 +12,8 @@ implemented yet: they take accumulated gradients. Here a step is one sequence fo
 falls as one cosine over 14.8T tokens; on another slice set `--train.batch-size` to a multiple of its chips.
 
 64 devices split the experts, eight of them each of the eight groups that routing is limited by; the others split parameters
-and batch, and the experts' weights, which are then gathered among few. `python -m dsv3_jax.plan --config configs/v3_671b.py` prints where every array lives and makes none.
+and batch, and the experts' weights, which are then gathered among few. The first line without its topology prints where
+every array lives, and makes none.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from dsv3_jax.config.command_line import exits_with_one_line, parse_with_config
 from dsv3_jax.parallel.mesh import AXES, check_fits, make_mesh
 from dsv3_jax.plan.parameters import count_parameters
 from dsv3_jax.plan.program import GIB, Program, bound, compile_program
+from dsv3_jax.plan.reach import reach
 from dsv3_jax.plan.roofline import Chip, Roofline, flops_per_token
-from dsv3_jax.plan.sharding_table import Row, sharding_table
+from dsv3_jax.plan.sharding_table import Row, sharding_table, spec_text
 from dsv3_jax.plan.topology import chip_of, tpu_devices, use_cpu_devices
 
 _COUNTS = "parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"
@@ -74,14 +75,20 @@ def main() -> None:
         program = compile_program(config, mesh, chip, flags.slices)
         limits = None if chip is None else bound(config, mesh, program, chip, flags.slices)
         result |= _program_json(config, program, chip, limits)
+        result |= {f"reachable_{places}": count for places, count in reach(config.model, mesh)._asdict().items()}
     if flags.json:
         print(json.dumps(result))
         return
     console = Console()
     _print_parameters(console, flags.config, result)
-    _print_sharding(console, rows, result)
+    _print_sharding(rows, result)
     if program is not None:
         _print_program(console, config, program, chip, limits, flags)
+        console.print(
+            f"The experts of a token live on at most {result['reachable_devices']} of the {mesh.shape['expert']} devices of "
+            f"its expert group, on at most {result['reachable_hosts']} hosts."
+        )
+        console.print(CPU_PROVES if chip is None else PROVES)
 
 
 def _smallest_mesh(config: Config) -> AbstractMesh:
@@ -136,16 +143,18 @@ def _print_parameters(console: Console, title: str, result: dict[str, Any]) -> N
     console.print(table)
 
 
-def _print_sharding(console: Console, rows: list[Row], result: dict[str, Any]) -> None:
-    sizes = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
-    table = Table("array", "shape", "split along", "bytes a device", title=f"{result['devices']} devices: {sizes}")
-    table.columns[3].justify = "right"
-    for row in rows:
-        split = ", ".join("-" if part is None else part if isinstance(part, str) else "+".join(part) for part in row.spec)
-        table.add_row(row.path, str(list(row.shape)), split, f"{row.bytes_per_device:,}")
-    table.add_section()
-    table.add_row("all", "", "", f"{sum(row.bytes_per_device for row in rows):,}")
-    console.print(table)
+def _print_sharding(rows: list[Row], result: dict[str, Any]) -> None:
+    """One line an array, as wide as it takes: a table cut to the width of a terminal would cut the paths."""
+    print(f"\n{result['devices']} devices: {' x '.join(f'{axis} {size}' for axis, size in result['mesh'].items())}")
+    lines = [
+        (row.path, str(list(row.shape)), str(row.logical_axes or "-"), spec_text(row.spec), f"{row.bytes_per_device:,}")
+        for row in rows
+    ]
+    lines = [("array", "shape", "logical axes", "split along", "bytes a device"), *lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(f"all: {sum(row.bytes_per_device for row in rows):,} bytes a device\n")
 
 
 def _print_program(
@@ -188,7 +197,6 @@ def _print_program(
             f"{chip.ici_bytes / 1e9:.0f} GB/s (between slices {chip.dcn_bytes / 1e9:.1f}): "
             f"{limits.step_seconds:.2f} s if all overlap."
         )
-    console.print(CPU_PROVES if chip is None else PROVES)
 
 
 if __name__ == "__main__":

@@ -44,10 +44,11 @@ def sharding_table(config: Config, mesh: Mesh | AbstractMesh) -> list[Row]:
 
 def golden_text(rows: list[Row]) -> str:
     """One line an array: path, shape and spec, as the file that is checked in holds them."""
-    return "".join(f"{row.path} {list(row.shape)} {_spec_text(row.spec)}\n" for row in rows)
+    return "".join(f"{row.path} {list(row.shape)} {spec_text(row.spec)}\n" for row in rows)
 
 
-def _spec_text(spec: tuple[Any, ...]) -> str:
+def spec_text(spec: tuple[Any, ...]) -> str:
+    """A PartitionSpec in short: (-, fsdp+expert, tensor)."""
     return "(" + ", ".join("-" if part is None else part if isinstance(part, str) else "+".join(part) for part in spec) + ")"
 
 

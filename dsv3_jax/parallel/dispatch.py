@@ -11,7 +11,8 @@ backward pass sends the tokens again, together with the gradients of their sums.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.expert_ffn import expert_ffn
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
-from dsv3_jax.parallel.exchange import EXCHANGES, EXPERT_AXIS, Exchange, choose_exchange
+from dsv3_jax.parallel.exchange import EXCHANGES, EXPERT_AXIS, Exchange, Local, choose_exchange
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
 from dsv3_jax.parallel.placement import scattered_sum, whole_weight
 from dsv3_jax.parallel.rules import RULES, TOKENS
@@ -103,7 +104,16 @@ def _weighted_sums(
         return sum_TD + plan.return_sums(r, y_RD, weight_TK)
 
     start = zeros_beside(x_TD, x_TD.shape, jnp.promote_types(x_TD.dtype, jnp.float32))
-    return jax.lax.fori_loop(0, rounds, one_round, start).astype(x_TD.dtype)
+    return _over_rounds(one_round, start, plan, rounds).astype(x_TD.dtype)
+
+
+def _over_rounds(one_round: Callable[[jax.Array, Any], Any], start: Any, plan: Exchange, rounds: jax.Array) -> Any:
+    """Folds `one_round(r, carry)` over the rounds. The first, mostly the only one, stands outside of the loop.
+
+    There the compiler can compute other things, the shared expert above all, while rows travel.
+    """
+    first = one_round(zeros_beside(rounds, (), jnp.int32), start)
+    return first if isinstance(plan, Local) else jax.lax.fori_loop(1, rounds, one_round, first)
 
 
 def _forward(
@@ -135,7 +145,7 @@ def _backward(how: _How, residuals: tuple, dsum_TD: jax.Array) -> tuple:
         zeros_beside(x_TD, weight_TK.shape, weight_TK.dtype),
         tuple(zeros_beside(x_TD, w.shape, w.dtype) for w in whole),
     )
-    dx_TD, dweight_TK, dwhole = jax.lax.fori_loop(0, rounds, one_round, start)
+    dx_TD, dweight_TK, dwhole = _over_rounds(one_round, start, plan, rounds)
     return dx_TD.astype(x_TD.dtype), dweight_TK, _scatter(dwhole, weights), None, None
 
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import causal_attention, latent_attention
+from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
 from dsv3_jax.parallel.mesh import current_mesh
@@ -168,7 +169,7 @@ def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, 
     """
 
     def on_device(q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: jax.Array) -> jax.Array:
-        whole = whole_weight(kernel_CNX, KV_B_AXES, config.dtype)
+        whole = whole_weight(varying_over(kernel_CNX, varying_axes(q_BTNX)), KV_B_AXES, config.dtype)
         everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
         first = jax.lax.axis_index("context") * q_BTNX.shape[1]
         return _attend_expanded(q_BTNX, everyone, whole, config, first)

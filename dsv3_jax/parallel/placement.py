@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.parallel.mesh import current_mesh
 from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES, RULES, TOKENS
 
@@ -38,7 +39,7 @@ def project(x: jax.Array, kernel: jax.Array, names: tuple[str, ...], *, num_in: 
     split = [_along_tensor(name) for name in names]
 
     def on_device(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        y = _contract(x, whole_weight(kernel, names, x.dtype), num_in, how)
+        y = _contract(x, whole_weight(varying_over(kernel, varying_axes(x)), names, x.dtype), num_in, how)
         return jax.lax.psum(y, "tensor") if "tensor" in split[:num_in] else y
 
     specs = PartitionSpec(*TOKENS, *split[:num_in]), RULES.spec(names)

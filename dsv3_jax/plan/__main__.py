@@ -62,12 +62,12 @@ def main() -> None:
     flags, config = parse_with_config(PlanFlags, description=__doc__ or "")
     compiled = flags.topology is not None or flags.devices is not None
     chip = None if flags.topology is None else chip_of(flags.topology)
-    result: dict[str, Any] = count_parameters(config.model)
     mesh: Any = _smallest_mesh(config)
-    if compiled:
+    if compiled:  # First of all: once JAX runs, it takes no further CPU devices.
         devices = tpu_devices(flags.topology, flags.slices) if flags.topology else use_cpu_devices(flags.devices or 1)
         mesh = make_mesh(config.mesh, devices)
         check_fits(config, mesh)
+    result: dict[str, Any] = count_parameters(config.model)
     rows = sharding_table(config, mesh)
     result |= {"devices": mesh.size, "mesh": dict(mesh.shape), "sharding": _sharding_json(rows)}
     program = limits = None

@@ -19,6 +19,7 @@ from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.model import DeepSeekV3, training_loss
 from dsv3_jax.model.losses import cross_entropy
 from dsv3_jax.model.router import max_violation, updated_bias
+from dsv3_jax.parallel.compilation import TPU_OPTIONS
 from dsv3_jax.parallel.exchange import choose_exchange
 from dsv3_jax.parallel.mesh import current_platform
 from dsv3_jax.parallel.rules import TOKENS
@@ -40,6 +41,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> Any:
         in_shardings=(state, batch, batch),
         out_shardings=(state, everywhere),
         donate_argnums=0,
+        compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
     )
 
 

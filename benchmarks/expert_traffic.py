@@ -32,6 +32,9 @@ def main() -> None:
     flags = parser.parse_args()
     model = load_model(flags.checkpoint)
     config = model.config
+    for what, number in (("experts", config.n_routed_experts), ("sequences", flags.batch)):
+        if flags.devices < 2 or number % flags.devices:
+            raise SystemExit(f"--devices is {flags.devices}; it must be at least 2 and divide the {number} {what}")
     experts = config.n_routed_experts // flags.devices
     text = load_corpus(DataConfig()).heldout
     windows = HeldoutWindows(

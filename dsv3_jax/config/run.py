@@ -55,7 +55,7 @@ class MeshConfig:
         product = math.prod(sizes.values())
         require(
             product == num_devices,
-            f"mesh {sizes} has {product} places for {num_devices} devices; the sizes must multiply to it",
+            f"mesh {sizes} has {product} places for {num_devices} devices; let the sizes multiply to it, or set one to -1",
         )
         return sizes
 

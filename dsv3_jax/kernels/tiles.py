@@ -1,4 +1,4 @@
-"""`expert_ffn` for CPUs: plain matrix products over the tiles of rows of one expert after the other.
+"""`expert_ffn` by plain XLA: matrix products over the tiles of rows of one expert after the other.
 
 An outer loop visits the experts that have rows, so each expert's weights are fetched once and those of an idle one
 never, which is what counts when a few tokens are decoded. Inner loops walk the expert's rows, first in large tiles and

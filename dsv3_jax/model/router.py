@@ -87,7 +87,7 @@ def expert_weights(score_BTE: jax.Array, chosen_BTK: jax.Array, config: ModelCon
 
 
 def expert_load(chosen_BTK: jax.Array, counted_BT: jax.Array, num_experts: int) -> jax.Array:
-    """Counted tokens that chose each expert: [E] float32 (exact up to 2^24 a device)."""
+    """Counted tokens that chose each expert: [E] float32, exact up to 2^24 tokens an expert."""
     hits_BTKE = (chosen_BTK[..., None] == jnp.arange(num_experts)) & counted_BT[..., None, None]
     return jnp.sum(hits_BTKE, axis=(0, 1, 2), dtype=jnp.float32)
 

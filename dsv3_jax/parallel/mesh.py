@@ -95,9 +95,10 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         (BATCH_AXES, "train.batch_size", train.batch_size),
         (("context",), "train.sequence_length", train.sequence_length),
         (("tensor",), "model.num_attention_heads", model.num_attention_heads),
-        (("tensor",), "model.intermediate_size", model.intermediate_size),
         (("tensor",), "model.vocab_size", model.vocab_size),
     ]
+    if model.first_k_dense_replace:
+        splits.append((("tensor",), "model.intermediate_size", model.intermediate_size))
     if model.num_moe_layers or model.num_nextn_predict_layers:
         splits += [
             (("expert",), "model.n_routed_experts", model.n_routed_experts),
@@ -107,4 +108,6 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         places = math.prod(sizes[axis] for axis in axes)
         if size % places:
             product = " * ".join(f"mesh.{axis} ({sizes[axis]})" for axis in axes)
-            raise ValueError(f"{name} is {size}, which {product}{f' = {places}' if len(axes) > 1 else ''} does not divide")
+            raise ValueError(
+                f"{name} is {size}, which {product}{f' = {places}' if len(axes) > 1 else ''} does not divide; make it a multiple, or them smaller"
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.kernels.varying import varying_axes, varying_over
@@ -57,11 +58,19 @@ def _along_tensor(name: str) -> str | None:
 
 def whole_weight(part: jax.Array, names: tuple[str, ...], dtype: Any) -> jax.Array:
     """Inside `jax.shard_map`: a weight cast to `dtype` and made whole along the fsdp axes. Its transpose sums and scatters."""
-    part = part.astype(dtype)
+    part = _rounded(part, dtype)
     for dimension, axes in _fsdp_splits(names):
         for axis in reversed(axes):  # The first of them is the outermost.
             part = jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
     return part
+
+
+def _rounded(part: jax.Array, dtype: Any) -> jax.Array:
+    """`part` in `dtype`. A plain cast the TPU compiler moves ahead of the loop over the layers, and keeps a copy of them all."""
+    to, of = jnp.finfo(dtype), jnp.finfo(part.dtype)
+    if to.nmant < of.nmant:
+        part = jax.lax.reduce_precision(part, to.nexp, to.nmant)
+    return part.astype(dtype)
 
 
 def scattered_sum(array: jax.Array, names: tuple[str, ...]) -> jax.Array:

@@ -104,6 +104,11 @@ def named_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh, rules: Sh
       ValueError: naming the array, as `ShardingRules.spec` and `check_divides`.
     """
 
+    if tuple(mesh.axis_names) != AXES:
+        raise ValueError(
+            f"the mesh has axes {mesh.axis_names}; make it with dsv3_jax.parallel.mesh.make_mesh: its axes are {AXES}"
+        )
+
     def sharding(path: tuple, leaf: Any, names: tuple[str, ...]) -> NamedSharding:
         where = "/".join(str(getattr(key, "key", key)) for key in path)
         spec = rules.spec(names, where)

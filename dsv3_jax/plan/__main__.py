@@ -66,6 +66,8 @@ def main() -> None:
     if compiled:  # First of all: once JAX runs, it takes no further CPU devices.
         devices = tpu_devices(flags.topology, flags.slices) if flags.topology else use_cpu_devices(flags.devices or 1)
         mesh = make_mesh(config.mesh, devices)
+        places = f"the mesh has {mesh.size} place for {len(devices)} devices; set mesh.fsdp to -1, for instance"
+        require(mesh.size == len(devices), places)
         check_fits(config, mesh)
     result: dict[str, Any] = count_parameters(config.model)
     rows = sharding_table(config, mesh)
@@ -73,7 +75,7 @@ def main() -> None:
     program = limits = None
     if compiled:
         program = compile_program(config, mesh, chip, flags.slices)
-        limits = None if chip is None else bound(config, mesh, program, chip, flags.slices)
+        limits = None if chip is None or not program.fits else bound(config, mesh, program, chip, flags.slices)
         result |= _program_json(config, program, chip, limits)
         result |= {f"reachable_{places}": count for places, count in reach(config.model, mesh)._asdict().items()}
     if flags.json:
@@ -125,7 +127,7 @@ def _program_json(config: Config, program: Program, chip: Chip | None, limits: R
         "moment_dtype": config.optimizer.moment_dtype,
         "remat": model.remat,
         "mtp_depths": model.num_nextn_predict_layers,
-        "collectives": [dataclasses.asdict(one) for one in program.collectives],
+        "collectives": None if program.collectives is None else [dataclasses.asdict(one) for one in program.collectives],
         "flops_per_token": flops_per_token(model, train.sequence_length)._asdict(),
         "roofline_seconds": None if limits is None else limits._asdict(),
         "compile_seconds": program.compile_seconds,
@@ -190,7 +192,7 @@ def _print_program(
         f"{flops.causal / 1e9:.1f} GFLOP a token, attention counted causally ({flops.non_causal / 1e9:.1f} if not): six a "
         "weight that a token is multiplied with, and 6 N (H + P + W) a key it attends to, in each layer."
     )
-    if limits is not None and chip is not None and program.collectives:
+    if limits is not None and chip is not None:
         console.print(
             f"Least time of a step: arithmetic {limits.compute_seconds:.2f} s at {chip.bf16_flops / 1e12:.0f} TFLOP/s, HBM "
             f"{limits.hbm_seconds:.2f} s at {chip.hbm_bytes / 1e9:.0f} GB/s, links {limits.link_seconds:.2f} s at "

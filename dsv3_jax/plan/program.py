@@ -40,8 +40,8 @@ class Program:
     """Argument + temporary + output - alias, or what the compiler says it would take where it does not fit."""
     fits: bool | None
     """Whether that is within the device's memory; None on CPU devices, which have no such limit."""
-    collectives: list[Collective]
-    """What a device sends in a step; empty where the program did not fit."""
+    collectives: list[Collective] | None
+    """What a device sends in a step; None where the program did not fit, and there is none to read it off."""
     compile_seconds: float
     text: str
     """The optimised program, as the compiler prints it."""
@@ -72,7 +72,7 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
             refusal = read_refusal(str(error), arguments)
             if refusal is None:
                 raise
-            return Program(arguments, variables, moments, *refusal, False, [], time.perf_counter() - started, "")
+            return Program(arguments, variables, moments, *refusal, False, None, time.perf_counter() - started, "")
     seconds = time.perf_counter() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -124,7 +124,7 @@ def bound(config: Config, mesh: Mesh, program: Program, chip: Chip, slices: int)
         tokens_per_device=tokens,
         remat=config.model.remat,
         hbm_bytes=least_hbm_bytes(config, mesh, program),
-        collectives=program.collectives,
+        collectives=program.collectives or [],
         chip=chip,
         dcn_axis="data" if slices > 1 else None,
     )

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -33,7 +34,7 @@ def chip_of(topology: str) -> Chip:
       ValueError: if the name is of another form, or of a chip without figures here.
     """
     chip, colon, shape = topology.partition(":")
-    if chip not in CHIPS or not colon or not all(size.isdigit() and int(size) for size in shape.split("x")):
+    if chip not in CHIPS or not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape, re.ASCII):
         raise ValueError(f"topology {topology!r} is not chip:AxBxC with a chip of {', '.join(CHIPS)}, such as v5p:4x4x8")
     return CHIPS[chip]
 

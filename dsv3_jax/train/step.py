@@ -64,7 +64,7 @@ def train_step(state: TrainState, tokens_BT: jax.Array, target_BT: jax.Array, *,
 
     Returns:
       The state after, and the step's float32 scalars: `loss` and its parts, `grad_norm` (before clipping),
-      `learning_rate`, `max_violation`.
+      `learning_rate`, `exchange_rounds` (the most of any layer), `max_violation`.
     """
 
     def objective(params: Any) -> tuple[jax.Array, Any]:

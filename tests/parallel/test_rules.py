@@ -51,6 +51,11 @@ def test_shardings_of_a_tree() -> None:
     assert found["b"].shard_shape((3,)) == (3,)
 
 
+def test_another_mesh_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("the mesh has axes ('x',); make it with dsv3_jax.parallel.mesh.make_mesh")):
+        named_shardings({}, {}, AbstractMesh((8,), ("x",)))
+
+
 def test_a_dimension_that_does_not_divide_is_refused_by_name() -> None:
     shapes = {"a": {"kernel": jax.ShapeDtypeStruct((12, 6), np.float32)}}
     complaint = "a/kernel [12, 6]: dimension 0 (12) is no multiple of fsdp (2) * expert (4) * context (1) = 8"

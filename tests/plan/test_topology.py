@@ -13,7 +13,7 @@ def test_chips() -> None:
     assert topology.chip_of("v6e:16x16") is CHIPS["v6e"]
 
 
-@pytest.mark.parametrize("name", ["v5p", "v4:2x2x1", "v5p:", "v5p:8xA", "v5p:0x2x2", "8x8x8"])
+@pytest.mark.parametrize("name", ["v5p", "v4:2x2x1", "v5p:", "v5p:8xA", "v5p:0x2x2", "v5p:²x2x2", "8x8x8"])
 def test_a_name_of_no_topology(name: str) -> None:
     with pytest.raises(ValueError, match=r"is not chip:AxBxC with a chip of v5p, v5e, v6e, tpu7x"):
         topology.chip_of(name)

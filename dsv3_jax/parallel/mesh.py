@@ -108,6 +108,5 @@ def check_fits(config: Config, mesh: Mesh) -> None:
         places = math.prod(sizes[axis] for axis in axes)
         if size % places:
             product = " * ".join(f"mesh.{axis} ({sizes[axis]})" for axis in axes)
-            raise ValueError(
-                f"{name} is {size}, which {product}{f' = {places}' if len(axes) > 1 else ''} does not divide; make it a multiple, or them smaller"
-            )
+            shown = f"{product} = {places}" if len(axes) > 1 else product
+            raise ValueError(f"{name} is {size}, which {shown} does not divide; change one of them")

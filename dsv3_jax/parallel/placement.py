@@ -66,7 +66,7 @@ def whole_weight(part: jax.Array, names: tuple[str, ...], dtype: Any) -> jax.Arr
 
 
 def _rounded(part: jax.Array, dtype: Any) -> jax.Array:
-    """`part` in `dtype`. A plain cast the TPU compiler moves ahead of the loop over the layers, and keeps a copy of them all."""
+    """`part` in `dtype`. A plain cast is moved ahead of the loop over layers by the TPU compiler, which then keeps all of them."""
     to, of = jnp.finfo(dtype), jnp.finfo(part.dtype)
     if to.nmant < of.nmant:
         part = jax.lax.reduce_precision(part, to.nexp, to.nmant)

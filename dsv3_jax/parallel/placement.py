@@ -66,7 +66,7 @@ def whole_weight(part: jax.Array, names: tuple[str, ...], dtype: Any) -> jax.Arr
 
 
 def _rounded(part: jax.Array, dtype: Any) -> jax.Array:
-    """`part` in `dtype`. A plain cast is moved ahead of the loop over layers by the TPU compiler, which then keeps all of them."""
+    """`part` in `dtype`. The TPU compiler would move a plain cast ahead of the loop over layers, and keep a copy of all."""
     to, of = jnp.finfo(dtype), jnp.finfo(part.dtype)
     if to.nmant < of.nmant:
         part = jax.lax.reduce_precision(part, to.nexp, to.nmant)

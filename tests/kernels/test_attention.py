@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -156,3 +158,20 @@ def test_latent_attention(new: int, dtype: str) -> None:
     chex.assert_shape(found, (B, new, N, C))
     assert found.dtype == DTYPES[dtype]
     chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("parts", "chunk"), [(2, 4), (3, 5), (4, 64), (2, 7)])
+def test_queries_of_a_part_of_the_sequence(parts: int, chunk: int) -> None:
+    """Each part of the queries against all keys, from its own place on: values and gradients of the whole, put together."""
+    rng = np.random.default_rng(3)
+    length = parts * 6
+    q, k, v, do = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (4, 2, 2, 4))
+
+    whole = functools.partial(causal_attention, scale=0.3, chunk=chunk)
+
+    def in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        starts = range(0, length, 6)
+        return jnp.concatenate([whole(q[:, first : first + 6], k, v, first=first) for first in starts], axis=1)
+
+    found, wanted = (jax.vjp(attend, q, k, v) for attend in (in_parts, whole))
+    chex.assert_trees_all_close((found[0], found[1](do)), (wanted[0], wanted[1](do)), **TOLERANCE["float32"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -122,3 +124,33 @@ def test_bad_input_is_one_line_and_exit_2(
     out, err = capsys.readouterr()
     assert (exit_.value.code, out, len(err.strip().splitlines())) == (2, "", 1)
     assert complaint in err
+
+
+def test_devices_from_a_shell() -> None:
+    """The way a user runs it: JAX has one CPU device until the program asks for more."""
+    sizes = "--mesh.fsdp 2 --mesh.expert 2 --model.num_hidden_layers 2 --train.batch_size 4 --train.sequence_length 32"
+    command = [sys.executable, "-m", "dsv3_jax.plan", "--config", "configs/tiny.py", "--devices", "4", "--json", *sizes.split()]
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (found["devices"], found["mesh"]["fsdp"], found["mesh"]["expert"]) == (4, 2, 2)
+    assert found["fits"] is None
+    assert {one["axis"] for one in found["collectives"]} >= {"fsdp", "expert"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--devices", "4", "--topology", "v5p:2x2x1"], "--topology and --devices exclude each other"),
+        (["--devices", "8"], "the mesh has 1 place for 8 devices; set mesh.fsdp to -1"),
+        (["--devices", "0"], "--devices is 0; it must be at least 1"),
+        (["--slices", "2"], "--slices belongs to --topology"),
+        (["--topology", "v9:2x2"], "topology 'v9:2x2' is not chip:AxBxC"),
+        (["--devices", "8", "--mesh.fsdp", "3"], "has 3 places for 8 devices"),
+    ],
+)
+def test_bad_machines_are_one_line(
+    arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    test_bad_input_is_one_line_and_exit_2(arguments, complaint, monkeypatch, capsys)

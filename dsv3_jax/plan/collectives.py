@@ -48,10 +48,12 @@ class Collective:
     count: int
     """Executions in a step."""
     data_dependent: bool
-    """Whether some stand in a loop whose length depends on the data: of it one round is counted."""
+    """Whether some stand in a loop whose length depends on the data: of it `open_trips` rounds are counted."""
 
 
-def collectives(hlo_text: str, mesh_axes: dict[str, int], *, slices: int = 1, ragged_rows: float = 0) -> list[Collective]:
+def collectives(
+    hlo_text: str, mesh_axes: dict[str, int], *, slices: int = 1, ragged_rows: float = 0, open_trips: int = 1
+) -> list[Collective]:
     """The collectives of one execution, merged by kind and axis, most bytes first.
 
     Bytes are what one device sends in a ring of n devices, s being the bytes of its array:
@@ -61,7 +63,7 @@ def collectives(hlo_text: str, mesh_axes: dict[str, int], *, slices: int = 1, ra
       collective-permute  s                              ragged-all-to-all  `ragged_rows` rows of s
 
     Arrays that travel in one collective add up; padding by the compiler is sent and so counted. Groups of one device
-    send nothing and are left out. A loop counts as often as it runs, or once where that depends on the data; of a
+    send nothing and are left out. A loop counts as often as it runs, or `open_trips` times where that depends on the data; of a
     conditional, the branch that sends most. Between slices the TPU compiler sends through the hosts: that counts as the
     collective it stands for, among one device of every slice, along the first axis.
 
@@ -71,13 +73,14 @@ def collectives(hlo_text: str, mesh_axes: dict[str, int], *, slices: int = 1, ra
       slices: how many slices the first axis runs across. A program for several is the program of one of them.
       ragged_rows: rows that a device sends to others in one ragged all-to-all. Its buffers are made for more than the
         expected traffic, so the text does not say.
+      open_trips: how often a loop runs whose length depends on the data.
 
     Raises:
       ValueError: where the text is for another number of devices than the mesh has.
     """
     mesh = _mesh_of_a_slice(hlo_text, mesh_axes, slices)
     computations, entry = parse(hlo_text)
-    total = _Traffic(computations, mesh, slices, ragged_rows).tally(Frame(entry)) if entry else {}
+    total = _Traffic(computations, mesh, slices, ragged_rows, open_trips).tally(Frame(entry)) if entry else {}
     found = [Collective(*key, now.sent, now.runs, now.data_dependent) for key, now in total.items() if now.runs]
     return sorted(found, key=lambda one: (-one.bytes, one.kind, one.axis))
 
@@ -104,9 +107,9 @@ class _Numbers(NamedTuple):
 _Tally = dict[tuple[str, str], _Numbers]
 
 
-def _add(into: _Tally, more: _Tally, times: int | None = 1) -> None:
-    """Adds what runs `times` times, None standing for as often as the data wants."""
-    n = 1 if times is None else times
+def _add(into: _Tally, more: _Tally, times: int | None = 1, open_trips: int = 1) -> None:
+    """Adds what runs `times` times, None standing for as often as the data wants: counted as `open_trips`."""
+    n = open_trips if times is None else times
     for key, new in more.items():
         old = into.get(key, _Numbers(0, 0, False))
         data_dependent = old.data_dependent or new.data_dependent or times is None
@@ -116,8 +119,11 @@ def _add(into: _Tally, more: _Tally, times: int | None = 1) -> None:
 class _Traffic:
     """Walks a program from its entry, through the calls that lead to a collective."""
 
-    def __init__(self, computations: dict[str, Computation], mesh: dict[str, int], slices: int, ragged_rows: float) -> None:
+    def __init__(
+        self, computations: dict[str, Computation], mesh: dict[str, int], slices: int, ragged_rows: float, open_trips: int
+    ) -> None:
         self.computations, self.mesh, self.slices, self.ragged_rows = computations, mesh, slices, ragged_rows
+        self.open_trips = open_trips
         self.trips = Trips(computations)
         # The same groups stand in a program thousands of times.
         self.group = functools.cache(functools.partial(_group, mesh))
@@ -131,8 +137,8 @@ class _Traffic:
                 _add(total, self._transfer(one, frame.computation))
             elif one.opcode == "while":
                 trips = self.trips(frame, one)
-                _add(total, self.tally(frame.inside(one, "body")), trips)
-                _add(total, self.tally(frame.inside(one, "condition")), None if trips is None else trips + 1)
+                _add(total, self.tally(frame.inside(one, "body")), trips, self.open_trips)
+                _add(total, self.tally(frame.inside(one, "condition")), None if trips is None else trips + 1, self.open_trips)
             else:
                 called = [self.tally(Frame(name, frame, one)) for names in one.called.values() for name in names]
                 if one.opcode == "conditional":

@@ -489,3 +489,4 @@ def test_a_bound_that_a_branch_gets_as_its_parameter() -> None:
         before=before.partition("\n")[2] + branch,
     )
     assert found(text)["collective-permute", "expert"] == (2 * 32, 2, True)
+    assert ("collective-permute", "expert") not in found(text, open_trips=0)

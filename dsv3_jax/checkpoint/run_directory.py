@@ -134,6 +134,9 @@ def _binding(config: Config) -> dict[str, Any]:
 
 def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file so that a reader sees the old text or the new, never a part."""
+    if "://" in str(path):
+        path.write_text(text)  # An object in a store is replaced whole by itself.
+        return
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)

@@ -78,6 +78,7 @@ def test_refusals() -> None:
     assert read_refusal("INTERNAL: something else", 10) is None
 
 
+@pytest.mark.slow
 def test_on_cpu_devices() -> None:
     """The same step where there is no TPU compiler: what it sends, by the CPU's exchange."""
     mesh = make_mesh(SMALL.mesh, jax.devices()[:4])

@@ -101,7 +101,11 @@ def compare_with_one_device(sizes: str, exchange: str) -> None:
         assert apart < 1e-5, (jax.tree_util.keystr(path), apart)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+QUICK = "fsdp, expert", "data, expert, tensor"
+EVERY_MESH = [pytest.param(sizes, marks=[] if sizes in QUICK else pytest.mark.slow) for sizes in MESHES]
+
+
+@pytest.mark.parametrize("sizes", EVERY_MESH)
 def test_loss_and_gradients_of_every_mesh(sizes: str) -> None:
     compare_with_one_device(sizes, "dense")
 
@@ -205,7 +209,7 @@ def same_biases(state: TrainState, wanted: TrainState) -> bool:
     return all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (state.router, wanted.router)), strict=True))
 
 
-@pytest.mark.parametrize("sizes", BY_AXIS)
+@pytest.mark.parametrize("sizes", [BY_AXIS[0], pytest.param(BY_AXIS[1], marks=pytest.mark.slow)])
 def test_biases_and_metrics_are_equal_everywhere_and_those_of_one_device(sizes: dict[str, int]) -> None:
     wanted, wanted_metrics = train(ONE_LAYER, {"fsdp": 1}, 20)
     state, metrics = train(ONE_LAYER, sizes, 20)
@@ -215,6 +219,7 @@ def test_biases_and_metrics_are_equal_everywhere_and_those_of_one_device(sizes: 
         np.testing.assert_allclose(metrics[-1][name], wanted_metrics[-1][name], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "left_out"),
     [(BY_AXIS[0], "data"), (BY_AXIS[0], "fsdp"), (BY_AXIS[0], "expert"), (BY_AXIS[1], "context"), (BY_AXIS[0], None)],

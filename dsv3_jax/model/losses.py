@@ -119,7 +119,10 @@ def _chunk_loss(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, he
     logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head.kernel_DV, preferred_element_type=jnp.float32)
     top_BT = head.largest(logits_BTV.max(-1))
     log_sum_BT = top_BT + jnp.log(head.total(jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)))
-    picked_BT = head.total(jnp.sum(logits_BTV, axis=-1, where=head.hit_BTV(target_BT)))
+    hit_BTV = head.hit_BTV(target_BT)
+    picked_BT = head.total(jnp.sum(logits_BTV, axis=-1, where=hit_BTV))
+    # A target outside of the vocabulary hits nothing: NaN, and not the loss of a logit of 0.
+    picked_BT = jnp.where(head.total(jnp.sum(hit_BTV, axis=-1, dtype=jnp.int32)) == 1, picked_BT, jnp.nan)
     return jnp.sum(weight_BT * (log_sum_BT - picked_BT)), logits_BTV, log_sum_BT
 
 

@@ -185,3 +185,10 @@ def test_logits_of_the_whole_sequence_never_exist() -> None:
     assert chunk in intermediate_shapes(jax.value_and_grad(loss), variables["params"])
     assert logits(loss) == set()
     assert (2, length, V) in logits(of_full_logits)
+
+
+@pytest.mark.parametrize("target", [-1, 5])
+def test_a_target_outside_the_vocabulary_is_nan(target: int) -> None:
+    h_BTD, head_DV = jnp.ones((1, 2, 3)), jnp.ones((3, 5))
+    assert np.isnan(cross_entropy(h_BTD, head_DV, jnp.array([[0, target]]), jnp.ones((1, 2)), 2))
+    assert np.isfinite(cross_entropy(h_BTD, head_DV, jnp.array([[0, 4]]), jnp.ones((1, 2)), 2))

@@ -38,3 +38,8 @@ def varying_alike(*trees: Any) -> Any:
 def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any, fill: float = 0.0) -> jax.Array:
     """A constant array that varies as `like` does: what a loop starts from."""
     return varying_over(jnp.full(shape, fill, dtype), varying_axes(like))
+
+
+def shape_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """What a Pallas kernel says of its output: an array that varies as `like` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)

@@ -1,0 +1,273 @@
+"""A Pallas TPU kernel: products of sorted rows with the weights of their group, and what is computed of the products.
+
+A block of rows stays in fast memory, whole in the contracted dimension, while the weights of the groups that have rows in it
+stream past, some columns at a time; so rows are read once from HBM, and weights once for each block that their group reaches.
+Within a block, products are made of large tiles of a group's rows and small ones for its remainder, and groups may begin at
+any row: tiles start at a row's own packed register, not at a multiple of their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv3_jax.kernels.groups import steps_by_block, visits_of
+from dsv3_jax.kernels.varying import shape_beside
+
+MIB = 2**20
+LANES = 128
+LARGEST_PART = 4096
+RESERVED_BYTES = 6 * MIB
+"""Fast memory left to the compiler."""
+
+
+class RowTiles(NamedTuple):
+    """Sizes of one call; made smaller where there are fewer rows or columns, or where they do not fit into fast memory."""
+
+    block: int
+    """Rows that stay in fast memory."""
+    tile: int
+    """Rows of a product."""
+    remainder: int
+    """Rows of a product past a group's last whole tile."""
+    columns: int
+    """Output columns of a step."""
+
+
+class Chip(NamedTuple):
+    """What a call has to know of the machine."""
+
+    cores: int
+    """TensorCores that share one device: they take half of the columns each."""
+    vmem_bytes: int
+
+
+def grouped_rows(
+    compute: Callable[..., Sequence[jax.Array]],
+    rows: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+    beside: Sequence[jax.Array],
+    group_sizes_E: jax.Array,
+    *,
+    num_outputs: int,
+    transposed: bool,
+    tiles: RowTiles,
+    chip: Chip,
+    name: str,
+    interpret: Any = False,
+) -> list[jax.Array]:
+    """Products of every row with the weights of its group, and what `compute` makes of them.
+
+    Args:
+      compute: takes a list of products, float32 [A, X] for A rows and X columns, and a list of the same places of `beside`, and
+        returns the outputs, [A, X] too. It runs within the kernel.
+      rows: arrays [R, K], one for each of the weights, or one for all of them.
+      weights: arrays [E, K, N], or [E, N, K] if transposed.
+      beside: arrays [R, N].
+      group_sizes_E: int32, rows of each group.
+      num_outputs: of `compute`.
+      transposed: how the weights lie.
+      tiles: sizes; the result does not depend on them.
+      chip: the machine.
+      name: of the kernel in the compiled program.
+      interpret: as `pl.pallas_call` takes it.
+
+    Returns:
+      The outputs, [R, N] in the dtype of the rows. Rows past the last group are zero.
+
+    Raises:
+      ValueError: where even the smallest blocks do not fit into fast memory.
+    """
+    (num_rows, contracted), dtype = rows[0].shape, rows[0].dtype
+    num_experts = group_sizes_E.shape[0]
+    num_columns = weights[0].shape[1 if transposed else 2]
+    operands = len(rows), len(weights), len(beside) + num_outputs
+    block, tile, remainder, columns = fit_rows(tiles, (num_rows, contracted, num_columns), operands, dtype, chip, name)
+    num_tiles = -(-num_columns // columns)
+    cores = chip.cores if num_tiles % chip.cores == 0 else 1
+    num_tiles //= cores
+    num_blocks = -(-num_rows // block)
+
+    # The rows past the last group are one more group, of zeros.
+    sizes_G = jnp.append(group_sizes_E, num_rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
+    steps, num_steps = steps_by_block(visits_of(sizes_G, num_rows, block, visit_empty=False), num_blocks, num_tiles)
+
+    def kernel(group_X, block_X, tile_X, start_G, *refs) -> None:
+        del tile_X
+        step = pl.program_id(1)
+        group, first_row = group_X[step], block_X[step] * block
+        begin = jnp.maximum(start_G[group] - first_row, 0)
+        end = jnp.minimum(start_G[group + 1] - first_row, block)
+        row_refs, weight_refs, beside_refs, output_refs = _split(refs, len(rows), len(weights), len(beside))
+
+        def put(start: jax.Array, values: Sequence[jax.Array]) -> None:
+            for ref, value in zip(output_refs, values, strict=True):
+                at = pl.ds(start, value.shape[0])
+                row_AX = start + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
+                mine_AX = (begin <= row_AX) & (row_AX < end)
+                ref[at, :] = jnp.where(mine_AX, value.astype(jnp.float32), ref[at, :].astype(jnp.float32)).astype(ref.dtype)
+
+        def compute_tile(start: jax.Array, num: int) -> None:
+            at = pl.ds(start, num)
+            factors = zip(row_refs * (len(weights) // len(rows)), weight_refs, strict=True)
+            products = [_product(row_ref, at, weight_ref, transposed) for row_ref, weight_ref in factors]
+            put(start, compute(products, [ref[at, :] for ref in beside_refs]))
+
+        @pl.when(group < num_experts)
+        def _() -> None:
+            over_tiles(compute_tile, begin, end, block, tile, remainder, dtype)
+
+        @pl.when(group == num_experts)
+        def _() -> None:
+            def zero(start: jax.Array, num: int) -> None:
+                put(start, [jnp.zeros((num, columns), jnp.float32)] * num_outputs)
+
+            over_tiles(zero, begin, end, block, remainder, remainder, dtype)
+
+    def column(core, step, tile_X):
+        return core * num_tiles + tile_X[step]
+
+    def at_rows(core, step, group_X, block_X, tile_X, start_G):
+        return block_X[step], 0
+
+    def at_weights(core, step, group_X, block_X, tile_X, start_G):
+        # The last group has no weights: those at hand stay.
+        group = jnp.minimum(group_X[step], num_experts - 1)
+        place = column(core, step, tile_X)
+        return (group, place, 0) if transposed else (group, 0, place)
+
+    def at_outputs(core, step, group_X, block_X, tile_X, start_G):
+        return block_X[step], column(core, step, tile_X)
+
+    weight_block = (None, columns, contracted) if transposed else (None, contracted, columns)
+    row_spec, weight_spec, output_spec = (
+        pl.BlockSpec((block, contracted), at_rows),
+        pl.BlockSpec(weight_block, at_weights),
+        pl.BlockSpec((block, columns), at_outputs),
+    )
+    output = shape_beside(rows[0], (num_rows, num_columns), dtype)
+    flops = 2 * num_rows * contracted * num_columns * len(weights)
+    arrays = (*rows, *weights, *beside, *[output] * num_outputs)
+    call = pl.pallas_call(
+        kernel,
+        out_shape=[output] * num_outputs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(steps),
+            grid=(cores, num_steps),
+            in_specs=[row_spec] * len(rows) + [weight_spec] * len(weights) + [output_spec] * len(beside),
+            out_specs=[output_spec] * num_outputs,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip.vmem_bytes - MIB
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays), transcendentals=0
+        ),
+        interpret=interpret,
+        name=name,
+    )
+    return call(*steps, *rows, *weights, *beside)
+
+
+def _product(row_ref: Any, at: Any, weight_ref: Any, transposed: bool) -> jax.Array:
+    """Rows times weights, in parts of the contracted dimension: a part of the rows is copied to where products find it."""
+    contracted = row_ref.shape[1]
+    part = min(contracted, round_up(-(-contracted // -(-contracted // LARGEST_PART)), LANES))
+    total = None
+    for k in range(0, contracted, part):
+        some = slice(k, min(k + part, contracted))
+        weight = weight_ref[:, some] if transposed else weight_ref[some, :]
+        contract = (((1,), (1 if transposed else 0,)), ((), ()))
+        product = jax.lax.dot_general(row_ref[at, some], weight, contract, preferred_element_type=jnp.float32)
+        total = product if total is None else total + product
+    return total
+
+
+def over_tiles(
+    body: Callable[[jax.Array, int], None],
+    begin: jax.Array,
+    end: jax.Array,
+    block: int,
+    tile: int,
+    remainder: int,
+    dtype: Any,
+) -> None:
+    """body(start, number) over tiles that cover the rows [begin, end) of a block: large ones, then small ones for the rest.
+
+    A tile may reach back before `begin`, and past `end`, but never past the block; where a last tile would, it is moved back,
+    and rows are covered twice.
+    """
+    packing = sublanes(dtype)
+    first = begin // packing * packing
+    whole = (end - first) // tile
+    rest = first + whole * tile
+
+    def run(start: jax.Array, count: jax.Array, num: int) -> None:
+        def step(i: jax.Array, carry: None) -> None:
+            body(pl.multiple_of(jnp.minimum(start + i * num, block - num), packing), num)
+
+        jax.lax.fori_loop(0, count, step, None)
+
+    run(first, whole, tile)
+    run(rest, (end - rest + remainder - 1) // remainder, remainder)
+
+
+def sublanes(dtype: Any) -> int:
+    """Rows that share a register's sublanes, and so the grain of where a tile may start."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def fit_rows(
+    tiles: RowTiles, shape: tuple[int, int, int], operands: tuple[int, int, int], dtype: Any, chip: Chip, name: str
+) -> RowTiles:
+    """The sizes of a call: those of `tiles`, cut to what there is and halved until they fit into fast memory.
+
+    Args:
+      tiles: the sizes to start from.
+      shape: rows R, contracted dimension K and columns N.
+      operands: the numbers of arrays [R, K], of weights, and of arrays [R, N], outputs among them.
+      dtype: of all of them.
+      chip: the machine.
+      name: of the kernel, for the error.
+    """
+    (num_rows, contracted, num_columns), (num_inner, num_weights, num_outer) = shape, operands
+    packing, width = sublanes(dtype), jnp.dtype(dtype).itemsize
+    block = min(tiles.block, round_up(num_rows, packing))
+    columns = min(tiles.columns, num_columns)
+
+    def vmem_bytes(block: int, tile: int, columns: int) -> int:
+        K, X = round_up(contracted, LANES), round_up(columns, LANES)
+        blocks = num_inner * block * K + num_weights * K * X + num_outer * block * X
+        return 2 * width * blocks + 4 * tile * X * (num_weights + num_outer) + width * tile * min(K, LARGEST_PART)
+
+    def tile_of(block: int) -> int:
+        return min(tiles.tile, block)
+
+    while vmem_bytes(block, tile_of(block), columns) > chip.vmem_bytes - RESERVED_BYTES:
+        if block > tiles.remainder:
+            block = round_up(block // 2, packing)
+        elif columns > LANES:
+            columns = max(columns // 2 // LANES, 1) * LANES
+        else:
+            raise ValueError(
+                f"{name}: rows of {contracted} {jnp.dtype(dtype).name} values do not fit into {chip.vmem_bytes / MIB:.0f} MiB of "
+                "VMEM even in the smallest blocks; split that dimension over mesh.tensor, or choose the backend 'tiles'"
+            )
+    return RowTiles(block, tile_of(block), min(tiles.remainder, block), columns)
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _split(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    parts = []
+    for size in sizes:
+        parts.append(refs[:size])
+        refs = refs[size:]
+    return [*parts, refs]

@@ -1,0 +1,173 @@
+"""A Pallas TPU kernel: for every group, the sum over its rows of outer products, which is the gradient of its weights.
+
+An output tile stays in fast memory while the group's rows stream past. Blocks that belong to the group whole are multiplied as
+they are; of a block that it shares, it multiplies the part it has rows in, the other groups' rows masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv3_jax.kernels.grouped_rows import LANES, MIB, RESERVED_BYTES, Chip, round_up, sublanes
+from dsv3_jax.kernels.groups import visits_of
+from dsv3_jax.kernels.varying import shape_beside
+
+
+class WeightTiles(NamedTuple):
+    """Sizes of one call; made smaller where there are fewer rows or columns, or where they do not fit into fast memory."""
+
+    block: int
+    """Rows of a step."""
+    part: int
+    """Rows of a product where a group has only some of a block's rows."""
+    left: int
+    """Rows of an output tile: columns of the left array."""
+    right: int
+    """Columns of an output tile: of the right arrays."""
+
+
+def grouped_weights(
+    left_RX: jax.Array,
+    rights: Sequence[jax.Array],
+    group_sizes_E: jax.Array,
+    *,
+    tiles: WeightTiles,
+    chip: Chip,
+    name: str,
+    interpret: Any = False,
+) -> list[jax.Array]:
+    """left^T right over the rows of every group, for each of the right arrays [R, Y]: [E, X, Y] in the dtype of the rows.
+
+    Sums are float32; groups without rows get zeros, and rows past the last group are read by nobody.
+
+    Args:
+      left_RX: rows sorted by group.
+      rights: arrays [R, Y].
+      group_sizes_E: int32, rows of each group.
+      tiles: sizes; the result depends on them by the order of sums only.
+      chip: the machine.
+      name: of the kernel in the compiled program.
+      interpret: as `pl.pallas_call` takes it.
+    """
+    (num_rows, X), Y, dtype = left_RX.shape, rights[0].shape[1], left_RX.dtype
+    num_experts, packing = group_sizes_E.shape[0], sublanes(dtype)
+    block, part, tile_x, tile_y = fit_weights(tiles, (num_rows, X, Y), len(rights), dtype, chip)
+    visits = visits_of(group_sizes_E, num_rows, block, visit_empty=True)
+
+    def kernel(group_V, block_V, start_G, left_ref, *refs) -> None:
+        right_refs, output_refs, sum_refs = (refs[i * len(rights) : (i + 1) * len(rights)] for i in range(3))
+        visit, last = pl.program_id(2), pl.num_programs(2) - 1
+        group, first_row = group_V[visit], block_V[visit] * block
+        begin = jnp.maximum(start_G[group] - first_row, 0)
+        end = jnp.minimum(start_G[group + 1] - first_row, block)
+
+        @pl.when((visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group))
+        def _() -> None:
+            for ref in sum_refs:
+                ref[...] = jnp.zeros_like(ref)
+
+        def add(left_AX: jax.Array, right_AY: Sequence[jax.Array]) -> None:
+            for ref, right in zip(sum_refs, right_AY, strict=True):
+                contract = (((0,), (0,)), ((), ()))
+                ref[...] += jax.lax.dot_general(left_AX, right, contract, preferred_element_type=jnp.float32)
+
+        whole = (begin == 0) & (end == block)
+
+        @pl.when(whole)
+        def _() -> None:
+            add(left_ref[...], [ref[...] for ref in right_refs])
+
+        @pl.when(jnp.logical_not(whole))
+        def _() -> None:
+            def add_part(start: jax.Array, nominal: jax.Array) -> None:
+                def mine(ref: Any) -> jax.Array:
+                    values = ref[pl.ds(start, part), :]
+                    row = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+                    keep = (jnp.maximum(begin, nominal) <= row) & (row < end)
+                    return jnp.where(keep, values.astype(jnp.float32), 0).astype(values.dtype)
+
+                add(mine(left_ref), [mine(ref) for ref in right_refs])
+
+            first = begin // packing * packing
+
+            def step(i: jax.Array, carry: None) -> None:
+                nominal = first + i * part
+                add_part(pl.multiple_of(jnp.minimum(nominal, block - part), packing), nominal)
+
+            jax.lax.fori_loop(0, jnp.where(begin < end, (end - first + part - 1) // part, 0), step, None)
+
+        @pl.when((visit == last) | (group_V[jnp.minimum(visit + 1, last)] != group))
+        def _() -> None:
+            for output, total in zip(output_refs, sum_refs, strict=True):
+                output[...] = total[...].astype(output.dtype)
+
+    def at_left(i, j, visit, group_V, block_V, start_G):
+        return block_V[visit], i
+
+    def at_right(i, j, visit, group_V, block_V, start_G):
+        return block_V[visit], j
+
+    def at_output(i, j, visit, group_V, block_V, start_G):
+        return group_V[visit], i, j
+
+    output = shape_beside(left_RX, (num_experts, X, Y), dtype)
+    arrays = (left_RX, *rights, *[output] * len(rights))
+    call = pl.pallas_call(
+        kernel,
+        out_shape=[output] * len(rights),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(-(-X // tile_x), -(-Y // tile_y), visits.count),
+            in_specs=[pl.BlockSpec((block, tile_x), at_left), *[pl.BlockSpec((block, tile_y), at_right)] * len(rights)],
+            out_specs=[pl.BlockSpec((None, tile_x, tile_y), at_output)] * len(rights),
+            scratch_shapes=[pltpu.VMEM((tile_x, tile_y), jnp.float32)] * len(rights),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=chip.vmem_bytes - MIB
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * num_rows * X * Y * len(rights),
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays),
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name=name,
+    )
+    return call(visits.group_V, visits.block_V, visits.start_G, left_RX, *rights)
+
+
+def fit_weights(tiles: WeightTiles, shape: tuple[int, int, int], num_rights: int, dtype: Any, chip: Chip) -> WeightTiles:
+    """The sizes of a call: those of `tiles`, cut to what there is and halved until they fit into fast memory.
+
+    Args:
+      tiles: the sizes to start from.
+      shape: rows R, and the widths X and Y of the left array and of the right ones.
+      num_rights: how many right arrays there are.
+      dtype: of all of them.
+      chip: the machine.
+    """
+    num_rows, X, Y = shape
+    width = jnp.dtype(dtype).itemsize
+    block = min(tiles.block, round_up(num_rows, sublanes(dtype)))
+    left, right = min(tiles.left, X), min(tiles.right, Y)
+
+    def vmem_bytes() -> int:
+        x, y = round_up(left, LANES), round_up(right, LANES)
+        # The sums, what a product adds to one of them, and the left block turned.
+        return 2 * width * (block * (x + num_rights * y) + num_rights * x * y) + 4 * (num_rights + 1) * x * y + width * block * x
+
+    while vmem_bytes() > chip.vmem_bytes - RESERVED_BYTES:
+        # Wide tiles of few rows rather than the reverse: what is large is the sums.
+        if left >= right and left > LANES:
+            left = max(left // 2 // LANES, 1) * LANES
+        elif right > LANES:
+            right = max(right // 2 // LANES, 1) * LANES
+        else:
+            block = round_up(block // 2, sublanes(dtype))
+    return WeightTiles(block, min(tiles.part, block), left, right)

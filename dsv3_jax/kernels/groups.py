@@ -1,0 +1,82 @@
+"""Rows sorted by group, cut into blocks: which visits of which blocks a kernel has to make.
+
+A group's rows begin and end anywhere, so that a block may hold rows of several groups, and a group lie in several blocks. A
+*visit* is one group in one block. Everything here is a few hundred integers, computed on device before the kernel and read by it
+from scalar memory; the number of visits is known only then, and so is the kernel's grid.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Visits(NamedTuple):
+    """Visits in the order of the rows; those from `count` on are padding and name a valid group and block all the same."""
+
+    group_V: jax.Array
+    block_V: jax.Array
+    count: jax.Array
+    start_G: jax.Array
+    """int32 [G + 1]: the first row of every group, and the end of the last."""
+
+
+class Steps(NamedTuple):
+    """The order in which a kernel works through visits and column tiles; see `steps_by_block`."""
+
+    group_X: jax.Array
+    block_X: jax.Array
+    tile_X: jax.Array
+    start_G: jax.Array
+
+
+def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit_empty: bool) -> Visits:
+    """One visit for each pair of a group and a block that share rows.
+
+    Args:
+      group_sizes_G: int32, rows of each group.
+      num_rows: R, at least the sum of the sizes.
+      block_rows: rows of a block; the last block may be cut short.
+      visit_empty: whether a group without rows gets a visit, too (which finds no row of its own).
+    """
+    num_groups, num_blocks = group_sizes_G.shape[0], -(-num_rows // block_rows)
+    start_and_end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes_G, dtype=jnp.int32)])
+    start_G, end_G = start_and_end[:-1], start_and_end[1:]
+    first_block_G = jnp.minimum(start_G // block_rows, num_blocks - 1)
+    visits_G = jnp.where(group_sizes_G > 0, (end_G - 1) // block_rows - first_block_G + 1, int(visit_empty))
+    # Groups that share a block add one visit each to those of the blocks.
+    visit_V = jnp.arange(num_blocks + num_groups, dtype=jnp.int32)
+    group_V, within_V = _places(visit_V, visits_G)
+    block_V = jnp.minimum(first_block_G[group_V] + within_V, num_blocks - 1)
+    return Visits(group_V, block_V, jnp.sum(visits_G, dtype=jnp.int32), start_and_end)
+
+
+def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Steps, jax.Array]:
+    """Every column tile of every visit: block by block, within a block tile by tile, within a tile visit by visit.
+
+    So a block of rows is fetched once, an output tile is complete before the next one begins, and a group's weights are fetched
+    once for each block that the group has rows in. Every block needs a visit.
+
+    Returns:
+      The steps, and how many they are.
+    """
+    visit_V = jnp.arange(visits.group_V.shape[0], dtype=jnp.int32)
+    here_SV = (jnp.arange(num_blocks)[:, None] == visits.block_V) & (visit_V < visits.count)
+    visits_S = jnp.sum(here_SV, axis=1, dtype=jnp.int32)
+    step_X = jnp.arange(visit_V.size * num_tiles, dtype=jnp.int32)
+    block_X, within_X = _places(step_X, visits_S * num_tiles)
+    tile_X = jnp.minimum(within_X // visits_S[block_X], num_tiles - 1)
+    visit_X = (jnp.cumsum(visits_S) - visits_S)[block_X] + within_X % visits_S[block_X]
+    return Steps(visits.group_V[visit_X], block_X, tile_X, visits.start_G), visits.count * num_tiles
+
+
+def _places(index_X: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which run each index lies in, and where in it, if runs of `count_Y` follow one another; the last run goes on for ever.
+
+    By comparing all with all, which is a single pass over a small matrix, where a search or a scatter would be a loop.
+    """
+    end_Y = jnp.cumsum(count_Y, dtype=jnp.int32)
+    run_X = jnp.minimum(jnp.sum(index_X[:, None] >= end_Y, axis=1, dtype=jnp.int32), count_Y.size - 1)
+    return run_X, index_X - (end_Y - count_Y)[run_X]

@@ -1,0 +1,145 @@
+"""`expert_ffn` by Pallas kernels for TPUs: four products of rows with weights, two of rows with rows.
+
+| kernel | computes | columns |
+|---|---|---|
+| `expert_gate_up` | hidden = silu(x w_gate) * (x w_up); for a gradient, gate and up, too | F |
+| `expert_down` | y = hidden w_down | D |
+| `expert_dhidden` | dhidden = dy w_down^T, and of it dgate and dup | F |
+| `expert_dx` | dx = dgate w_gate^T + dup w_up^T, one sum | D |
+| `expert_dw_gate_up` | x^T dgate, x^T dup | D x F an expert |
+| `expert_dw_down` | hidden^T dy | F x D an expert |
+
+What a kernel makes of its products it makes in fast memory, before they are written. Sizes come from a table by chip, made by
+benchmarks/tune_expert_ffn.py, which needs no TPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from dsv3_jax.kernels.grouped_rows import MIB, Chip, RowTiles, grouped_rows
+from dsv3_jax.kernels.grouped_weights import WeightTiles, grouped_weights
+
+
+class Tiles(NamedTuple):
+    """Sizes of the six kernels."""
+
+    gate_up: RowTiles
+    down: RowTiles
+    dhidden: RowTiles
+    dx: RowTiles
+    dw_gate_up: WeightTiles
+    dw_down: WeightTiles
+
+
+class How(NamedTuple):
+    """What is fixed before the program runs."""
+
+    tiles: Tiles
+    chip: Chip
+    interpret: Any = False
+
+
+_TILES = {
+    "v5p": Tiles(
+        RowTiles(1024, 512, 128, 256), RowTiles(1024, 512, 128, 512), RowTiles(1024, 512, 128, 256), RowTiles(1024, 512, 128, 512),
+        WeightTiles(512, 128, 1024, 1024), WeightTiles(512, 128, 1024, 1024),
+    ),
+}
+
+
+def expert_ffn_pallas_tpu(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """`expert_ffn` for the TPU that the program is lowered for; see there."""
+    return expert_ffn_with(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
+
+
+def this_machine() -> How:
+    """Sizes for the TPU at hand: the devices of the current mesh, or JAX's default device.
+
+    Raises:
+      NotImplementedError: for a chip without an entry in the table.
+    """
+    info = pltpu.get_tpu_info()
+    chip = str(info.chip_version)
+    return How(_TILES.get(chip, _TILES["v5p"]), Chip(info.num_cores, info.vmem_capacity_bytes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def expert_ffn_with(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array, how: How
+) -> jax.Array:
+    """`expert_ffn` with sizes of choice."""
+    (hidden_RF,) = _hidden(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, how, keep=False)
+    return _down(hidden_RF, w_down_EFD, group_sizes_E, how)
+
+
+def _hidden(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, group_sizes_E: jax.Array, how: How, *, keep: bool
+) -> list[jax.Array]:
+    """hidden, and gate and up if they are to be kept: to read them back is cheaper than two of eight products again."""
+
+    def compute(products: Any, beside: Any) -> tuple[jax.Array, ...]:
+        gate_AX, up_AX = products
+        hidden_AX = jax.nn.silu(gate_AX) * up_AX
+        return (hidden_AX, gate_AX, up_AX) if keep else (hidden_AX,)
+
+    return grouped_rows(
+        compute, [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=3 if keep else 1, transposed=False,
+        tiles=how.tiles.gate_up, chip=how.chip, name="expert_gate_up", interpret=how.interpret,
+    )  # fmt: skip
+
+
+def _down(hidden_RF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array, how: How) -> jax.Array:
+    (y_RD,) = grouped_rows(
+        lambda products, beside: products, [hidden_RF], [w_down_EFD], [], group_sizes_E, num_outputs=1, transposed=False,
+        tiles=how.tiles.down, chip=how.chip, name="expert_down", interpret=how.interpret,
+    )  # fmt: skip
+    return y_RD
+
+
+def _forward(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array, how: How
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    hidden_RF, gate_RF, up_RF = _hidden(x_RD, w_gate_EDF, w_up_EDF, group_sizes_E, how, keep=True)
+    y_RD = _down(hidden_RF, w_down_EFD, group_sizes_E, how)
+    return y_RD, (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hidden_RF, gate_RF, up_RF)
+
+
+def _backward(how: How, residuals: tuple[jax.Array, ...], dy_RD: jax.Array) -> tuple[jax.Array | None, ...]:
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hidden_RF, gate_RF, up_RF = residuals
+
+    def through_swiglu(products: Any, beside: Any) -> tuple[jax.Array, ...]:
+        (dhidden_AX,) = products
+        gate_AX, up_AX = (a.astype(jnp.float32) for a in beside)
+        sigmoid_AX = jax.nn.sigmoid(gate_AX)
+        silu_AX = gate_AX * sigmoid_AX
+        dgate_AX = dhidden_AX * up_AX * (sigmoid_AX + silu_AX * (1 - sigmoid_AX))
+        return dgate_AX, dhidden_AX * silu_AX
+
+    dgate_RF, dup_RF = grouped_rows(
+        through_swiglu, [dy_RD], [w_down_EFD], [gate_RF, up_RF], group_sizes_E, num_outputs=2, transposed=True,
+        tiles=how.tiles.dhidden, chip=how.chip, name="expert_dhidden", interpret=how.interpret,
+    )  # fmt: skip
+    (dx_RD,) = grouped_rows(
+        lambda products, beside: [products[0] + products[1]], [dgate_RF, dup_RF], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=1, transposed=True,
+        tiles=how.tiles.dx, chip=how.chip, name="expert_dx", interpret=how.interpret,
+    )  # fmt: skip
+    dw_gate_EDF, dw_up_EDF = grouped_weights(
+        x_RD, [dgate_RF, dup_RF], group_sizes_E,
+        tiles=how.tiles.dw_gate_up, chip=how.chip, name="expert_dw_gate_up", interpret=how.interpret,
+    )  # fmt: skip
+    (dw_down_EFD,) = grouped_weights(
+        hidden_RF, [dy_RD], group_sizes_E,
+        tiles=how.tiles.dw_down, chip=how.chip, name="expert_dw_down", interpret=how.interpret,
+    )  # fmt: skip
+    return dx_RD, dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
+
+
+expert_ffn_with.defvjp(_forward, _backward)

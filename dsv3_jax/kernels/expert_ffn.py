@@ -1,7 +1,7 @@
 """The routed experts' feed-forward over rows sorted by expert (section 2.1.2 of the report): contract and choice.
 
 This is where DeepSeek-V3 spends its arithmetic. `reference.py` says what is computed; every other backend computes
-the same faster: `tiles.py` on every platform so far, `ragged_dot.py` by XLA's own grouped product.
+the same faster: `pallas_tpu.py` on TPUs, `tiles.py` elsewhere, `ragged_dot.py` by XLA's own grouped product.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.pallas_tpu import expert_ffn_pallas_tpu
 from dsv3_jax.kernels.ragged_dot import expert_ffn_ragged_dot
 from dsv3_jax.kernels.reference import expert_ffn_reference
 from dsv3_jax.kernels.tiles import expert_ffn_tiles
 from dsv3_jax.kernels.varying import varying_alike
 
 _BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "pallas_tpu": expert_ffn_pallas_tpu,
     "tiles": expert_ffn_tiles,
     "ragged_dot": expert_ffn_ragged_dot,
     "reference": expert_ffn_reference,
 }
-_PLANNED = ("pallas_tpu", "pallas_gpu")
+_PLANNED = ("pallas_gpu",)
 # XLA's grouped product multiplies every row with every expert and masks, on a CPU as on a TPU (libtpu 0.0.42) and a GPU.
-_AUTO = {"cpu": "tiles", "gpu": "tiles", "tpu": "tiles"}
+_AUTO = {"cpu": "tiles", "gpu": "tiles", "tpu": "pallas_tpu"}
 
 
 def choose_backend(name: str, platform: str | None = None) -> str:
@@ -36,14 +38,19 @@ def choose_backend(name: str, platform: str | None = None) -> str:
 
     Raises:
       NotImplementedError: for a backend that is planned but does not exist yet.
-      ValueError: for any other name.
+      ValueError: for any other name, and for a backend that the platform cannot run.
     """
+    platform = platform or jax.default_backend()
     if name == "auto":
-        return _AUTO[platform or jax.default_backend()]
+        if platform not in _AUTO:
+            raise ValueError(f"no expert backend is chosen for the platform {platform!r}; name one of {', '.join(_BACKENDS)}")
+        return _AUTO[platform]
     if name in _PLANNED:
         raise NotImplementedError(f"expert backend {name!r} is not written yet; use one of {', '.join(_BACKENDS)}")
     if name not in _BACKENDS:
         raise ValueError(f"expert backend is {name!r}; choose one of auto, {', '.join(_BACKENDS)}")
+    if name == "pallas_tpu" and platform != "tpu":
+        raise ValueError(f"expert backend 'pallas_tpu' runs on TPUs only, and this program is for a {platform}; choose 'auto'")
     return name
 
 
@@ -74,7 +81,7 @@ def expert_ffn(
       NotImplementedError: for a backend that does not exist yet.
       ValueError: for an unknown backend, and for shapes or dtypes that do not fit together.
     """
-    ffn = _BACKENDS[choose_backend(backend)]
+    ffn = _BACKENDS[backend if backend in _BACKENDS else choose_backend(backend)]
     _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
     return ffn(*varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
 

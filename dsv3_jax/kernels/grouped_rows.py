@@ -87,7 +87,7 @@ def grouped_rows(
     num_experts = group_sizes_E.shape[0]
     num_columns = weights[0].shape[1 if transposed else 2]
     operands = len(rows), len(weights), len(beside) + num_outputs
-    block, tile, remainder, columns = fit_rows(tiles, (num_rows, contracted, num_columns), operands, dtype, chip, name)
+    block, tile, remainder, columns = fit_rows(tiles, (num_rows, contracted, num_columns), num_experts, operands, dtype, chip, name)
     num_tiles = -(-num_columns // columns)
     cores = chip.cores if num_tiles % chip.cores == 0 else 1
     num_tiles //= cores
@@ -223,13 +223,20 @@ def sublanes(dtype: Any) -> int:
 
 
 def fit_rows(
-    tiles: RowTiles, shape: tuple[int, int, int], operands: tuple[int, int, int], dtype: Any, chip: Chip, name: str
+    tiles: RowTiles,
+    shape: tuple[int, int, int],
+    num_experts: int,
+    operands: tuple[int, int, int],
+    dtype: Any,
+    chip: Chip,
+    name: str,
 ) -> RowTiles:
     """The sizes of a call: those of `tiles`, cut to what there is and halved until they fit into fast memory.
 
     Args:
       tiles: the sizes to start from.
       shape: rows R, contracted dimension K and columns N.
+      num_experts: groups; tiles are no larger than a group is on average, to the next power of two.
       operands: the numbers of arrays [R, K], of weights, and of arrays [R, N], outputs among them.
       dtype: of all of them.
       chip: the machine.
@@ -246,7 +253,7 @@ def fit_rows(
         return 2 * width * blocks + 4 * tile * X * (num_weights + num_outer) + width * tile * min(K, LARGEST_PART)
 
     def tile_of(block: int) -> int:
-        return min(tiles.tile, block)
+        return min(tiles.tile, block, max(tiles.remainder, next_power(-(-num_rows // num_experts))))
 
     while vmem_bytes(block, tile_of(block), columns) > chip.vmem_bytes - RESERVED_BYTES:
         if block > tiles.remainder:
@@ -259,6 +266,11 @@ def fit_rows(
                 "VMEM even in the smallest blocks; split that dimension over mesh.tensor, or choose the backend 'tiles'"
             )
     return RowTiles(block, tile_of(block), min(tiles.remainder, block), columns)
+
+
+def next_power(size: int) -> int:
+    """The least power of two that is no less."""
+    return 1 << (size - 1).bit_length()
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped_rows import LANES, MIB, RESERVED_BYTES, Chip, round_up, sublanes
+from dsv3_jax.kernels.grouped_rows import LANES, MIB, RESERVED_BYTES, Chip, next_power, round_up, sublanes
 from dsv3_jax.kernels.groups import visits_of
 from dsv3_jax.kernels.varying import shape_beside
 
@@ -57,7 +57,7 @@ def grouped_weights(
     """
     (num_rows, X), Y, dtype = left_RX.shape, rights[0].shape[1], left_RX.dtype
     num_experts, packing = group_sizes_E.shape[0], sublanes(dtype)
-    block, part, tile_x, tile_y = fit_weights(tiles, (num_rows, X, Y), len(rights), dtype, chip)
+    block, part, tile_x, tile_y = fit_weights(tiles, (num_rows, X, Y), num_experts, len(rights), dtype, chip)
     visits = visits_of(group_sizes_E, num_rows, block, visit_empty=True)
 
     def kernel(group_V, block_V, start_G, left_ref, *refs) -> None:
@@ -67,21 +67,27 @@ def grouped_weights(
         begin = jnp.maximum(start_G[group] - first_row, 0)
         end = jnp.minimum(start_G[group + 1] - first_row, block)
 
-        @pl.when((visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group))
+        first = (visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group)
+        whole = (begin == 0) & (end == block)
+
+        def products(left_AX: jax.Array, right_AY: Sequence[jax.Array]) -> list[jax.Array]:
+            contract = (((0,), (0,)), ((), ()))
+            return [jax.lax.dot_general(left_AX, r, contract, preferred_element_type=jnp.float32) for r in right_AY]
+
+        @pl.when(first & whole)
+        def _() -> None:
+            for ref, total in zip(sum_refs, products(left_ref[...], [ref[...] for ref in right_refs]), strict=True):
+                ref[...] = total
+
+        @pl.when(jnp.logical_not(first) & whole)
+        def _() -> None:
+            for ref, total in zip(sum_refs, products(left_ref[...], [ref[...] for ref in right_refs]), strict=True):
+                ref[...] += total
+
+        @pl.when(first & jnp.logical_not(whole))
         def _() -> None:
             for ref in sum_refs:
                 ref[...] = jnp.zeros_like(ref)
-
-        def add(left_AX: jax.Array, right_AY: Sequence[jax.Array]) -> None:
-            for ref, right in zip(sum_refs, right_AY, strict=True):
-                contract = (((0,), (0,)), ((), ()))
-                ref[...] += jax.lax.dot_general(left_AX, right, contract, preferred_element_type=jnp.float32)
-
-        whole = (begin == 0) & (end == block)
-
-        @pl.when(whole)
-        def _() -> None:
-            add(left_ref[...], [ref[...] for ref in right_refs])
 
         @pl.when(jnp.logical_not(whole))
         def _() -> None:
@@ -92,15 +98,16 @@ def grouped_weights(
                     keep = (jnp.maximum(begin, nominal) <= row) & (row < end)
                     return jnp.where(keep, values.astype(jnp.float32), 0).astype(values.dtype)
 
-                add(mine(left_ref), [mine(ref) for ref in right_refs])
+                for ref, total in zip(sum_refs, products(mine(left_ref), [mine(ref) for ref in right_refs]), strict=True):
+                    ref[...] += total
 
-            first = begin // packing * packing
+            at_begin = begin // packing * packing
 
             def step(i: jax.Array, carry: None) -> None:
-                nominal = first + i * part
+                nominal = at_begin + i * part
                 add_part(pl.multiple_of(jnp.minimum(nominal, block - part), packing), nominal)
 
-            jax.lax.fori_loop(0, jnp.where(begin < end, (end - first + part - 1) // part, 0), step, None)
+            jax.lax.fori_loop(0, jnp.where(begin < end, (end - at_begin + part - 1) // part, 0), step, None)
 
         @pl.when((visit == last) | (group_V[jnp.minimum(visit + 1, last)] != group))
         def _() -> None:
@@ -142,19 +149,22 @@ def grouped_weights(
     return call(visits.group_V, visits.block_V, visits.start_G, left_RX, *rights)
 
 
-def fit_weights(tiles: WeightTiles, shape: tuple[int, int, int], num_rights: int, dtype: Any, chip: Chip) -> WeightTiles:
+def fit_weights(
+    tiles: WeightTiles, shape: tuple[int, int, int], num_experts: int, num_rights: int, dtype: Any, chip: Chip
+) -> WeightTiles:
     """The sizes of a call: those of `tiles`, cut to what there is and halved until they fit into fast memory.
 
     Args:
       tiles: the sizes to start from.
       shape: rows R, and the widths X and Y of the left array and of the right ones.
+      num_experts: groups; blocks are no larger than a group is on average, to the next power of two.
       num_rights: how many right arrays there are.
       dtype: of all of them.
       chip: the machine.
     """
     num_rows, X, Y = shape
     width = jnp.dtype(dtype).itemsize
-    block = min(tiles.block, round_up(num_rows, sublanes(dtype)))
+    block = min(tiles.block, round_up(num_rows, sublanes(dtype)), max(tiles.part, next_power(-(-num_rows // num_experts))))
     left, right = min(tiles.left, X), min(tiles.right, Y)
 
     def vmem_bytes() -> int:

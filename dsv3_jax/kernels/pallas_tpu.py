@@ -45,12 +45,24 @@ class How(NamedTuple):
     interpret: Any = False
 
 
-_TILES = {
-    "v5p": Tiles(
-        RowTiles(1024, 512, 128, 256), RowTiles(1024, 512, 128, 512), RowTiles(1024, 512, 128, 256), RowTiles(1024, 512, 128, 512),
-        WeightTiles(512, 128, 1024, 1024), WeightTiles(512, 128, 1024, 1024),
-    ),
-}
+_SMALL_VMEM = Tiles(
+    gate_up=RowTiles(1024, 512, 128, 256),
+    down=RowTiles(1024, 512, 128, 512),
+    dhidden=RowTiles(1024, 512, 128, 256),
+    dx=RowTiles(1024, 512, 128, 512),
+    dw_gate_up=WeightTiles(512, 256, 1024, 1024),
+    dw_down=WeightTiles(512, 256, 1024, 1024),
+)
+_LARGE_VMEM = Tiles(
+    gate_up=RowTiles(2048, 512, 128, 512),
+    down=RowTiles(2048, 512, 128, 1024),
+    dhidden=RowTiles(2048, 512, 128, 512),
+    dx=RowTiles(2048, 512, 128, 1024),
+    dw_gate_up=WeightTiles(1024, 256, 3584, 1024),
+    dw_down=WeightTiles(1024, 256, 2048, 1024),
+)
+TILES = {"v5e": _LARGE_VMEM, "v5p": _SMALL_VMEM, "v6e": _LARGE_VMEM, "7x": _SMALL_VMEM}
+"""By chip, as Pallas names it."""
 
 
 def expert_ffn_pallas_tpu(
@@ -64,11 +76,19 @@ def this_machine() -> How:
     """Sizes for the TPU at hand: the devices of the current mesh, or JAX's default device.
 
     Raises:
-      NotImplementedError: for a chip without an entry in the table.
+      NotImplementedError: for a TPU without an entry in the table.
+      ValueError: where there is no TPU.
     """
-    info = pltpu.get_tpu_info()
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError as error:
+        raise ValueError("the expert backend 'pallas_tpu' runs on TPUs only; choose 'auto' or 'tiles'") from error
     chip = str(info.chip_version)
-    return How(_TILES.get(chip, _TILES["v5p"]), Chip(info.num_cores, info.vmem_capacity_bytes))
+    if chip not in TILES:
+        raise NotImplementedError(
+            f"the expert backend 'pallas_tpu' has no tile sizes for TPU {chip}, only for {', '.join(TILES)}; choose 'tiles'"
+        )
+    return How(TILES[chip], Chip(info.num_cores, info.vmem_capacity_bytes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

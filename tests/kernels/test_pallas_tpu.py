@@ -1,0 +1,167 @@
+"""The TPU kernels of the expert FFN in Pallas' interpreters against the reference, and through the TPU compiler."""
+
+from __future__ import annotations
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.kernels import expert_ffn, grouped_rows
+from dsv3_jax.kernels.grouped_rows import MIB, Chip, RowTiles, fit_rows
+from dsv3_jax.kernels.grouped_weights import WeightTiles, fit_weights
+from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_with
+from dsv3_jax.plan.topology import tpu_devices
+from tests.kernels.interpreter import THOROUGH, assert_no_race
+from tests.kernels.test_expert_ffn import CASES, LARGER_CASES, expected, make_inputs, value_and_gradients
+from tests.tolerances import TOLERANCE
+
+ROWS, WEIGHTS = RowTiles(block=32, tile=16, remainder=16, columns=128), WeightTiles(block=32, part=16, left=128, right=128)
+SMALL = How(Tiles(ROWS, ROWS, ROWS, ROWS, WEIGHTS, WEIGHTS), Chip(cores=2, vmem_bytes=64 * MIB), interpret=True)
+TPUS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def pallas(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, how: How = SMALL) -> dict[str, jax.Array]:
+    def ffn(*differentiated: jax.Array) -> jax.Array:
+        return expert_ffn_with(*differentiated, group_sizes_E, how)
+
+    y_RD, gradient = jax.vjp(ffn, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD)
+    return {"y": y_RD} | dict(zip(("dx", "dw_gate", "dw_up", "dw_down"), gradient(dy_RD), strict=True))
+
+
+@pytest.mark.parametrize(("case", "dtype"), [*((c, "float32") for c in CASES), *((c, "bfloat16") for c in LARGER_CASES)])
+def test_kernels_match_reference(case: str, dtype: str) -> None:
+    inputs = make_inputs(case, dtype)
+    found = pallas(*inputs)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected(case, dtype))
+    chex.assert_trees_all_close(found, expected(case, dtype), **TOLERANCE[dtype])
+    used = int(inputs[-2].sum())
+    np.testing.assert_array_equal(found["y"][used:], 0)
+    np.testing.assert_array_equal(found["dx"][used:], 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [("some", "float32"), ("rows past the last group", "bfloat16"), ("no rows at all", "float32"), ("one expert", "float32")],
+)
+def test_no_race_and_nothing_read_before_it_is_written(case: str, dtype: str) -> None:
+    found = pallas(*make_inputs(case, dtype), how=SMALL._replace(interpret=THOROUGH))
+    chex.assert_trees_all_close(found, expected(case, dtype), **TOLERANCE[dtype])
+    assert_no_race()
+
+
+def several_tiles(dtype: str) -> tuple[jax.Array, ...]:
+    """Widths of several column tiles, the last one cut short; an odd and an even number of them. Few rows past the groups."""
+    rng = np.random.default_rng(1)
+    R, D, F, sizes = 90, 260, 200, [31, 0, 33, 20]
+    shapes = (R, D), (len(sizes), D, F), (len(sizes), D, F), (len(sizes), F, D)
+    arrays = [jnp.asarray(rng.standard_normal(shape) * shape[-2] ** -0.5, dtype) for shape in shapes]
+    dy_RD = jnp.asarray(rng.standard_normal((R, D)) / 8, dtype)
+    x_RD, dy_RD = (a.at[sum(sizes) :].set(jnp.nan) for a in (arrays[0] * R**0.5, dy_RD))
+    return x_RD, *arrays[1:], jnp.asarray(sizes, jnp.int32), dy_RD
+
+
+@pytest.mark.parametrize(("dtype", "thorough"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_several_tiles_and_parts(dtype: str, thorough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths over several tiles, and the contracted dimension over several parts."""
+    monkeypatch.setattr(grouped_rows, "LARGEST_PART", 128)
+    inputs = several_tiles(dtype)
+    # A size of its own keeps the compiled program apart from those made with parts of another length.
+    how = SMALL._replace(chip=Chip(2, 65 * MIB), interpret=THOROUGH if thorough else True)
+    chex.assert_trees_all_close(pallas(*inputs, how=how), value_and_gradients(*inputs, backend="reference"), **TOLERANCE[dtype])
+    if thorough:
+        assert_no_race()
+
+
+def test_poisoned_rows_of_one_group_stay_in_it() -> None:
+    """Groups share blocks: what is NaN in one must not reach the weights or the rows of another."""
+    x_RD, *weights, sizes_E, dy_RD = make_inputs("some", "float32")
+    mine = slice(7, 26)  # Rows of expert 3.
+    found = pallas(x_RD.at[mine].set(jnp.nan), *weights, sizes_E, dy_RD)
+    others_E, others_R = np.arange(6) != 3, np.r_[0:7, 26:40]
+    want = expected("some", "float32")
+    for name in ("dw_gate", "dw_up", "dw_down"):
+        chex.assert_trees_all_close(found[name][others_E], want[name][others_E], **TOLERANCE["float32"])
+    for name in ("y", "dx"):
+        chex.assert_trees_all_close(found[name][others_R], want[name][others_R], **TOLERANCE["float32"])
+    assert np.isnan(found["dw_gate"][3]).all()
+
+
+def test_idle_experts_are_never_read() -> None:
+    x_RD, *weights, sizes_E, dy_RD = make_inputs("some", "float32")
+    idle_E11 = (sizes_E == 0)[:, None, None]
+    poisoned = (jnp.where(idle_E11, jnp.nan, w) for w in weights)
+    chex.assert_trees_all_close(
+        pallas(x_RD, *poisoned, sizes_E, dy_RD), expected("some", "float32"), **TOLERANCE["float32"]
+    )
+
+
+def test_inside_scan_and_checkpoint() -> None:
+    x_RD, *weights, sizes_E, dy_RD = make_inputs("some", "float32")
+    layers = [jnp.stack([w, 0.5 * w, -w]) for w in weights]
+
+    def loss(x_RD, layers, ffn):
+        @jax.checkpoint
+        def layer(x_RD, weights):
+            return x_RD + ffn(x_RD, *weights, sizes_E), None
+
+        return jnp.sum(dy_RD * jax.lax.scan(layer, x_RD, layers)[0])
+
+    kernel, reference = (functools.partial(expert_ffn_with, how=SMALL), functools.partial(expert_ffn, backend="reference"))
+    found, want = (jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(x_RD, layers, f) for f in (kernel, reference))
+    chex.assert_trees_all_close(found, want, **TOLERANCE["float32"])
+
+
+# --- Sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_shrink_until_they_fit() -> None:
+    tiles, chip = TILES["v5p"].gate_up, Chip(2, 64 * MIB)
+    assert fit_rows(tiles, (8192, 7168, 2048), 8, (1, 2, 3), jnp.bfloat16, chip, "k") == tiles
+    fitted = fit_rows(tiles, (8192, 7168, 2048), 8, (1, 2, 3), jnp.float32, chip, "k")
+    assert (fitted.block, fitted.tile, fitted.columns) == (256, 256, 256)
+    few = fit_rows(tiles, (40, 64, 7), 6, (1, 2, 1), jnp.bfloat16, chip, "k")
+    assert (few.block, few.tile, few.columns) == (48, 48, 7)
+    assert fit_rows(tiles, (2048, 7168, 2048), 8, (1, 2, 3), jnp.bfloat16, chip, "k").tile == 256
+
+
+def test_rows_that_fit_nowhere_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expert_dx: rows of 131072 bfloat16 values do not fit into 64 MiB.*mesh\.tensor"):
+        fit_rows(TILES["v5p"].dx, (8192, 131072, 2048), 8, (2, 2, 1), jnp.bfloat16, Chip(2, 64 * MIB), "expert_dx")
+
+
+def test_weight_tiles_shrink_until_they_fit() -> None:
+    tiles, small = TILES["v6e"].dw_gate_up, Chip(1, 64 * MIB)
+    assert fit_weights(tiles, (8192, 7168, 2048), 8, 2, jnp.bfloat16, Chip(1, 128 * MIB)) == tiles
+    fitted = fit_weights(tiles, (8192, 7168, 2048), 8, 2, jnp.float32, small)
+    assert fitted.left < tiles.left and fitted.left % 128 == 0
+    assert fit_weights(tiles, (2048, 7168, 2048), 8, 2, jnp.bfloat16, small).block == 256
+
+
+# --- The TPU compiler ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chip", TPUS)
+@pytest.mark.parametrize(
+    ("R", "D", "F", "E", "dtype"),
+    [(40, 13, 7, 6, "float32"), (40, 13, 7, 6, "bfloat16"), (1000, 384, 200, 5, "bfloat16"), (3, 128, 128, 2, "bfloat16")],
+)
+def test_compiles_for_tpus(R: int, D: int, F: int, E: int, dtype: str, chip: str, tpu_compiler: str) -> None:
+    """Values and gradients, by the backend that the platform chooses, with every kernel named in the program."""
+    mesh = Mesh(np.array(tpu_devices(TPUS[chip])[:1]), ("x",), axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, P())
+
+    def shape(*axes: int, of: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, of, sharding=replicated)
+
+    with jax.set_mesh(mesh):
+        arguments = shape(R, D), shape(E, D, F), shape(E, D, F), shape(E, F, D), shape(E, of="int32"), shape(R, D)
+        text = value_and_gradients.lower(*arguments, backend="pallas_tpu").compile().as_text()
+    for kernel in ("gate_up", "down", "dhidden", "dx", "dw_gate_up", "dw_down"):
+        assert f"expert_{kernel}" in text

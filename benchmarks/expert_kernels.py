@@ -130,8 +130,9 @@ def row_cost(kernel: RowKernel, schedule: Schedule, tiles: RowTiles, rows: int, 
     num_rows, width = E * rows, jnp.dtype(DTYPE).itemsize
     K, N, (inner, weights, outer) = kernel
     block, tile, remainder, columns = fit_rows(tiles, (num_rows, K, N), E, kernel.operands, DTYPE, how_on(chip).chip, "")
+    cores = CORES[chip] if -(-N // columns) % CORES[chip] == 0 else 1
     sizes_G = jnp.array([rows] * E + [0], jnp.int32)
-    num_blocks, num_tiles = -(-num_rows // block), -(-N // columns) // CORES[chip]
+    num_blocks, num_tiles = -(-num_rows // block), -(-N // columns) // cores
     steps, count = steps_by_block(visits_of(sizes_G, num_rows, block, visit_empty=False), num_blocks, num_tiles)
     group, at, column, start = (np.asarray(a) for a in steps)
     group, at, column = (a[: int(count)] for a in (group, at, column))
@@ -145,7 +146,7 @@ def row_cost(kernel: RowKernel, schedule: Schedule, tiles: RowTiles, rows: int, 
         (list(zip(group, column, strict=True)), weights * K * columns * width),
         (list(zip(at, column, strict=True)), outer * block * columns * width),
     )
-    return Cost(int(bundles), 2.0 * num_rows * K * N * weights, moved * CORES[chip])
+    return Cost(int(bundles), 2.0 * num_rows * K * N * weights, moved * cores)
 
 
 def weights_cost(shape: tuple[int, int, int], schedule: Schedule, tiles: WeightTiles, rows: int, chip: str) -> Cost:
@@ -186,8 +187,9 @@ def weights_cost(shape: tuple[int, int, int], schedule: Schedule, tiles: WeightT
         ([(j, at[v]) for i, j, v in order], rights * tiles.block * tiles.right * width),
         ([(i, j, group[v]) for i, j, v in order], rights * tiles.left * tiles.right * width),
     )
-    cores = CORES[chip] if num_x % CORES[chip] == 0 else 1
-    return Cost(one_tile * num_x * num_y // cores, 2.0 * num_rows * X * Y * rights, moved)
+    # Cores share the outermost axis of the grid: ours, that of X; tgmm's, that of Y.
+    busiest = -(-num_x // CORES[chip]) * num_y if schedule.loops else num_x * -(-num_y // CORES[chip])
+    return Cost(one_tile * busiest, 2.0 * num_rows * X * Y * rights, moved)
 
 
 def gmm_cost(contracted: int, columns: int, schedule: Schedule, tiling: Sequence[int], rows: int, chip: str) -> Cost:
@@ -208,8 +210,7 @@ def gmm_cost(contracted: int, columns: int, schedule: Schedule, tiling: Sequence
         ([(m * tile_m // rows if tile_m < rows else m, k, n) for n, m, k in order], tile_k * tile_n * width),
         ([(m // groups_a_tile, n) for n, m, k in order], tile_m * tile_n * width),
     )
-    cores = CORES[chip] if num_n % CORES[chip] == 0 else 1
-    return Cost(one_tile * num_n * num_m // cores, 2.0 * num_rows * contracted * columns, moved)
+    return Cost(one_tile * -(-num_n // CORES[chip]) * num_m, 2.0 * num_rows * contracted * columns, moved)
 
 
 def as_weight_tiles(tiling: Sequence[int]) -> WeightTiles:

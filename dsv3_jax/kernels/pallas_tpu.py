@@ -50,8 +50,8 @@ _SMALL_VMEM = Tiles(
     down=RowTiles(1024, 512, 128, 512),
     dhidden=RowTiles(1024, 512, 128, 256),
     dx=RowTiles(1024, 512, 128, 512),
-    dw_gate_up=WeightTiles(512, 256, 1024, 1024),
-    dw_down=WeightTiles(512, 256, 1024, 1024),
+    dw_gate_up=WeightTiles(512, 256, 1792, 1024),
+    dw_down=WeightTiles(512, 256, 1024, 1792),
 )
 _LARGE_VMEM = Tiles(
     gate_up=RowTiles(2048, 512, 128, 512),

@@ -118,6 +118,30 @@ def test_inside_scan_and_checkpoint() -> None:
     chex.assert_trees_all_close(found, want, **TOLERANCE["float32"])
 
 
+def test_inside_shard_map_weight_gradients_are_summed() -> None:
+    """Rows split over devices, weights on each. The interpreters cannot follow what varies where; the compiler below can."""
+    devices, rows = 4, 8
+    sizes = jnp.asarray([[8, 0, 0], [1, 3, 4], [0, 0, 8], [2, 2, 2]], jnp.int32)
+    rng = np.random.default_rng(0)
+    x_RD, dy_RD = (jnp.asarray(rng.standard_normal((devices * rows, 6)), jnp.float32) for _ in range(2))
+    weights = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((3, 6, 5), (3, 6, 5), (3, 5, 6))]
+    mesh = jax.make_mesh((devices,), ("expert",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,))
+
+    def local(x_RD, weights, sizes_1E):
+        return expert_ffn_with(x_RD, *weights, sizes_1E[0], SMALL)
+
+    specs = P("expert"), P(), P("expert")
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("expert"), check_vma=False)
+
+    def loss_of_parts(x_RD, weights):
+        parts = zip(jnp.split(x_RD, devices), sizes, strict=True)
+        return jnp.vdot(dy_RD, jnp.concatenate([expert_ffn(x, *weights, s, backend="reference") for x, s in parts]))
+
+    found = jax.jit(jax.value_and_grad(lambda x, w: jnp.vdot(dy_RD, sharded(x, w, sizes)), argnums=(0, 1)))(x_RD, weights)
+    want = jax.jit(jax.value_and_grad(loss_of_parts, argnums=(0, 1)))(x_RD, weights)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-4)
+
+
 # --- Sizes ------------------------------------------------------------------------------------------------------------
 
 

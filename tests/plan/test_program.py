@@ -49,6 +49,7 @@ def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str) -> 
     assert program.total_bytes >= program.argument_bytes + program.temporary_bytes
     assert program.collectives is not None
     found = {(one.kind, one.axis): one for one in program.collectives}
+    assert all(f"expert_{kernel}" in program.text for kernel in ("gate_up", "down", "dhidden", "dx", "dw_gate_up", "dw_down"))
     ragged = found["ragged-all-to-all", "expert"]
     # Two MoE layers and the MTP depth: a forward pass of two exchanges, and a backward of three, whose two further
     # ones carry a number for each row.

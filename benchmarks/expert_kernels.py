@@ -140,7 +140,9 @@ def row_cost(kernel: RowKernel, schedule: Schedule, tiles: RowTiles, rows: int, 
     first = begin // sublanes(DTYPE) * sublanes(DTYPE)
     whole = (end - first) // tile
     rest = -(-(end - first - whole * tile) // remainder)
-    bundles = schedule.outside_loops * len(group) + whole.sum() * schedule.loops[0].bundles + rest.sum() * schedule.loops[1].bundles
+    bundles = (
+        schedule.outside_loops * len(group) + whole.sum() * schedule.loops[0].bundles + rest.sum() * schedule.loops[1].bundles
+    )
     moved = _traffic(
         (list(at), inner * block * K * width),
         (list(zip(group, column, strict=True)), weights * K * columns * width),
@@ -154,7 +156,7 @@ def weights_cost(shape: tuple[int, int, int], schedule: Schedule, tiles: WeightT
     X, Y, rights = shape
     num_rows, width = E * rows, jnp.dtype(DTYPE).itemsize
     visits = visits_of(jnp.full(E, rows, jnp.int32), num_rows, tiles.block, visit_empty=True)
-    count = int(visits.count)
+    count = int(visits.number)
     group, at, start = np.asarray(visits.group_V)[:count], np.asarray(visits.block_V)[:count], np.asarray(visits.start_G)
     begin = np.maximum(start[group] - at * tiles.block, 0)
     end = np.minimum(start[group + 1] - at * tiles.block, tiles.block)
@@ -176,7 +178,7 @@ def weights_cost(shape: tuple[int, int, int], schedule: Schedule, tiles: WeightT
         )
     else:  # tgmm: every visit works through a whole tile of rows.
         (i,) = (i for i, arm in enumerate(schedule.arms) if arm.products)
-        zero, whole = schedule.arms[i - 1], schedule.arms[i]
+        zero, _whole = schedule.arms[i - 1], schedule.arms[i]
         store = max(schedule.arms[i + 1 :], key=lambda arm: arm.bundles)
         common = schedule.outside_loops - zero.bundles - store.bundles
         one_tile = common * count + (zero.bundles + store.bundles) * int(first.sum())
@@ -216,5 +218,3 @@ def gmm_cost(contracted: int, columns: int, schedule: Schedule, tiling: Sequence
 def as_weight_tiles(tiling: Sequence[int]) -> WeightTiles:
     """A tiling of tgmm: every visit works through a whole tile of rows."""
     return WeightTiles(tiling[0], tiling[0], tiling[1], tiling[2])
-
-

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import re
@@ -80,7 +81,8 @@ def read_schedules(jobs: Sequence[Job], chip: str) -> Iterator[dict[str, Schedul
         }
         command = [sys.executable, __file__, chip, folder]
         with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdin is not None and child.stdout is not None
+            assert child.stdin is not None
+            assert child.stdout is not None
             child.stdin.write(json.dumps(jobs))
             child.stdin.close()
             for line in child.stdout:
@@ -120,7 +122,7 @@ def parse(text: str) -> Schedule:
     begin, end = max(loops, key=lambda loop: loop[1] - loop[0])
     inner = sorted(loop for loop in loops if loop != (begin, end))
     cuts = sorted([begin, end, *(b for b in branches if begin < b < end), *(edge for loop in inner for edge in loop)])
-    arms = [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if not any(lo <= a < hi for lo, hi in inner)]
+    arms = [(a, b) for a, b in itertools.pairwise(cuts) if not any(lo <= a < hi for lo, hi in inner)]
     return Schedule(span(begin, end), [span(*loop) for loop in inner], [span(*arm) for arm in arms])
 
 

@@ -33,8 +33,8 @@ ROW_TILES = [
 WEIGHT_TILES = [
     WeightTiles(block, part, left, right)
     for block, part, left, right in (
-        (512, 128, 1024, 1024), (512, 256, 1024, 1024), (512, 256, 1792, 1024), (1024, 256, 1792, 1024), (1024, 256, 1024, 1792),
-        (1024, 256, 3584, 1024), (1024, 256, 2048, 1024), (256, 128, 1024, 2048),
+        (512, 128, 1024, 1024), (512, 256, 1024, 1024), (512, 256, 1792, 1024), (1024, 256, 1792, 1024),
+        (1024, 256, 1024, 1792), (1024, 256, 3584, 1024), (1024, 256, 2048, 1024), (256, 128, 1024, 2048),
     )
 ]  # fmt: skip
 
@@ -81,7 +81,11 @@ def main() -> None:
         print(json.dumps(line | {"peak": peak, "bytes": cost.bytes}), flush=True)
         best[kernel] = min(best.get(kernel, (float("inf"), None)), (milliseconds, sizes))
     found = {kernel: sizes._asdict() for kernel, (_, sizes) in best.items()}
-    print(json.dumps({"benchmark": "tune_expert_ffn", "chip": args.chip, "rows_per_expert": args.rows, "best": found, **machine()}))
+    print(
+        json.dumps(
+            {"benchmark": "tune_expert_ffn", "chip": args.chip, "rows_per_expert": args.rows, "best": found, **machine()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ A block of rows stays in fast memory, whole in the contracted dimension, while t
 stream past, some columns at a time; so rows are read once from HBM, and weights once for each block that their group reaches.
 Within a block, products are made of large tiles of a group's rows and small ones for its remainder, and groups may begin at
 any row: tiles start at a row's own packed register, not at a multiple of their size.
+
+Axes beyond the project's legend: K the contracted dimension, A and X the rows and columns of an output tile.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dsv3_jax.kernels.varying import shape_beside
 MIB = 2**20
 LANES = 128
 LARGEST_PART = 4096
+"""Of the contracted dimension, in one product: the compiler copies that much of a tile's rows."""
 RESERVED_BYTES = 6 * MIB
 """Fast memory left to the compiler."""
 
@@ -43,12 +46,12 @@ class Chip(NamedTuple):
     """What a call has to know of the machine."""
 
     cores: int
-    """TensorCores that share one device: they take half of the columns each."""
+    """TensorCores that share one device: each takes its share of the columns."""
     vmem_bytes: int
 
 
 def grouped_rows(
-    compute: Callable[..., Sequence[jax.Array]],
+    compute: Callable[[list[jax.Array], list[jax.Array]], Sequence[jax.Array]],
     rows: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     beside: Sequence[jax.Array],
@@ -83,77 +86,62 @@ def grouped_rows(
     Raises:
       ValueError: where even the smallest blocks do not fit into fast memory.
     """
-    (num_rows, contracted), dtype = rows[0].shape, rows[0].dtype
-    num_experts = group_sizes_E.shape[0]
+    (num_rows, contracted), dtype, num_experts = rows[0].shape, rows[0].dtype, group_sizes_E.shape[0]
     num_columns = weights[0].shape[1 if transposed else 2]
     operands = len(rows), len(weights), len(beside) + num_outputs
-    block, tile, remainder, columns = fit_rows(tiles, (num_rows, contracted, num_columns), num_experts, operands, dtype, chip, name)
+    fitted = fit_rows(tiles, (num_rows, contracted, num_columns), num_experts, operands, dtype, chip, name)
+    block, columns = fitted.block, fitted.columns
     num_tiles = -(-num_columns // columns)
     cores = chip.cores if num_tiles % chip.cores == 0 else 1
-    num_tiles //= cores
-    num_blocks = -(-num_rows // block)
 
     # The rows past the last group are one more group, of zeros.
     sizes_G = jnp.append(group_sizes_E, num_rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
-    steps, num_steps = steps_by_block(visits_of(sizes_G, num_rows, block, visit_empty=False), num_blocks, num_tiles)
+    visits = visits_of(sizes_G, num_rows, block, visit_empty=False)
+    steps, num_steps = steps_by_block(visits, -(-num_rows // block), num_tiles // cores)
 
-    def kernel(group_X, block_X, tile_X, start_G, *refs) -> None:
+    def kernel(group_X: Any, block_X: Any, tile_X: Any, start_G: Any, *refs: Any) -> None:
         del tile_X
+        row_refs, weight_refs, beside_refs, output_refs = _split(refs, len(rows), len(weights), len(beside))
         step = pl.program_id(1)
         group, first_row = group_X[step], block_X[step] * block
         begin = jnp.maximum(start_G[group] - first_row, 0)
         end = jnp.minimum(start_G[group + 1] - first_row, block)
-        row_refs, weight_refs, beside_refs, output_refs = _split(refs, len(rows), len(weights), len(beside))
-
-        def put(start: jax.Array, values: Sequence[jax.Array]) -> None:
-            for ref, value in zip(output_refs, values, strict=True):
-                at = pl.ds(start, value.shape[0])
-                row_AX = start + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
-                mine_AX = (begin <= row_AX) & (row_AX < end)
-                ref[at, :] = jnp.where(mine_AX, value.astype(jnp.float32), ref[at, :].astype(jnp.float32)).astype(ref.dtype)
 
         def compute_tile(start: jax.Array, num: int) -> None:
             at = pl.ds(start, num)
-            factors = zip(row_refs * (len(weights) // len(rows)), weight_refs, strict=True)
+            factors = zip(list(row_refs) * (len(weights) // len(rows)), weight_refs, strict=True)
             products = [_product(row_ref, at, weight_ref, transposed) for row_ref, weight_ref in factors]
-            put(start, compute(products, [ref[at, :] for ref in beside_refs]))
+            values = compute(products, [ref[at, :] for ref in beside_refs])
+            _store(output_refs, values, start, begin, end)
+
+        def zero_tile(start: jax.Array, num: int) -> None:
+            zero_AX = jnp.zeros((num, columns), jnp.float32)
+            _store(output_refs, [zero_AX] * num_outputs, start, begin, end)
 
         @pl.when(group < num_experts)
         def _() -> None:
-            over_tiles(compute_tile, begin, end, block, tile, remainder, dtype)
+            _over_tiles(compute_tile, begin, end, fitted, dtype)
 
         @pl.when(group == num_experts)
         def _() -> None:
-            def zero(start: jax.Array, num: int) -> None:
-                put(start, [jnp.zeros((num, columns), jnp.float32)] * num_outputs)
+            _over_tiles(zero_tile, begin, end, fitted._replace(tile=fitted.remainder), dtype)
 
-            over_tiles(zero, begin, end, block, remainder, remainder, dtype)
-
-    def column(core, step, tile_X):
-        return core * num_tiles + tile_X[step]
-
-    def at_rows(core, step, group_X, block_X, tile_X, start_G):
+    # Index maps: of the grid's place (core, step) and the lists of steps.
+    def at_rows(core: Any, step: Any, group_X: Any, block_X: Any, tile_X: Any, start_G: Any) -> tuple:
         return block_X[step], 0
 
-    def at_weights(core, step, group_X, block_X, tile_X, start_G):
+    def at_outputs(core: Any, step: Any, group_X: Any, block_X: Any, tile_X: Any, start_G: Any) -> tuple:
+        return block_X[step], core * (num_tiles // cores) + tile_X[step]
+
+    def at_weights(core: Any, step: Any, group_X: Any, block_X: Any, tile_X: Any, start_G: Any) -> tuple:
         # The last group has no weights: those at hand stay.
-        group = jnp.minimum(group_X[step], num_experts - 1)
-        place = column(core, step, tile_X)
-        return (group, place, 0) if transposed else (group, 0, place)
+        group, column = jnp.minimum(group_X[step], num_experts - 1), core * (num_tiles // cores) + tile_X[step]
+        return (group, column, 0) if transposed else (group, 0, column)
 
-    def at_outputs(core, step, group_X, block_X, tile_X, start_G):
-        return block_X[step], column(core, step, tile_X)
-
-    weight_block = (None, columns, contracted) if transposed else (None, contracted, columns)
-    row_spec, weight_spec, output_spec = (
-        pl.BlockSpec((block, contracted), at_rows),
-        pl.BlockSpec(weight_block, at_weights),
-        pl.BlockSpec((block, columns), at_outputs),
-    )
+    row_spec, output_spec = pl.BlockSpec((block, contracted), at_rows), pl.BlockSpec((block, columns), at_outputs)
+    weight_spec = pl.BlockSpec((None, columns, contracted) if transposed else (None, contracted, columns), at_weights)
     output = shape_beside(rows[0], (num_rows, num_columns), dtype)
-    flops = 2 * num_rows * contracted * num_columns * len(weights)
-    arrays = (*rows, *weights, *beside, *[output] * num_outputs)
-    call = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         out_shape=[output] * num_outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -162,41 +150,40 @@ def grouped_rows(
             in_specs=[row_spec] * len(rows) + [weight_spec] * len(weights) + [output_spec] * len(beside),
             out_specs=[output_spec] * num_outputs,
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip.vmem_bytes - MIB
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=flops, bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays), transcendentals=0
-        ),
+        compiler_params=compiler_params("parallel", "arbitrary", chip=chip),
+        cost_estimate=estimate(2 * num_rows * contracted * num_columns * len(weights), *rows, *weights, *beside, output),
         interpret=interpret,
         name=name,
-    )
-    return call(*steps, *rows, *weights, *beside)
+    )(*steps, *rows, *weights, *beside)
 
 
 def _product(row_ref: Any, at: Any, weight_ref: Any, transposed: bool) -> jax.Array:
-    """Rows times weights, in parts of the contracted dimension: a part of the rows is copied to where products find it."""
+    """Rows times weights, float32 [A, X]."""
     contracted = row_ref.shape[1]
-    part = min(contracted, round_up(-(-contracted // -(-contracted // LARGEST_PART)), LANES))
-    total = None
-    for k in range(0, contracted, part):
+    part = round_up(-(-contracted // -(-contracted // LARGEST_PART)), LANES)
+    contract = (((1,), (1 if transposed else 0,)), ((), ()))
+
+    def one_part(k: int) -> jax.Array:
         some = slice(k, min(k + part, contracted))
         weight = weight_ref[:, some] if transposed else weight_ref[some, :]
-        contract = (((1,), (1 if transposed else 0,)), ((), ()))
-        product = jax.lax.dot_general(row_ref[at, some], weight, contract, preferred_element_type=jnp.float32)
-        total = product if total is None else total + product
-    return total
+        return jax.lax.dot_general(row_ref[at, some], weight, contract, preferred_element_type=jnp.float32)
+
+    total_AX = one_part(0)
+    for k in range(part, contracted, part):
+        total_AX += one_part(k)
+    return total_AX
 
 
-def over_tiles(
-    body: Callable[[jax.Array, int], None],
-    begin: jax.Array,
-    end: jax.Array,
-    block: int,
-    tile: int,
-    remainder: int,
-    dtype: Any,
-) -> None:
+def _store(refs: Sequence[Any], values: Sequence[jax.Array], start: jax.Array, begin: jax.Array, end: jax.Array) -> None:
+    """Writes the rows of a tile from `start` on that lie in [begin, end); the others belong to other groups."""
+    for ref, value_AX in zip(refs, values, strict=True):
+        at = pl.ds(start, value_AX.shape[0])
+        row_AX = start + jax.lax.broadcasted_iota(jnp.int32, value_AX.shape, 0)
+        mine_AX = (begin <= row_AX) & (row_AX < end)
+        ref[at, :] = jnp.where(mine_AX, value_AX.astype(jnp.float32), ref[at, :].astype(jnp.float32)).astype(ref.dtype)
+
+
+def _over_tiles(body: Callable[[jax.Array, int], None], begin: jax.Array, end: jax.Array, tiles: RowTiles, dtype: Any) -> None:
     """body(start, number) over tiles that cover the rows [begin, end) of a block: large ones, then small ones for the rest.
 
     A tile may reach back before `begin`, and past `end`, but never past the block; where a last tile would, it is moved back,
@@ -204,22 +191,25 @@ def over_tiles(
     """
     packing = sublanes(dtype)
     first = begin // packing * packing
-    whole = (end - first) // tile
-    rest = first + whole * tile
+    whole = (end - first) // tiles.tile
+    rest = first + whole * tiles.tile
 
     def run(start: jax.Array, count: jax.Array, num: int) -> None:
         def step(i: jax.Array, carry: None) -> None:
-            body(pl.multiple_of(jnp.minimum(start + i * num, block - num), packing), num)
+            body(pl.multiple_of(jnp.minimum(start + i * num, tiles.block - num), packing), num)
 
         jax.lax.fori_loop(0, count, step, None)
 
-    run(first, whole, tile)
-    run(rest, (end - rest + remainder - 1) // remainder, remainder)
+    run(first, whole, tiles.tile)
+    run(rest, (end - rest + tiles.remainder - 1) // tiles.remainder, tiles.remainder)
 
 
-def sublanes(dtype: Any) -> int:
-    """Rows that share a register's sublanes, and so the grain of where a tile may start."""
-    return 32 // jnp.dtype(dtype).itemsize
+def _split(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    parts = []
+    for size in sizes:
+        parts.append(refs[:size])
+        refs = refs[size:]
+    return [*parts, refs]
 
 
 def fit_rows(
@@ -247,25 +237,41 @@ def fit_rows(
     block = min(tiles.block, round_up(num_rows, packing))
     columns = min(tiles.columns, num_columns)
 
-    def vmem_bytes(block: int, tile: int, columns: int) -> int:
-        K, X = round_up(contracted, LANES), round_up(columns, LANES)
-        blocks = num_inner * block * K + num_weights * K * X + num_outer * block * X
-        return 2 * width * blocks + 4 * tile * X * (num_weights + num_outer) + width * tile * min(K, LARGEST_PART)
-
     def tile_of(block: int) -> int:
         return min(tiles.tile, block, max(tiles.remainder, next_power(-(-num_rows // num_experts))))
 
-    while vmem_bytes(block, tile_of(block), columns) > chip.vmem_bytes - RESERVED_BYTES:
+    def vmem_bytes(block: int, columns: int) -> int:
+        K, X, tile = round_up(contracted, LANES), round_up(columns, LANES), tile_of(block)
+        blocks = num_inner * block * K + num_weights * K * X + num_outer * block * X
+        return 2 * width * blocks + 4 * tile * X * (num_weights + num_outer) + width * tile * min(K, LARGEST_PART)
+
+    while vmem_bytes(block, columns) > chip.vmem_bytes - RESERVED_BYTES:
         if block > tiles.remainder:
             block = round_up(block // 2, packing)
         elif columns > LANES:
             columns = max(columns // 2 // LANES, 1) * LANES
         else:
             raise ValueError(
-                f"{name}: rows of {contracted} {jnp.dtype(dtype).name} values do not fit into {chip.vmem_bytes / MIB:.0f} MiB of "
-                "VMEM even in the smallest blocks; split that dimension over mesh.tensor, or choose the backend 'tiles'"
+                f"{name}: rows of {contracted} {jnp.dtype(dtype).name} values do not fit into {chip.vmem_bytes / MIB:.0f} MiB "
+                "of VMEM even in the smallest blocks; split that dimension over mesh.tensor, or choose the backend 'tiles'"
             )
     return RowTiles(block, tile_of(block), min(tiles.remainder, block), columns)
+
+
+def compiler_params(*dimensions: Any, chip: Chip) -> pltpu.CompilerParams:
+    """All of the fast memory but a little, and which dimensions of the grid the cores share."""
+    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=chip.vmem_bytes - MIB)
+
+
+def estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
+    """What XLA may count with: the arithmetic, and every array moved once."""
+    moved = sum(array.size * array.dtype.itemsize for array in arrays)
+    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
+
+
+def sublanes(dtype: Any) -> int:
+    """Rows that share a register's sublanes, and so the grain of where a tile may start."""
+    return 32 // jnp.dtype(dtype).itemsize
 
 
 def next_power(size: int) -> int:
@@ -274,12 +280,5 @@ def next_power(size: int) -> int:
 
 
 def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is no less."""
     return -(-size // multiple) * multiple
-
-
-def _split(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
-    parts = []
-    for size in sizes:
-        parts.append(refs[:size])
-        refs = refs[size:]
-    return [*parts, refs]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped_rows import LANES, MIB, RESERVED_BYTES, Chip, next_power, round_up, sublanes
+from dsv3_jax.kernels.grouped_rows import LANES, RESERVED_BYTES, Chip, compiler_params, estimate, next_power, round_up, sublanes
 from dsv3_jax.kernels.groups import visits_of
 from dsv3_jax.kernels.varying import shape_beside
 
@@ -60,7 +60,7 @@ def grouped_weights(
     block, part, tile_x, tile_y = fit_weights(tiles, (num_rows, X, Y), num_experts, len(rights), dtype, chip)
     visits = visits_of(group_sizes_E, num_rows, block, visit_empty=True)
 
-    def kernel(group_V, block_V, start_G, left_ref, *refs) -> None:
+    def kernel(group_V: Any, block_V: Any, start_G: Any, left_ref: Any, *refs: Any) -> None:
         right_refs, output_refs, sum_refs = (refs[i * len(rights) : (i + 1) * len(rights)] for i in range(3))
         visit, last = pl.program_id(2), pl.num_programs(2) - 1
         group, first_row = group_V[visit], block_V[visit] * block
@@ -70,28 +70,34 @@ def grouped_weights(
         first = (visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group)
         whole = (begin == 0) & (end == block)
 
-        def products(left_AX: jax.Array, right_AY: Sequence[jax.Array]) -> list[jax.Array]:
+        def products(left_AX: jax.Array, rights_AY: Sequence[jax.Array]) -> list[jax.Array]:
             contract = (((0,), (0,)), ((), ()))
-            return [jax.lax.dot_general(left_AX, r, contract, preferred_element_type=jnp.float32) for r in right_AY]
+            return [jax.lax.dot_general(left_AX, r, contract, preferred_element_type=jnp.float32) for r in rights_AY]
 
-        @pl.when(first & whole)
+        @pl.when(whole & first)
         def _() -> None:
             for ref, total in zip(sum_refs, products(left_ref[...], [ref[...] for ref in right_refs]), strict=True):
                 ref[...] = total
 
-        @pl.when(jnp.logical_not(first) & whole)
+        @pl.when(whole & jnp.logical_not(first))
         def _() -> None:
             for ref, total in zip(sum_refs, products(left_ref[...], [ref[...] for ref in right_refs]), strict=True):
                 ref[...] += total
 
-        @pl.when(first & jnp.logical_not(whole))
+        @pl.when(jnp.logical_not(whole) & first)
         def _() -> None:
             for ref in sum_refs:
                 ref[...] = jnp.zeros_like(ref)
 
         @pl.when(jnp.logical_not(whole))
         def _() -> None:
-            def add_part(start: jax.Array, nominal: jax.Array) -> None:
+            packed_begin = begin // packing * packing
+
+            def add_part(i: jax.Array, carry: None) -> None:
+                # The last part may have to be moved back within the block; no row may be added twice.
+                nominal = packed_begin + i * part
+                start = pl.multiple_of(jnp.minimum(nominal, block - part), packing)
+
                 def mine(ref: Any) -> jax.Array:
                     values = ref[pl.ds(start, part), :]
                     row = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
@@ -101,52 +107,39 @@ def grouped_weights(
                 for ref, total in zip(sum_refs, products(mine(left_ref), [mine(ref) for ref in right_refs]), strict=True):
                     ref[...] += total
 
-            at_begin = begin // packing * packing
-
-            def step(i: jax.Array, carry: None) -> None:
-                nominal = at_begin + i * part
-                add_part(pl.multiple_of(jnp.minimum(nominal, block - part), packing), nominal)
-
-            jax.lax.fori_loop(0, jnp.where(begin < end, (end - at_begin + part - 1) // part, 0), step, None)
+            jax.lax.fori_loop(0, jnp.where(begin < end, (end - packed_begin + part - 1) // part, 0), add_part, None)
 
         @pl.when((visit == last) | (group_V[jnp.minimum(visit + 1, last)] != group))
         def _() -> None:
             for output, total in zip(output_refs, sum_refs, strict=True):
                 output[...] = total[...].astype(output.dtype)
 
-    def at_left(i, j, visit, group_V, block_V, start_G):
+    # Index maps: of the grid's place (i, j, visit) and the lists of visits.
+    def at_left(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
         return block_V[visit], i
 
-    def at_right(i, j, visit, group_V, block_V, start_G):
+    def at_right(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
         return block_V[visit], j
 
-    def at_output(i, j, visit, group_V, block_V, start_G):
+    def at_output(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
         return group_V[visit], i, j
 
     output = shape_beside(left_RX, (num_experts, X, Y), dtype)
-    arrays = (left_RX, *rights, *[output] * len(rights))
-    call = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         out_shape=[output] * len(rights),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(-(-X // tile_x), -(-Y // tile_y), visits.count),
+            grid=(-(-X // tile_x), -(-Y // tile_y), visits.number),
             in_specs=[pl.BlockSpec((block, tile_x), at_left), *[pl.BlockSpec((block, tile_y), at_right)] * len(rights)],
             out_specs=[pl.BlockSpec((None, tile_x, tile_y), at_output)] * len(rights),
             scratch_shapes=[pltpu.VMEM((tile_x, tile_y), jnp.float32)] * len(rights),
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=chip.vmem_bytes - MIB
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * num_rows * X * Y * len(rights),
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays),
-            transcendentals=0,
-        ),
+        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary", chip=chip),
+        cost_estimate=estimate(2 * num_rows * X * Y * len(rights), left_RX, *rights, *[output] * len(rights)),
         interpret=interpret,
         name=name,
-    )
-    return call(visits.group_V, visits.block_V, visits.start_G, left_RX, *rights)
+    )(visits.group_V, visits.block_V, visits.start_G, left_RX, *rights)
 
 
 def fit_weights(
@@ -170,7 +163,9 @@ def fit_weights(
     def vmem_bytes() -> int:
         x, y = round_up(left, LANES), round_up(right, LANES)
         # The sums, what a product adds to one of them, and the left block turned.
-        return 2 * width * (block * (x + num_rights * y) + num_rights * x * y) + 4 * (num_rights + 1) * x * y + width * block * x
+        return (
+            2 * width * (block * (x + num_rights * y) + num_rights * x * y) + 4 * (num_rights + 1) * x * y + width * block * x
+        )
 
     while vmem_bytes() > chip.vmem_bytes - RESERVED_BYTES:
         # Wide tiles of few rows rather than the reverse: what is large is the sums.

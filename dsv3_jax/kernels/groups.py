@@ -1,8 +1,10 @@
 """Rows sorted by group, cut into blocks: which visits of which blocks a kernel has to make.
 
 A group's rows begin and end anywhere, so that a block may hold rows of several groups, and a group lie in several blocks. A
-*visit* is one group in one block. Everything here is a few hundred integers, computed on device before the kernel and read by it
-from scalar memory; the number of visits is known only then, and so is the kernel's grid.
+*visit* is one group in one block. Everything here is a few hundred integers, computed on device before the kernel and read
+by it from scalar memory; the number of visits is known only then, and so is the kernel's grid.
+
+Axes beyond the project's legend: V visits, X steps, S blocks of rows, G groups (the experts, or those and one more).
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import jax.numpy as jnp
 
 
 class Visits(NamedTuple):
-    """Visits in the order of the rows; those from `count` on are padding and name a valid group and block all the same."""
+    """Visits in the order of the rows; those from `number` on are padding and name a valid group and block all the same."""
 
     group_V: jax.Array
     block_V: jax.Array
-    count: jax.Array
+    number: jax.Array
     start_G: jax.Array
     """int32 [G + 1]: the first row of every group, and the end of the last."""
 
@@ -63,13 +65,13 @@ def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Ste
       The steps, and how many they are.
     """
     visit_V = jnp.arange(visits.group_V.shape[0], dtype=jnp.int32)
-    here_SV = (jnp.arange(num_blocks)[:, None] == visits.block_V) & (visit_V < visits.count)
+    here_SV = (jnp.arange(num_blocks)[:, None] == visits.block_V) & (visit_V < visits.number)
     visits_S = jnp.sum(here_SV, axis=1, dtype=jnp.int32)
     step_X = jnp.arange(visit_V.size * num_tiles, dtype=jnp.int32)
     block_X, within_X = _places(step_X, visits_S * num_tiles)
     tile_X = jnp.minimum(within_X // visits_S[block_X], num_tiles - 1)
     visit_X = (jnp.cumsum(visits_S) - visits_S)[block_X] + within_X % visits_S[block_X]
-    return Steps(visits.group_V[visit_X], block_X, tile_X, visits.start_G), visits.count * num_tiles
+    return Steps(visits.group_V[visit_X], block_X, tile_X, visits.start_G), visits.number * num_tiles
 
 
 def _places(index_X: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped_rows import MIB, Chip, RowTiles, grouped_rows
+from dsv3_jax.kernels.grouped_rows import Chip, RowTiles, grouped_rows
 from dsv3_jax.kernels.grouped_weights import WeightTiles, grouped_weights
 
 
@@ -43,6 +43,11 @@ class How(NamedTuple):
     tiles: Tiles
     chip: Chip
     interpret: Any = False
+
+    def settings(self, kernel: str) -> dict[str, Any]:
+        """What a kernel is called with beside arrays."""
+        sizes = getattr(self.tiles, kernel)
+        return {"tiles": sizes, "chip": self.chip, "name": f"expert_{kernel}", "interpret": self.interpret}
 
 
 _SMALL_VMEM = Tiles(
@@ -110,17 +115,16 @@ def _hidden(
         hidden_AX = jax.nn.silu(gate_AX) * up_AX
         return (hidden_AX, gate_AX, up_AX) if keep else (hidden_AX,)
 
-    return grouped_rows(
-        compute, [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=3 if keep else 1, transposed=False,
-        tiles=how.tiles.gate_up, chip=how.chip, name="expert_gate_up", interpret=how.interpret,
-    )  # fmt: skip
+    arrays = [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E
+    return grouped_rows(compute, *arrays, num_outputs=3 if keep else 1, transposed=False, **how.settings("gate_up"))
 
 
 def _down(hidden_RF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array, how: How) -> jax.Array:
-    (y_RD,) = grouped_rows(
-        lambda products, beside: products, [hidden_RF], [w_down_EFD], [], group_sizes_E, num_outputs=1, transposed=False,
-        tiles=how.tiles.down, chip=how.chip, name="expert_down", interpret=how.interpret,
-    )  # fmt: skip
+    def same(products: list[jax.Array], beside: list[jax.Array]) -> list[jax.Array]:
+        return products
+
+    arrays = [hidden_RF], [w_down_EFD], [], group_sizes_E
+    (y_RD,) = grouped_rows(same, *arrays, num_outputs=1, transposed=False, **how.settings("down"))
     return y_RD
 
 
@@ -143,22 +147,16 @@ def _backward(how: How, residuals: tuple[jax.Array, ...], dy_RD: jax.Array) -> t
         dgate_AX = dhidden_AX * up_AX * (sigmoid_AX + silu_AX * (1 - sigmoid_AX))
         return dgate_AX, dhidden_AX * silu_AX
 
-    dgate_RF, dup_RF = grouped_rows(
-        through_swiglu, [dy_RD], [w_down_EFD], [gate_RF, up_RF], group_sizes_E, num_outputs=2, transposed=True,
-        tiles=how.tiles.dhidden, chip=how.chip, name="expert_dhidden", interpret=how.interpret,
-    )  # fmt: skip
-    (dx_RD,) = grouped_rows(
-        lambda products, beside: [products[0] + products[1]], [dgate_RF, dup_RF], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=1, transposed=True,
-        tiles=how.tiles.dx, chip=how.chip, name="expert_dx", interpret=how.interpret,
-    )  # fmt: skip
-    dw_gate_EDF, dw_up_EDF = grouped_weights(
-        x_RD, [dgate_RF, dup_RF], group_sizes_E,
-        tiles=how.tiles.dw_gate_up, chip=how.chip, name="expert_dw_gate_up", interpret=how.interpret,
-    )  # fmt: skip
-    (dw_down_EFD,) = grouped_weights(
-        hidden_RF, [dy_RD], group_sizes_E,
-        tiles=how.tiles.dw_down, chip=how.chip, name="expert_dw_down", interpret=how.interpret,
-    )  # fmt: skip
+    def both(products: Any, beside: Any) -> tuple[jax.Array]:
+        dx_from_gate_AX, dx_from_up_AX = products
+        return (dx_from_gate_AX + dx_from_up_AX,)
+
+    arrays = [dy_RD], [w_down_EFD], [gate_RF, up_RF], group_sizes_E
+    dgate_RF, dup_RF = grouped_rows(through_swiglu, *arrays, num_outputs=2, transposed=True, **how.settings("dhidden"))
+    arrays = [dgate_RF, dup_RF], [w_gate_EDF, w_up_EDF], [], group_sizes_E
+    (dx_RD,) = grouped_rows(both, *arrays, num_outputs=1, transposed=True, **how.settings("dx"))
+    dw_gate_EDF, dw_up_EDF = grouped_weights(x_RD, [dgate_RF, dup_RF], group_sizes_E, **how.settings("dw_gate_up"))
+    (dw_down_EFD,) = grouped_weights(hidden_RF, [dy_RD], group_sizes_E, **how.settings("dw_down"))
     return dx_RD, dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
 
 

@@ -33,7 +33,7 @@ def rows_by_pair(sizes: list[int], num_rows: int, block: int, visit_empty: bool)
 def test_visits_are_the_pairs_that_share_rows(sizes: list[int], block: int, visit_empty: bool) -> None:
     num_rows = 16
     visits = jax.jit(lambda s: visits_of(s, num_rows, block, visit_empty=visit_empty))(jnp.array(sizes, jnp.int32))
-    count = int(visits.count)
+    count = int(visits.number)
     found = list(zip(visits.group_V.tolist(), visits.block_V.tolist(), strict=True))
     assert found[:count] == rows_by_pair(sizes, num_rows, block, visit_empty)
     assert all(0 <= g < len(sizes) and 0 <= b <= (num_rows - 1) // block for g, b in found), "padding is in range, too"

@@ -97,9 +97,7 @@ def test_idle_experts_are_never_read() -> None:
     x_RD, *weights, sizes_E, dy_RD = make_inputs("some", "float32")
     idle_E11 = (sizes_E == 0)[:, None, None]
     poisoned = (jnp.where(idle_E11, jnp.nan, w) for w in weights)
-    chex.assert_trees_all_close(
-        pallas(x_RD, *poisoned, sizes_E, dy_RD), expected("some", "float32"), **TOLERANCE["float32"]
-    )
+    chex.assert_trees_all_close(pallas(x_RD, *poisoned, sizes_E, dy_RD), expected("some", "float32"), **TOLERANCE["float32"])
 
 
 def test_inside_scan_and_checkpoint() -> None:
@@ -164,7 +162,8 @@ def test_weight_tiles_shrink_until_they_fit() -> None:
     tiles, small = TILES["v6e"].dw_gate_up, Chip(1, 64 * MIB)
     assert fit_weights(tiles, (8192, 7168, 2048), 8, 2, jnp.bfloat16, Chip(1, 128 * MIB)) == tiles
     fitted = fit_weights(tiles, (8192, 7168, 2048), 8, 2, jnp.float32, small)
-    assert fitted.left < tiles.left and fitted.left % 128 == 0
+    assert fitted.left < tiles.left
+    assert fitted.left % 128 == 0
     assert fit_weights(tiles, (2048, 7168, 2048), 8, 2, jnp.bfloat16, small).block == 256
 
 

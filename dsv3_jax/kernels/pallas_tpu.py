@@ -115,16 +115,17 @@ def _hidden(
         hidden_AX = jax.nn.silu(gate_AX) * up_AX
         return (hidden_AX, gate_AX, up_AX) if keep else (hidden_AX,)
 
-    arrays = [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E
-    return grouped_rows(compute, *arrays, num_outputs=3 if keep else 1, transposed=False, **how.settings("gate_up"))
+    num_outputs, settings = 3 if keep else 1, how.settings("gate_up")
+    weights = [w_gate_EDF, w_up_EDF]
+    return grouped_rows(compute, [x_RD], weights, [], group_sizes_E, num_outputs=num_outputs, transposed=False, **settings)
 
 
 def _down(hidden_RF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array, how: How) -> jax.Array:
     def same(products: list[jax.Array], beside: list[jax.Array]) -> list[jax.Array]:
         return products
 
-    arrays = [hidden_RF], [w_down_EFD], [], group_sizes_E
-    (y_RD,) = grouped_rows(same, *arrays, num_outputs=1, transposed=False, **how.settings("down"))
+    settings = how.settings("down")
+    (y_RD,) = grouped_rows(same, [hidden_RF], [w_down_EFD], [], group_sizes_E, num_outputs=1, transposed=False, **settings)
     return y_RD
 
 

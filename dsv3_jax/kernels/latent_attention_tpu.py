@@ -8,7 +8,11 @@ matrix unit, the online softmax, and the mixture [A, C] back on the matrix unit.
 - The last block of a sequence brings the first one of the next. Only pages with a token in them are copied, and a sequence
   takes as many steps as it has blocks: a batch of mixed lengths costs what its tokens cost.
 
-What a block is comes from the compiler's own schedules (docs/log.md).
+How large a block is comes from the compiler's own schedules (docs/log.md).
+
+The rotary keys are narrower than the 128 lanes of a tile. XLA lays an array of them out with the tokens along the lanes
+where it has 128 of them, so that no lane is lost, and the kernel takes them as they lie: pages, or a contiguous cache, should
+hold a multiple of 128 tokens. Smaller pages work, but XLA copies their rotary keys at every call.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 128, 1024
 # Blocks in VMEM: one that is mixed, one that is weighed, one on its way.
 SLOTS = 3
 LANES = 128
+# Of 64 MiB and more; the compiler's own limit is 16 MiB.
+VMEM_BYTES = 32 << 20
 
 
 def past_attention_tpu(
@@ -57,9 +63,11 @@ def past_attention_tpu(
     B, T, N, C = q_latent_BTNC.shape
     P, A = q_rope_BTNP.shape[-1], T * N
     block = block or min(max(LOGITS // A // SMALLEST_BLOCK * SMALLEST_BLOCK, SMALLEST_BLOCK), LARGEST_BLOCK)
-    latent_YZC, rope_YZP, table_BJ = _in_small_pages(latent_YZC, rope_YZP, table_BJ, block)
+    latent_YZC, table_BJ = _in_small_pages(latent_YZC, table_BJ, block)
     page_size, J = latent_YZC.shape[1], table_BJ.shape[1]
     Z = min(max(block // page_size, 1), J) * page_size
+    lanes_are_tokens = page_size % LANES == 0
+    rope = rope_YZP.swapaxes(1, 2) if lanes_are_tokens else rope_YZP.reshape(-1, page_size, P)
 
     # Two cores of a device take half of the sequences each; one core takes the halves in turn.
     halves = min(B, 2)
@@ -75,7 +83,7 @@ def past_attention_tpu(
 
     pages = pl.BlockSpec(memory_space=pl.ANY)
     mixed_BAC, lse_B1A = pl.pallas_call(
-        functools.partial(_kernel, scale=scale, num_pages=J),
+        functools.partial(_kernel, scale=scale, num_pages=J, lanes_are_tokens=lanes_are_tokens),
         out_shape=(out(A, C), out(1, A)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -84,7 +92,7 @@ def past_attention_tpu(
             out_specs=(of_sequence(A, C), of_sequence(1, A)),
             scratch_shapes=[
                 pltpu.VMEM((SLOTS, Z, C), latent_YZC.dtype),
-                pltpu.VMEM((SLOTS, Z, P), rope_YZP.dtype),
+                pltpu.VMEM((SLOTS, P, Z) if lanes_are_tokens else (SLOTS, Z, P), rope.dtype),
                 pltpu.VMEM((A, Z), jnp.float32),
                 pltpu.VMEM((A, LANES), jnp.float32),
                 pltpu.VMEM((A, LANES), jnp.float32),
@@ -96,6 +104,7 @@ def past_attention_tpu(
             dimension_semantics=("parallel", "arbitrary"),
             # Checks of every copy's bounds would cost more than the copies; the caller has clipped the table.
             disable_bounds_checks=True,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * B * A * (2 * C + P) * J * page_size,
@@ -104,30 +113,26 @@ def past_attention_tpu(
         ),
         interpret=interpret,
         name="latent_attention",
-    )(*scalars, *queries, latent_YZC, rope_YZP)
+    )(*scalars, *queries, latent_YZC, rope)
     return mixed_BAC[:B].reshape(B, T, N, C), lse_B1A[:B].reshape(B, T, N)
 
 
-def _in_small_pages(
-    latent_YZC: jax.Array, rope_YZP: jax.Array, table_BJ: jax.Array | None, block: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same cache in pages of at most a block, without a copy, and with a table in any case."""
-    num_pages, page_size = latent_YZC.shape[:2]
+def _in_small_pages(latent_YZC: jax.Array, table_BJ: jax.Array | None, block: int) -> tuple[jax.Array, jax.Array]:
+    """The same latents in pages of at most a block, without a copy, and with a table in any case."""
+    num_pages, page_size, C = latent_YZC.shape
     rows = 32 // latent_YZC.dtype.itemsize
     if page_size % rows:
-        dtype = latent_YZC.dtype.name
         raise ValueError(
-            f"pages of {page_size} tokens of {dtype} are no whole tiles of a TPU; choose a page size (of a contiguous cache: its "
-            f"capacity) that is a multiple of {rows}"
+            f"pages of {page_size} tokens of {latent_YZC.dtype.name} are no whole tiles of a TPU; choose a page size (of a "
+            f"contiguous cache: its capacity) that is a multiple of {rows}, best of {LANES}"
         )
     if table_BJ is None:
         table_BJ = jnp.arange(num_pages, dtype=jnp.int32)[:, None]
     if page_size <= block:
-        return latent_YZC, rope_YZP, table_BJ
+        return latent_YZC, table_BJ
     size = math.gcd(page_size, block)
     part = jnp.arange(page_size // size, dtype=jnp.int32)
-    table_BJ = (table_BJ[..., None] * len(part) + part).reshape(table_BJ.shape[0], -1)
-    return latent_YZC.reshape(-1, size, latent_YZC.shape[2]), rope_YZP.reshape(-1, size, rope_YZP.shape[2]), table_BJ
+    return latent_YZC.reshape(-1, size, C), (table_BJ[..., None] * len(part) + part).reshape(table_BJ.shape[0], -1)
 
 
 def _kernel(
@@ -136,7 +141,7 @@ def _kernel(
     q_latent_1AC: Any,
     q_rope_1AP: Any,
     latent_YZC: Any,
-    rope_YZP: Any,
+    rope: Any,
     mixed_1AC: Any,
     lse_11A: Any,
     latent_blocks: Any,
@@ -149,13 +154,15 @@ def _kernel(
     *,
     scale: float,
     num_pages: int,
+    lanes_are_tokens: bool,
 ) -> None:
     """One sequence.
 
     Refs: `table` [B J] and `lengths` [B] scalars; of this sequence the queries, the mixture and the logarithm of the sum of
-    exponentials; all pages, in HBM; and what stays in VMEM from one sequence to the next: the blocks in their slots with the
-    semaphores of their copies, and in which slot this sequence's first block is. The other scratch is this sequence's own:
-    logits of one block, and the maximum and the sum of each row so far, the same in every lane.
+    exponentials; all pages, in HBM, those of the rotary keys [Y, P, Z] of the cache's own pages if `lanes_are_tokens`; and what
+    stays from one sequence to the next: the blocks in their slots with the semaphores of their copies, and in which slot this
+    sequence's first block is. The other scratch is this sequence's own: logits of one block, and the maximum and the sum of
+    each row so far, the same in every lane.
     """
     i, sequences = pl.program_id(1), pl.num_programs(1)
     b = pl.program_id(0) * sequences + i
@@ -172,6 +179,16 @@ def _kernel(
     def slot_of(block: Any) -> Any:
         return jax.lax.rem(first + block, SLOTS)
 
+    def rope_page(page: Any) -> Any:
+        if not lanes_are_tokens:
+            return rope.at[page]
+        parts = rope.shape[2] // page_size
+        begin = pl.multiple_of(jax.lax.rem(page, parts) * page_size, page_size)
+        return rope.at[jax.lax.div(page, parts), :, pl.ds(begin, page_size)]
+
+    def rope_place(slot: Any, tokens: Any) -> tuple:
+        return (slot, slice(None), tokens) if lanes_are_tokens else (slot, tokens)
+
     def each_copy(b: Any, block: Any, slot: Any, act: Callable[[Any], None]) -> None:
         """Starts or awaits the copies of those pages of a block that hold tokens."""
         filled = _ceil(jnp.maximum(lengths[b] - block * block_size, 0), page_size)
@@ -180,9 +197,9 @@ def _kernel(
             @pl.when(j < filled)
             def _page(j: int = j) -> None:
                 page = table[b * num_pages + block * (block_size // page_size) + j]
-                rows = pl.ds(j * page_size, page_size)
-                act(pltpu.make_async_copy(latent_YZC.at[page], latent_blocks.at[slot, rows], arrived.at[slot]))
-                act(pltpu.make_async_copy(rope_YZP.at[page], rope_blocks.at[slot, rows], arrived.at[slot]))
+                tokens = pl.ds(j * page_size, page_size)
+                act(pltpu.make_async_copy(latent_YZC.at[page], latent_blocks.at[slot, tokens], arrived.at[slot]))
+                act(pltpu.make_async_copy(rope_page(page), rope_blocks.at[*rope_place(slot, tokens)], arrived.at[slot]))
 
     def fetch(block: Any) -> None:
         """A block of this sequence, or in place of the first one that it does not have, the first one of the next."""
@@ -196,8 +213,9 @@ def _kernel(
         each_copy(b, block, slot_of(block), lambda copy: copy.wait())
 
     def weigh(block: Any) -> jax.Array:
-        latent, rope = latent_blocks[slot_of(block)], rope_blocks[slot_of(block)]
-        return _product(q_latent_1AC[0], latent, 1) + _product(q_rope_1AP[0], rope, 1)
+        slot = slot_of(block)
+        rope_logits = _product(q_rope_1AP[0], rope_blocks[slot], 0 if lanes_are_tokens else 1)
+        return _product(q_latent_1AC[0], latent_blocks[slot], 1) + rope_logits
 
     def mix(block: Any, logits: jax.Array) -> None:
         # Powers of two, with the scale in their exponent: what the unit computes, and no product more.

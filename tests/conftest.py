@@ -23,3 +23,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     ran = any(reporter.stats.get(outcome) for outcome in ("passed", "failed", "error", "xfailed"))
     if exitstatus == pytest.ExitCode.OK and not ran and not session.config.option.collectonly:
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.fixture(scope="session")
+def tpu_compiler() -> str:
+    """The path of libtpu, which `make test` adds; a test that needs it is skipped, by name, where there is none."""
+    from dsv3_jax.plan.topology import find_tpu_compiler
+
+    library = find_tpu_compiler()
+    if library is None:
+        pytest.skip("the TPU compiler is missing: `make test` adds it (make tpu-compiler)")
+    return library

@@ -4,7 +4,7 @@ All heads share one key of 576 values, the cached latent and the rotary key besi
 The tokens at hand attend to what is cached, which `latent_attention_tpu.py` and the function here walk block by block, each
 in its own way, and to themselves; both parts meet in `latent_attention`.
 
-Axes beyond the project's legend: Y pages, Z tokens of a page or of the pages that are worked on together, J pages of a sequence.
+Axes beyond the project's legend: Y pages, Z tokens of a page or of what is worked on at a time, J pages of a sequence.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _slices(latent_BSC: jax.Array, rope_BSP: jax.Array) -> _Take:
 
     def take(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         first = jnp.minimum(i * size, room - size)
-        return *(jax.lax.dynamic_slice_in_dim(a, first, size, 1) for a in (latent_BSC, rope_BSP)), first
+        latent_BZC, rope_BZP = (jax.lax.dynamic_slice_in_dim(a, first, size, 1) for a in (latent_BSC, rope_BSP))
+        return latent_BZC, rope_BZP, first
 
     return take
 
@@ -177,7 +178,8 @@ def _gathered(latent_YZC: jax.Array, rope_YZP: jax.Array, table_BJ: jax.Array) -
     def take(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         first = jnp.minimum(i * size, J - size)
         pages = jax.lax.dynamic_slice_in_dim(table_BJ, first, size, 1)
-        return *(a[pages].reshape(B, size * page_size, -1) for a in (latent_YZC, rope_YZP)), first * page_size
+        latent_BZC, rope_BZP = (a[pages].reshape(B, size * page_size, -1) for a in (latent_YZC, rope_YZP))
+        return latent_BZC, rope_BZP, first * page_size
 
     return take
 

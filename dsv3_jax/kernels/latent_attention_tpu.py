@@ -3,7 +3,7 @@
 The rows of all heads and queries of a sequence, A = T N of them, meet a block of Z tokens at a time: logits [A, Z] on the
 matrix unit, the online softmax, and the mixture [A, C] back on the matrix unit. Three things keep that unit busy:
 
-- Blocks are copied to VMEM page by page, by hand, two blocks ahead of where the mixture is: a page may be small, a block is not.
+- Blocks are copied to VMEM page by page, by hand, two blocks ahead of the mixture: a page may be small, a block is not.
 - The logits of a block are computed beside the mixture of the one before, which would otherwise wait for its softmax.
 - The last block of a sequence brings the first one of the next. Only pages with a token in them are copied, and a sequence
   takes as many steps as it has blocks: a batch of mixed lengths costs what its tokens cost.

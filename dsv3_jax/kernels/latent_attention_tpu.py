@@ -35,7 +35,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = 128, 1024
 # Blocks in VMEM: one that is mixed, one that is weighed, one on its way.
 SLOTS = 3
 LANES = 128
-# Of 64 MiB and more; the compiler's own limit is 16 MiB.
+# Of 64 MiB or more from v5 on; the compiler's own limit is 16 MiB there.
 VMEM_BYTES = 32 << 20
 
 

@@ -23,6 +23,8 @@ from dsv3_jax.infer.steps import Draw, decode, prefill
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 
 SMALLEST_BUCKET = 32
+# Places of a cache come in multiples of this: a TPU then reads it as it lies (kernels/latent_attention_tpu.py).
+PLACES = 128
 LONGEST_BY_DEFAULT = 4096
 GREEDY = SamplingParams()
 
@@ -184,7 +186,7 @@ class Engine:
         seed_B = (params.seed + offset + np.arange(rows)).astype(np.uint32)
         draw = Draw(jnp.asarray(seed_B), jnp.float32(params.temperature), jnp.float32(params.top_p))
 
-        capacity = _bucket(places, SMALLEST_BUCKET, self.max_length)
+        capacity = _bucket(places, PLACES, -(-self.max_length // PLACES) * PLACES)
         token_B, cache = prefill(self._model, self._variables, tokens_BT, length_B, draw, capacity=capacity)
         for remaining in reversed(range(max(sequence.max_tokens for sequence in batch))):
             # The next step starts before this one's tokens are read, so that the device does not wait for Python.

@@ -1,8 +1,7 @@
-"""Attention cores: causal over a whole sequence, and over a latent cache.
+"""Causal attention over a whole sequence.
 
 `causal_attention` walks square tiles of the T x S matrix with the online softmax, forward and backward, so the
-matrix itself is never built: memory grows with T, not with T^2. `latent_attention` is the absorbed form of MLA
-for decoding (section 2.1.1 of the report): all heads share one key, the cached latent.
+matrix itself is never built: memory grows with T, not with T^2.
 
 Axes beyond the project's legend: M key-value heads (N, or 1 when all heads share the latent), X query/key width,
 U the query heads that share a key-value head, A and Z the queries and keys of one tile.
@@ -139,41 +138,3 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def latent_attention(
-    q_latent_BTNC: jax.Array,
-    q_rope_BTNP: jax.Array,
-    new_latent_BTC: jax.Array,
-    new_rope_BTP: jax.Array,
-    cached_latent_BSC: jax.Array,
-    cached_rope_BSP: jax.Array,
-    length_B: jax.Array,
-    *,
-    scale: float,
-) -> jax.Array:
-    """Attention of T new tokens over the cached latents and, causally, over their own.
-
-    Args:
-      q_latent_BTNC: queries taken into the latent space (q_nope W_UK).
-      q_rope_BTNP: rotated rotary queries.
-      new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves.
-      cached_latent_BSC, cached_rope_BSP: the cache; rows from length_B on are never read as data.
-      length_B: tokens in each sequence's cache.
-      scale: factor on the logits.
-
-    Returns:
-      The mixture of latents of every head, [B, T, N, C]; logits and softmax are float32.
-    """
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    T, S = q_latent_BTNC.shape[1], cached_latent_BSC.shape[1]
-    filled_BS = jnp.arange(S) < length_B[:, None]
-    # A zero weight times a NaN would still be NaN.
-    cached_latent_BSC = jnp.where(filled_BS[..., None], cached_latent_BSC, 0)
-    past = einsum("BTNC,BSC->BTNS", q_latent_BTNC, cached_latent_BSC) + einsum("BTNP,BSP->BTNS", q_rope_BTNP, cached_rope_BSP)
-    past = jnp.where(filled_BS[:, None, None], past * scale, MASKED)
-    own = einsum("BTNC,BZC->BTNZ", q_latent_BTNC, new_latent_BTC) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, new_rope_BTP)
-    own = jnp.where(jnp.tri(T, dtype=bool)[:, None], own * scale, MASKED)
-    p = jax.nn.softmax(jnp.concatenate([past, own], axis=-1), axis=-1).astype(new_latent_BTC.dtype)
-    mixed = einsum("BTNS,BSC->BTNC", p[..., :S], cached_latent_BSC) + einsum("BTNZ,BZC->BTNC", p[..., S:], new_latent_BTC)
-    return mixed.astype(new_latent_BTC.dtype)

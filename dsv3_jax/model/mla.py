@@ -17,11 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.attention import causal_attention, latent_attention
+from dsv3_jax.kernels.attention import causal_attention
+from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
-from dsv3_jax.parallel.mesh import current_mesh
+from dsv3_jax.parallel.mesh import current_mesh, current_platform
 from dsv3_jax.parallel.placement import whole_weight
 from dsv3_jax.parallel.rules import RULES, TOKENS
 
@@ -134,7 +135,13 @@ class MLA(nn.Module):
         self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cache: Latents, length_B: jax.Array
     ) -> jax.Array:
         mixed_BTNC = latent_attention(
-            self._into_latent(q_nope_BTNH), q_rope_BTNP, *new, *cache, length_B, scale=self.config.softmax_scale
+            self._into_latent(q_nope_BTNH),
+            q_rope_BTNP,
+            *new,
+            CachedLatents(*cache),
+            length_B,
+            scale=self.config.softmax_scale,
+            backend=choose_latent_backend("auto", current_platform()),
         )
         return self._out_of_latent(mixed_BTNC)
 

@@ -1,4 +1,4 @@
-"""Both attention cores against softmax attention spelled out in float64, and the memory they promise."""
+"""Causal attention against softmax attention spelled out in float64, and the memory it promises."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.attention import causal_attention, latent_attention
+from dsv3_jax.kernels.attention import causal_attention
 from tests.intermediates import intermediate_shapes
 from tests.tolerances import TOLERANCE
 
 SCALE = 0.37
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LENGTHS = 1, 7, 64, 127, 128, 129, 300
-
-
-# --- The whole sequence ----------------------------------------------------------------------------------------------
 
 
 def naive(q_BTNX: np.ndarray, k_BTMX: np.ndarray, v_BTMW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,45 +116,6 @@ def test_the_matrix_is_never_built() -> None:
 
     assert two_long_axes(lambda q, k, v: causal_attention(q, k, v, scale=SCALE, chunk=chunk)) == set()
     assert two_long_axes(plain), "the search does not find the matrix where there is one"
-
-
-# --- A cache of latents ----------------------------------------------------------------------------------------------
-
-
-def naive_latent(
-    q_TNC: np.ndarray, q_rope_TNP: np.ndarray, latent_SC: np.ndarray, rope_SP: np.ndarray, past: int
-) -> np.ndarray:
-    """One sequence, query by query and head by head, over the concatenation of what was cached and what is new."""
-    o_TNC = np.zeros(q_TNC.shape)
-    for t, n in np.ndindex(q_TNC.shape[:2]):
-        seen = past + t + 1
-        logits_S = SCALE * (latent_SC[:seen] @ q_TNC[t, n] + rope_SP[:seen] @ q_rope_TNP[t, n])
-        weight_S = np.exp(logits_S - logits_S.max())
-        o_TNC[t, n] = weight_S @ latent_SC[:seen] / weight_S.sum()
-    return o_TNC
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("new", [1, 3])
-def test_latent_attention(new: int, dtype: str) -> None:
-    """Mixed lengths, an empty and a full cache among them; rows that are not filled hold NaN and infinities."""
-    rng = np.random.default_rng(0)
-    length_B = np.array([0, 5, 9, 2], np.int32)
-    B, S, N, C, P = len(length_B), 9, 3, 6, 4
-    shapes = {"q": (new, N, C), "q_rope": (new, N, P), "latent": (new, C), "rope": (new, P), "old": (S, C), "old_rope": (S, P)}
-    arrays = {name: rng.standard_normal((B, *shape)).astype(DTYPES[dtype]) for name, shape in shapes.items()}
-    expected = np.zeros((B, new, N, C))
-    for b, past in enumerate(length_B):
-        x = {name: array[b].astype(np.float64) for name, array in arrays.items()}
-        latent_SC, rope_SP = (np.concatenate([x[f"old{k}"][:past], x[own]]) for k, own in (("", "latent"), ("_rope", "rope")))
-        expected[b] = naive_latent(x["q"], x["q_rope"], latent_SC, rope_SP, past)
-        arrays["old"][b, past:] = np.nan
-        arrays["old_rope"][b, past:] = np.inf if b % 2 else np.nan
-
-    found = jax.jit(lambda *args: latent_attention(*args, scale=SCALE))(*arrays.values(), length_B)
-    chex.assert_shape(found, (B, new, N, C))
-    assert found.dtype == DTYPES[dtype]
-    chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("parts", "chunk"), [(2, 4), (3, 5), (4, 64), (2, 7)])

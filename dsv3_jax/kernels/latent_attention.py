@@ -1,0 +1,187 @@
+"""Attention over a cache of latents, as decoding needs it: the absorbed form of MLA (section 2.1.1 of the report).
+
+All heads share one key of 576 values, the cached latent and the rotary key beside it, and one value, the latent alone.
+The tokens at hand attend to what is cached, which `latent_attention_tpu.py` and the function here walk block by block, each
+in its own way, and to themselves; both parts meet in `latent_attention`.
+
+Axes beyond the project's legend: Y pages, Z tokens of a page or of what is worked on at a time, J pages of a sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.kernels.attention import MASKED
+from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
+from dsv3_jax.kernels.varying import varying_alike, zeros_beside
+
+# Tokens that the chunked walk takes at a time, in whole pages.
+CHUNK = 512
+
+
+class CachedLatents(NamedTuple):
+    """The latents of the tokens so far: pages from a common pool, or one stretch of its own for every sequence."""
+
+    latent_YZC: jax.Array
+    """The normalised c_kv, page by page."""
+    rope_YZP: jax.Array
+    """The rotated shared key."""
+    table_BJ: jax.Array | None = None
+    """int32, the page of the j-th Z tokens of each sequence. Entries past its length may hold anything. None: page b is
+    all of sequence b, so that a contiguous cache [B, S, ...] is one."""
+
+
+_Past = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def choose_latent_backend(name: str, platform: str | None = None) -> str:
+    """The backend of `latent_attention` that `name` stands for.
+
+    Args:
+      name: a backend, or "auto" for the one that suits the platform.
+      platform: what the program will run on ("cpu", "gpu", "tpu"); None for JAX's default backend. Name it when
+        compiling for a machine that is not there.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if name == "auto":
+        return "pallas_tpu" if (platform or jax.default_backend()) == "tpu" else "chunked"
+    if name not in _BACKENDS:
+        raise ValueError(f"latent attention backend is {name!r}; choose one of auto, {', '.join(_BACKENDS)}")
+    return name
+
+
+def latent_attention(
+    q_latent_BTNC: jax.Array,
+    q_rope_BTNP: jax.Array,
+    new_latent_BTC: jax.Array,
+    new_rope_BTP: jax.Array,
+    cached: CachedLatents,
+    length_B: jax.Array,
+    *,
+    scale: float,
+    backend: str,
+) -> jax.Array:
+    """Attention of T new tokens over the cached latents and, causally, over their own.
+
+    Args:
+      q_latent_BTNC: queries taken into the latent space (q_nope W_UK).
+      q_rope_BTNP: rotated rotary queries.
+      new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves, not in the cache yet.
+      cached: the cache. What lies past a sequence's length, and in pages of nobody, is never read as data.
+      length_B: int32, tokens in each sequence's cache, from 0; at most what it has room for counts.
+      scale: positive factor on the logits.
+      backend: a name that `choose_latent_backend` knows.
+
+    Returns:
+      The mixture of latents of every head, [B, T, N, C] in the latents' dtype; logits and softmax are float32.
+
+    Raises:
+      ValueError: for an unknown backend, and for pages that the backend cannot work with.
+    """
+    past = _BACKENDS[choose_latent_backend(backend)]
+    q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, length_B = varying_alike(
+        q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, length_B
+    )
+    num_pages, page_size = cached.latent_YZC.shape[:2]
+    if cached.table_BJ is not None:
+        cached = cached._replace(table_BJ=jnp.clip(cached.table_BJ, 0, num_pages - 1))
+    room = page_size * (1 if cached.table_BJ is None else cached.table_BJ.shape[1])
+    past_BTNC, past_lse_BTN = past(q_latent_BTNC, q_rope_BTNP, *cached, jnp.clip(length_B, 0, room), scale=scale)
+
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    own = einsum("BTNC,BSC->BTNS", q_latent_BTNC, new_latent_BTC) + einsum("BTNP,BSP->BTNS", q_rope_BTNP, new_rope_BTP)
+    own_BTNS = jnp.where(jnp.tri(own.shape[1], dtype=bool)[:, None], own * scale, MASKED)
+    top_BTN = jnp.maximum(past_lse_BTN, own_BTNS.max(-1))
+    p_BTNS = jnp.exp(own_BTNS - top_BTN[..., None])
+    weight_BTN = jnp.exp(past_lse_BTN - top_BTN)
+    mixed_BTNC = einsum("BTNS,BSC->BTNC", p_BTNS.astype(new_latent_BTC.dtype), new_latent_BTC)
+    mixed_BTNC = (mixed_BTNC + weight_BTN[..., None] * past_BTNC) / (weight_BTN + p_BTNS.sum(-1))[..., None]
+    return mixed_BTNC.astype(new_latent_BTC.dtype)
+
+
+def past_attention_chunked(
+    q_latent_BTNC: jax.Array,
+    q_rope_BTNP: jax.Array,
+    latent_YZC: jax.Array,
+    rope_YZP: jax.Array,
+    table_BJ: jax.Array | None,
+    length_B: jax.Array,
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the cached tokens alone, a chunk at a time up to the longest sequence's end, with the online softmax.
+
+    Args as `latent_attention`'s, with every entry of the table in range, every length within it.
+
+    Returns:
+      The mixture of latents [B, T, N, C] and the logarithm of the sum of exponentials [B, T, N], both float32. Of a
+      sequence without any token they are 0 and -inf.
+    """
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    take = _slices(latent_YZC, rope_YZP) if table_BJ is None else _gathered(latent_YZC, rope_YZP, table_BJ)
+    chunk = jax.eval_shape(take, 0)[0].shape[1]
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        top, total, mixed = carry
+        latent_BZC, rope_BZP, first = take(i)
+        place_Z = first + jnp.arange(chunk)
+        # The last chunk may begin before its place, among tokens that are counted already.
+        counted_BZ = (place_Z >= i * chunk) & (place_Z < length_B[:, None])
+        # A zero weight times a NaN would still be NaN.
+        latent_BZC = jnp.where(counted_BZ[..., None], latent_BZC, 0)
+        logits = einsum("BTNC,BZC->BTNZ", q_latent_BTNC, latent_BZC) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, rope_BZP)
+        logits = jnp.where(counted_BZ[:, None, None], logits * scale, MASKED)
+        new_top = jnp.maximum(top, logits.max(-1))
+        p = jnp.exp(logits - new_top[..., None])
+        shrink = jnp.exp(top - new_top)
+        more = einsum("BTNZ,BZC->BTNC", p.astype(latent_BZC.dtype), latent_BZC)
+        return new_top, total * shrink + p.sum(-1), mixed * shrink[..., None] + more
+
+    zeros = functools.partial(zeros_beside, q_latent_BTNC, dtype=jnp.float32)
+    rows = q_latent_BTNC.shape[:3]
+    start = zeros(rows, fill=MASKED), zeros(rows), zeros(q_latent_BTNC.shape)
+    top, total, mixed = jax.lax.fori_loop(0, (length_B.max() + chunk - 1) // chunk, step, start)
+    any_B = (length_B > 0)[:, None, None]
+    total = jnp.where(any_B, total, 1)
+    return mixed / total[..., None], jnp.where(any_B, top + jnp.log(total), -jnp.inf)
+
+
+_Take = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def _slices(latent_BSC: jax.Array, rope_BSP: jax.Array) -> _Take:
+    """The i-th chunk of tokens of every sequence, and the place of its first."""
+    room = latent_BSC.shape[1]
+    size = min(CHUNK, room)
+
+    def take(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        first = jnp.minimum(i * size, room - size)
+        latent_BZC, rope_BZP = (jax.lax.dynamic_slice_in_dim(a, first, size, 1) for a in (latent_BSC, rope_BSP))
+        return latent_BZC, rope_BZP, first
+
+    return take
+
+
+def _gathered(latent_YZC: jax.Array, rope_YZP: jax.Array, table_BJ: jax.Array) -> _Take:
+    """The same out of pages."""
+    B, J = table_BJ.shape
+    page_size = latent_YZC.shape[1]
+    size = min(max(CHUNK // page_size, 1), J)
+
+    def take(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        first = jnp.minimum(i * size, J - size)
+        pages = jax.lax.dynamic_slice_in_dim(table_BJ, first, size, 1)
+        latent_BZC, rope_BZP = (a[pages].reshape(B, size * page_size, -1) for a in (latent_YZC, rope_YZP))
+        return latent_BZC, rope_BZP, first * page_size
+
+    return take
+
+
+_BACKENDS: dict[str, _Past] = {"pallas_tpu": past_attention_tpu, "chunked": past_attention_chunked}

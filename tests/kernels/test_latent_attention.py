@@ -1,0 +1,240 @@
+"""Attention over cached latents, by every backend, against softmax attention spelled out in float64."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.kernels import latent_attention as contract
+from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
+from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
+from dsv3_jax.plan.topology import tpu_devices
+from tests.intermediates import intermediate_shapes
+from tests.tolerances import TOLERANCE
+
+SCALE = 0.37
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# Each block of 256 tokens, each chunk of 512, and each half of the batch has its ends among them.
+LENGTHS = 129, 0, 1000, 300, 1, 127, 0, 128, 1100
+N, C, P = 3, 24, 8
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+TWO_CORES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=0)
+INTERPRETED: dict[str, Any] = {"interpreted": True, "strict": STRICT, "two_cores": TWO_CORES}
+
+
+def naive(q_TNC: np.ndarray, q_rope_TNP: np.ndarray, latent_SC: np.ndarray, rope_SP: np.ndarray, past: int) -> np.ndarray:
+    """One sequence, query by query and head by head, over the concatenation of what was cached and what is new."""
+    o_TNC = np.zeros(q_TNC.shape)
+    for t, n in np.ndindex(q_TNC.shape[:2]):
+        seen = past + t + 1
+        logits_S = SCALE * (latent_SC[:seen] @ q_TNC[t, n] + rope_SP[:seen] @ q_rope_TNP[t, n])
+        weight_S = np.exp(logits_S - logits_S.max())
+        o_TNC[t, n] = weight_S @ latent_SC[:seen] / weight_S.sum()
+    return o_TNC
+
+
+def case(new: int, dtype: str, page: int | None) -> tuple[list[np.ndarray], CachedLatents, np.ndarray, np.ndarray]:
+    """Queries and new latents, cache, lengths, expected mixture. NaN and infinities are wherever no token is.
+
+    Args:
+      new: tokens at hand.
+      dtype: of all arrays.
+      page: page size of a shuffled pool, with numbers of no page past the end of each table; None for a contiguous cache.
+    """
+    rng = np.random.default_rng(new)
+    length_B = np.array(LENGTHS, np.int32)
+    B, S = len(length_B), 1152
+    shapes = {"q": (new, N, C), "q_rope": (new, N, P), "latent": (new, C), "rope": (new, P), "old": (S, C), "old_rope": (S, P)}
+    arrays = {name: rng.standard_normal((B, *shape)).astype(DTYPES[dtype]) for name, shape in shapes.items()}
+    expected = np.zeros((B, new, N, C))
+    for b, past in enumerate(length_B):
+        x = {name: array[b].astype(np.float64) for name, array in arrays.items()}
+        latent_SC, rope_SP = (np.concatenate([x[f"old{k}"][:past], x[own]]) for k, own in (("", "latent"), ("_rope", "rope")))
+        expected[b] = naive(x["q"], x["q_rope"], latent_SC, rope_SP, past)
+        arrays["old"][b, past:] = np.nan
+        arrays["old_rope"][b, past:] = np.inf if b % 2 else np.nan
+    *own, old, old_rope = arrays.values()
+    if page is None:
+        return own, CachedLatents(old, old_rope), length_B, expected
+
+    J, spare = S // page, 5
+    table_BJ = rng.permutation(B * J + spare)[: B * J].reshape(B, J).astype(np.int32)
+    pools = [np.full((B * J + spare, page, a.shape[-1]), np.nan, a.dtype) for a in (old, old_rope)]
+    for pool, a in zip(pools, (old, old_rope), strict=True):
+        pool[table_BJ] = a.reshape(B, J, page, -1)
+    past_end_BJ = np.arange(J) * page >= length_B[:, None]
+    nowhere_BJ = rng.choice(np.array([-1, -7, B * J + spare, 2**31 - 1, -(2**31)]), (B, J))
+    return own, CachedLatents(*pools, np.where(past_end_BJ, nowhere_BJ, table_BJ).astype(np.int32)), length_B, expected
+
+
+def run(backend: str, own: list[np.ndarray], cached: CachedLatents, length_B: np.ndarray, monkeypatch: Any) -> jax.Array:
+    """`latent_attention` by name, or by the TPU kernel in one of the ways it is interpreted, in blocks of 256 tokens."""
+    if backend in INTERPRETED:
+        kernel = functools.partial(past_attention_tpu, interpret=INTERPRETED[backend], block=256)
+        monkeypatch.setitem(contract._BACKENDS, "pallas_tpu", kernel)
+        backend = "pallas_tpu"
+    return jax.jit(functools.partial(latent_attention, scale=SCALE, backend=backend))(*own, cached, length_B)
+
+
+CASES = [
+    *(("chunked", new, dtype, page) for new in (1, 3) for dtype in DTYPES for page in (None, 16, 128)),
+    *(("interpreted", new, dtype, page) for new, dtype in ((1, "bfloat16"), (3, "float32")) for page in (None, 32, 128)),
+    *(("strict", new, dtype, page) for new, dtype in ((1, "float32"), (3, "bfloat16")) for page in (None, 64, 128)),
+    ("two_cores", 1, "float32", 128),
+]
+
+
+@pytest.mark.parametrize(("backend", "new", "dtype", "page"), CASES)
+def test_latent_attention(backend: str, new: int, dtype: str, page: int | None, monkeypatch: Any, capfd: Any) -> None:
+    """Mixed lengths, around the borders of blocks, and sequences without a past; garbage wherever no token is."""
+    own, cached, length_B, expected = case(new, dtype, page)
+    found = run(backend, own, cached, length_B, monkeypatch)
+    chex.assert_shape(found, expected.shape)
+    assert found.dtype == DTYPES[dtype]
+    chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE[dtype])
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_the_race_detector_finds_a_race(capfd: Any) -> None:
+    """The one above would pass if the detector had another name for it."""
+
+    def kernel(x: Any, y: Any, scratch: Any, arrived: Any) -> None:
+        copy = pltpu.make_async_copy(x, scratch, arrived)
+        copy.start()
+        y[...] = scratch[...]
+        copy.wait()
+
+    x = jnp.ones((8, 128))
+    scratch = [pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA]
+    anywhere = [pl.BlockSpec(memory_space=pl.ANY)]
+    jax.block_until_ready(pl.pallas_call(kernel, x, in_specs=anywhere, scratch_shapes=scratch, interpret=STRICT)(x))
+    assert "RACE DETECTED" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["chunked", "strict"])
+def test_without_a_past_there_is_only_the_tokens_own_attention(backend: str, monkeypatch: Any) -> None:
+    """To the bit, whatever the cache holds."""
+    own, cached, length_B, _ = case(3, "float32", 128)
+    garbage = run(backend, own, cached, np.zeros_like(length_B), monkeypatch)
+    zeros = run(backend, own, jax.tree.map(np.zeros_like, cached), np.zeros_like(length_B), monkeypatch)
+    expected = np.stack([naive(*(a[b].astype(np.float64) for a in own), past=0) for b in range(len(length_B))])
+    chex.assert_trees_all_equal(garbage, zeros)
+    chex.assert_trees_all_close(np.asarray(garbage, np.float64), expected, **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("backend", ["chunked", "strict"])
+def test_a_length_beyond_the_cache_is_a_full_cache(backend: str, monkeypatch: Any) -> None:
+    """Sequences that have ended still pass through decoding, and their count runs on."""
+    rng = np.random.default_rng(0)
+    shapes = (2, 1, N, C), (2, 1, N, P), (2, 1, C), (2, 1, P), (2, 256, C), (2, 256, P)
+    *own, old, old_rope = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    exact = [a.astype(np.float64) for a in own]
+    found = run(backend, own, CachedLatents(old, old_rope), np.array([999, 257], np.int32), monkeypatch)
+    for b in range(2):
+        latent_SC, rope_SP = np.concatenate([old[b], exact[2][b]]), np.concatenate([old_rope[b], exact[3][b]])
+        expected = naive(exact[0][b], exact[1][b], latent_SC, rope_SP, past=256)
+        chex.assert_trees_all_close(np.asarray(found[b], np.float64), expected, **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("backend", ["chunked", "interpreted"])
+@pytest.mark.parametrize("rising", [True, False])
+def test_large_logits_neither_overflow_nor_lose_the_row(backend: str, rising: bool, monkeypatch: Any) -> None:
+    """The running maximum rises from block to block, or is reached in the first one."""
+    rng = np.random.default_rng(0)
+    shapes = (1, 1, N, C), (1, 1, N, P), (1, 1, C), (1, 1, P), (1, 1024, C), (1, 1024, P)
+    *own, old, old_rope = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    old *= np.linspace(1, 40, 1024, dtype=np.float32)[:: 1 if rising else -1, None]
+    found = run(backend, own, CachedLatents(old, old_rope), np.array([1024], np.int32), monkeypatch)
+    exact = [a[0].astype(np.float64) for a in own]
+    expected = naive(exact[0], exact[1], np.concatenate([old[0], exact[2]]), np.concatenate([old_rope[0], exact[3]]), past=1024)
+    chex.assert_trees_all_close(np.asarray(found[0], np.float64), expected, rtol=1e-4, atol=5e-4)
+
+
+@pytest.mark.parametrize("page", [None, 128])
+def test_no_array_has_all_heads_and_a_whole_cache(page: int | None) -> None:
+    own, cached, length_B, _ = case(1, "float32", page)
+    attend = functools.partial(latent_attention, scale=SCALE, backend="chunked")
+    shapes = intermediate_shapes(attend, *own, cached, length_B)
+    assert any(N in shape and 512 in shape for shape in shapes), "the search does not find the logits of a chunk"
+    assert {shape for shape in shapes if N in shape and max(shape) >= 1000} == set()
+
+
+@pytest.mark.parametrize("backend", ["chunked", "interpreted"])
+def test_on_a_mesh_each_device_has_its_sequences(backend: str, monkeypatch: Any) -> None:
+    """Within `jax.shard_map`: a batch that is split, and one query that all devices share.
+
+    JAX cannot check the interpreted kernel there (hlo_interpreter.py); the compiled one is checked below.
+    """
+    own, cached, length_B, expected = (jax.tree.map(lambda a: a[:4], tree) for tree in case(1, "float32", None))
+    own, q = own[1:], own[0][:1]
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    whole, split = PartitionSpec(), PartitionSpec("x")
+
+    def attend(q: jax.Array, *rest: Any) -> jax.Array:
+        return run(backend, [jnp.broadcast_to(q, (2, *q.shape[1:])), *rest[:3]], *rest[3:], monkeypatch)
+
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=(whole, *(split,) * 5), out_specs=split, check_vma=backend == "chunked")
+    found = jax.jit(sharded)(q, *own, cached, length_B)
+    repeated = [np.repeat(q, 4, axis=0), *own]
+    chex.assert_trees_all_close(found, run("chunked", repeated, cached, length_B, monkeypatch), **TOLERANCE["float32"])
+    chex.assert_trees_all_close(np.asarray(found[0], np.float64), expected[0], **TOLERANCE["float32"])
+
+
+def test_the_choice_of_a_backend() -> None:
+    chosen = {platform: choose_latent_backend("auto", platform) for platform in ("cpu", "gpu", "tpu")}
+    assert chosen == {"cpu": "chunked", "gpu": "chunked", "tpu": "pallas_tpu"}
+    assert choose_latent_backend("chunked", "tpu") == "chunked"
+    with pytest.raises(ValueError, match="'flash'; choose one of auto, pallas_tpu, chunked"):
+        choose_latent_backend("flash")
+
+
+def test_pages_that_a_tpu_cannot_tile_are_refused(monkeypatch: Any) -> None:
+    own = [np.zeros(shape, DTYPES["bfloat16"]) for shape in ((1, 1, N, C), (1, 1, N, P), (1, 1, C), (1, 1, P))]
+    cached = CachedLatents(*(np.zeros((1, 24, width), DTYPES["bfloat16"]) for width in (C, P)))
+    with pytest.raises(ValueError, match=r"pages of 24 tokens of bfloat16 .* multiple of 16"):
+        run("interpreted", own, cached, np.ones(1, np.int32), monkeypatch)
+
+
+# --- The TPU compiler -------------------------------------------------------------------------------------------------
+
+PUBLISHED = [
+    ("v5p:2x2x1", 1, 128, 128),
+    ("v6e:2x2", 1, 128, 128),
+    ("tpu7x:2x2x1", 1, 128, 128),
+    ("v5p:2x2x1", 4, 128, None),
+    ("tpu7x:2x2x1", 2, 16, None),
+    ("v5p:2x2x1", 2, 16, 16),
+    ("v6e:2x2", 4, 128, 64),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+@pytest.mark.parametrize(("topology", "new", "heads", "page"), PUBLISHED)
+def test_it_compiles_for_a_tpu(tpu_compiler: str, topology: str, new: int, heads: int, page: int | None) -> None:
+    """At the published 512 + 64 in bfloat16, inside `jax.shard_map` with its checks, and without a copy of the cache."""
+    devices = tpu_devices(topology)
+    B, S = 8 * len(devices), 8192
+    pool = (B, S) if page is None else (B * S // page, page)
+    shapes = (B, new, heads, 512), (B, new, heads, 64), (B, new, 512), (B, new, 64), (*pool, 512), (*pool, 64)
+    *own, latent, rope = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    table = None if page is None else jax.ShapeDtypeStruct((B, S // page), jnp.int32)
+    args = *own, CachedLatents(latent, rope, table), jax.ShapeDtypeStruct((B,), jnp.int32)
+    mesh, spec = Mesh(np.array(devices), ("x",)), PartitionSpec("x")
+    attend = functools.partial(latent_attention, scale=SCALE, backend="pallas_tpu")
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
+    compiled = jax.jit(sharded, in_shardings=NamedSharding(mesh, spec)).lower(*args).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    # XLA copies the rotary keys of small pages, as the kernel's file says.
+    place = f"bf16[{','.join(str(size) for size in (pool[0] // len(devices), pool[1], 64))}]"
+    copied = [line for line in compiled.as_text().splitlines() if f" = {place}" in line and " copy(" in line]
+    assert bool(copied) == (page is not None and page < 128)

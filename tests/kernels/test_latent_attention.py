@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.kernels import latent_attention as contract
@@ -20,6 +18,7 @@ from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backe
 from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
 from dsv3_jax.plan.topology import tpu_devices
 from tests.intermediates import intermediate_shapes
+from tests.kernels.interpreter import STRICT, TWO_CORES, assert_no_race
 from tests.tolerances import TOLERANCE
 
 SCALE = 0.37
@@ -27,8 +26,6 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 # Each block of 256 tokens, each chunk of 512, and each half of the batch has its ends among them.
 LENGTHS = 129, 0, 1000, 300, 1, 127, 0, 128, 1100
 N, C, P = 3, 24, 8
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-TWO_CORES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2, random_seed=0)
 INTERPRETED: dict[str, Any] = {"interpreted": True, "strict": STRICT, "two_cores": TWO_CORES}
 
 
@@ -102,23 +99,7 @@ def test_latent_attention(backend: str, new: int, dtype: str, page: int | None, 
     chex.assert_shape(found, expected.shape)
     assert found.dtype == DTYPES[dtype]
     chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE[dtype])
-    assert "RACE DETECTED" not in capfd.readouterr().out
-
-
-def test_the_race_detector_finds_a_race(capfd: Any) -> None:
-    """The one above would pass if the detector had another name for it."""
-
-    def kernel(x: Any, y: Any, scratch: Any, arrived: Any) -> None:
-        copy = pltpu.make_async_copy(x, scratch, arrived)
-        copy.start()
-        y[...] = scratch[...]
-        copy.wait()
-
-    x = jnp.ones((8, 128))
-    scratch = [pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA]
-    anywhere = [pl.BlockSpec(memory_space=pl.ANY)]
-    jax.block_until_ready(pl.pallas_call(kernel, x, in_specs=anywhere, scratch_shapes=scratch, interpret=STRICT)(x))
-    assert "RACE DETECTED" in capfd.readouterr().out
+    assert_no_race(capfd)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "strict"])

@@ -17,7 +17,7 @@ from dsv3_jax.kernels.grouped_rows import MIB, Chip, RowTiles, fit_rows
 from dsv3_jax.kernels.grouped_weights import WeightTiles, fit_weights
 from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_with
 from dsv3_jax.plan.topology import tpu_devices
-from tests.kernels.interpreter import THOROUGH, assert_no_race
+from tests.kernels.interpreter import TWO_CORES, assert_no_race
 from tests.kernels.test_expert_ffn import CASES, LARGER_CASES, expected, make_inputs, value_and_gradients
 from tests.tolerances import TOLERANCE
 
@@ -50,10 +50,10 @@ def test_kernels_match_reference(case: str, dtype: str) -> None:
     ("case", "dtype"),
     [("some", "float32"), ("rows past the last group", "bfloat16"), ("no rows at all", "float32"), ("one expert", "float32")],
 )
-def test_no_race_and_nothing_read_before_it_is_written(case: str, dtype: str) -> None:
-    found = pallas(*make_inputs(case, dtype), how=SMALL._replace(interpret=THOROUGH))
+def test_no_race_and_nothing_read_before_it_is_written(case: str, dtype: str, capfd: pytest.CaptureFixture) -> None:
+    found = pallas(*make_inputs(case, dtype), how=SMALL._replace(interpret=TWO_CORES))
     chex.assert_trees_all_close(found, expected(case, dtype), **TOLERANCE[dtype])
-    assert_no_race()
+    assert_no_race(capfd)
 
 
 def several_tiles(dtype: str) -> tuple[jax.Array, ...]:
@@ -68,15 +68,17 @@ def several_tiles(dtype: str) -> tuple[jax.Array, ...]:
 
 
 @pytest.mark.parametrize(("dtype", "thorough"), [("float32", False), ("bfloat16", False), ("float32", True)])
-def test_several_tiles_and_parts(dtype: str, thorough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_tiles_and_parts(
+    dtype: str, thorough: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     """Widths over several tiles, and the contracted dimension over several parts."""
     monkeypatch.setattr(grouped_rows, "LARGEST_PART", 128)
     inputs = several_tiles(dtype)
     # A size of its own keeps the compiled program apart from those made with parts of another length.
-    how = SMALL._replace(chip=Chip(2, 65 * MIB), interpret=THOROUGH if thorough else True)
+    how = SMALL._replace(chip=Chip(2, 65 * MIB), interpret=TWO_CORES if thorough else True)
     chex.assert_trees_all_close(pallas(*inputs, how=how), value_and_gradients(*inputs, backend="reference"), **TOLERANCE[dtype])
     if thorough:
-        assert_no_race()
+        assert_no_race(capfd)
 
 
 def test_poisoned_rows_of_one_group_stay_in_it() -> None:

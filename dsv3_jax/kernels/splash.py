@@ -20,10 +20,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 LANES = 128
 """A block is a multiple of the vector lanes."""
-FORWARD = 1024, 1024
-"""Queries and keys of a grid step, forward; docs/log.md has the search (benchmarks/tune_splash.py)."""
-BACKWARD = 1024, 1024
-"""The same for the backward pass, which makes all three gradients in one kernel."""
+Block = tuple[int, int, int]
+"""Queries and keys of a grid step, and keys that are multiplied at once."""
+FORWARD: Block = 1024, 1024, 1024
+BACKWARD: Block = 1024, 1024, 1024
 CORES = 2
 """The heads are walked in two independent halves: a v5p chip has two cores, which would otherwise share no backward pass."""
 
@@ -35,8 +35,8 @@ def splash_attention(
     *,
     scale: float,
     first: jax.Array | int = 0,
-    forward: tuple[int, int] = FORWARD,
-    backward: tuple[int, int] = BACKWARD,
+    forward: Block = FORWARD,
+    backward: Block = BACKWARD,
     interpret: Any = False,
 ) -> jax.Array:
     """softmax(q k^T * scale, over positions up to the query's own) v, differentiable in q, k and v.
@@ -67,11 +67,10 @@ def splash_attention(
         )
     B, T, N, _ = q_BTNX.shape
     S, M, W = v_BSMW.shape[1:]
+    forward, backward = (_no_longer(block, T, S) for block in (forward, backward))
     sizes = splash.BlockSizes(
-        block_q=min(forward[0], _whole(T, LANES)),
-        block_kv=min(forward[1], _whole(S, LANES)),
-        block_q_dkv=min(backward[0], _whole(T, LANES)),
-        block_kv_dkv=min(backward[1], _whole(S, LANES)),
+        **dict(zip(("block_q", "block_kv", "block_kv_compute"), forward, strict=True)),
+        **dict(zip(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), backward, strict=True)),
         use_fused_bwd_kernel=True,
     )
     queries = _whole(T, math.lcm(sizes.block_q, sizes.block_q_dkv))
@@ -96,6 +95,12 @@ def splash_attention(
     split = (array.reshape(parts, -1, *array.shape[1:]) for array in (q_hTX, k_mSX, v_mSW))
     o_BNTW = jax.vmap(kernel)(*split).reshape(B, N, queries, W)
     return o_BNTW[:, :, :T].swapaxes(1, 2)
+
+
+def _no_longer(block: Block, T: int, S: int) -> Block:
+    """The same block, cut down to a short sequence."""
+    queries, keys, at_once = block
+    return min(queries, _whole(T, LANES)), min(keys, _whole(S, at_once)), min(at_once, _whole(S, LANES))
 
 
 def _whole(length: int, block: int) -> int:

@@ -22,8 +22,11 @@ LANES = 128
 """A block is a multiple of the vector lanes."""
 Block = tuple[int, int, int]
 """Queries and keys of a grid step, and keys that are multiplied at once."""
-FORWARD: Block = 1024, 1024, 1024
-BACKWARD: Block = 1024, 1024, 1024
+FORWARD: Block = 1024, 1024, 256
+BACKWARD: Block = 1024, 1024, 256
+"""What takes the fewest instructions at the published widths (docs/log.md; benchmarks/tune_splash.py searches again)."""
+PUBLISHED_ROW_BYTES = 2 * (256 + 128)
+"""Fast memory that a key of 192 and a value of 128 take in bfloat16; rows are padded to the lanes."""
 CORES = 2
 """The heads are walked in two independent halves: a v5p chip has two cores, which would otherwise share no backward pass."""
 
@@ -65,9 +68,10 @@ def splash_attention(
             f"splash attention got q {q_BTNX.dtype}, k {k_BSMX.dtype} and v {v_BSMW.dtype}; cast them to one dtype, or use "
             "attention_backend=chunked"
         )
-    B, T, N, _ = q_BTNX.shape
+    B, T, N, X = q_BTNX.shape
     S, M, W = v_BSMW.shape[1:]
-    forward, backward = (_no_longer(block, T, S) for block in (forward, backward))
+    row_bytes = (_whole(X, LANES) + _whole(W, LANES)) * q_BTNX.dtype.itemsize
+    forward, backward = (_evenly(_smaller(block, row_bytes), T, S) for block in (forward, backward))
     sizes = splash.BlockSizes(
         **dict(zip(("block_q", "block_kv", "block_kv_compute"), forward, strict=True)),
         **dict(zip(("block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"), backward, strict=True)),
@@ -97,10 +101,24 @@ def splash_attention(
     return o_BNTW[:, :, :T].swapaxes(1, 2)
 
 
-def _no_longer(block: Block, T: int, S: int) -> Block:
-    """The same block, cut down to a short sequence."""
+def _smaller(block: Block, row_bytes: int) -> Block:
+    """The block for wide heads or float32, so that as many bytes of keys and values are in fast memory at a time."""
     queries, keys, at_once = block
-    return min(queries, _whole(T, LANES)), min(keys, _whole(S, at_once)), min(at_once, _whole(S, LANES))
+    shrink = 2 ** math.ceil(math.log2(max(1, row_bytes / PUBLISHED_ROW_BYTES)))
+    queries, keys = (max(LANES, size // shrink) for size in (queries, keys))
+    return queries, keys, min(at_once, keys)
+
+
+def _evenly(block: Block, T: int, S: int) -> Block:
+    """No larger than `block`, and no larger than it takes to cover the sequence in as many blocks, so that little is padded."""
+    queries, keys, at_once = block
+    at_once = min(at_once, _whole(S, LANES))
+    return _part(T, queries, LANES), _part(S, keys, at_once), at_once
+
+
+def _part(length: int, block: int, multiple: int) -> int:
+    """The least multiple of which as many cover the length as of `block`."""
+    return min(block, _whole(-(-length // -(-length // block)), multiple))
 
 
 def _whole(length: int, block: int) -> int:
@@ -118,9 +136,7 @@ def _seen(query: jax.Array, key: jax.Array) -> jax.Array:
     return query >= key
 
 
-def _table(
-    first: jax.Array | int, queries: int, keys: int, block_q: int, block_kv: int, *, by_key: bool
-) -> mask_info.MaskInfo:
+def _table(first: jax.Array | int, queries: int, keys: int, block_q: int, block_kv: int, *, by_key: bool) -> mask_info.MaskInfo:
     """What splash knows of the mask: each tile's kind, and which block to fetch while a tile is passed over.
 
     Kinds are 0 (no query looks at a key: the tile is skipped), 1 (some do) and 2 (all do). A skipped tile names the block of

@@ -29,7 +29,7 @@ from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
 from tests.tolerances import TOLERANCE
 
 SMALL = {"forward": (128, 256, 128), "backward": (256, 128, 128)}
-"""Blocks of several shapes, so that short sequences have several of each."""
+"""Blocks of several shapes, so that short sequences have several of each; for 1000 keys dq has its own kernel."""
 
 
 def value_and_gradients(attend: Callable[..., jax.Array], arrays: list[np.ndarray]) -> tuple[jax.Array, tuple]:

@@ -20,6 +20,7 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
 from dsv3_jax.data.tokenizer import StreamDecoder
 from dsv3_jax.infer.load import load_model
+from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.parallel.compilation import cache_compilations
 
@@ -57,7 +58,9 @@ def main() -> None:
     engine = Engine(model.config, model.variables, model.tokenizer, max_length=model.config.max_position_embeddings)
     tokens = engine.stream(wanted["prompt"], params)
     experts = choose_backend(model.config.expert_backend)
-    print(f"{model.origin}, in {model.config.dtype} on {jax.devices()[0]}; experts by {experts}", file=sys.stderr)
+    attention = choose_attention(model.config.attention_backend)
+    backends = f"attention by {attention}, experts by {experts}"
+    print(f"{model.origin}, in {model.config.dtype} on {jax.devices()[0]}; {backends}", file=sys.stderr)
 
     print(wanted["prompt"], end="", flush=True)
     decoder, count = StreamDecoder(model.tokenizer), 0

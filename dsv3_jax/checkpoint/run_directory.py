@@ -21,7 +21,15 @@ FREE_GROUPS = "mesh", "checkpoint", "infer"
 FREE_FIELDS = {
     "train": ("steps", "log_every", "eval_every", "eval_batches"),
     "data": ("cache_dir",),
-    "model": ("remat", "expert_backend", "expert_exchange", "receive_factor", "attention_chunk", "loss_chunk"),
+    "model": (
+        "remat",
+        "expert_backend",
+        "expert_exchange",
+        "receive_factor",
+        "attention_backend",
+        "attention_chunk",
+        "loss_chunk",
+    ),
 }
 
 

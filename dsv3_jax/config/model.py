@@ -20,6 +20,7 @@ from dsv3_jax.config.rope_scaling import RopeScaling
 RematPolicy = Literal["none", "save_latents", "full"]
 ExpertBackend = Literal["auto", "pallas_tpu", "tiles", "ragged_dot", "reference"]
 ExpertExchange = Literal["auto", "ragged", "dense", "ring"]
+AttentionBackend = Literal["auto", "chunked", "splash"]
 
 
 def _dtype_name(field: str, dtype: Any) -> str:
@@ -112,8 +113,10 @@ class ModelConfig:
     """How rows travel to their experts on a mesh; "auto" is chosen by platform and printed at start."""
     receive_factor: float = 1.5
     """Rows a device receives in one round of that exchange, over the rows it sends; what does not fit takes another round."""
+    attention_backend: AttentionBackend = "auto"
+    """Implementation of attention in training and prefill; "auto" is chosen by platform and printed at start."""
     attention_chunk: int = 512
-    """Queries and keys per tile of the attention loop; the T x S matrix is never built."""
+    """Queries and keys per tile of the chunked attention loop; the T x S matrix is never built."""
     loss_chunk: int = 512
     """Positions of every sequence per step of the chunked cross entropy; the [B, T, V] logits never exist in training."""
 
@@ -173,6 +176,10 @@ class ModelConfig:
         require(
             self.expert_exchange in typing.get_args(ExpertExchange),
             f"expert_exchange is {self.expert_exchange!r}; choose from {typing.get_args(ExpertExchange)}",
+        )
+        require(
+            self.attention_backend in typing.get_args(AttentionBackend),
+            f"attention_backend is {self.attention_backend!r}; choose from {typing.get_args(AttentionBackend)}",
         )
         require(self.receive_factor > 0, f"receive_factor is {self.receive_factor}; it must be positive")
         require(self.eos_token_id != (), "eos_token_id is empty; name a token id, or use None")

@@ -17,8 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.attention import causal_attention
+from dsv3_jax.kernels.attention import causal_attention, choose_attention
 from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
+from dsv3_jax.kernels.splash import splash_attention
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
@@ -56,7 +57,7 @@ class MLA(nn.Module):
 
     config: ModelConfig
     absorbed: bool = False
-    """Use the absorbed form over a whole sequence too (with a cache it is always used)."""
+    """Use the absorbed form over a whole sequence too, in the chunked loop (with a cache it is always used)."""
 
     def setup(self) -> None:
         c = self.config
@@ -166,7 +167,13 @@ def _attend_expanded(
     k_rope_BSNP = jnp.broadcast_to(latents.k_rope[:, :, None], (*k_nope_BSNH.shape[:3], config.qk_rope_head_dim))
     k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1)
     scale, chunk = config.softmax_scale, config.attention_chunk
+    if _by_splash(config):
+        return splash_attention(q_BTNX, k_BSNX, v_BSNW, scale=scale, first=first)
     return causal_attention(q_BTNX, k_BSNX, v_BSNW, scale=scale, chunk=chunk, first=first)
+
+
+def _by_splash(config: ModelConfig) -> bool:
+    return choose_attention(config.attention_backend, current_platform()) == "splash"
 
 
 def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, config: ModelConfig) -> jax.Array:
@@ -183,7 +190,10 @@ def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, 
 
     heads = PartitionSpec(*TOKENS, "tensor")
     specs: Any = heads, (TOKENS, TOKENS), RULES.spec(KV_B_AXES)
-    return jax.shard_map(on_device, in_specs=specs, out_specs=heads)(q_BTNX, (latents.c_kv, latents.k_rope), kernel_CNX)
+    # Splash says nothing of the axes its results vary over, so there the check is off, and with it the sums that JAX would
+    # put where a value begins to vary; those of replicated inputs' gradients, which are all there are, the border has anyway.
+    region = jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=not _by_splash(config))
+    return region(q_BTNX, (latents.c_kv, latents.k_rope), kernel_CNX)
 
 
 def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ both training and prefill start from: the states before the head, so that [B, T,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -206,6 +207,8 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     tokens_BT = jnp.zeros((1, config.num_nextn_predict_layers + 1), jnp.int32)
+    # Nothing of this pass is computed, and kernels are for the platform of the run, not for the one that lays it out.
+    config = dataclasses.replace(config, attention_backend="chunked", expert_backend="tiles")
     with without_mesh():  # It is only the shapes of this pass that matter, and one row would not divide over a mesh.
         variables = DeepSeekV3(config).init(key, tokens_BT, mtp=True)
     return {"params": variables["params"], "router": variables.get("router", {})}

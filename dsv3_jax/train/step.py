@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.model import DeepSeekV3, training_loss
 from dsv3_jax.model.losses import cross_entropy
@@ -49,8 +50,9 @@ def describe_backends(config: ModelConfig, mesh: Mesh) -> str:
     """What the model's programs will compute with on the mesh, for the line printed at start."""
     with jax.set_mesh(mesh):
         experts = choose_backend(config.expert_backend, current_platform())
+        attention = choose_attention(config.attention_backend, current_platform())
         exchange = choose_exchange(config.expert_exchange, current_platform(), mesh.shape["expert"])
-    return f"experts by {experts}" + (f", exchange {exchange}" if exchange != "local" else "")
+    return f"attention by {attention}, experts by {experts}" + (f", exchange {exchange}" if exchange != "local" else "")
 
 
 def train_step(state: TrainState, tokens_BT: jax.Array, target_BT: jax.Array, *, config: Config) -> tuple[TrainState, Metrics]:

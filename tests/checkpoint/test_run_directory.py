@@ -104,7 +104,9 @@ OF_MODEL = {
     "hidden_size": 4096, "rope_scaling": None, "eos_token_id": 1, "q_lora_rank": None, "dtype": "float32",
     "param_dtype": "bfloat16", "aux_loss_alpha": 1e-3, "rms_norm_eps": 1e-5, "initializer_range": 0.02,
 }  # fmt: skip
-HOW_IT_IS_COMPUTED = {"remat": "full", "expert_backend": "reference", "attention_chunk": 64, "loss_chunk": 64}
+HOW_IT_IS_COMPUTED = {
+    "remat": "full", "expert_backend": "reference", "attention_backend": "chunked", "attention_chunk": 64, "loss_chunk": 64,
+}  # fmt: skip
 
 
 def names(value: Any) -> str | None:

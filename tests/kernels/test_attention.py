@@ -7,48 +7,15 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.attention import causal_attention
+from dsv3_jax.kernels.attention import causal_attention, choose_attention
 from tests.intermediates import intermediate_shapes
+from tests.kernels.reference_attention import SCALE, draw, naive, naive_gradients
 from tests.tolerances import TOLERANCE
 
-SCALE = 0.37
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LENGTHS = 1, 7, 64, 127, 128, 129, 300
-
-
-def naive(q_BTNX: np.ndarray, k_BTMX: np.ndarray, v_BTMW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Output and the matrix of probabilities [B, N, T, S]; keys and values repeated for the heads that share them."""
-    T, N, M = *q_BTNX.shape[1:3], k_BTMX.shape[2]
-    k_BSNX, v_BSNW = (np.repeat(a, N // M, axis=2) for a in (k_BTMX, v_BTMW))
-    logits_BNTS = SCALE * np.einsum("BTNX,BSNX->BNTS", q_BTNX, k_BSNX)
-    logits_BNTS = np.where(np.tri(T, dtype=bool), logits_BNTS, -np.inf)
-    p_BNTS = np.exp(logits_BNTS - logits_BNTS.max(-1, keepdims=True))
-    p_BNTS /= p_BNTS.sum(-1, keepdims=True)
-    return np.einsum("BNTS,BSNW->BTNW", p_BNTS, v_BSNW), p_BNTS
-
-
-def naive_gradients(q_BTNX: np.ndarray, k_BTMX: np.ndarray, v_BTMW: np.ndarray, do_BTNW: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The chain rule by hand; heads that share a key or value add up."""
-    B, T, N, X = q_BTNX.shape
-    M, W = v_BTMW.shape[2:]
-    p_BNTS = naive(q_BTNX, k_BTMX, v_BTMW)[1]
-    dp_BNTS = np.einsum("BTNW,BSNW->BNTS", do_BTNW, np.repeat(v_BTMW, N // M, axis=2))
-    ds_BNTS = SCALE * p_BNTS * (dp_BNTS - np.sum(p_BNTS * dp_BNTS, axis=-1, keepdims=True))
-    dq_BTNX = np.einsum("BNTS,BSNX->BTNX", ds_BNTS, np.repeat(k_BTMX, N // M, axis=2))
-    dk_BSNX = np.einsum("BNTS,BTNX->BSNX", ds_BNTS, q_BTNX)
-    dv_BSNW = np.einsum("BNTS,BTNW->BSNW", p_BNTS, do_BTNW)
-    return dq_BTNX, dk_BSNX.reshape(B, T, M, -1, X).sum(3), dv_BSNW.reshape(B, T, M, -1, W).sum(3)
-
-
-def draw(length: int, kv_heads: int, dtype: str = "float32", *, heads: int = 4, seed: int = 0) -> list[np.ndarray]:
-    """Random q, k, v and output gradient, rounded to the dtype: two sequences, X 6, W 5."""
-    rng = np.random.default_rng(seed)
-    shapes = [(2, length, heads, 6), (2, length, kv_heads, 6), (2, length, kv_heads, 5), (2, length, heads, 5)]
-    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
 
 
 def value_and_gradients(q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, chunk: int) -> tuple[jax.Array, tuple]:
@@ -116,6 +83,23 @@ def test_the_matrix_is_never_built() -> None:
 
     assert two_long_axes(lambda q, k, v: causal_attention(q, k, v, scale=SCALE, chunk=chunk)) == set()
     assert two_long_axes(plain), "the search does not find the matrix where there is one"
+
+
+@pytest.mark.parametrize(("platform", "backend"), [("cpu", "chunked"), ("gpu", "chunked"), ("tpu", "splash")])
+def test_the_platform_chooses(platform: str, backend: str) -> None:
+    assert choose_attention("auto", platform) == backend
+    assert choose_attention("chunked", platform) == "chunked"
+
+
+def test_splash_elsewhere_is_refused() -> None:
+    assert choose_attention("splash", "tpu") == "splash"
+    for platform in ("cpu", "gpu"):
+        with pytest.raises(NotImplementedError, match=f"'splash' .* for {platform}; use attention_backend auto or chunked"):
+            choose_attention("splash", platform)
+    with pytest.raises(NotImplementedError, match="for cpu"):
+        choose_attention("splash")
+    with pytest.raises(ValueError, match="'flash'; choose one of auto, chunked, splash"):
+        choose_attention("flash", "tpu")
 
 
 @pytest.mark.parametrize(("parts", "chunk"), [(2, 4), (3, 5), (4, 64), (2, 7)])

@@ -1,0 +1,166 @@
+"""Causal attention on a TPU: JAX's splash attention, a Pallas kernel, under the contract of `causal_attention`.
+
+Splash walks a grid of tiles and is told of each whether no, some or all of its queries look at its keys; where some do,
+it compares positions in registers. That table is all it knows of the mask. It is made here from the position of the first
+query, which may be traced: on a mesh a device has the queries of its part of the sequence, and all devices run one program.
+
+Axes beyond the project's legend: M key-value heads, X query/key width, h and m the heads of all sequences of the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+Block = tuple[int, int, int]
+"""Queries and keys of a grid step, and the keys of those that are multiplied at once; multiples of the lanes."""
+FORWARD: Block = 1024, 1024, 256
+BACKWARD: Block = 1024, 1024, 256
+"""What takes the fewest instructions at the published widths (docs/log.md; benchmarks/tune_splash.py searches again)."""
+ROW_BYTES = 2 * (256 + 128)
+"""Fast memory of a key of 192 and a value of 128 there, in bfloat16 and padded to the lanes: what these blocks are for."""
+DQ_COPIES = 4
+"""A backward pass in one kernel leaves a gradient of the queries for each block of keys, summed after it. Beyond so many
+blocks these copies would be too much memory, and a second kernel computes it: 1.35 times the instructions."""
+CORES = 2
+"""The heads are walked in two independent halves: a v5p chip has two cores, and splash gives a backward pass to one."""
+LANES = 128
+
+
+def splash_attention(
+    q_BTNX: jax.Array,
+    k_BSMX: jax.Array,
+    v_BSMW: jax.Array,
+    *,
+    scale: float,
+    first: jax.Array | int = 0,
+    forward: Block = FORWARD,
+    backward: Block = BACKWARD,
+    interpret: Any = False,
+) -> jax.Array:
+    """softmax(q k^T * scale, over positions up to the query's own) v, differentiable in q, k and v.
+
+    The kernel has no scale: q is scaled in float32 and rounded once more to its dtype (docs/numerics.md). Lengths are
+    padded to whole blocks; padded keys come after every query that counts, and padded queries are cut.
+
+    Args:
+      q_BTNX: queries of N heads.
+      k_BSMX: keys of M heads; M divides N, and query head n reads key-value head n * M // N.
+      v_BSMW: values of the same M heads.
+      scale: factor on the logits.
+      first: position of the first query among the keys; not 0 where other devices hold the queries before it. All queries
+        lie among the keys: first + T <= S.
+      forward, backward: blocks, made smaller for wider heads, float32 and short sequences.
+      interpret: as `pallas_call` takes it: to run on any platform, as JAX operations. For tests.
+
+    Returns:
+      [B, T, N, W] in v's dtype; logits and softmax are float32.
+
+    Raises:
+      ValueError: if q, k and v differ in dtype.
+    """
+    if not q_BTNX.dtype == k_BSMX.dtype == v_BSMW.dtype:
+        raise ValueError(
+            f"splash attention got q {q_BTNX.dtype}, k {k_BSMX.dtype} and v {v_BSMW.dtype}; cast them to one dtype, or use "
+            "attention_backend chunked"
+        )
+    B, T, N, X = q_BTNX.shape
+    S, M, W = v_BSMW.shape[1:]
+    row_bytes = (_whole(X, LANES) + _whole(W, LANES)) * q_BTNX.dtype.itemsize
+    forward, backward = (_evenly(_smaller(block, row_bytes), T, S) for block in (forward, backward))
+    queries, keys = (_whole(length, math.lcm(forward[i], backward[i])) for i, length in enumerate((T, S)))
+    scaled = (q_BTNX.astype(jnp.float32) * scale).astype(q_BTNX.dtype)
+    by_head = _by_head(scaled, queries), _by_head(k_BSMX, keys), _by_head(v_BSMW, keys)
+    parts = CORES if B * M % CORES == 0 else 1
+    split = (array.reshape(parts, -1, *array.shape[1:]) for array in by_head)
+    o: Any = jax.vmap(_kernel(first, queries, keys, forward, backward, interpret))(*split)
+    return o.reshape(B, N, queries, W)[:, :, :T].swapaxes(1, 2)
+
+
+def _smaller(block: Block, row_bytes: int) -> Block:
+    """The block for wider rows, so that it takes as much fast memory."""
+    shrink = 2 ** math.ceil(math.log2(max(1, row_bytes / ROW_BYTES)))
+    queries, keys = (max(LANES, size // shrink) for size in block[:2])
+    return queries, keys, min(block[2], keys)
+
+
+def _evenly(block: Block, T: int, S: int) -> Block:
+    """The least block of which as many cover the sequence, so that little is padded."""
+    queries, keys, at_once = block
+    at_once = min(at_once, _whole(S, LANES))
+
+    def part(length: int, size: int, multiple: int) -> int:
+        return min(size, _whole(-(-length // -(-length // size)), multiple))
+
+    return part(T, queries, LANES), part(S, keys, at_once), at_once
+
+
+def _whole(length: int, block: int) -> int:
+    return -(-length // block) * block
+
+
+def _by_head(array_BTNX: jax.Array, length: int) -> jax.Array:
+    """[B * N, length, X]: to the kernel, the sequences of a batch are so many more heads."""
+    B, T, N, X = array_BTNX.shape
+    by_head = array_BTNX.swapaxes(1, 2).reshape(B * N, T, X)
+    return jnp.pad(by_head, ((0, 0), (0, length - T), (0, 0)))
+
+
+def _kernel(first: jax.Array | int, queries: int, keys: int, forward: Block, backward: Block, interpret: Any) -> Any:
+    """Splash for q [h, queries, X], k [m, keys, X] and v [m, keys, W]."""
+    table = functools.partial(_table, first, queries, keys)
+    fused = keys // backward[1] <= DQ_COPIES
+    block_q, block_kv = (None, None) if fused else backward[:2]
+    sizes = splash.BlockSizes(*forward, *backward, block_q, block_kv, use_fused_bwd_kernel=fused)
+    return splash.SplashAttentionKernel(
+        table(*forward[:2]),
+        None if fused else table(*backward[:2]),
+        table(*backward[:2], queries_innermost=True),
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=_seen,
+        interpret=interpret,
+    )
+
+
+def _seen(query: jax.Array, key: jax.Array) -> jax.Array:
+    return query >= key
+
+
+def _table(
+    first: jax.Array | int, queries: int, keys: int, block_q: int, block_kv: int, *, queries_innermost: bool = False
+) -> MaskInfo:
+    """What splash knows of the mask: the kind of each tile, and the block to fetch while it is at hand.
+
+    Kinds are 0 (no query looks at a key: the tile is skipped), 1 (some do) and 2 (all do). A tile that runs names its own
+    block, and one that is skipped that of the next one to run, which so travels early: the first block of keys, where the grid
+    goes through keys before queries; else the first block of queries that looks at these keys.
+    """
+    i, j = jnp.arange(queries // block_q)[:, None], jnp.arange(keys // block_kv)
+    first_query = first + i * block_q
+    runs = j * block_kv < first_query + block_q
+    full = (j + 1) * block_kv <= first_query + 1
+    if queries_innermost:
+        begin = jnp.maximum(j * block_kv - first, 0) // block_q
+        fetch = jnp.minimum(jnp.maximum(i, begin), len(i) - 1)
+    else:
+        fetch = jnp.where(runs, j, 0)
+    places: Any = (first + jnp.arange(queries)).astype(jnp.int32)
+    return MaskInfo(
+        # One table for all heads, in small integers: it is held in scalar memory.
+        data_next=fetch[None].astype(jnp.int16),
+        mask_next=None,
+        block_mask=jnp.where(runs, jnp.where(full, 2, 1), 0)[None].astype(jnp.int8),
+        partial_mask_blocks=None,
+        q_sequence=places,
+    )

@@ -1,0 +1,52 @@
+"""Causal softmax attention and its gradients spelled out in NumPy: what every implementation is held to."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+SCALE = 0.37
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def naive(q_BTNX: np.ndarray, k_BSMX: np.ndarray, v_BSMW: np.ndarray, scale: float = SCALE) -> tuple[np.ndarray, np.ndarray]:
+    """Output and the matrix of probabilities [B, N, T, S]; keys and values repeated for the heads that share them."""
+    T, N, M = *q_BTNX.shape[1:3], k_BSMX.shape[2]
+    k_BSNX, v_BSNW = (np.repeat(a, N // M, axis=2) for a in (k_BSMX, v_BSMW))
+    logits_BNTS = scale * np.einsum("BTNX,BSNX->BNTS", q_BTNX, k_BSNX)
+    logits_BNTS = np.where(np.tri(T, dtype=bool), logits_BNTS, -np.inf)
+    p_BNTS = np.exp(logits_BNTS - logits_BNTS.max(-1, keepdims=True))
+    p_BNTS /= p_BNTS.sum(-1, keepdims=True)
+    return np.einsum("BNTS,BSNW->BTNW", p_BNTS, v_BSNW), p_BNTS
+
+
+def naive_gradients(
+    q_BTNX: np.ndarray, k_BSMX: np.ndarray, v_BSMW: np.ndarray, do_BTNW: np.ndarray, scale: float = SCALE
+) -> tuple[np.ndarray, ...]:
+    """The chain rule by hand; heads that share a key or value add up."""
+    B, T, N, X = q_BTNX.shape
+    M, W = v_BSMW.shape[2:]
+    p_BNTS = naive(q_BTNX, k_BSMX, v_BSMW, scale)[1]
+    dp_BNTS = np.einsum("BTNW,BSNW->BNTS", do_BTNW, np.repeat(v_BSMW, N // M, axis=2))
+    ds_BNTS = scale * p_BNTS * (dp_BNTS - np.sum(p_BNTS * dp_BNTS, axis=-1, keepdims=True))
+    dq_BTNX = np.einsum("BNTS,BSNX->BTNX", ds_BNTS, np.repeat(k_BSMX, N // M, axis=2))
+    dk_BSNX = np.einsum("BNTS,BTNX->BSNX", ds_BNTS, q_BTNX)
+    dv_BSNW = np.einsum("BNTS,BTNW->BSNW", p_BNTS, do_BTNW)
+    return dq_BTNX, dk_BSNX.reshape(B, T, M, -1, X).sum(3), dv_BSNW.reshape(B, T, M, -1, W).sum(3)
+
+
+def draw(
+    length: int,
+    kv_heads: int,
+    dtype: str = "float32",
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    widths: tuple[int, int] = (6, 5),
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Random q, k, v and output gradient, rounded to the dtype; `widths` are those of the keys and of the values."""
+    rng = np.random.default_rng(seed)
+    X, W = widths
+    shapes = [(batch, length, heads, X), (batch, length, kv_heads, X), (batch, length, kv_heads, W), (batch, length, heads, W)]
+    return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]

@@ -1,0 +1,179 @@
+"""Splash attention, interpreted: against softmax attention spelled out in float64, and in the model against the chunked loop.
+
+That the TPU compiler takes it is shown in tests/plan/test_program.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.kernels.splash import splash_attention
+from dsv3_jax.model import mla, training_loss
+from dsv3_jax.model.mla import MLA
+from dsv3_jax.model.rope import rotation
+from dsv3_jax.parallel.mesh import make_mesh
+from tests.intermediates import intermediate_shapes
+from tests.kernels.interpreter import STRICT, assert_no_race
+from tests.kernels.reference_attention import SCALE, draw, naive, naive_gradients
+from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
+from tests.tolerances import TOLERANCE
+
+SMALL = {"forward": (128, 256, 128), "backward": (256, 128, 128)}
+"""Blocks of several shapes, so that short sequences have several of each; for 1000 keys dq has its own kernel."""
+
+
+def value_and_gradients(attend: Callable[..., jax.Array], arrays: list[np.ndarray]) -> tuple[jax.Array, tuple]:
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, tuple]:
+        o, pullback = jax.vjp(attend, q, k, v)
+        return o, pullback(do)
+
+    return jax.jit(both)(*arrays)
+
+
+def assert_is_softmax_attention(attend: Callable[..., jax.Array], arrays: list[np.ndarray], dtype: str) -> None:
+    """`attend` at SCALE: values and gradients of the whole sequence."""
+    q, k, v, do = arrays
+    found = value_and_gradients(attend, arrays)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, (do, (q, k, v)))
+    exact = [a.astype(np.float64) for a in arrays]
+    expected = naive(*exact[:3])[0], naive_gradients(*exact)
+    found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
+    # Sums over up to 1000 queries are of the size of their largest element, not of one.
+    unit = jax.tree.map(lambda a: max(1.0, np.abs(a).max()), expected)
+    chex.assert_trees_all_close(*(jax.tree.map(np.divide, tree, unit) for tree in (found, expected)), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (127, 1), (128, 2), (129, 1), (1000, 2)])
+def test_splash_attention_is_softmax_attention(length: int, kv_heads: int, dtype: str) -> None:
+    """A key-value head for each query head, or one for all, as in the absorbed form."""
+    attend = functools.partial(splash_attention, scale=SCALE, **SMALL, interpret=True)
+    assert_is_softmax_attention(attend, draw(length, kv_heads, dtype, heads=2), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_the_published_widths_and_with_its_own_blocks(dtype: str) -> None:
+    q, k, v, do = draw(300, 2, dtype, batch=1, heads=2, widths=(192, 128))
+    q = (q.astype(np.float32) / 8).astype(q.dtype)  # Logits of about unit size.
+    assert_is_softmax_attention(functools.partial(splash_attention, scale=SCALE, interpret=True), [q, k, v, do], dtype)
+
+
+@pytest.mark.parametrize(("parts", "size"), [(3, 100), (2, 256), (4, 32)])
+def test_queries_of_a_part_of_the_sequence(parts: int, size: int) -> None:
+    """Each part of the queries against all keys, its place known only while it runs."""
+    whole = functools.partial(splash_attention, scale=SCALE, **SMALL, interpret=True)
+
+    def in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        starts = jnp.arange(parts) * size
+        rows = q.reshape(q.shape[0], parts, size, *q.shape[2:]).swapaxes(0, 1)
+        o = jax.lax.map(lambda part: whole(part[0], k, v, first=part[1]), (rows, starts))
+        return o.swapaxes(0, 1).reshape(*q.shape[:3], -1)
+
+    assert_is_softmax_attention(in_parts, draw(parts * size, 2, heads=2), "float32")
+
+
+def test_no_race_and_nothing_that_was_not_written(capfd: pytest.CaptureFixture[str]) -> None:
+    """Under an interpreter that fills memory with NaN, walks heads in any order, and reports accesses that nothing orders.
+
+    It knows no grid with a dimension from `vmap`, so there is an odd number of heads, which are not halved.
+    """
+    block = {"forward": (128, 128, 128), "backward": (128, 128, 128)}
+    attend = functools.partial(splash_attention, scale=SCALE, **block, interpret=STRICT)
+    assert_is_softmax_attention(attend, draw(200, 1, batch=3, heads=1), "float32")
+    assert_no_race(capfd)
+
+
+def test_the_matrix_is_never_built() -> None:
+    length = 1000
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(splash_attention(q, k, v, scale=SCALE, **SMALL, interpret=True)))
+
+    shapes = intermediate_shapes(jax.value_and_grad(loss, (0, 1, 2)), *draw(length, 2, heads=2)[:3])
+    assert any(max(shape, default=0) >= length for shape in shapes)
+    assert not any(sum(axis >= length for axis in shape) >= 2 for shape in shapes)
+
+
+def test_mixed_dtypes_are_refused() -> None:
+    q, k, v, _ = draw(4, 4)
+    with pytest.raises(ValueError, match="q float32, k bfloat16 and v float32"):
+        splash_attention(q, jnp.asarray(k, jnp.bfloat16), v, scale=SCALE)
+
+
+# --- In the model ----------------------------------------------------------------------------------------------------
+
+MODEL = dataclasses.replace(
+    DENSE_ONLY,
+    num_attention_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    hidden_size=32,
+    max_position_embeddings=512,
+    attention_chunk=64,
+    remat="full",
+)
+LENGTH = 320
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Once called, the model takes splash, interpreted, though it runs on CPU devices."""
+
+    def begin() -> None:
+        monkeypatch.setattr(mla, "choose_attention", lambda *_: "splash")
+        monkeypatch.setattr(mla, "splash_attention", functools.partial(splash_attention, **SMALL, interpret=True))
+
+    return begin
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Each array of a tree within 1e-5 of the other's norm."""
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        apart = np.linalg.norm(np.asarray(one) - np.asarray(other)) / np.linalg.norm(other)
+        assert apart < 1e-5, (jax.tree_util.keystr(path), apart)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"context": 2, "tensor": 2, "data": 2}, pytest.param({"context": 4, "fsdp": 2}, marks=pytest.mark.slow)]
+)
+def test_a_layer_on_a_mesh_is_the_chunked_one_of_one_device(interpreted: Callable[[], None], sizes: dict[str, int]) -> None:
+    """Value and all gradients; the layer is computed again in the backward pass, and a query's place differs by device."""
+    params = jax.tree.map(lambda leaf_L: leaf_L[0], random_variables(MODEL)["params"]["dense_layers"]["self_attn"])
+    x_BTD, dy_BTD = np.random.default_rng(0).standard_normal((2, 4, LENGTH, MODEL.hidden_size)).astype(np.float32)
+
+    def loss(params: Any, x_BTD: jax.Array) -> jax.Array:
+        turns = rotation(MODEL, jnp.arange(LENGTH)[None])
+        return jnp.sum(dy_BTD * MLA(MODEL).apply({"params": params}, x_BTD, turns)[0])
+
+    def program() -> Callable[..., Any]:
+        return jax.jit(jax.value_and_grad(jax.checkpoint(lambda *at: loss(*at)), (0, 1)))
+
+    expected = program()(params, x_BTD)
+    interpreted()
+    with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
+        assert_alike(program()(params, x_BTD), expected)
+
+
+def test_a_scanned_model_that_computes_its_layers_again(interpreted: Callable[[], None]) -> None:
+    variables = random_variables(MODEL)
+    tokens_BT = random_tokens(2, 161)
+
+    def program() -> Callable[..., Any]:
+        def objective(params: Any) -> jax.Array:
+            return training_loss(params, variables["router"], MODEL, tokens_BT[:, :-1], tokens_BT[:, 1:], 0.3).loss
+
+        return jax.jit(jax.value_and_grad(objective))
+
+    expected = program()(variables["params"])
+    interpreted()
+    assert_alike(program()(variables["params"]), expected)

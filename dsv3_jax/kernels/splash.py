@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 Block = tuple[int, int, int]
 """Queries and keys of a grid step, and the keys of those that are multiplied at once; multiples of the lanes."""
-FORWARD: Block = 1024, 1024, 256
+FORWARD: Block = 1024, 1024, 512
 BACKWARD: Block = 1024, 1024, 256
 """What takes the fewest instructions at the published widths (docs/log.md; benchmarks/tune_splash.py searches again)."""
 ROW_BYTES = 2 * (256 + 128)

@@ -127,6 +127,7 @@ def _program_json(config: Config, program: Program, chip: Chip | None, limits: R
         "moment_dtype": config.optimizer.moment_dtype,
         "remat": model.remat,
         "mtp_depths": model.num_nextn_predict_layers,
+        "kernels": program.kernels,
         "collectives": None if program.collectives is None else [dataclasses.asdict(one) for one in program.collectives],
         "flops_per_token": flops_per_token(model, train.sequence_length)._asdict(),
         "roofline_seconds": None if limits is None else limits._asdict(),
@@ -187,6 +188,8 @@ def _print_program(
             more = " and more where rounds repeat" if one.data_dependent else ""
             traffic.add_row(one.kind + more, one.axis, str(one.count), f"{one.bytes / 1e9:.3f}")
         console.print(traffic)
+    if program.kernels:
+        console.print(f"Pallas kernels in the program: {', '.join(program.kernels)}.")
     flops = flops_per_token(config.model, config.train.sequence_length)
     console.print(
         f"{flops.causal / 1e9:.1f} GFLOP a token, attention counted causally ({flops.non_causal / 1e9:.1f} if not): six a "

@@ -5,6 +5,7 @@ It is the very function that train.py calls (`compile_train_step`), with arrays 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -42,6 +43,8 @@ class Program:
     """Whether that is within the device's memory; None on CPU devices, which have no such limit."""
     collectives: list[Collective] | None
     """What a device sends in a step; None where the program did not fit, and there is none to read it off."""
+    kernels: dict[str, int]
+    """Pallas kernels in the program, by name, and how often each stands in it."""
     compile_seconds: float
     text: str
     """The optimised program, as the compiler prints it."""
@@ -72,7 +75,7 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
             refusal = read_refusal(str(error), arguments)
             if refusal is None:
                 raise
-            return Program(arguments, variables, moments, *refusal, False, None, time.perf_counter() - started, "")
+            return Program(arguments, variables, moments, *refusal, False, None, {}, time.perf_counter() - started, "")
     seconds = time.perf_counter() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -85,9 +88,18 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
         None if chip is None else total <= chip.hbm_gib * GIB,
         # The exchange's first round stands before its loop over rounds, and under even routing it is the only one.
         collectives(text, dict(mesh.shape), slices=slices, ragged_rows=expected_rows_sent(config, mesh), open_trips=0),
+        kernels_in(text),
         seconds,
         text,
     )
+
+
+def kernels_in(text: str) -> dict[str, int]:
+    """Pallas kernels of a compiled program by the names they were given, without what differentiation adds to those."""
+    found = re.findall(
+        r'^\s+%([\w\-]+?)(?:\.\d+)? = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"', text, re.MULTILINE
+    )
+    return dict(sorted(collections.Counter(re.sub(r"^(transpose_|jvp_)+", "", name).strip("_") for name in found).items()))
 
 
 def expected_rows_sent(config: Config, mesh: Mesh) -> float:

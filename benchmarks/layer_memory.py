@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -45,7 +46,7 @@ def main() -> None:
     flags = parser.parse_args()
     device = tpu_devices(flags.topology)[0]
     published = dataclasses.replace(
-        load_config("configs/v3_671b.py").model,
+        load_config(str(pathlib.Path(__file__).parent.parent / "configs" / "v3_671b.py")).model,
         n_routed_experts=flags.experts,
         max_position_embeddings=flags.length,
         param_dtype="bfloat16",

@@ -22,6 +22,7 @@ from dsv3_jax.data.tokenizer import StreamDecoder
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.expert_ffn import choose_backend
+from dsv3_jax.kernels.latent_attention import choose_latent_backend
 from dsv3_jax.parallel.compilation import cache_compilations
 
 
@@ -59,7 +60,8 @@ def main() -> None:
     tokens = engine.stream(wanted["prompt"], params)
     experts = choose_backend(model.config.expert_backend)
     attention = choose_attention(model.config.attention_backend)
-    backends = f"attention by {attention}, experts by {experts}"
+    over_cache = choose_latent_backend("auto")
+    backends = f"attention by {attention}, over the cache by {over_cache}, experts by {experts}"
     print(f"{model.origin}, in {model.config.dtype} on {jax.devices()[0]}; {backends}", file=sys.stderr)
 
     print(wanted["prompt"], end="", flush=True)

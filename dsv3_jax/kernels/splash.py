@@ -27,7 +27,7 @@ ROW_BYTES = 2 * (256 + 128)
 """Fast memory of a key of 192 and a value of 128 there, in bfloat16 and padded to the lanes: what these blocks are for."""
 DQ_COPIES = 4
 """A backward pass in one kernel leaves a gradient of the queries for each block of keys, summed after it. Beyond so many
-blocks these copies would be too much memory, and a second kernel computes it: 1.35 times the instructions."""
+blocks these copies would be too much memory, and a second kernel computes it: 1.3 times the instructions."""
 CORES = 2
 """The heads are walked in two independent halves: a v5p chip has two cores, and splash gives a backward pass to one."""
 LANES = 128

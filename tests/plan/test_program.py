@@ -65,6 +65,13 @@ def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str) -> 
     assert found["reduce-scatter", "fsdp"].bytes > 0
 
 
+def test_attention_split_along_sequence_and_heads_compiles_for_tpu(tpu_compiler: str) -> None:
+    """A device's place in the sequence is known only while it runs, and the table that splash is given depends on it."""
+    run = dataclasses.replace(SMALL, mesh=MeshConfig(context=2, tensor=2))
+    program = compile_program(run, make_mesh(run.mesh, tpu_devices("v5p:2x2x1")), CHIPS["v5p"])
+    assert {"splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals"} <= set(program.kernels)
+
+
 def test_a_program_that_does_not_fit_is_an_answer(tpu_compiler: str) -> None:
     model = dataclasses.replace(SMALL.model, hidden_size=8192, moe_intermediate_size=16384)
     run = dataclasses.replace(SMALL, model=model)

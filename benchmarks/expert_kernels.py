@@ -198,7 +198,7 @@ def gmm_cost(contracted: int, columns: int, schedule: Schedule, tiling: Sequence
     """Of a call of gmm with `rows` rows for each of E experts; the tile of rows divides them or is divided by them."""
     tile_m, tile_k, tile_n = tiling
     num_rows, width = E * rows, jnp.dtype(DTYPE).itemsize
-    num_n, num_k, num_m = columns // tile_n, contracted // tile_k, max(num_rows // tile_m, E)
+    num_n, num_k, num_m = -(-columns // tile_n), -(-contracted // tile_k), max(num_rows // tile_m, E)
     with_products = [arm for arm in schedule.arms if arm.products]
     zero = schedule.arms[schedule.arms.index(with_products[0]) - 1]
     common = schedule.body.bundles - sum(arm.bundles for arm in with_products) - zero.bundles

@@ -66,7 +66,13 @@ _LARGE_VMEM = Tiles(
     dw_gate_up=WeightTiles(1024, 256, 3584, 1024),
     dw_down=WeightTiles(1024, 256, 2048, 1024),
 )
-TILES = {"v5e": _LARGE_VMEM, "v5p": _SMALL_VMEM, "v6e": _LARGE_VMEM, "7x": _SMALL_VMEM}
+TILES = {
+    "v5e": _LARGE_VMEM,
+    "v5p": _SMALL_VMEM,
+    "v6e": _LARGE_VMEM,
+    # Two products of 256 columns side by side want more rows there to hide what surrounds them.
+    "7x": _SMALL_VMEM._replace(gate_up=RowTiles(1024, 1024, 128, 256)),
+}
 """By chip, as Pallas names it."""
 
 

@@ -52,6 +52,7 @@ def main() -> None:
     require_agreement({"run_dir": arguments.run_dir, "resume": arguments.resume, **dataclasses.asdict(config)})
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
+    backends = describe_backends(config.model, mesh)
     shardings = state_shardings(config, mesh)
     cache_compilations(config.data.cache_dir)
 
@@ -83,7 +84,6 @@ def main() -> None:
             if newest is not None:
                 print(f"continuing after step {newest} of {steps}", flush=True)
             count = sum(leaf.size for leaf in jax.tree.leaves(state.variables))
-            backends = describe_backends(config.model, mesh)
             print(f"{count:,} parameters in {config.model.dtype} on {describe(mesh)}; {backends}", flush=True)
 
         # The loop.

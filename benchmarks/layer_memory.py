@@ -23,7 +23,6 @@ from machine import machine
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.config.command_line import load_config
-from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.rope import rotation
@@ -54,19 +53,8 @@ def main() -> None:
     for layer, (field, backends) in LAYERS.items():
         for backend in backends:
             where = {"benchmark": "layer_memory", "topology": flags.topology, "layer": layer, "backend": backend}
-            if exists(field, backend):
-                config = dataclasses.replace(published, **{field: backend})
-                print(json.dumps(where | memory(layer, config, flags.length, device) | machine()), flush=True)
-
-
-def exists(field: str, backend: str) -> bool:
-    """Whether a backend is written: some are only planned."""
-    if field == "expert_backend":
-        try:
-            choose_backend(backend, "tpu")
-        except NotImplementedError:
-            return False
-    return True
+            config = dataclasses.replace(published, **{field: backend})
+            print(json.dumps(where | memory(layer, config, flags.length, device) | machine()), flush=True)
 
 
 def memory(layer: str, config: ModelConfig, length: int, device: Any) -> dict[str, Any]:

@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--chip", choices=TOPOLOGIES, required=True)
     parser.add_argument("--rows", type=int, default=1024, help="rows an expert, a power of two")
     args = parser.parse_args()
+    if args.rows < 1 or args.rows & (args.rows - 1):
+        parser.error(f"--rows is {args.rows}; groups are counted whole, so it must be a power of two")
     best: dict[str, tuple[float, Any]] = {}
     for kernel, sizes, cost in candidates(args.chip, args.rows):
         milliseconds = round(1e3 * seconds(cost, args.chip), 3)

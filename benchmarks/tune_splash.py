@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=4096, help="queries, and as many keys")
     parser.add_argument("--heads", type=int, default=8, help="heads; the figures are of one of them")
     flags = parser.parse_args()
+    if flags.length % max(max(block[:2]) for block in BLOCKS):
+        parser.error(f"--length is {flags.length}; it must be a multiple of the largest block, 2048")
     for chip in flags.chip or TOPOLOGIES:
         for direction, flops in FLOPS.items():
             sizes = {"direction": direction, "length": flags.length, "heads": flags.heads}

@@ -30,11 +30,13 @@ def choose_attention(name: str, platform: str | None = None) -> str:
 
     Raises:
       NotImplementedError: for splash on anything but a TPU.
-      ValueError: for any other name.
+      ValueError: for any other name, and for "auto" on a platform that is not known.
     """
     platform = platform or jax.default_backend()
     if name not in ("auto", "chunked", "splash"):
         raise ValueError(f"attention backend is {name!r}; choose one of auto, chunked, splash")
+    if name == "auto" and platform not in _AUTO:
+        raise ValueError(f"no attention backend is chosen for the platform {platform!r}; use attention_backend chunked")
     if name == "splash" and platform != "tpu":
         raise NotImplementedError(
             f"attention backend 'splash' is a kernel for TPUs, and this program is for {platform}; use attention_backend "

@@ -101,7 +101,9 @@ def grouped_rows(
 
     def kernel(group_X: Any, block_X: Any, tile_X: Any, start_G: Any, *refs: Any) -> None:
         del tile_X
-        row_refs, weight_refs, beside_refs, output_refs = _split(refs, len(rows), len(weights), len(beside))
+        row_refs, weight_refs, beside_refs, output_refs, product_refs = _split(
+            refs, len(rows), len(weights), len(beside), num_outputs
+        )
         step = pl.program_id(1)
         group, first_row = group_X[step], block_X[step] * block
         begin = jnp.maximum(start_G[group] - first_row, 0)
@@ -109,9 +111,11 @@ def grouped_rows(
 
         def compute_tile(start: jax.Array, num: int) -> None:
             at = pl.ds(start, num)
-            factors = zip(list(row_refs) * (len(weights) // len(rows)), weight_refs, strict=True)
-            products = [_product(row_ref, at, weight_ref, transposed) for row_ref, weight_ref in factors]
-            values = compute(products, [ref[at, :] for ref in beside_refs])
+            factors = zip(list(row_refs) * (len(weights) // len(rows)), weight_refs, product_refs, strict=True)
+            for row_ref, weight_ref, product_ref in factors:
+                # Several wide products at once would be more than the registers hold.
+                product_ref[:num, :] = _product(row_ref, at, weight_ref, transposed)
+            values = compute([ref[:num, :] for ref in product_refs], [ref[at, :] for ref in beside_refs])
             _store(output_refs, values, start, begin, end)
 
         def zero_tile(start: jax.Array, num: int) -> None:
@@ -149,6 +153,7 @@ def grouped_rows(
             grid=(cores, num_steps),
             in_specs=[row_spec] * len(rows) + [weight_spec] * len(weights) + [output_spec] * len(beside),
             out_specs=[output_spec] * num_outputs,
+            scratch_shapes=[pltpu.VMEM((max(fitted.tile, fitted.remainder), columns), jnp.float32)] * len(weights),
         ),
         compiler_params=compiler_params("parallel", "arbitrary", chip=chip),
         cost_estimate=estimate(2 * num_rows * contracted * num_columns * len(weights), *rows, *weights, *beside, output),
@@ -245,17 +250,30 @@ def fit_rows(
         blocks = num_inner * block * K + num_weights * K * X + num_outer * block * X
         return 2 * width * blocks + 4 * tile * X * (num_weights + num_outer) + width * tile * min(K, LARGEST_PART)
 
+    columns = shared(columns, num_columns, chip.cores)
     while vmem_bytes(block, columns) > chip.vmem_bytes - RESERVED_BYTES:
         if block > tiles.remainder:
             block = round_up(block // 2, packing)
         elif columns > LANES:
-            columns = max(columns // 2 // LANES, 1) * LANES
+            columns = shared(max(columns // 2 // LANES, 1) * LANES, num_columns, chip.cores)
         else:
             raise ValueError(
                 f"{name}: rows of {contracted} {jnp.dtype(dtype).name} values do not fit into {chip.vmem_bytes / MIB:.0f} MiB "
-                "of VMEM even in the smallest blocks; split that dimension over mesh.tensor, or choose the backend 'tiles'"
+                "of VMEM even in the smallest blocks; choose model.expert_backend tiles"
             )
     return RowTiles(block, tile_of(block), min(tiles.remainder, block), columns)
+
+
+def shared(size: int, length: int, cores: int) -> int:
+    """`size`, or the next smaller whole number of lanes in which `length` makes a number of tiles that all cores share."""
+    smaller = range((size - 1) // LANES * LANES, 0, -LANES)
+    return next((s for s in (size, *smaller) if -(-length // s) % cores == 0), size)
+
+
+def require_tpu_dtype(what: str, dtype: Any, remedy: str) -> None:
+    """Raises ValueError for a dtype that TPU kernels are not written for."""
+    if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
+        raise ValueError(f"{what} got {jnp.dtype(dtype).name}; it takes float32 and bfloat16, or use {remedy}")
 
 
 def compiler_params(*dimensions: Any, chip: Chip) -> pltpu.CompilerParams:

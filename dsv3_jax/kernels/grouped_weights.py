@@ -14,7 +14,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped_rows import LANES, RESERVED_BYTES, Chip, compiler_params, estimate, next_power, round_up, sublanes
+from dsv3_jax.kernels.grouped_rows import (
+    LANES,
+    RESERVED_BYTES,
+    Chip,
+    compiler_params,
+    estimate,
+    next_power,
+    round_up,
+    shared,
+    sublanes,
+)
 from dsv3_jax.kernels.groups import visits_of
 from dsv3_jax.kernels.varying import shape_beside
 
@@ -158,7 +168,7 @@ def fit_weights(
     num_rows, X, Y = shape
     width = jnp.dtype(dtype).itemsize
     block = min(tiles.block, round_up(num_rows, sublanes(dtype)), max(tiles.part, next_power(-(-num_rows // num_experts))))
-    left, right = min(tiles.left, X), min(tiles.right, Y)
+    left, right = shared(min(tiles.left, X), X, chip.cores), min(tiles.right, Y)
 
     def vmem_bytes() -> int:
         x, y = round_up(left, LANES), round_up(right, LANES)
@@ -170,7 +180,7 @@ def fit_weights(
     while vmem_bytes() > chip.vmem_bytes - RESERVED_BYTES:
         # Wide tiles of few rows rather than the reverse: what is large is the sums.
         if left >= right and left > LANES:
-            left = max(left // 2 // LANES, 1) * LANES
+            left = shared(max(left // 2 // LANES, 1) * LANES, X, chip.cores)
         elif right > LANES:
             right = max(right // 2 // LANES, 1) * LANES
         else:

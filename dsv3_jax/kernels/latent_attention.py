@@ -48,12 +48,14 @@ def choose_latent_backend(name: str, platform: str | None = None) -> str:
         compiling for a machine that is not there.
 
     Raises:
-      ValueError: for an unknown name.
+      ValueError: for an unknown name, and for a kernel that the named platform cannot run.
     """
     if name == "auto":
         return "pallas_tpu" if (platform or jax.default_backend()) == "tpu" else "chunked"
     if name not in _BACKENDS:
         raise ValueError(f"latent attention backend is {name!r}; choose one of auto, {', '.join(_BACKENDS)}")
+    if name == "pallas_tpu" and platform not in (None, "tpu"):
+        raise ValueError(f"latent attention backend 'pallas_tpu' runs on TPUs only, this program is for {platform}; use auto")
     return name
 
 

@@ -28,13 +28,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.attention import MASKED
+from dsv3_jax.kernels.grouped_rows import LANES, require_tpu_dtype, sublanes
 
 # Tokens of a block: as many as make 2^18 logits (1 MiB) with all rows, within these bounds.
 LOGITS = 1 << 18
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 1024
 # Blocks in VMEM: one that is mixed, one that is weighed, one on its way.
 SLOTS = 3
-LANES = 128
+LARGEST_QUERIES = 3072 * 512
+LARGEST_TABLE_BYTES = 900 * 2**10
 # Of 64 MiB or more from v5 on; the compiler's own limit is 16 MiB there.
 VMEM_BYTES = 32 << 20
 
@@ -58,13 +60,24 @@ def past_attention_tpu(
       interpret: run without a TPU, to test.
 
     Raises:
-      ValueError: if the pages are no whole tiles of the TPU's memory.
+      ValueError: if the pages are no whole tiles of the TPU's memory, or the queries or the table too many for it.
     """
     B, T, N, C = q_latent_BTNC.shape
     P, A = q_rope_BTNP.shape[-1], T * N
+    require_tpu_dtype("attention over cached latents by 'pallas_tpu'", latent_YZC.dtype, "the backend chunked")
+    if A * C > LARGEST_QUERIES:
+        raise ValueError(
+            f"{T} tokens of {N} heads at a time are {A} rows of {C} values; the kernel has room for {LARGEST_QUERIES // C}, so "
+            "verify fewer drafted tokens in a step, or use the backend chunked"
+        )
     block = block or min(max(LOGITS // A // SMALLEST_BLOCK * SMALLEST_BLOCK, SMALLEST_BLOCK), LARGEST_BLOCK)
     latent_YZC, table_BJ = _in_small_pages(latent_YZC, table_BJ, block)
     page_size, J = latent_YZC.shape[1], table_BJ.shape[1]
+    if table_BJ.size * 4 > LARGEST_TABLE_BYTES:
+        raise ValueError(
+            f"a table of {B} x {J} pages takes {table_BJ.size * 4:,} bytes of scalar memory, and there is room for "
+            f"{LARGEST_TABLE_BYTES:,}; use larger pages, fewer sequences a device, or the backend chunked"
+        )
     Z = min(max(block // page_size, 1), J) * page_size
     lanes_are_tokens = page_size % LANES == 0
     rope = rope_YZP.swapaxes(1, 2) if lanes_are_tokens else rope_YZP.reshape(-1, page_size, P)
@@ -120,7 +133,7 @@ def past_attention_tpu(
 def _in_small_pages(latent_YZC: jax.Array, table_BJ: jax.Array | None, block: int) -> tuple[jax.Array, jax.Array]:
     """The same latents in pages of at most a block, without a copy, and with a table in any case."""
     num_pages, page_size, C = latent_YZC.shape
-    rows = 32 // latent_YZC.dtype.itemsize
+    rows = sublanes(latent_YZC.dtype)
     if page_size % rows:
         raise ValueError(
             f"pages of {page_size} tokens of {latent_YZC.dtype.name} are no whole tiles of a TPU; choose a page size (of a "

@@ -9,8 +9,8 @@
 | `expert_dw_gate_up` | x^T dgate, x^T dup | D x F an expert |
 | `expert_dw_down` | hidden^T dy | F x D an expert |
 
-What a kernel makes of its products it makes in fast memory, before they are written. Sizes come from a table by chip, made by
-benchmarks/tune_expert_ffn.py, which needs no TPU.
+What a kernel makes of its products it makes in fast memory, before they are written. Sizes come from a table by chip, made with
+benchmarks/tune_expert_ffn.py, which needs no TPU; v5e, which it does not know, has those of v6e.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped_rows import Chip, RowTiles, grouped_rows
+from dsv3_jax.kernels.grouped_rows import Chip, RowTiles, grouped_rows, require_tpu_dtype
 from dsv3_jax.kernels.grouped_weights import WeightTiles, grouped_weights
 
 
@@ -70,8 +70,8 @@ TILES = {
     "v5e": _LARGE_VMEM,
     "v5p": _SMALL_VMEM,
     "v6e": _LARGE_VMEM,
-    # Two products of 256 columns side by side want more rows there to hide what surrounds them.
-    "7x": _SMALL_VMEM._replace(gate_up=RowTiles(1024, 1024, 128, 256)),
+    # A product of 256 columns cannot fill both matrix units there.
+    "7x": _SMALL_VMEM._replace(gate_up=RowTiles(512, 512, 128, 512)),
 }
 """By chip, as Pallas names it."""
 
@@ -79,7 +79,8 @@ TILES = {
 def expert_ffn_pallas_tpu(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """`expert_ffn` for the TPU that the program is lowered for; see there."""
+    """`expert_ffn` for the TPU that the program is lowered for; see there. Takes float32 and bfloat16."""
+    require_tpu_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
     return expert_ffn_with(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
 
 

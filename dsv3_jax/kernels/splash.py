@@ -18,11 +18,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from dsv3_jax.kernels.grouped_rows import LANES, require_tpu_dtype
+
 Block = tuple[int, int, int]
 """Queries and keys of a grid step, and the keys of those that are multiplied at once; multiples of the lanes."""
 FORWARD: Block = 1024, 1024, 512
 BACKWARD: Block = 1024, 1024, 256
-"""What takes the fewest instructions at the published widths (docs/log.md; benchmarks/tune_splash.py searches again)."""
+"""One for all chips, from their schedules at the published widths (docs/log.md; benchmarks/tune_splash.py searches again)."""
 ROW_BYTES = 2 * (256 + 128)
 """Fast memory of a key of 192 and a value of 128 there, in bfloat16 and padded to the lanes: what these blocks are for."""
 DQ_COPIES = 4
@@ -30,7 +32,6 @@ DQ_COPIES = 4
 blocks these copies would be too much memory, and a second kernel computes it: 1.3 times the instructions."""
 CORES = 2
 """The heads are walked in two independent halves: a v5p chip has two cores, and splash gives a backward pass to one."""
-LANES = 128
 
 
 def splash_attention(
@@ -63,18 +64,20 @@ def splash_attention(
       [B, T, N, W] in v's dtype; logits and softmax are float32.
 
     Raises:
-      ValueError: if q, k and v differ in dtype.
+      ValueError: if q, k and v differ in dtype, or are neither float32 nor bfloat16.
     """
     if not q_BTNX.dtype == k_BSMX.dtype == v_BSMW.dtype:
         raise ValueError(
             f"splash attention got q {q_BTNX.dtype}, k {k_BSMX.dtype} and v {v_BSMW.dtype}; cast them to one dtype, or use "
             "attention_backend chunked"
         )
+    require_tpu_dtype("splash attention", q_BTNX.dtype, "attention_backend chunked")
     B, T, N, X = q_BTNX.shape
     S, M, W = v_BSMW.shape[1:]
     row_bytes = (_whole(X, LANES) + _whole(W, LANES)) * q_BTNX.dtype.itemsize
-    forward, backward = (_evenly(_smaller(block, row_bytes), T, S) for block in (forward, backward))
-    queries, keys = (_whole(length, math.lcm(forward[i], backward[i])) for i, length in enumerate((T, S)))
+    forward = _evenly(_smaller(forward, row_bytes), T, S)
+    queries, keys = _whole(T, forward[0]), _whole(S, forward[1])
+    backward = _dividing(_smaller(backward, row_bytes), queries, keys)
     scaled = (q_BTNX.astype(jnp.float32) * scale).astype(q_BTNX.dtype)
     by_head = _by_head(scaled, queries), _by_head(k_BSMX, keys), _by_head(v_BSMW, keys)
     parts = CORES if B * M % CORES == 0 else 1
@@ -91,14 +94,26 @@ def _smaller(block: Block, row_bytes: int) -> Block:
 
 
 def _evenly(block: Block, T: int, S: int) -> Block:
-    """The least block of which as many cover the sequence, so that little is padded."""
+    """A block of which as many cover the sequence as of `block`, but which pads it little: by less than 256 a block."""
     queries, keys, at_once = block
-    at_once = min(at_once, _whole(S, LANES))
 
     def part(length: int, size: int, multiple: int) -> int:
         return min(size, _whole(-(-length // -(-length // size)), multiple))
 
-    return part(T, queries, LANES), part(S, keys, at_once), at_once
+    # Blocks of an odd number of lanes could only be multiplied so few keys at a time.
+    keys = part(S, keys, 2 * LANES if min(S, keys) > 2 * LANES else LANES)
+    return part(T, queries, LANES), keys, _divisor(keys, at_once)
+
+
+def _dividing(block: Block, queries: int, keys: int) -> Block:
+    """The largest block, no larger than `block`, that divides the padded sequence."""
+    keys_of_block = _divisor(keys, block[1])
+    return _divisor(queries, block[0]), keys_of_block, _divisor(keys_of_block, block[2])
+
+
+def _divisor(length: int, largest: int) -> int:
+    """The largest divisor up to `largest` that is a multiple of the lanes, as `length` is."""
+    return next(size for size in range(min(length, largest), 0, -LANES) if length % size == 0)
 
 
 def _whole(length: int, block: int) -> int:

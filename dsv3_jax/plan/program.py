@@ -96,9 +96,8 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
 
 def kernels_in(text: str) -> dict[str, int]:
     """Pallas kernels of a compiled program by the names they were given, without what differentiation adds to those."""
-    found = re.findall(
-        r'^\s+%([\w\-]+?)(?:\.\d+)? = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"', text, re.MULTILINE
-    )
+    call = r'^\s+(?:ROOT )?%([\w\-]+)[\w.\-]* = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"'
+    found = re.findall(call, text, re.MULTILINE)
     return dict(sorted(collections.Counter(re.sub(r"^(transpose_|jvp_)+", "", name).strip("_") for name in found).items()))
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.kernels import expert_ffn, grouped_rows
 from dsv3_jax.kernels.grouped_rows import MIB, Chip, RowTiles, fit_rows
 from dsv3_jax.kernels.grouped_weights import WeightTiles, fit_weights
-from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_with
+from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_pallas_tpu, expert_ffn_with
 from dsv3_jax.plan.topology import tpu_devices
 from tests.kernels.interpreter import TWO_CORES, assert_no_race
 from tests.kernels.test_expert_ffn import CASES, LARGER_CASES, expected, make_inputs, value_and_gradients
@@ -156,8 +156,24 @@ def test_sizes_shrink_until_they_fit() -> None:
 
 
 def test_rows_that_fit_nowhere_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expert_dx: rows of 131072 bfloat16 values do not fit into 64 MiB.*mesh\.tensor"):
+    with pytest.raises(ValueError, match=r"expert_dx: rows of 131072 bfloat16 values do not fit into 64 MiB.*tiles"):
         fit_rows(TILES["v5p"].dx, (8192, 131072, 2048), 8, (2, 2, 1), jnp.bfloat16, Chip(2, 64 * MIB), "expert_dx")
+
+
+@pytest.mark.parametrize("F", [256, 512, 704, 1408, 2048])
+def test_two_cores_share_the_columns(F: int) -> None:
+    """Whatever `tensor` leaves of F."""
+    tiles, chip = TILES["v5p"], Chip(2, 64 * MIB)
+    columns = fit_rows(tiles.gate_up, (8192, 7168, F), 8, (1, 2, 3), jnp.bfloat16, chip, "k").columns
+    assert -(-F // columns) % 2 == 0
+    left = fit_weights(tiles.dw_down, (8192, F, 7168), 8, 1, jnp.bfloat16, chip).left
+    assert -(-F // left) % 2 == 0
+
+
+def test_other_dtypes_are_refused() -> None:
+    arrays = [jnp.ones(shape, jnp.float16) for shape in ((4, 8), (2, 8, 8), (2, 8, 8), (2, 8, 8))]
+    with pytest.raises(ValueError, match="float16; it takes float32 and bfloat16"):
+        expert_ffn_pallas_tpu(*arrays, jnp.array([1, 3], jnp.int32))
 
 
 def test_weight_tiles_shrink_until_they_fit() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import MeshConfig
+from dsv3_jax.kernels import splash
 from dsv3_jax.kernels.splash import splash_attention
 from dsv3_jax.model import mla, training_loss
 from dsv3_jax.model.mla import MLA
@@ -104,6 +105,23 @@ def test_the_matrix_is_never_built() -> None:
     assert not any(sum(axis >= length for axis in shape) >= 2 for shape in shapes)
 
 
+@pytest.mark.parametrize("length", [*range(1, 3000, 41), 300, 513, 768, 1024, 1100, 1152, 1280, 1536, 2048, 2304, 4096])
+def test_little_is_padded(length: int) -> None:
+    forward = splash._evenly(splash.FORWARD, length, length)
+    queries, keys = splash._whole(length, forward[0]), splash._whole(length, forward[1])
+    assert queries - length < 128 * -(-length // 1024)
+    assert keys - length < 256 * -(-length // 1024)
+    for block in (forward, splash._dividing(splash.BACKWARD, queries, keys)):
+        assert queries % block[0] == keys % block[1] == block[1] % block[2] == 0
+        assert all(size % 128 == 0 for size in block)
+
+
+def test_other_dtypes_are_refused() -> None:
+    q, k, v = (jnp.asarray(a, jnp.float16) for a in draw(4, 4)[:3])
+    with pytest.raises(ValueError, match="float16; it takes float32 and bfloat16"):
+        splash_attention(q, k, v, scale=SCALE)
+
+
 def test_mixed_dtypes_are_refused() -> None:
     q, k, v, _ = draw(4, 4)
     with pytest.raises(ValueError, match="q float32, k bfloat16 and v float32"):
@@ -144,7 +162,7 @@ def assert_alike(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"context": 2, "tensor": 2, "data": 2}, pytest.param({"context": 4, "fsdp": 2}, marks=pytest.mark.slow)]
+    "sizes", [{"context": 2, "tensor": 2, "fsdp": 2}, pytest.param({"context": 4, "data": 2}, marks=pytest.mark.slow)]
 )
 def test_a_layer_on_a_mesh_is_the_chunked_one_of_one_device(interpreted: Callable[[], None], sizes: dict[str, int]) -> None:
     """Value and all gradients; the layer is computed again in the backward pass, and a query's place differs by device."""

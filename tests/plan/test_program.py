@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.plan.program import GIB, bound, compile_program, expected_rows_sent, least_hbm_bytes, read_refusal
+from dsv3_jax.plan.program import GIB, bound, compile_program, expected_rows_sent, kernels_in, least_hbm_bytes, read_refusal
 from dsv3_jax.plan.roofline import CHIPS
 from dsv3_jax.plan.topology import tpu_devices
 
@@ -114,3 +114,11 @@ def test_expected_traffic_and_bounds() -> None:
     limits = bound(SMALL, mesh, program, CHIPS["v5p"], 1)
     assert limits.hbm_seconds == pytest.approx(traffic / CHIPS["v5p"].hbm_bytes)
     assert limits.step_seconds == max(limits[:3])
+
+
+def test_kernels_are_found_by_their_names() -> None:
+    call = ' = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={}'
+    names = "expert_down.3", "expert_down.3.remat", "transpose_jvp_expert_dx__.20", "jvp_expert_gate_up_.1", "splash_mha_fwd"
+    other = '  %other.1 = f32[] custom-call(), custom_call_target="x"'
+    lines = [*(f"  %{name}{call}" for name in names), f"  ROOT %expert_down.4{call}", other]
+    assert kernels_in("\n".join(lines)) == {"expert_down": 3, "expert_dx": 1, "expert_gate_up": 1, "splash_mha_fwd": 1}

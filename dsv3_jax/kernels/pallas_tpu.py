@@ -70,8 +70,12 @@ TILES = {
     "v5e": _LARGE_VMEM,
     "v5p": _SMALL_VMEM,
     "v6e": _LARGE_VMEM,
-    # A product of 256 columns cannot fill both matrix units there.
-    "7x": _SMALL_VMEM._replace(gate_up=RowTiles(512, 512, 128, 512)),
+    # A product of 256 columns cannot fill both matrix units there, and few rows hide little of what surrounds them.
+    "7x": _SMALL_VMEM._replace(
+        gate_up=RowTiles(512, 512, 128, 512),
+        dw_gate_up=WeightTiles(1024, 256, 1792, 1024),
+        dw_down=WeightTiles(1024, 256, 1024, 1792),
+    ),
 }
 """By chip, as Pallas names it."""
 

@@ -120,7 +120,7 @@ def test_a_cache_has_room_for_what_is_asked_and_not_for_the_whole_context(variab
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsv3_jax.infer.engine.prefill", recorded)
         assert len(list(long.stream([5, 3], params))) == 40
-    assert seen == [64]
+    assert seen == [128]
 
 
 def ending(tokens: list[int], index: int) -> int:

@@ -60,7 +60,7 @@ def main() -> None:
     tokens = engine.stream(wanted["prompt"], params)
     experts = choose_backend(model.config.expert_backend)
     attention = choose_attention(model.config.attention_backend)
-    over_cache = choose_latent_backend("auto")
+    over_cache = choose_latent_backend(model.config.cache_backend)
     backends = f"attention by {attention}, over the cache by {over_cache}, experts by {experts}"
     print(f"{model.origin}, in {model.config.dtype} on {jax.devices()[0]}; {backends}", file=sys.stderr)
 

@@ -67,7 +67,7 @@ def ours(chip: str, rows: int) -> dict[str, Cost]:
             if kernel in WEIGHT_KERNELS:
                 X, Y, rights = WEIGHT_KERNELS[kernel]
                 sizes = getattr(how.tiles, kernel.removeprefix("expert_"))
-                tiles = fit_weights(sizes, (E * rows, X, Y), E, rights, "bfloat16", how.chip)
+                tiles = fit_weights(sizes, (E * rows, X, Y), E, rights, "bfloat16", how.machine)
                 costs[kernel] = weights_cost((X, Y, rights), schedule, tiles, rows, chip)
             elif kernel in ROW_KERNELS:
                 sizes = getattr(how.tiles, kernel.removeprefix("jvp_").removeprefix("expert_"))

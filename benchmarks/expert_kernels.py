@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from tpu_schedule import CORES, Schedule, peak_flops_per_cycle
 
-from dsv3_jax.kernels.grouped_rows import MIB, Chip, RowTiles, fit_rows, sublanes
+from dsv3_jax.kernels.grouped_rows import RowTiles, fit_rows
 from dsv3_jax.kernels.grouped_weights import WeightTiles
 from dsv3_jax.kernels.groups import steps_by_block, visits_of
 from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_with, this_machine
+from dsv3_jax.kernels.tpu_memory import Machine, sublanes
 
 D, F, E = 7168, 2048, 8
 """The published widths, and the experts of one device."""
@@ -28,8 +30,9 @@ DTYPE = jnp.bfloat16
 
 def how_on(chip: str) -> How:
     """Sizes for a chip, as they are chosen on one."""
-    name = {"tpu7x": "7x"}.get(chip, chip)
-    return How(TILES[name], Chip(CORES[chip], {"v5p": 64, "v6e": 128, "tpu7x": 64}[chip] * MIB))
+    name = chip.removeprefix("tpu")
+    info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(name), CORES[chip])
+    return How(TILES[name], Machine(info.num_cores, info.vmem_capacity_bytes))
 
 
 class Cost(NamedTuple):
@@ -129,7 +132,7 @@ def row_cost(kernel: RowKernel, schedule: Schedule, tiles: RowTiles, rows: int, 
     """Of a call of `grouped_rows` with `rows` rows for each of E experts."""
     num_rows, width = E * rows, jnp.dtype(DTYPE).itemsize
     K, N, (inner, weights, outer) = kernel
-    block, tile, remainder, columns = fit_rows(tiles, (num_rows, K, N), E, kernel.operands, DTYPE, how_on(chip).chip, "")
+    block, tile, remainder, columns = fit_rows(tiles, (num_rows, K, N), E, kernel.operands, DTYPE, how_on(chip).machine, "")
     cores = CORES[chip] if -(-N // columns) % CORES[chip] == 0 else 1
     sizes_G = jnp.array([rows] * E + [0], jnp.int32)
     num_blocks, num_tiles = -(-num_rows // block), -(-N // columns) // cores

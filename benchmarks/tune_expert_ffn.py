@@ -63,7 +63,7 @@ def _cost(kernel: str, schedule: Schedule, row: RowTiles, weight: WeightTiles, r
     if kernel in ROW_KERNELS:
         return row, row_cost(ROW_KERNELS[kernel], schedule, row, rows, chip)
     X, Y, rights = WEIGHT_KERNELS[kernel]
-    fitted = fit_weights(weight, (E * rows, X, Y), E, rights, "bfloat16", how_on(chip).chip)
+    fitted = fit_weights(weight, (E * rows, X, Y), E, rights, "bfloat16", how_on(chip).machine)
     return weight, weights_cost((X, Y, rights), schedule, fitted, rows, chip)
 
 

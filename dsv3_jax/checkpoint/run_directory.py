@@ -27,6 +27,7 @@ FREE_FIELDS = {
         "expert_exchange",
         "receive_factor",
         "attention_backend",
+        "cache_backend",
         "attention_chunk",
         "loss_chunk",
     ),

@@ -21,6 +21,14 @@ RematPolicy = Literal["none", "save_latents", "full"]
 ExpertBackend = Literal["auto", "pallas_tpu", "tiles", "ragged_dot", "reference"]
 ExpertExchange = Literal["auto", "ragged", "dense", "ring"]
 AttentionBackend = Literal["auto", "chunked", "splash"]
+CacheBackend = Literal["auto", "pallas_tpu", "chunked"]
+_NAMED = {
+    "remat": RematPolicy,
+    "expert_backend": ExpertBackend,
+    "expert_exchange": ExpertExchange,
+    "attention_backend": AttentionBackend,
+    "cache_backend": CacheBackend,
+}
 
 
 def _dtype_name(field: str, dtype: Any) -> str:
@@ -115,6 +123,8 @@ class ModelConfig:
     """Rows a device receives in one round of that exchange, over the rows it sends; what does not fit takes another round."""
     attention_backend: AttentionBackend = "auto"
     """Implementation of attention in training and prefill; "auto" is chosen by platform and printed at start."""
+    cache_backend: CacheBackend = "auto"
+    """Implementation of attention over the cache, in decoding; "auto" is chosen by platform and printed at start."""
     attention_chunk: int = 512
     """Queries and keys per tile of the chunked attention loop; the T x S matrix is never built."""
     loss_chunk: int = 512
@@ -166,21 +176,9 @@ class ModelConfig:
         for name in ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "initializer_range"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
         require(self.aux_loss_alpha >= 0, f"aux_loss_alpha is {self.aux_loss_alpha}; it cannot be negative")
-        require(
-            self.remat in typing.get_args(RematPolicy), f"remat is {self.remat!r}; choose from {typing.get_args(RematPolicy)}"
-        )
-        require(
-            self.expert_backend in typing.get_args(ExpertBackend),
-            f"expert_backend is {self.expert_backend!r}; choose from {typing.get_args(ExpertBackend)}",
-        )
-        require(
-            self.expert_exchange in typing.get_args(ExpertExchange),
-            f"expert_exchange is {self.expert_exchange!r}; choose from {typing.get_args(ExpertExchange)}",
-        )
-        require(
-            self.attention_backend in typing.get_args(AttentionBackend),
-            f"attention_backend is {self.attention_backend!r}; choose from {typing.get_args(AttentionBackend)}",
-        )
+        for name, kind in _NAMED.items():
+            value, names = getattr(self, name), typing.get_args(kind)
+            require(value in names, f"{name} is {value!r}; choose from {names}")
         require(self.receive_factor > 0, f"receive_factor is {self.receive_factor}; it must be positive")
         require(self.eos_token_id != (), "eos_token_id is empty; name a token id, or use None")
         for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", self.eos_token_ids)):

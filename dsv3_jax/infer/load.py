@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ def is_hugging_face(path: str) -> bool:
 def load_model(path: str, dtype: str | None = None) -> LoadedModel:
     """Loads config, variables and tokenizer of either kind of folder.
 
+    Backends that a run names are those of the machine it was trained on; here they are "auto" again.
+
     Args:
       path: the folder.
       dtype: dtype to compute and store in; None is the run's own, or that of the Hugging Face config.
@@ -64,4 +67,5 @@ def load_model(path: str, dtype: str | None = None) -> LoadedModel:
         length = min(config.max_position_embeddings, 4096)
         return LoadedModel(config, variables, tokenizer, f"Hugging Face checkpoint {path}", length, InferConfig())
     run, variables, step = load_run(path, dtype)
-    return LoadedModel(run.model, variables, tokenizer, f"run {path} at step {step}", run.train.sequence_length, run.infer)
+    model = dataclasses.replace(run.model, expert_backend="auto", attention_backend="auto", cache_backend="auto")
+    return LoadedModel(model, variables, tokenizer, f"run {path} at step {step}", run.train.sequence_length, run.infer)

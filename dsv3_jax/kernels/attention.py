@@ -14,35 +14,23 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 
-# Splash is a kernel for TPUs.
-_AUTO = {"cpu": "chunked", "gpu": "chunked", "tpu": "splash"}
+_CHOICE = Choice(
+    "attention_backend",
+    auto={"cpu": "chunked", "gpu": "chunked", "tpu": "splash"},
+    anywhere=("chunked",),
+    only_on={"splash": "tpu"},
+)
 
 
 def choose_attention(name: str, platform: str | None = None) -> str:
     """What computes attention over whole sequences: "chunked" (`causal_attention`) or "splash" (`kernels/splash.py`).
 
-    Args:
-      name: one of the two, or "auto" for the one that suits the platform.
-      platform: what the program will run on ("cpu", "gpu", "tpu"); None for JAX's default backend. Name it when
-        compiling for a machine that is not there.
-
-    Raises:
-      NotImplementedError: for splash on anything but a TPU.
-      ValueError: for any other name, and for "auto" on a platform that is not known.
+    Args and errors are those of `choose_backend` for the experts.
     """
-    platform = platform or jax.default_backend()
-    if name not in ("auto", "chunked", "splash"):
-        raise ValueError(f"attention backend is {name!r}; choose one of auto, chunked, splash")
-    if name == "auto" and platform not in _AUTO:
-        raise ValueError(f"no attention backend is chosen for the platform {platform!r}; use attention_backend chunked")
-    if name == "splash" and platform != "tpu":
-        raise NotImplementedError(
-            f"attention backend 'splash' is a kernel for TPUs, and this program is for {platform}; use attention_backend "
-            "auto or chunked"
-        )
-    return _AUTO[platform] if name == "auto" else name
+    return _CHOICE.of(name, platform)
 
 
 # Finite, so that a fully masked row stays free of NaN.

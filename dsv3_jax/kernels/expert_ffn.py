@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.pallas_tpu import expert_ffn_pallas_tpu
 from dsv3_jax.kernels.ragged_dot import expert_ffn_ragged_dot
 from dsv3_jax.kernels.reference import expert_ffn_reference
@@ -23,9 +24,14 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "ragged_dot": expert_ffn_ragged_dot,
     "reference": expert_ffn_reference,
 }
-_PLANNED = ("pallas_gpu",)
 # XLA's grouped product multiplies every row with every expert and masks, on a CPU as on a TPU (libtpu 0.0.42) and a GPU.
-_AUTO = {"cpu": "tiles", "gpu": "tiles", "tpu": "pallas_tpu"}
+_CHOICE = Choice(
+    "expert_backend",
+    auto={"cpu": "tiles", "gpu": "tiles", "tpu": "pallas_tpu"},
+    anywhere=("tiles", "ragged_dot", "reference"),
+    only_on={"pallas_tpu": "tpu"},
+    planned=("pallas_gpu",),
+)
 
 
 def choose_backend(name: str, platform: str | None = None) -> str:
@@ -38,20 +44,9 @@ def choose_backend(name: str, platform: str | None = None) -> str:
 
     Raises:
       NotImplementedError: for a backend that is planned but does not exist yet.
-      ValueError: for any other name, and for a backend that the platform cannot run.
+      ValueError: for any other name, an unknown platform, and a backend that the platform cannot run.
     """
-    platform = platform or jax.default_backend()
-    if name == "auto":
-        if platform not in _AUTO:
-            raise ValueError(f"no expert backend is chosen for the platform {platform!r}; name one of {', '.join(_BACKENDS)}")
-        return _AUTO[platform]
-    if name in _PLANNED:
-        raise NotImplementedError(f"expert backend {name!r} is not written yet; use one of {', '.join(_BACKENDS)}")
-    if name not in _BACKENDS:
-        raise ValueError(f"expert backend is {name!r}; choose one of auto, {', '.join(_BACKENDS)}")
-    if name == "pallas_tpu" and platform != "tpu":
-        raise ValueError(f"expert backend 'pallas_tpu' runs on TPUs only, and this program is for a {platform}; choose 'auto'")
-    return name
+    return _CHOICE.of(name, platform)
 
 
 def expert_ffn(
@@ -81,6 +76,7 @@ def expert_ffn(
       NotImplementedError: for a backend that does not exist yet.
       ValueError: for an unknown backend, and for shapes or dtypes that do not fit together.
     """
+    # A backend that is named was chosen for a platform that need not be the default one.
     ffn = _BACKENDS[backend if backend in _BACKENDS else choose_backend(backend)]
     _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
     return ffn(*varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))

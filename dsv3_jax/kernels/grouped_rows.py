@@ -5,7 +5,7 @@ stream past, some columns at a time; so rows are read once from HBM, and weights
 Within a block, products are made of large tiles of a group's rows and small ones for its remainder, and groups may begin at
 any row: tiles start at a row's own packed register, not at a multiple of their size.
 
-Axes beyond the project's legend: K the contracted dimension, A and X the rows and columns of an output tile.
+Axes beyond the project's legend: K the contracted dimension, A and X rows and columns of an output tile, I steps of the grid.
 """
 
 from __future__ import annotations
@@ -19,14 +19,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.groups import steps_by_block, visits_of
+from dsv3_jax.kernels.tpu_memory import (
+    LANES,
+    MIB,
+    RESERVED_BYTES,
+    Machine,
+    compiler_params,
+    estimate,
+    next_power,
+    round_up,
+    shared,
+    sublanes,
+)
 from dsv3_jax.kernels.varying import shape_beside
 
-MIB = 2**20
-LANES = 128
 LARGEST_PART = 4096
 """Of the contracted dimension, in one product: the compiler copies that much of a tile's rows."""
-RESERVED_BYTES = 6 * MIB
-"""Fast memory left to the compiler."""
 
 
 class RowTiles(NamedTuple):
@@ -42,14 +50,6 @@ class RowTiles(NamedTuple):
     """Output columns of a step."""
 
 
-class Chip(NamedTuple):
-    """What a call has to know of the machine."""
-
-    cores: int
-    """TensorCores that share one device: each takes its share of the columns."""
-    vmem_bytes: int
-
-
 def grouped_rows(
     compute: Callable[[list[jax.Array], list[jax.Array]], Sequence[jax.Array]],
     rows: Sequence[jax.Array],
@@ -60,7 +60,7 @@ def grouped_rows(
     num_outputs: int,
     transposed: bool,
     tiles: RowTiles,
-    chip: Chip,
+    machine: Machine,
     name: str,
     interpret: Any = False,
 ) -> list[jax.Array]:
@@ -76,7 +76,7 @@ def grouped_rows(
       num_outputs: of `compute`.
       transposed: how the weights lie.
       tiles: sizes; the result does not depend on them.
-      chip: the machine.
+      machine: the device.
       name: of the kernel in the compiled program.
       interpret: as `pl.pallas_call` takes it.
 
@@ -89,31 +89,31 @@ def grouped_rows(
     (num_rows, contracted), dtype, num_experts = rows[0].shape, rows[0].dtype, group_sizes_E.shape[0]
     num_columns = weights[0].shape[1 if transposed else 2]
     operands = len(rows), len(weights), len(beside) + num_outputs
-    fitted = fit_rows(tiles, (num_rows, contracted, num_columns), num_experts, operands, dtype, chip, name)
+    fitted = fit_rows(tiles, (num_rows, contracted, num_columns), num_experts, operands, dtype, machine, name)
     block, columns = fitted.block, fitted.columns
     num_tiles = -(-num_columns // columns)
-    cores = chip.cores if num_tiles % chip.cores == 0 else 1
+    cores = machine.cores if num_tiles % machine.cores == 0 else 1
 
     # The rows past the last group are one more group, of zeros.
     sizes_G = jnp.append(group_sizes_E, num_rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
     visits = visits_of(sizes_G, num_rows, block, visit_empty=False)
     steps, num_steps = steps_by_block(visits, -(-num_rows // block), num_tiles // cores)
 
-    def kernel(group_X: Any, block_X: Any, tile_X: Any, start_G: Any, *refs: Any) -> None:
-        del tile_X
+    def kernel(group_I: Any, block_I: Any, tile_I: Any, start_G: Any, *refs: Any) -> None:
+        del tile_I
         row_refs, weight_refs, beside_refs, output_refs, product_refs = _split(
             refs, len(rows), len(weights), len(beside), num_outputs
         )
         step = pl.program_id(1)
-        group, first_row = group_X[step], block_X[step] * block
+        group, first_row = group_I[step], block_I[step] * block
         begin = jnp.maximum(start_G[group] - first_row, 0)
         end = jnp.minimum(start_G[group + 1] - first_row, block)
 
         def compute_tile(start: jax.Array, num: int) -> None:
             at = pl.ds(start, num)
-            factors = zip(list(row_refs) * (len(weights) // len(rows)), weight_refs, product_refs, strict=True)
-            for row_ref, weight_ref, product_ref in factors:
-                # Several wide products at once would be more than the registers hold.
+            # One product after the other: several at once would be more than the registers hold.
+            factors = list(row_refs) * (len(weights) // len(rows))
+            for row_ref, weight_ref, product_ref in zip(factors, weight_refs, product_refs, strict=True):
                 product_ref[:num, :] = _product(row_ref, at, weight_ref, transposed)
             values = compute([ref[:num, :] for ref in product_refs], [ref[at, :] for ref in beside_refs])
             _store(output_refs, values, start, begin, end)
@@ -131,15 +131,15 @@ def grouped_rows(
             _over_tiles(zero_tile, begin, end, fitted._replace(tile=fitted.remainder), dtype)
 
     # Index maps: of the grid's place (core, step) and the lists of steps.
-    def at_rows(core: Any, step: Any, group_X: Any, block_X: Any, tile_X: Any, start_G: Any) -> tuple:
-        return block_X[step], 0
+    def at_rows(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
+        return block_I[step], 0
 
-    def at_outputs(core: Any, step: Any, group_X: Any, block_X: Any, tile_X: Any, start_G: Any) -> tuple:
-        return block_X[step], core * (num_tiles // cores) + tile_X[step]
+    def at_outputs(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
+        return block_I[step], core * (num_tiles // cores) + tile_I[step]
 
-    def at_weights(core: Any, step: Any, group_X: Any, block_X: Any, tile_X: Any, start_G: Any) -> tuple:
+    def at_weights(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
         # The last group has no weights: those at hand stay.
-        group, column = jnp.minimum(group_X[step], num_experts - 1), core * (num_tiles // cores) + tile_X[step]
+        group, column = jnp.minimum(group_I[step], num_experts - 1), core * (num_tiles // cores) + tile_I[step]
         return (group, column, 0) if transposed else (group, 0, column)
 
     row_spec, output_spec = pl.BlockSpec((block, contracted), at_rows), pl.BlockSpec((block, columns), at_outputs)
@@ -153,9 +153,9 @@ def grouped_rows(
             grid=(cores, num_steps),
             in_specs=[row_spec] * len(rows) + [weight_spec] * len(weights) + [output_spec] * len(beside),
             out_specs=[output_spec] * num_outputs,
-            scratch_shapes=[pltpu.VMEM((max(fitted.tile, fitted.remainder), columns), jnp.float32)] * len(weights),
+            scratch_shapes=[pltpu.VMEM((fitted.tile, columns), jnp.float32)] * len(weights),
         ),
-        compiler_params=compiler_params("parallel", "arbitrary", chip=chip),
+        compiler_params=compiler_params("parallel", "arbitrary", machine=machine),
         cost_estimate=estimate(2 * num_rows * contracted * num_columns * len(weights), *rows, *weights, *beside, output),
         interpret=interpret,
         name=name,
@@ -223,7 +223,7 @@ def fit_rows(
     num_experts: int,
     operands: tuple[int, int, int],
     dtype: Any,
-    chip: Chip,
+    machine: Machine,
     name: str,
 ) -> RowTiles:
     """The sizes of a call: those of `tiles`, cut to what there is and halved until they fit into fast memory.
@@ -234,8 +234,11 @@ def fit_rows(
       num_experts: groups; tiles are no larger than a group is on average, to the next power of two.
       operands: the numbers of arrays [R, K], of weights, and of arrays [R, N], outputs among them.
       dtype: of all of them.
-      chip: the machine.
+      machine: the device.
       name: of the kernel, for the error.
+
+    Raises:
+      ValueError: where even the smallest blocks do not fit.
     """
     (num_rows, contracted, num_columns), (num_inner, num_weights, num_outer) = shape, operands
     packing, width = sublanes(dtype), jnp.dtype(dtype).itemsize
@@ -250,53 +253,15 @@ def fit_rows(
         blocks = num_inner * block * K + num_weights * K * X + num_outer * block * X
         return 2 * width * blocks + 4 * tile * X * (num_weights + num_outer) + width * tile * min(K, LARGEST_PART)
 
-    columns = shared(columns, num_columns, chip.cores)
-    while vmem_bytes(block, columns) > chip.vmem_bytes - RESERVED_BYTES:
+    columns = shared(columns, num_columns, machine.cores)
+    while vmem_bytes(block, columns) > machine.vmem_bytes - RESERVED_BYTES:
         if block > tiles.remainder:
             block = round_up(block // 2, packing)
         elif columns > LANES:
-            columns = shared(max(columns // 2 // LANES, 1) * LANES, num_columns, chip.cores)
+            columns = shared(max(columns // 2 // LANES, 1) * LANES, num_columns, machine.cores)
         else:
             raise ValueError(
-                f"{name}: rows of {contracted} {jnp.dtype(dtype).name} values do not fit into {chip.vmem_bytes / MIB:.0f} MiB "
-                "of VMEM even in the smallest blocks; choose model.expert_backend tiles"
+                f"{name}: rows of {contracted} {jnp.dtype(dtype).name} values do not fit into "
+                f"{machine.vmem_bytes / MIB:.0f} MiB of VMEM even in the smallest blocks; choose model.expert_backend tiles"
             )
     return RowTiles(block, tile_of(block), min(tiles.remainder, block), columns)
-
-
-def shared(size: int, length: int, cores: int) -> int:
-    """`size`, or the next smaller whole number of lanes in which `length` makes a number of tiles that all cores share."""
-    smaller = range((size - 1) // LANES * LANES, 0, -LANES)
-    return next((s for s in (size, *smaller) if -(-length // s) % cores == 0), size)
-
-
-def require_tpu_dtype(what: str, dtype: Any, remedy: str) -> None:
-    """Raises ValueError for a dtype that TPU kernels are not written for."""
-    if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
-        raise ValueError(f"{what} got {jnp.dtype(dtype).name}; it takes float32 and bfloat16, or use {remedy}")
-
-
-def compiler_params(*dimensions: Any, chip: Chip) -> pltpu.CompilerParams:
-    """All of the fast memory but a little, and which dimensions of the grid the cores share."""
-    return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=chip.vmem_bytes - MIB)
-
-
-def estimate(flops: int, *arrays: Any) -> pl.CostEstimate:
-    """What XLA may count with: the arithmetic, and every array moved once."""
-    moved = sum(array.size * array.dtype.itemsize for array in arrays)
-    return pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
-
-
-def sublanes(dtype: Any) -> int:
-    """Rows that share a register's sublanes, and so the grain of where a tile may start."""
-    return 32 // jnp.dtype(dtype).itemsize
-
-
-def next_power(size: int) -> int:
-    """The least power of two that is no less."""
-    return 1 << (size - 1).bit_length()
-
-
-def round_up(size: int, multiple: int) -> int:
-    """The least multiple that is no less."""
-    return -(-size // multiple) * multiple

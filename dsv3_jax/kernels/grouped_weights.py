@@ -2,6 +2,8 @@
 
 An output tile stays in fast memory while the group's rows stream past. Blocks that belong to the group whole are multiplied as
 they are; of a block that it shares, it multiplies the part it has rows in, the other groups' rows masked.
+
+Axes beyond the project's legend: X and Y the columns of the left array and of the right ones, A rows at a time.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped_rows import (
+from dsv3_jax.kernels.groups import visits_of
+from dsv3_jax.kernels.tpu_memory import (
     LANES,
     RESERVED_BYTES,
-    Chip,
+    Machine,
     compiler_params,
     estimate,
     next_power,
@@ -25,7 +28,6 @@ from dsv3_jax.kernels.grouped_rows import (
     shared,
     sublanes,
 )
-from dsv3_jax.kernels.groups import visits_of
 from dsv3_jax.kernels.varying import shape_beside
 
 
@@ -48,7 +50,7 @@ def grouped_weights(
     group_sizes_E: jax.Array,
     *,
     tiles: WeightTiles,
-    chip: Chip,
+    machine: Machine,
     name: str,
     interpret: Any = False,
 ) -> list[jax.Array]:
@@ -61,13 +63,13 @@ def grouped_weights(
       rights: arrays [R, Y].
       group_sizes_E: int32, rows of each group.
       tiles: sizes; the result depends on them by the order of sums only.
-      chip: the machine.
+      machine: the device.
       name: of the kernel in the compiled program.
       interpret: as `pl.pallas_call` takes it.
     """
     (num_rows, X), Y, dtype = left_RX.shape, rights[0].shape[1], left_RX.dtype
     num_experts, packing = group_sizes_E.shape[0], sublanes(dtype)
-    block, part, tile_x, tile_y = fit_weights(tiles, (num_rows, X, Y), num_experts, len(rights), dtype, chip)
+    block, part, tile_x, tile_y = fit_weights(tiles, (num_rows, X, Y), num_experts, len(rights), dtype, machine)
     visits = visits_of(group_sizes_E, num_rows, block, visit_empty=True)
 
     def kernel(group_V: Any, block_V: Any, start_G: Any, left_ref: Any, *refs: Any) -> None:
@@ -80,19 +82,18 @@ def grouped_weights(
         first = (visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group)
         whole = (begin == 0) & (end == block)
 
-        def products(left_AX: jax.Array, rights_AY: Sequence[jax.Array]) -> list[jax.Array]:
-            contract = (((0,), (0,)), ((), ()))
-            return [jax.lax.dot_general(left_AX, r, contract, preferred_element_type=jnp.float32) for r in rights_AY]
+        def products() -> Any:
+            return zip(sum_refs, [_product(left_ref[...], ref[...]) for ref in right_refs], strict=True)
 
         @pl.when(whole & first)
         def _() -> None:
-            for ref, total in zip(sum_refs, products(left_ref[...], [ref[...] for ref in right_refs]), strict=True):
-                ref[...] = total
+            for ref, product in products():
+                ref[...] = product
 
         @pl.when(whole & jnp.logical_not(first))
         def _() -> None:
-            for ref, total in zip(sum_refs, products(left_ref[...], [ref[...] for ref in right_refs]), strict=True):
-                ref[...] += total
+            for ref, product in products():
+                ref[...] += product
 
         @pl.when(jnp.logical_not(whole) & first)
         def _() -> None:
@@ -107,15 +108,11 @@ def grouped_weights(
                 # The last part may have to be moved back within the block; no row may be added twice.
                 nominal = packed_begin + i * part
                 start = pl.multiple_of(jnp.minimum(nominal, block - part), packing)
-
-                def mine(ref: Any) -> jax.Array:
-                    values = ref[pl.ds(start, part), :]
-                    row = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
-                    keep = (jnp.maximum(begin, nominal) <= row) & (row < end)
-                    return jnp.where(keep, values.astype(jnp.float32), 0).astype(values.dtype)
-
-                for ref, total in zip(sum_refs, products(mine(left_ref), [mine(ref) for ref in right_refs]), strict=True):
-                    ref[...] += total
+                left_AX, *rights_AY = (
+                    _rows(ref, start, part, jnp.maximum(begin, nominal), end) for ref in (left_ref, *right_refs)
+                )
+                for ref, right_AY in zip(sum_refs, rights_AY, strict=True):
+                    ref[...] += _product(left_AX, right_AY)
 
             jax.lax.fori_loop(0, jnp.where(begin < end, (end - packed_begin + part - 1) // part, 0), add_part, None)
 
@@ -145,15 +142,27 @@ def grouped_weights(
             out_specs=[pl.BlockSpec((None, tile_x, tile_y), at_output)] * len(rights),
             scratch_shapes=[pltpu.VMEM((tile_x, tile_y), jnp.float32)] * len(rights),
         ),
-        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary", chip=chip),
+        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary", machine=machine),
         cost_estimate=estimate(2 * num_rows * X * Y * len(rights), left_RX, *rights, *[output] * len(rights)),
         interpret=interpret,
         name=name,
     )(visits.group_V, visits.block_V, visits.start_G, left_RX, *rights)
 
 
+def _product(left_AX: jax.Array, right_AY: jax.Array) -> jax.Array:
+    """left^T right, float32 [X, Y]."""
+    return jax.lax.dot_general(left_AX, right_AY, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _rows(ref: Any, start: jax.Array, number: int, begin: jax.Array, end: jax.Array) -> jax.Array:
+    """So many rows of a block from `start` on; zeros in place of those outside of [begin, end), which may hold NaN."""
+    values = ref[pl.ds(start, number), :]
+    row = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
+    return jnp.where((begin <= row) & (row < end), values.astype(jnp.float32), 0).astype(values.dtype)
+
+
 def fit_weights(
-    tiles: WeightTiles, shape: tuple[int, int, int], num_experts: int, num_rights: int, dtype: Any, chip: Chip
+    tiles: WeightTiles, shape: tuple[int, int, int], num_experts: int, num_rights: int, dtype: Any, machine: Machine
 ) -> WeightTiles:
     """The sizes of a call: those of `tiles`, cut to what there is and halved until they fit into fast memory.
 
@@ -163,12 +172,12 @@ def fit_weights(
       num_experts: groups; blocks are no larger than a group is on average, to the next power of two.
       num_rights: how many right arrays there are.
       dtype: of all of them.
-      chip: the machine.
+      machine: the device.
     """
     num_rows, X, Y = shape
     width = jnp.dtype(dtype).itemsize
     block = min(tiles.block, round_up(num_rows, sublanes(dtype)), max(tiles.part, next_power(-(-num_rows // num_experts))))
-    left, right = shared(min(tiles.left, X), X, chip.cores), min(tiles.right, Y)
+    left, right = shared(min(tiles.left, X), X, machine.cores), min(tiles.right, Y)
 
     def vmem_bytes() -> int:
         x, y = round_up(left, LANES), round_up(right, LANES)
@@ -177,10 +186,10 @@ def fit_weights(
             2 * width * (block * (x + num_rights * y) + num_rights * x * y) + 4 * (num_rights + 1) * x * y + width * block * x
         )
 
-    while vmem_bytes() > chip.vmem_bytes - RESERVED_BYTES:
+    while vmem_bytes() > machine.vmem_bytes - RESERVED_BYTES:
         # Wide tiles of few rows rather than the reverse: what is large is the sums.
         if left >= right and left > LANES:
-            left = shared(max(left // 2 // LANES, 1) * LANES, X, chip.cores)
+            left = shared(max(left // 2 // LANES, 1) * LANES, X, machine.cores)
         elif right > LANES:
             right = max(right // 2 // LANES, 1) * LANES
         else:

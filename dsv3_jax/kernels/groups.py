@@ -4,7 +4,7 @@ A group's rows begin and end anywhere, so that a block may hold rows of several 
 *visit* is one group in one block. Everything here is a few hundred integers, computed on device before the kernel and read
 by it from scalar memory; the number of visits is known only then, and so is the kernel's grid.
 
-Axes beyond the project's legend: V visits, X steps, S blocks of rows, G groups (the experts, or those and one more).
+Axes beyond the project's legend: V visits, I steps, S blocks of rows, G groups (the experts, or those and one more).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Visits(NamedTuple):
 class Steps(NamedTuple):
     """The order in which a kernel works through visits and column tiles; see `steps_by_block`."""
 
-    group_X: jax.Array
-    block_X: jax.Array
-    tile_X: jax.Array
+    group_I: jax.Array
+    block_I: jax.Array
+    tile_I: jax.Array
     start_G: jax.Array
 
 
@@ -67,18 +67,18 @@ def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Ste
     visit_V = jnp.arange(visits.group_V.shape[0], dtype=jnp.int32)
     here_SV = (jnp.arange(num_blocks)[:, None] == visits.block_V) & (visit_V < visits.number)
     visits_S = jnp.sum(here_SV, axis=1, dtype=jnp.int32)
-    step_X = jnp.arange(visit_V.size * num_tiles, dtype=jnp.int32)
-    block_X, within_X = _places(step_X, visits_S * num_tiles)
-    tile_X = jnp.minimum(within_X // visits_S[block_X], num_tiles - 1)
-    visit_X = (jnp.cumsum(visits_S) - visits_S)[block_X] + within_X % visits_S[block_X]
-    return Steps(visits.group_V[visit_X], block_X, tile_X, visits.start_G), visits.number * num_tiles
+    step_I = jnp.arange(visit_V.size * num_tiles, dtype=jnp.int32)
+    block_I, within_I = _places(step_I, visits_S * num_tiles)
+    tile_I = jnp.minimum(within_I // visits_S[block_I], num_tiles - 1)
+    visit_I = (jnp.cumsum(visits_S) - visits_S)[block_I] + within_I % visits_S[block_I]
+    return Steps(visits.group_V[visit_I], block_I, tile_I, visits.start_G), visits.number * num_tiles
 
 
-def _places(index_X: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _places(index_I: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Which run each index lies in, and where in it, if runs of `count_Y` follow one another; the last run goes on for ever.
 
     By comparing all with all, which is a single pass over a small matrix, where a search or a scatter would be a loop.
     """
     end_Y = jnp.cumsum(count_Y, dtype=jnp.int32)
-    run_X = jnp.minimum(jnp.sum(index_X[:, None] >= end_Y, axis=1, dtype=jnp.int32), count_Y.size - 1)
-    return run_X, index_X - (end_Y - count_Y)[run_X]
+    run_I = jnp.minimum(jnp.sum(index_I[:, None] >= end_Y, axis=1, dtype=jnp.int32), count_Y.size - 1)
+    return run_I, index_I - (end_Y - count_Y)[run_I]

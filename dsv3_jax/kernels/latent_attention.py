@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels.attention import MASKED
+from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 
@@ -39,24 +40,20 @@ class CachedLatents(NamedTuple):
 _Past = Callable[..., tuple[jax.Array, jax.Array]]
 
 
+_CHOICE = Choice(
+    "cache_backend",
+    auto={"cpu": "chunked", "gpu": "chunked", "tpu": "pallas_tpu"},
+    anywhere=("chunked",),
+    only_on={"pallas_tpu": "tpu"},
+)
+
+
 def choose_latent_backend(name: str, platform: str | None = None) -> str:
     """The backend of `latent_attention` that `name` stands for.
 
-    Args:
-      name: a backend, or "auto" for the one that suits the platform.
-      platform: what the program will run on ("cpu", "gpu", "tpu"); None for JAX's default backend. Name it when
-        compiling for a machine that is not there.
-
-    Raises:
-      ValueError: for an unknown name, and for a kernel that the named platform cannot run.
+    Args and errors are those of `choose_backend` for the experts.
     """
-    if name == "auto":
-        return "pallas_tpu" if (platform or jax.default_backend()) == "tpu" else "chunked"
-    if name not in _BACKENDS:
-        raise ValueError(f"latent attention backend is {name!r}; choose one of auto, {', '.join(_BACKENDS)}")
-    if name == "pallas_tpu" and platform not in (None, "tpu"):
-        raise ValueError(f"latent attention backend 'pallas_tpu' runs on TPUs only, this program is for {platform}; use auto")
-    return name
+    return _CHOICE.of(name, platform)
 
 
 def latent_attention(
@@ -87,7 +84,8 @@ def latent_attention(
     Raises:
       ValueError: for an unknown backend, and for pages that the backend cannot work with.
     """
-    past = _BACKENDS[choose_latent_backend(backend)]
+    # A backend that is named was chosen for a platform that need not be the default one.
+    past = _BACKENDS[backend if backend in _BACKENDS else choose_latent_backend(backend)]
     q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, length_B = varying_alike(
         q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, length_B
     )

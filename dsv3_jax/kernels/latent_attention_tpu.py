@@ -28,7 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.attention import MASKED
-from dsv3_jax.kernels.grouped_rows import LANES, require_tpu_dtype, sublanes
+from dsv3_jax.kernels.tpu_memory import LANES, require_dtype, sublanes
+from dsv3_jax.kernels.varying import shape_beside
 
 # Tokens of a block: as many as make 2^18 logits (1 MiB) with all rows, within these bounds.
 LOGITS = 1 << 18
@@ -64,13 +65,13 @@ def past_attention_tpu(
     """
     B, T, N, C = q_latent_BTNC.shape
     P, A = q_rope_BTNP.shape[-1], T * N
-    require_tpu_dtype("attention over cached latents by 'pallas_tpu'", latent_YZC.dtype, "the backend chunked")
+    require_dtype("attention over cached latents by 'pallas_tpu'", latent_YZC.dtype, "the backend chunked")
     if A * C > LARGEST_QUERIES:
         raise ValueError(
             f"{T} tokens of {N} heads at a time are {A} rows of {C} values; the kernel has room for {LARGEST_QUERIES // C}, so "
             "verify fewer drafted tokens in a step, or use the backend chunked"
         )
-    block = block or min(max(LOGITS // A // SMALLEST_BLOCK * SMALLEST_BLOCK, SMALLEST_BLOCK), LARGEST_BLOCK)
+    block = block or block_tokens(A)
     latent_YZC, table_BJ = _in_small_pages(latent_YZC, table_BJ, block)
     page_size, J = latent_YZC.shape[1], table_BJ.shape[1]
     if table_BJ.size * 4 > LARGEST_TABLE_BYTES:
@@ -92,7 +93,7 @@ def past_attention_tpu(
         return pl.BlockSpec((1, *shape), lambda half, i, *_: (half * ((B + missing) // halves) + i, 0, 0))
 
     def out(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((B + missing, *shape), jnp.float32, manual_axis_type=jax.typeof(q_latent_BTNC).mat)
+        return shape_beside(q_latent_BTNC, (B + missing, *shape), jnp.float32)
 
     pages = pl.BlockSpec(memory_space=pl.ANY)
     mixed_BAC, lse_B1A = pl.pallas_call(
@@ -128,6 +129,11 @@ def past_attention_tpu(
         name="latent_attention",
     )(*scalars, *queries, latent_YZC, rope)
     return mixed_BAC[:B].reshape(B, T, N, C), lse_B1A[:B].reshape(B, T, N)
+
+
+def block_tokens(num_rows: int) -> int:
+    """Tokens that are worked on at a time, for so many queries times heads."""
+    return min(max(LOGITS // num_rows // SMALLEST_BLOCK * SMALLEST_BLOCK, SMALLEST_BLOCK), LARGEST_BLOCK)
 
 
 def _in_small_pages(latent_YZC: jax.Array, table_BJ: jax.Array | None, block: int) -> tuple[jax.Array, jax.Array]:

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped_rows import Chip, RowTiles, grouped_rows, require_tpu_dtype
+from dsv3_jax.kernels.grouped_rows import RowTiles, grouped_rows
 from dsv3_jax.kernels.grouped_weights import WeightTiles, grouped_weights
+from dsv3_jax.kernels.tpu_memory import Machine, require_dtype
 
 
 class Tiles(NamedTuple):
@@ -41,13 +42,13 @@ class How(NamedTuple):
     """What is fixed before the program runs."""
 
     tiles: Tiles
-    chip: Chip
+    machine: Machine
     interpret: Any = False
 
     def settings(self, kernel: str) -> dict[str, Any]:
         """What a kernel is called with beside arrays."""
         sizes = getattr(self.tiles, kernel)
-        return {"tiles": sizes, "chip": self.chip, "name": f"expert_{kernel}", "interpret": self.interpret}
+        return {"tiles": sizes, "machine": self.machine, "name": f"expert_{kernel}", "interpret": self.interpret}
 
 
 _SMALL_VMEM = Tiles(
@@ -84,7 +85,7 @@ def expert_ffn_pallas_tpu(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
     """`expert_ffn` for the TPU that the program is lowered for; see there. Takes float32 and bfloat16."""
-    require_tpu_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
+    require_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
     return expert_ffn_with(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
 
 
@@ -104,7 +105,7 @@ def this_machine() -> How:
         raise NotImplementedError(
             f"the expert backend 'pallas_tpu' has no tile sizes for TPU {chip}, only for {', '.join(TILES)}; choose 'tiles'"
         )
-    return How(TILES[chip], Chip(info.num_cores, info.vmem_capacity_bytes))
+    return How(TILES[chip], Machine(info.num_cores, info.vmem_capacity_bytes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

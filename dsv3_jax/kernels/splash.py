@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from dsv3_jax.kernels.grouped_rows import LANES, require_tpu_dtype
+from dsv3_jax.kernels.tpu_memory import LANES, require_dtype, round_up
 
 Block = tuple[int, int, int]
 """Queries and keys of a grid step, and the keys of those that are multiplied at once; multiples of the lanes."""
@@ -71,12 +71,12 @@ def splash_attention(
             f"splash attention got q {q_BTNX.dtype}, k {k_BSMX.dtype} and v {v_BSMW.dtype}; cast them to one dtype, or use "
             "attention_backend chunked"
         )
-    require_tpu_dtype("splash attention", q_BTNX.dtype, "attention_backend chunked")
+    require_dtype("splash attention", q_BTNX.dtype, "attention_backend chunked")
     B, T, N, X = q_BTNX.shape
     S, M, W = v_BSMW.shape[1:]
-    row_bytes = (_whole(X, LANES) + _whole(W, LANES)) * q_BTNX.dtype.itemsize
+    row_bytes = (round_up(X, LANES) + round_up(W, LANES)) * q_BTNX.dtype.itemsize
     forward = _evenly(_smaller(forward, row_bytes), T, S)
-    queries, keys = _whole(T, forward[0]), _whole(S, forward[1])
+    queries, keys = round_up(T, forward[0]), round_up(S, forward[1])
     backward = _dividing(_smaller(backward, row_bytes), queries, keys)
     scaled = (q_BTNX.astype(jnp.float32) * scale).astype(q_BTNX.dtype)
     by_head = _by_head(scaled, queries), _by_head(k_BSMX, keys), _by_head(v_BSMW, keys)
@@ -98,7 +98,7 @@ def _evenly(block: Block, T: int, S: int) -> Block:
     queries, keys, at_once = block
 
     def part(length: int, size: int, multiple: int) -> int:
-        return min(size, _whole(-(-length // -(-length // size)), multiple))
+        return min(size, round_up(-(-length // -(-length // size)), multiple))
 
     # Blocks of an odd number of lanes could only be multiplied so few keys at a time.
     keys = part(S, keys, 2 * LANES if min(S, keys) > 2 * LANES else LANES)
@@ -114,10 +114,6 @@ def _dividing(block: Block, queries: int, keys: int) -> Block:
 def _divisor(length: int, largest: int) -> int:
     """The largest divisor up to `largest` that is a multiple of the lanes, as `length` is."""
     return next(size for size in range(min(length, largest), 0, -LANES) if length % size == 0)
-
-
-def _whole(length: int, block: int) -> int:
-    return -(-length // block) * block
 
 
 def _by_head(array_BTNX: jax.Array, length: int) -> jax.Array:

@@ -142,7 +142,7 @@ class MLA(nn.Module):
             CachedLatents(*cache),
             length_B,
             scale=self.config.softmax_scale,
-            backend=choose_latent_backend("auto", current_platform()),
+            backend=choose_latent_backend(self.config.cache_backend, current_platform()),
         )
         return self._out_of_latent(mixed_BTNC)
 

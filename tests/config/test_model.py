@@ -16,7 +16,7 @@ import pytest
 
 import dsv3_jax.config
 from dsv3_jax.config import ModelConfig, RopeScaling
-from dsv3_jax.config.model import AttentionBackend, ExpertBackend, RematPolicy
+from dsv3_jax.config.model import AttentionBackend, CacheBackend, ExpertBackend, RematPolicy
 
 # Section 4.2 of the report and the published config.json.
 PUBLISHED = {
@@ -102,6 +102,7 @@ def test_attention_scale(mscale: float | None, expected: float):
         ({"remat": "some"}, "remat is 'some'"),
         ({"expert_backend": "magic"}, "expert_backend is 'magic'"),
         ({"attention_backend": "flash"}, "attention_backend is 'flash'"),
+        ({"cache_backend": "splash"}, "cache_backend is 'splash'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"param_dtype": "float8"}, "param_dtype is 'float8'"),
         ({"bos_token_id": 129280}, "bos_token_id 129280 is outside the vocabulary of 129280"),
@@ -158,6 +159,7 @@ def test_contradictions_of_yarn_are_refused_by_name(changes: dict, message: str)
         *({"remat": policy} for policy in typing.get_args(RematPolicy)),
         *({"expert_backend": backend} for backend in typing.get_args(ExpertBackend)),
         *({"attention_backend": backend} for backend in typing.get_args(AttentionBackend)),
+        *({"cache_backend": backend} for backend in typing.get_args(CacheBackend)),
     ],
 )
 def test_what_lies_on_the_border_is_accepted(changes: dict):

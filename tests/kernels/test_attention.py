@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.attention import causal_attention, choose_attention
+from dsv3_jax.kernels.attention import causal_attention
 from tests.intermediates import intermediate_shapes
 from tests.kernels.reference_attention import SCALE, draw, naive, naive_gradients
 from tests.tolerances import TOLERANCE
@@ -83,23 +83,6 @@ def test_the_matrix_is_never_built() -> None:
 
     assert two_long_axes(lambda q, k, v: causal_attention(q, k, v, scale=SCALE, chunk=chunk)) == set()
     assert two_long_axes(plain), "the search does not find the matrix where there is one"
-
-
-@pytest.mark.parametrize(("platform", "backend"), [("cpu", "chunked"), ("gpu", "chunked"), ("tpu", "splash")])
-def test_the_platform_chooses(platform: str, backend: str) -> None:
-    assert choose_attention("auto", platform) == backend
-    assert choose_attention("chunked", platform) == "chunked"
-
-
-def test_splash_elsewhere_is_refused() -> None:
-    assert choose_attention("splash", "tpu") == "splash"
-    for platform in ("cpu", "gpu"):
-        with pytest.raises(NotImplementedError, match=f"'splash' .* for {platform}; use attention_backend auto or chunked"):
-            choose_attention("splash", platform)
-    with pytest.raises(NotImplementedError, match="for cpu"):
-        choose_attention("splash")
-    with pytest.raises(ValueError, match="'flash'; choose one of auto, chunked, splash"):
-        choose_attention("flash", "tpu")
 
 
 @pytest.mark.parametrize(("parts", "chunk"), [(2, 4), (3, 5), (4, 64), (2, 7)])

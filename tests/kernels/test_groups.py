@@ -56,6 +56,6 @@ def test_steps_are_every_tile_of_every_visit_in_order(sizes: list[int], block: i
     pairs = rows_by_pair(sizes, num_rows, block, False)
     by_block = [[g for g, b in pairs if b == s] for s in range(num_blocks)]
     want = [(s, t, g) for s in range(num_blocks) for t, g in itertools.product(range(num_tiles), by_block[s])]
-    found = list(zip(steps.block_X.tolist(), steps.tile_X.tolist(), steps.group_X.tolist(), strict=True))
+    found = list(zip(steps.block_I.tolist(), steps.tile_I.tolist(), steps.group_I.tolist(), strict=True))
     assert found[: int(count)] == want
     assert all(0 <= s < num_blocks and 0 <= t < num_tiles and 0 <= g < len(sizes) for s, t, g in found)

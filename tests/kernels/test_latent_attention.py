@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.kernels import latent_attention as contract
-from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
+from dsv3_jax.kernels.latent_attention import CachedLatents, latent_attention
 from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
 from dsv3_jax.plan.topology import tpu_devices
 from tests.intermediates import intermediate_shapes
@@ -171,12 +171,23 @@ def test_on_a_mesh_each_device_has_its_sequences(backend: str, monkeypatch: Any)
     chex.assert_trees_all_close(np.asarray(found[0], np.float64), expected[0], **TOLERANCE["float32"])
 
 
-def test_the_choice_of_a_backend() -> None:
-    chosen = {platform: choose_latent_backend("auto", platform) for platform in ("cpu", "gpu", "tpu")}
-    assert chosen == {"cpu": "chunked", "gpu": "chunked", "tpu": "pallas_tpu"}
-    assert choose_latent_backend("chunked", "tpu") == "chunked"
-    with pytest.raises(ValueError, match="'flash'; choose one of auto, pallas_tpu, chunked"):
-        choose_latent_backend("flash")
+@pytest.mark.parametrize(
+    ("B", "T", "J", "dtype", "message"),
+    [
+        (256, 1, 1024, jnp.bfloat16, "a table of 256 x 1024 pages takes 1,048,576 bytes of scalar memory"),
+        (1, 32, 1, jnp.bfloat16, "32 tokens of 128 heads at a time are 4096 rows of 512 values; the kernel has room for 3072"),
+        (1, 1, 1, jnp.float16, "got float16; it takes float32 and bfloat16"),
+    ],
+)
+def test_what_the_kernel_has_no_room_for_is_refused(B: int, T: int, J: int, dtype: Any, message: str) -> None:
+    def shape(*axes: int, of: Any = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(axes, of)
+
+    own = shape(B, T, 128, 512), shape(B, T, 128, 64), shape(B, T, 512), shape(B, T, 64)
+    cached = CachedLatents(shape(8, 128, 512), shape(8, 128, 64), shape(B, J, of=jnp.int32))
+    attend = functools.partial(latent_attention, scale=SCALE, backend="pallas_tpu")
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(attend, *own, cached, shape(B, of=jnp.int32))
 
 
 def test_pages_that_a_tpu_cannot_tile_are_refused(monkeypatch: Any) -> None:

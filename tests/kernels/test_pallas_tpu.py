@@ -13,16 +13,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.kernels import expert_ffn, grouped_rows
-from dsv3_jax.kernels.grouped_rows import MIB, Chip, RowTiles, fit_rows
+from dsv3_jax.kernels.grouped_rows import RowTiles, fit_rows
 from dsv3_jax.kernels.grouped_weights import WeightTiles, fit_weights
 from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_pallas_tpu, expert_ffn_with
+from dsv3_jax.kernels.tpu_memory import MIB, Machine
 from dsv3_jax.plan.topology import tpu_devices
 from tests.kernels.interpreter import TWO_CORES, assert_no_race
 from tests.kernels.test_expert_ffn import CASES, LARGER_CASES, expected, make_inputs, value_and_gradients
 from tests.tolerances import TOLERANCE
 
 ROWS, WEIGHTS = RowTiles(block=32, tile=16, remainder=16, columns=128), WeightTiles(block=32, part=16, left=128, right=128)
-SMALL = How(Tiles(ROWS, ROWS, ROWS, ROWS, WEIGHTS, WEIGHTS), Chip(cores=2, vmem_bytes=64 * MIB), interpret=True)
+SMALL = How(Tiles(ROWS, ROWS, ROWS, ROWS, WEIGHTS, WEIGHTS), Machine(cores=2, vmem_bytes=64 * MIB), interpret=True)
 TPUS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
@@ -75,7 +76,7 @@ def test_several_tiles_and_parts(
     monkeypatch.setattr(grouped_rows, "LARGEST_PART", 128)
     inputs = several_tiles(dtype)
     # A size of its own keeps the compiled program apart from those made with parts of another length.
-    how = SMALL._replace(chip=Chip(2, 65 * MIB), interpret=TWO_CORES if thorough else True)
+    how = SMALL._replace(machine=Machine(2, 65 * MIB), interpret=TWO_CORES if thorough else True)
     chex.assert_trees_all_close(pallas(*inputs, how=how), value_and_gradients(*inputs, backend="reference"), **TOLERANCE[dtype])
     if thorough:
         assert_no_race(capfd)
@@ -146,27 +147,27 @@ def test_inside_shard_map_weight_gradients_are_summed() -> None:
 
 
 def test_sizes_shrink_until_they_fit() -> None:
-    tiles, chip = TILES["v5p"].gate_up, Chip(2, 64 * MIB)
-    assert fit_rows(tiles, (8192, 7168, 2048), 8, (1, 2, 3), jnp.bfloat16, chip, "k") == tiles
-    fitted = fit_rows(tiles, (8192, 7168, 2048), 8, (1, 2, 3), jnp.float32, chip, "k")
+    tiles, machine = TILES["v5p"].gate_up, Machine(2, 64 * MIB)
+    assert fit_rows(tiles, (8192, 7168, 2048), 8, (1, 2, 3), jnp.bfloat16, machine, "k") == tiles
+    fitted = fit_rows(tiles, (8192, 7168, 2048), 8, (1, 2, 3), jnp.float32, machine, "k")
     assert (fitted.block, fitted.tile, fitted.columns) == (256, 256, 256)
-    few = fit_rows(tiles, (40, 64, 7), 6, (1, 2, 1), jnp.bfloat16, chip, "k")
+    few = fit_rows(tiles, (40, 64, 7), 6, (1, 2, 1), jnp.bfloat16, machine, "k")
     assert (few.block, few.tile, few.columns) == (48, 48, 7)
-    assert fit_rows(tiles, (2048, 7168, 2048), 8, (1, 2, 3), jnp.bfloat16, chip, "k").tile == 256
+    assert fit_rows(tiles, (2048, 7168, 2048), 8, (1, 2, 3), jnp.bfloat16, machine, "k").tile == 256
 
 
 def test_rows_that_fit_nowhere_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expert_dx: rows of 131072 bfloat16 values do not fit into 64 MiB.*tiles"):
-        fit_rows(TILES["v5p"].dx, (8192, 131072, 2048), 8, (2, 2, 1), jnp.bfloat16, Chip(2, 64 * MIB), "expert_dx")
+        fit_rows(TILES["v5p"].dx, (8192, 131072, 2048), 8, (2, 2, 1), jnp.bfloat16, Machine(2, 64 * MIB), "expert_dx")
 
 
 @pytest.mark.parametrize("F", [256, 512, 704, 1408, 2048])
 def test_two_cores_share_the_columns(F: int) -> None:
     """Whatever `tensor` leaves of F."""
-    tiles, chip = TILES["v5p"], Chip(2, 64 * MIB)
-    columns = fit_rows(tiles.gate_up, (8192, 7168, F), 8, (1, 2, 3), jnp.bfloat16, chip, "k").columns
+    tiles, machine = TILES["v5p"], Machine(2, 64 * MIB)
+    columns = fit_rows(tiles.gate_up, (8192, 7168, F), 8, (1, 2, 3), jnp.bfloat16, machine, "k").columns
     assert -(-F // columns) % 2 == 0
-    left = fit_weights(tiles.dw_down, (8192, F, 7168), 8, 1, jnp.bfloat16, chip).left
+    left = fit_weights(tiles.dw_down, (8192, F, 7168), 8, 1, jnp.bfloat16, machine).left
     assert -(-F // left) % 2 == 0
 
 
@@ -177,8 +178,8 @@ def test_other_dtypes_are_refused() -> None:
 
 
 def test_weight_tiles_shrink_until_they_fit() -> None:
-    tiles, small = TILES["v6e"].dw_gate_up, Chip(1, 64 * MIB)
-    assert fit_weights(tiles, (8192, 7168, 2048), 8, 2, jnp.bfloat16, Chip(1, 128 * MIB)) == tiles
+    tiles, small = TILES["v6e"].dw_gate_up, Machine(1, 64 * MIB)
+    assert fit_weights(tiles, (8192, 7168, 2048), 8, 2, jnp.bfloat16, Machine(1, 128 * MIB)) == tiles
     fitted = fit_weights(tiles, (8192, 7168, 2048), 8, 2, jnp.float32, small)
     assert fitted.left < tiles.left
     assert fitted.left % 128 == 0
@@ -188,13 +189,15 @@ def test_weight_tiles_shrink_until_they_fit() -> None:
 # --- The TPU compiler ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chip", TPUS)
-@pytest.mark.parametrize(
-    ("R", "D", "F", "E", "dtype"),
-    [(40, 13, 7, 6, "float32"), (40, 13, 7, 6, "bfloat16"), (1000, 384, 200, 5, "bfloat16"), (3, 128, 128, 2, "bfloat16")],
-)
-def test_compiles_for_tpus(R: int, D: int, F: int, E: int, dtype: str, chip: str, tpu_compiler: str) -> None:
+SHAPES = [(40, 13, 7, 6, "float32"), (40, 13, 7, 6, "bfloat16"), (1000, 384, 200, 5, "bfloat16"), (3, 128, 128, 2, "bfloat16")]
+PUBLISHED = 8192, 7168, 2048, 8, "float32"
+"""Where the blocks of the table have to shrink to fit."""
+
+
+@pytest.mark.parametrize(("chip", "shape_of"), [*((chip, shape) for chip in TPUS for shape in SHAPES), ("tpu7x", PUBLISHED)])
+def test_compiles_for_tpus(chip: str, shape_of: tuple[int, int, int, int, str], tpu_compiler: str) -> None:
     """Values and gradients, by the backend that the platform chooses, with every kernel named in the program."""
+    R, D, F, E, dtype = shape_of
     mesh = Mesh(np.array(tpu_devices(TPUS[chip])[:1]), ("x",), axis_types=(AxisType.Auto,))
     replicated = NamedSharding(mesh, P())
 

@@ -19,6 +19,7 @@ import pytest
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.kernels import splash
 from dsv3_jax.kernels.splash import splash_attention
+from dsv3_jax.kernels.tpu_memory import round_up
 from dsv3_jax.model import mla, training_loss
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.rope import rotation
@@ -108,7 +109,7 @@ def test_the_matrix_is_never_built() -> None:
 @pytest.mark.parametrize("length", [*range(1, 3000, 41), 300, 513, 768, 1024, 1100, 1152, 1280, 1536, 2048, 2304, 4096])
 def test_little_is_padded(length: int) -> None:
     forward = splash._evenly(splash.FORWARD, length, length)
-    queries, keys = splash._whole(length, forward[0]), splash._whole(length, forward[1])
+    queries, keys = round_up(length, forward[0]), round_up(length, forward[1])
     assert queries - length < 128 * -(-length // 1024)
     assert keys - length < 256 * -(-length // 1024)
     for block in (forward, splash._dividing(splash.BACKWARD, queries, keys)):

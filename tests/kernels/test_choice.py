@@ -1,0 +1,77 @@
+"""The rule by which implementations are chosen, on an invented choice and on the three there are."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+
+import jax
+import pytest
+
+from dsv3_jax.config.model import AttentionBackend, CacheBackend, ExpertBackend
+from dsv3_jax.kernels.attention import choose_attention
+from dsv3_jax.kernels.choice import Choice
+from dsv3_jax.kernels.expert_ffn import choose_backend
+from dsv3_jax.kernels.latent_attention import choose_latent_backend
+
+CHOICE = Choice(
+    "engine", auto={"cpu": "steam", "tpu": "warp"}, anywhere=("steam", "sail"), only_on={"warp": "tpu"}, planned=("fusion",)
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "chosen"),
+    [
+        ("auto", "cpu", "steam"),
+        ("auto", "tpu", "warp"),
+        ("warp", "tpu", "warp"),
+        ("sail", "tpu", "sail"),
+        ("sail", "abacus", "sail"),
+    ],
+)
+def test_a_name_stands_for_itself_and_auto_for_what_suits(name: str, platform: str, chosen: str) -> None:
+    assert CHOICE.of(name, platform) == chosen
+
+
+def test_the_platform_is_that_of_jax_unless_named() -> None:
+    assert jax.default_backend() == "cpu"
+    assert CHOICE.of("auto", None) == "steam"
+    with pytest.raises(ValueError, match="this program is for cpu"):
+        CHOICE.of("warp", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "error", "message"),
+    [
+        (
+            "warp",
+            "gpu",
+            ValueError,
+            "engine 'warp' runs on tpu only, and this program is for gpu; use 'auto' or 'steam' or 'sail'",
+        ),
+        ("auto", "abacus", ValueError, "engine 'auto' knows no platform 'abacus'; name one of steam, sail"),
+        ("stem", "cpu", ValueError, "engine is 'stem'; choose one of auto, warp, steam, sail"),
+        ("fusion", "cpu", NotImplementedError, "engine 'fusion' is not written yet; use one of auto, warp, steam, sail"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(name: str, platform: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CHOICE.of(name, platform)
+
+
+@pytest.mark.parametrize(
+    ("choose", "kind", "autos", "planned"),
+    [
+        (choose_backend, ExpertBackend, ["tiles", "tiles", "pallas_tpu"], ["pallas_gpu"]),
+        (choose_attention, AttentionBackend, ["chunked", "chunked", "splash"], []),
+        (choose_latent_backend, CacheBackend, ["chunked", "chunked", "pallas_tpu"], []),
+    ],
+)
+def test_the_three(choose: Callable[[str, str], str], kind: typing.Any, autos: list[str], planned: list[str]) -> None:
+    """Every name that a config can hold can be chosen, on a TPU at the least."""
+    assert [choose("auto", platform) for platform in ("cpu", "gpu", "tpu")] == autos
+    names = [name for name in typing.get_args(kind) if name != "auto"]
+    assert [choose(name, "tpu") for name in names] == names
+    for name in planned:
+        with pytest.raises(NotImplementedError, match=name):
+            choose(name, "gpu")

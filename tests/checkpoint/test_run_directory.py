@@ -105,8 +105,8 @@ OF_MODEL = {
     "param_dtype": "bfloat16", "aux_loss_alpha": 1e-3, "rms_norm_eps": 1e-5, "initializer_range": 0.02,
 }  # fmt: skip
 HOW_IT_IS_COMPUTED = {
-    "remat": "full", "expert_backend": "reference", "attention_backend": "chunked", "cache_backend": "chunked", "attention_chunk": 64,
-    "loss_chunk": 64,
+    "remat": "full", "expert_backend": "reference", "attention_backend": "chunked", "cache_backend": "chunked",
+    "attention_chunk": 64, "loss_chunk": 64,
 }  # fmt: skip
 
 

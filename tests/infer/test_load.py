@@ -59,6 +59,18 @@ def test_a_run_is_loaded_with_its_defaults(run: Path, variables: dict[str, Any])
     assert (loaded.sequence_length, loaded.infer) == (24, RUN.infer)
 
 
+def test_backends_of_another_machine_are_forgotten(tmp_path: Path, variables: dict[str, Any]) -> None:
+    """A run that was trained with TPU kernels, by name, is read on a CPU."""
+    elsewhere = {"expert_backend": "pallas_tpu", "attention_backend": "splash", "cache_backend": "pallas_tpu"}
+    trained = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **elsewhere))
+    opened = RunDirectory.create_or_resume(str(tmp_path / "run"), trained, resume=False)
+    TOKENIZER.save(opened.tokenizer_file)
+    with Checkpoints(opened, trained.checkpoint) as checkpoints:
+        checkpoints.save(6, variables, {"count": jnp.zeros(())})
+    assert opened.config() == trained
+    assert load_model(str(tmp_path / "run")).config == dataclasses.replace(MODEL, **dict.fromkeys(elsewhere, "auto"))
+
+
 def test_a_hugging_face_folder_is_loaded(published: Path, variables: dict[str, Any]) -> None:
     assert is_hugging_face(str(published))
     loaded = load_model(str(published))

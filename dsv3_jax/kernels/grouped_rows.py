@@ -116,11 +116,11 @@ def grouped_rows(
             for row_ref, weight_ref, product_ref in zip(factors, weight_refs, product_refs, strict=True):
                 product_ref[:num, :] = _product(row_ref, at, weight_ref, transposed)
             values = compute([ref[:num, :] for ref in product_refs], [ref[at, :] for ref in beside_refs])
-            _store(output_refs, values, start, begin, end)
+            _store(output_refs, values, start, begin)
 
         def zero_tile(start: jax.Array, num: int) -> None:
             zero_AX = jnp.zeros((num, columns), jnp.float32)
-            _store(output_refs, [zero_AX] * num_outputs, start, begin, end)
+            _store(output_refs, [zero_AX] * num_outputs, start, begin)
 
         @pl.when(group < num_experts)
         def _() -> None:
@@ -179,13 +179,15 @@ def _product(row_ref: Any, at: Any, weight_ref: Any, transposed: bool) -> jax.Ar
     return total_AX
 
 
-def _store(refs: Sequence[Any], values: Sequence[jax.Array], start: jax.Array, begin: jax.Array, end: jax.Array) -> None:
-    """Writes the rows of a tile from `start` on that lie in [begin, end); the others belong to other groups."""
+def _store(refs: Sequence[Any], values: Sequence[jax.Array], start: jax.Array, begin: jax.Array) -> None:
+    """Writes the rows of a tile from `start` on, but for those before `begin`, which groups before have written.
+
+    Rows past the group's end are written too, and again by the groups that follow, of which the last are the zeros.
+    """
     for ref, value_AX in zip(refs, values, strict=True):
         at = pl.ds(start, value_AX.shape[0])
         row_AX = start + jax.lax.broadcasted_iota(jnp.int32, value_AX.shape, 0)
-        mine_AX = (begin <= row_AX) & (row_AX < end)
-        ref[at, :] = jnp.where(mine_AX, value_AX.astype(jnp.float32), ref[at, :].astype(jnp.float32)).astype(ref.dtype)
+        ref[at, :] = jnp.where(row_AX < begin, ref[at, :].astype(jnp.float32), value_AX.astype(jnp.float32)).astype(ref.dtype)
 
 
 def _over_tiles(body: Callable[[jax.Array, int], None], begin: jax.Array, end: jax.Array, tiles: RowTiles, dtype: Any) -> None:

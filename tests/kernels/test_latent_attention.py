@@ -102,6 +102,22 @@ def test_latent_attention(backend: str, new: int, dtype: str, page: int | None, 
     assert_no_race(capfd)
 
 
+def test_no_backend_is_given_an_entry_that_names_no_page(monkeypatch: Any) -> None:
+    """The kernel fetches whole blocks and does not check where from; an interpreter would clip the entries itself."""
+    own, cached, length_B = jax.tree.map(jnp.asarray, case(1, "float32", 128)[:3])
+    pages = len(cached.latent_YZC)
+    given: list[np.ndarray] = []
+
+    def past(*args: Any, scale: float) -> tuple[jax.Array, jax.Array]:
+        given.append(np.asarray(args[4]))
+        return contract.past_attention_chunked(*args, scale=scale)
+
+    monkeypatch.setitem(contract._BACKENDS, "pallas_tpu", past)
+    latent_attention(*own, cached, length_B, scale=SCALE, backend="pallas_tpu")
+    (table_BJ,) = given
+    chex.assert_trees_all_equal(table_BJ, np.clip(np.asarray(cached.table_BJ), 0, pages - 1))
+
+
 @pytest.mark.parametrize("backend", ["chunked", "strict"])
 def test_without_a_past_there_is_only_the_tokens_own_attention(backend: str, monkeypatch: Any) -> None:
     """To the bit, whatever the cache holds."""

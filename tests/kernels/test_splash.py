@@ -84,6 +84,32 @@ def test_queries_of_a_part_of_the_sequence(parts: int, size: int) -> None:
     assert_is_softmax_attention(in_parts, draw(parts * size, 2, heads=2), "float32")
 
 
+@pytest.mark.parametrize("queries_innermost", [False, True])
+@pytest.mark.parametrize("first", [0, 100, 126, 127, 128, 129, 256])
+@pytest.mark.parametrize(("block_q", "block_kv"), [(64, 64), (128, 64), (64, 128)])
+def test_the_table_skips_what_no_query_sees_and_fetches_what_runs_next(
+    first: int, block_q: int, block_kv: int, queries_innermost: bool
+) -> None:
+    """A tile that is worked on for nothing, or compared where nothing is masked, changes no value: it only costs time."""
+    queries, keys = 256, 512
+    seen = (first + np.arange(queries)[:, None]) >= np.arange(keys)
+    tiles = seen.reshape(queries // block_q, block_q, keys // block_kv, block_kv).swapaxes(1, 2)
+    some, full = tiles.any((2, 3)), tiles.all((2, 3))
+    info = splash._table(first, queries, keys, block_q, block_kv, queries_innermost=queries_innermost)
+    kinds, fetched = (np.asarray(array)[0] for array in (info.block_mask, info.data_next))
+    chex.assert_trees_all_equal(kinds, (some.astype(np.int8) + full))
+
+    # In the order of the grid: the outer axis first.
+    runs, fetched = (some.T, fetched.T) if queries_innermost else (some, fetched)
+    for line, fetched_of_line in zip(runs, fetched, strict=True):
+        for place, runs_here in enumerate(line):
+            ahead = place + np.flatnonzero(line[place:])
+            # Past the last tile that runs in a line: the first block of keys, which the next line begins with; but a line of
+            # queries ends with one that runs, if any does.
+            following = ahead[0] if len(ahead) else (len(line) - 1 if queries_innermost else 0)
+            assert fetched_of_line[place] == following, (place, runs_here)
+
+
 def test_no_race_and_nothing_that_was_not_written(capfd: pytest.CaptureFixture[str]) -> None:
     """Under an interpreter that fills memory with NaN, walks heads in any order, and reports accesses that nothing orders.
 

@@ -189,6 +189,13 @@ def test_fresh_variables_are_plain_and_from_the_seed() -> None:
     assert len({np.asarray(gate_DE).tobytes() for gate_DE in gates}) == 4
 
 
+def test_variables_are_laid_out_where_the_named_kernels_do_not_run() -> None:
+    """As when a pod's program is compiled on a machine without a TPU."""
+    named = dataclasses.replace(CONFIG, expert_backend="pallas_tpu", attention_backend="splash", cache_backend="pallas_tpu")
+    chex.assert_trees_all_equal_shapes_and_dtypes(abstract_variables(named), abstract_variables(CONFIG))
+    assert logical_axes(named) == logical_axes(CONFIG)
+
+
 # --- At full size ----------------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from tpu_schedule import CORES, Schedule, peak_flops_per_cycle
 
-from dsv3_jax.kernels.grouped_rows import RowTiles, fit_rows
-from dsv3_jax.kernels.grouped_weights import WeightTiles
+from dsv3_jax.kernels.grouped_ffn import expert_ffn_by
+from dsv3_jax.kernels.grouped_rows_tpu import RowTiles, fit_rows
+from dsv3_jax.kernels.grouped_weights_tpu import WeightTiles
 from dsv3_jax.kernels.groups import steps_by_block, visits_of
-from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_with, this_machine
+from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, this_machine
 from dsv3_jax.kernels.tpu_memory import Machine, sublanes
 
 D, F, E = 7168, 2048, 8
@@ -90,7 +91,7 @@ def _how(tiles: Sequence[Sequence[int]] | None) -> How:
 def forward(rows: int, tiles: Sequence[Sequence[int]] | None = None) -> tuple[Callable, tuple]:
     """The FFN alone."""
     arrays, sizes = _shapes(rows)
-    return lambda *args: expert_ffn_with(*args, _how(tiles)), (*arrays, sizes)
+    return lambda *args: expert_ffn_by(*args, _how(tiles)), (*arrays, sizes)
 
 
 def gradients(rows: int, tiles: Sequence[Sequence[int]] | None = None) -> tuple[Callable, tuple]:
@@ -99,7 +100,7 @@ def gradients(rows: int, tiles: Sequence[Sequence[int]] | None = None) -> tuple[
 
     def run(*args: jax.Array) -> Any:
         *differentiated, sizes_E, dy_RD = args
-        y_RD, transpose = jax.vjp(lambda *a: expert_ffn_with(*a, sizes_E, _how(tiles)), *differentiated)
+        y_RD, transpose = jax.vjp(lambda *a: expert_ffn_by(*a, sizes_E, _how(tiles)), *differentiated)
         return y_RD, transpose(dy_RD)
 
     return run, (*arrays, sizes, arrays[0])

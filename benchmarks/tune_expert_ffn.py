@@ -19,8 +19,8 @@ from expert_kernels import ROW_KERNELS, WEIGHT_KERNELS, Cost, E, how_on, row_cos
 from machine import machine
 from tpu_schedule import CLOCK, CORES, TOPOLOGIES, Job, Schedule, peak_flops_per_cycle, read_schedules
 
-from dsv3_jax.kernels.grouped_rows import RowTiles
-from dsv3_jax.kernels.grouped_weights import WeightTiles, fit_weights
+from dsv3_jax.kernels.grouped_rows_tpu import RowTiles
+from dsv3_jax.kernels.grouped_weights_tpu import WeightTiles, fit_weights
 from dsv3_jax.plan.roofline import CHIPS
 
 ROW_TILES = [

@@ -74,6 +74,48 @@ def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Ste
     return Steps(visits.group_V[visit_I], block_I, tile_I, visits.start_G), visits.number * num_tiles
 
 
+class RowSteps(NamedTuple):
+    """The order in which a kernel works through tiles that begin where their group does; see `steps_by_band`."""
+
+    group_I: jax.Array
+    row_I: jax.Array
+    """The tile's first row."""
+    rows_I: jax.Array
+    """Rows of it that are the group's: all, but for a group that has fewer than a tile."""
+    tile_I: jax.Array
+    """The column tile."""
+
+
+def steps_by_band(group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int) -> tuple[RowSteps, jax.Array]:
+    """Every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
+
+    Tiles of rows begin at any row. The last of a group is moved back so that it ends where the group does: it covers some
+    rows that the one before has covered, which makes it whole. Within a band the order is column by column, so that those who
+    work on neighbouring steps at the same time share rows and weights.
+
+    Args:
+      group_sizes_G: int32, rows of each group, R in all.
+      num_rows: R.
+      tile_rows: rows of a tile.
+      num_tiles: column tiles.
+      band: tiles of rows.
+
+    Returns:
+      The steps, of which those past the last are padding, and how many they are.
+    """
+    start_G = jnp.cumsum(group_sizes_G, dtype=jnp.int32) - group_sizes_G
+    visits_G = -(-group_sizes_G // tile_rows)
+    step_I = jnp.arange((num_rows // tile_rows + group_sizes_G.size) * num_tiles, dtype=jnp.int32)
+    group_I, within_I = _places(step_I, visits_G * num_tiles)
+    band_I, within_I = within_I // (band * num_tiles), within_I % (band * num_tiles)
+    visits_I = jnp.clip(visits_G[group_I] - band_I * band, 1, band)
+    visit_I = band_I * band + within_I % visits_I
+    size_I = group_sizes_G[group_I]
+    row_I = start_G[group_I] + jnp.clip(size_I - tile_rows, 0, visit_I * tile_rows)
+    tile_I = jnp.minimum(within_I // visits_I, num_tiles - 1)
+    return RowSteps(group_I, row_I, jnp.minimum(size_I, tile_rows), tile_I), jnp.sum(visits_G, dtype=jnp.int32) * num_tiles
+
+
 def _places(index_I: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Which run each index lies in, and where in it, if runs of `count_Y` follow one another; the last run goes on for ever.
 

@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.kernels import expert_ffn, grouped_rows
-from dsv3_jax.kernels.grouped_rows import RowTiles, fit_rows
-from dsv3_jax.kernels.grouped_weights import WeightTiles, fit_weights
-from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_pallas_tpu, expert_ffn_with
+from dsv3_jax.kernels import expert_ffn, grouped_rows_tpu
+from dsv3_jax.kernels.grouped_ffn import KERNELS, expert_ffn_by
+from dsv3_jax.kernels.grouped_rows_tpu import RowTiles, fit_rows
+from dsv3_jax.kernels.grouped_weights_tpu import WeightTiles, fit_weights
+from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, expert_ffn_pallas_tpu
 from dsv3_jax.kernels.tpu_memory import MIB, Machine
 from dsv3_jax.plan.topology import tpu_devices
 from tests.kernels.interpreter import TWO_CORES, assert_no_race
@@ -30,7 +31,7 @@ TPUS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 @functools.partial(jax.jit, static_argnames="how")
 def pallas(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, how: How = SMALL) -> dict[str, jax.Array]:
     def ffn(*differentiated: jax.Array) -> jax.Array:
-        return expert_ffn_with(*differentiated, group_sizes_E, how)
+        return expert_ffn_by(*differentiated, group_sizes_E, how)
 
     y_RD, gradient = jax.vjp(ffn, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD)
     return {"y": y_RD} | dict(zip(("dx", "dw_gate", "dw_up", "dw_down"), gradient(dy_RD), strict=True))
@@ -73,7 +74,7 @@ def test_several_tiles_and_parts(
     dtype: str, thorough: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """Widths over several tiles, and the contracted dimension over several parts."""
-    monkeypatch.setattr(grouped_rows, "LARGEST_PART", 128)
+    monkeypatch.setattr(grouped_rows_tpu, "LARGEST_PART", 128)
     inputs = several_tiles(dtype)
     # A size of its own keeps the compiled program apart from those made with parts of another length.
     how = SMALL._replace(machine=Machine(2, 65 * MIB), interpret=TWO_CORES if thorough else True)
@@ -114,7 +115,7 @@ def test_inside_scan_and_checkpoint() -> None:
 
         return jnp.sum(dy_RD * jax.lax.scan(layer, x_RD, layers)[0])
 
-    kernel, reference = (functools.partial(expert_ffn_with, how=SMALL), functools.partial(expert_ffn, backend="reference"))
+    kernel, reference = (functools.partial(expert_ffn_by, products=SMALL), functools.partial(expert_ffn, backend="reference"))
     found, want = (jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(x_RD, layers, f) for f in (kernel, reference))
     chex.assert_trees_all_close(found, want, **TOLERANCE["float32"])
 
@@ -129,7 +130,7 @@ def test_inside_shard_map_weight_gradients_are_summed() -> None:
     mesh = jax.make_mesh((devices,), ("expert",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,))
 
     def local(x_RD, weights, sizes_1E):
-        return expert_ffn_with(x_RD, *weights, sizes_1E[0], SMALL)
+        return expert_ffn_by(x_RD, *weights, sizes_1E[0], SMALL)
 
     specs = P("expert"), P(), P("expert")
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("expert"), check_vma=False)
@@ -207,5 +208,5 @@ def test_compiles_for_tpus(chip: str, shape_of: tuple[int, int, int, int, str], 
     with jax.set_mesh(mesh):
         arguments = shape(R, D), shape(E, D, F), shape(E, D, F), shape(E, F, D), shape(E, of="int32"), shape(R, D)
         text = value_and_gradients.lower(*arguments, backend="pallas_tpu").compile().as_text()
-    for kernel in ("gate_up", "down", "dhidden", "dx", "dw_gate_up", "dw_down"):
+    for kernel in KERNELS:
         assert f"expert_{kernel}" in text

@@ -54,14 +54,9 @@ def grouped_weights(
     name: str,
     interpret: Any = False,
 ) -> list[jax.Array]:
-    """left^T right over the rows of every group, for each of the right arrays [R, Y]: [E, X, Y] in the dtype of the rows.
-
-    Sums are float32; groups without rows get zeros, and rows past the last group are read by nobody.
+    """`Products.weights` of `grouped_ffn.py`; arguments beyond its own are
 
     Args:
-      left_RX: rows sorted by group.
-      rights: arrays [R, Y].
-      group_sizes_E: int32, rows of each group.
       tiles: sizes; the result depends on them by the order of sums only.
       machine: the device.
       name: of the kernel in the compiled program.

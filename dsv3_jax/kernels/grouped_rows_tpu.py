@@ -10,6 +10,7 @@ Axes beyond the project's legend: K the contracted dimension, A and X rows and c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from dsv3_jax.kernels.grouped_ffn import Compute
 from dsv3_jax.kernels.groups import steps_by_block, visits_of
 from dsv3_jax.kernels.tpu_memory import (
     LANES,
@@ -51,7 +53,7 @@ class RowTiles(NamedTuple):
 
 
 def grouped_rows(
-    compute: Callable[[list[jax.Array], list[jax.Array]], Sequence[jax.Array]],
+    compute: Compute,
     rows: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     beside: Sequence[jax.Array],
@@ -64,24 +66,13 @@ def grouped_rows(
     name: str,
     interpret: Any = False,
 ) -> list[jax.Array]:
-    """Products of every row with the weights of its group, and what `compute` makes of them.
+    """`Products.rows` of `grouped_ffn.py`; arguments beyond its own are
 
     Args:
-      compute: takes a list of products, float32 [A, X] for A rows and X columns, and a list of the same places of `beside`, and
-        returns the outputs, [A, X] too. It runs within the kernel.
-      rows: arrays [R, K], one for each of the weights, or one for all of them.
-      weights: arrays [E, K, N], or [E, N, K] if transposed.
-      beside: arrays [R, N].
-      group_sizes_E: int32, rows of each group.
-      num_outputs: of `compute`.
-      transposed: how the weights lie.
       tiles: sizes; the result does not depend on them.
       machine: the device.
       name: of the kernel in the compiled program.
       interpret: as `pl.pallas_call` takes it.
-
-    Returns:
-      The outputs, [R, N] in the dtype of the rows. Rows past the last group are zero.
 
     Raises:
       ValueError: where even the smallest blocks do not fit into fast memory.
@@ -115,7 +106,10 @@ def grouped_rows(
             factors = list(row_refs) * (len(weights) // len(rows))
             for row_ref, weight_ref, product_ref in zip(factors, weight_refs, product_refs, strict=True):
                 product_ref[:num, :] = _product(row_ref, at, weight_ref, transposed)
-            values = compute([ref[:num, :] for ref in product_refs], [ref[at, :] for ref in beside_refs])
+            products = [ref[:num, :] for ref in product_refs]
+            if len(rows) > 1:
+                products = [functools.reduce(jnp.add, products)]
+            values = compute(products, [ref[at, :] for ref in beside_refs])
             _store(output_refs, values, start, begin)
 
         def zero_tile(start: jax.Array, num: int) -> None:

@@ -1,0 +1,144 @@
+"""A Pallas kernel for Hopper GPUs: for every group, the sum over its rows of outer products: the gradient of its weights.
+
+The rows are the contracted dimension, and a group's begin anywhere. Steps over them begin where the group does; the last one
+may reach into the next group, or past the last one, whatever lies there: those rows are zeroed in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_jax.kernels.hopper import (
+    COLUMNS,
+    FETCHING,
+    HALF,
+    STAGES,
+    STEP,
+    SWIZZLED,
+    TILE,
+    Ring,
+    launch,
+    multiply,
+    over_tiles,
+    row_numbers,
+    store,
+    strip,
+)
+
+BAND = 16
+"""Tiles along the left array's columns that share the right arrays' while these are in the L2 cache."""
+
+
+def grouped_weights(
+    left_RX: jax.Array,
+    rights: Sequence[jax.Array],
+    group_sizes_E: jax.Array,
+    *,
+    num_sms: int,
+    name: str,
+    interpret: Any = None,
+) -> list[jax.Array]:
+    """`Products.weights` of `grouped_ffn.py` in bfloat16, for X and Y that are multiples of 64 and at least 128.
+
+    Arguments beyond its own are those of `grouped_rows`.
+    """
+    (_, X), Y, dtype, num_experts = left_RX.shape, rights[0].shape[1], left_RX.dtype, group_sizes_E.shape[0]
+    columns = min(COLUMNS // len(rights), Y)
+    num_left, num_right, num_strips = -(-X // TILE), -(-Y // columns), columns // STEP
+    num_tiles = num_left * num_right
+    start_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32) - group_sizes_E
+
+    def place(index: Any) -> tuple[Any, Any, Any]:
+        """Group, and first row and column of an output tile. The last ones are moved back to be whole."""
+        group, within = jax.lax.div(index, jnp.int32(num_tiles)), jax.lax.rem(index, jnp.int32(num_tiles))
+        band, within = (f(within, jnp.int32(BAND * num_right)) for f in (jax.lax.div, jax.lax.rem))
+        of_band = jnp.minimum(num_left - band * BAND, BAND)
+        left, right = band * BAND + jax.lax.rem(within, of_band), jax.lax.div(within, of_band)
+        return group, jnp.minimum(left * TILE, X - TILE), jnp.minimum(right * columns, Y - columns)
+
+    def num_steps(size: Any) -> Any:
+        return jax.lax.div(size + STEP - 1, jnp.int32(STEP))
+
+    def fetch(ring: Ring, buffers: Sequence[Any], start_ref: Any, size_ref: Any, left_ref: Any, *refs: Any) -> None:
+        left_smem, right_smems, *_ = buffers
+
+        def fetch_tile(index: Any, first: Any) -> Any:
+            group, left, right = place(index)
+            start, steps = start_ref[group], num_steps(size_ref[group])
+
+            @pl.loop(0, steps)
+            def _(k: Any) -> None:
+                slot, part = ring.free(first + k), pl.ds(start + k * STEP, STEP)
+                plgpu.copy_gmem_to_smem(left_ref.at[part, pl.ds(left, TILE)], left_smem.at[slot], ring.loaded.at[slot])
+                for smem, ref in zip(right_smems, refs[: len(rights)], strict=True):
+                    plgpu.copy_gmem_to_smem(ref.at[part, pl.ds(right, columns)], smem.at[slot], ring.loaded.at[slot])
+
+            return first + steps
+
+        ring.drain(over_tiles(num_experts * num_tiles, num_sms, fetch_tile))
+
+    def work(ring: Ring, buffers: Sequence[Any], _start_ref: Any, size_ref: Any, _left_ref: Any, *refs: Any) -> None:
+        left_smem, right_smems, staging, zeroed = buffers
+        warpgroup, output_refs = jax.lax.axis_index("warpgroup"), refs[len(rights) :]
+        mine = pl.ds(warpgroup * HALF, HALF)
+
+        def zero(slot: Any, own: Any) -> None:
+            """Rows past the first `own` of a step: of the left array each warpgroup those it reads, of the right ones in turn."""
+            row = row_numbers((STEP, STEP), interpret)
+
+            def zero_all(parts: Sequence[Any]) -> None:
+                for part in parts:
+                    part[...] = jnp.where(row < own, part[...].astype(jnp.float32), 0.0).astype(dtype)
+
+            zero_all([left_smem.at[slot, :, mine]])
+            for i in range(num_strips):
+                pl.when(warpgroup == i % FETCHING)(
+                    lambda i=i: zero_all([smem.at[slot, :, pl.ds(i * STEP, STEP)] for smem in right_smems])
+                )
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(zeroed)
+            plgpu.barrier_wait(zeroed)
+
+        def work_on_tile(index: Any, first: Any) -> Any:
+            group, left, right = place(index)
+            size = size_ref[group]
+
+            def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
+                own = size - k * STEP
+                pl.when(own < STEP)(lambda: zero(slot, own))
+                for accumulator, smem in zip(accumulators, right_smems, strict=True):
+                    plgpu.wgmma(accumulator, plgpu.transpose_ref(left_smem.at[slot, :, mine], (1, 0)), smem.at[slot])
+
+            products = multiply(ring, first, num_steps(size), columns, len(rights), products_of)
+            for i in range(num_strips):
+                for product, ref in zip(products, output_refs, strict=True):
+                    at = ref.at[group, pl.ds(left + warpgroup * HALF, HALF), pl.ds(right + i * STEP, STEP)]
+                    store(strip(product, i).astype(dtype), staging.at[warpgroup], at)
+            return first + num_steps(size)
+
+        over_tiles(num_experts * num_tiles, num_sms, work_on_tile)
+
+    scratch = [
+        plgpu.SMEM((STAGES, STEP, TILE), dtype, transforms=SWIZZLED),
+        [plgpu.SMEM((STAGES, STEP, columns), dtype, transforms=SWIZZLED)] * len(rights),
+        plgpu.SMEM((FETCHING, HALF, STEP), dtype, transforms=SWIZZLED),
+        plgpu.Barrier(num_arrivals=FETCHING),
+    ]
+    return launch(
+        fetch,
+        work,
+        [start_E, group_sizes_E, left_RX, *rights],
+        outputs=[(num_experts, X, Y)] * len(rights),
+        scratch=scratch,
+        loads=1 + len(rights),
+        num_sms=num_sms,
+        dtype=dtype,
+        name=name,
+        interpret=interpret,
+    )

@@ -1,0 +1,196 @@
+"""What the Pallas kernels for NVIDIA's Hopper GPUs have in common: who does what in a block, and the ring between them.
+
+A block of threads stays on each multiprocessor for the whole kernel and works on one output tile after the other. Two of its
+warpgroups multiply, 64 rows of a tile each; the third only fetches what they will need next, by TMA, into a ring of slots in
+shared memory. Two barriers a slot keep them apart: it was loaded, it was released. The ring goes on from tile to tile, so that
+the next one's operands arrive while this one's results are stored.
+
+Step numbers count the slots' uses from the start of the kernel, alike in all warpgroups of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dsv3_jax.kernels.varying import varying_axes, varying_over
+
+TILE = 128
+"""Rows of an output tile."""
+HALF = 64
+"""Rows of it that one warpgroup has: those of one wgmma instruction."""
+COLUMNS = 256
+"""Columns of an output tile, all of its products together: with HALF rows they fill half of the registers."""
+STEP = 64
+"""Of the contracted dimension at a time; also the columns that are stored at once: 128 bytes, a whole swizzle."""
+FETCHING = 2
+"""The warpgroup that fetches."""
+SWIZZLED = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128)
+"""How operands of wgmma lie in shared memory."""
+STAGES = 4
+"""Slots of the ring: 48 KiB each, of 227."""
+
+
+class Ring(NamedTuple):
+    """The barriers of the slots."""
+
+    loaded: Any
+    released: Any
+
+    def slot(self, step: Any) -> Any:
+        """The slot of a step."""
+        return jax.lax.rem(step, jnp.int32(STAGES))
+
+    def free(self, step: Any) -> Any:
+        """The slot of a step, once its last content was released by both warpgroups."""
+        slot = self.slot(step)
+
+        @pl.when(step >= STAGES)
+        def _() -> None:
+            plgpu.barrier_wait(self.released.at[slot])
+
+        return slot
+
+    def filled(self, step: Any) -> Any:
+        """The slot of a step, once it is loaded."""
+        slot = self.slot(step)
+        plgpu.barrier_wait(self.loaded.at[slot])
+        return slot
+
+    def release(self, step: Any) -> None:
+        """Says that this warpgroup has read the slot of a step."""
+        plgpu.barrier_arrive(self.released.at[self.slot(step)])
+
+    def drain(self, steps: Any) -> None:
+        """Waits until all of so many steps were released: at the end, by who fetches."""
+
+        @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
+        def _(step: Any) -> None:
+            plgpu.barrier_wait(self.released.at[self.slot(step)])
+
+
+def multiply(ring: Ring, first: Any, steps: Any, columns: int, num_products: int, step: Callable[..., None]) -> list[jax.Array]:
+    """The sums over `steps` steps from `first` on, float32 [HALF, columns] each.
+
+    Args:
+      step: takes the slot, the number of the step from 0 and the accumulators, and issues one `wgmma` for each of these.
+    """
+
+    def sums(*accumulators: Any) -> list[jax.Array]:
+        @pl.loop(0, steps)
+        def _(k: Any) -> None:
+            step(ring.filled(first + k), k, accumulators)
+            # All but the products just begun are done, and with them the slot before.
+            plgpu.wgmma_wait(num_products)
+
+            @pl.when(k > 0)
+            def _() -> None:
+                ring.release(first + k - 1)
+
+        values = [accumulator[...] for accumulator in accumulators]
+
+        @pl.when(steps > 0)
+        def _() -> None:
+            ring.release(first + steps - 1)
+
+        return values
+
+    return pl.run_scoped(sums, *[plgpu.ACC((HALF, columns), jnp.float32)] * num_products)
+
+
+def store(values: jax.Array, staging: Any, place: Any) -> None:
+    """Begins to write [rows, STEP] values to `place` in device memory, by way of `staging` in shared memory."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # What was staged before.
+    staging[...] = values
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staging, place)
+
+
+def strip(array: Any, i: int) -> Any:
+    """The i-th STEP columns."""
+    return array[:, i * STEP : (i + 1) * STEP]
+
+
+def row_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
+    """The row of every value, laid out like accumulators; an interpreter has no layouts and does not know of them."""
+    if interpret is None:
+        return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+
+
+def over_tiles(number: Any, num_sms: int, tile: Callable[[Any, Any], Any]) -> Any:
+    """Every num_sms-th of `number` tiles, for the multiprocessor at hand: tile(index, step) returns the next tile's first step.
+
+    Returns:
+      The steps of all.
+    """
+    first = jax.lax.axis_index("sm")
+    count = jax.lax.div(number - first + num_sms - 1, jnp.int32(num_sms))
+    return jax.lax.fori_loop(0, count, lambda i, step: tile(first + i * num_sms, step), jnp.int32(0))
+
+
+def launch(
+    fetch: Callable[..., None],
+    work: Callable[..., None],
+    arguments: Sequence[jax.Array],
+    *,
+    outputs: Sequence[tuple[int, ...]],
+    scratch: Sequence[Any],
+    loads: int,
+    num_sms: int,
+    dtype: Any,
+    name: str,
+    interpret: Any,
+) -> list[jax.Array]:
+    """Runs a kernel.
+
+    Args:
+      fetch: what the third warpgroup does.
+      work: what the other two do. Both take the ring, a list of the scratch, and the arguments and outputs in device memory.
+      arguments: arrays that vary alike over a mesh.
+      outputs: shapes.
+      scratch: what is allocated in shared memory.
+      loads: copies into a slot.
+      num_sms: multiprocessors of the device.
+      dtype: of the outputs.
+      name: of the kernel in the compiled program.
+      interpret: None, or parameters of Pallas' GPU interpreter.
+    """
+
+    def body(*refs: Any) -> None:
+        def with_memory(buffers: Sequence[Any], loaded: Any, released: Any) -> None:
+            ring = Ring(loaded, released)
+
+            @pl.when(jax.lax.axis_index("warpgroup") == FETCHING)
+            def _() -> None:
+                plgpu.set_max_registers(40, action="decrease")
+                fetch(ring, buffers, *refs)
+
+            @pl.when(jax.lax.axis_index("warpgroup") < FETCHING)
+            def _() -> None:
+                plgpu.set_max_registers(232, action="increase")
+                work(ring, buffers, *refs)
+                plgpu.wait_smem_to_gmem(0)
+
+        loaded = plgpu.Barrier(num_arrivals=loads, num_barriers=STAGES)
+        released = plgpu.Barrier(num_arrivals=FETCHING, num_barriers=STAGES)
+        pl.run_scoped(with_memory, list(scratch), loaded, released, collective_axes="warpgroup")
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in outputs],
+        grid=(num_sms,),
+        grid_names=("sm",),
+        num_threads=FETCHING + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )
+    # JAX forgets over which axes of a mesh the outputs vary.
+    return varying_over(kernel(*arguments), varying_axes(arguments))

@@ -1,0 +1,60 @@
+"""GPU kernels on a CPU, in Pallas' interpreter: shared memory full of NaN until it is written, and races looked for.
+
+jax 0.10 has it under private names and without transposed operands of wgmma, which are added here; jax 0.12 has both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import utils
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.state.types import TransposeTransform
+
+# What a TMA copy reads beyond an array is zero on a GPU; here it is NaN, which nothing may depend on either.
+INTERPRETED = InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
+
+
+def assert_no_race() -> None:
+    """Of the kernels interpreted so far in this process. From jax 0.11 on the interpreter raises instead."""
+    races = interpret_pallas_call.get_races()
+    assert races is None or not races.races_found, "a race was detected"
+
+
+@pytest.fixture
+def gpu_interpreter(monkeypatch: pytest.MonkeyPatch) -> InterpretGPUParams:
+    """The parameters to interpret with, starting afresh."""
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    if jax.__version_info__ < (0, 11):
+        monkeypatch.setattr(gpu_callbacks, "wgmma", _wgmma)
+    return INTERPRETED
+
+
+def _wgmma(*, token: Any, device_id: Any, grid_point_coords: Any, thread_id: Any, acc_dtype: Any, **operands: Any) -> Any:
+    """The interpreter's own, but for operands that are transposed views."""
+    source_info, memory = operands.pop("source_info", None), gpu_callbacks._get_shared_memory()
+    thread = memory.get_global_thread_id(int(device_id), int(thread_id))
+    point = tuple(map(int, grid_point_coords))
+    where = utils.GPULoggingInfo(
+        device_id=int(device_id), grid_point_coords=point, thread_id=int(thread_id), source_info=source_info
+    )
+
+    def view(name: str) -> tuple[Any, Any, bool]:
+        key = gpu_callbacks.HostAllocationKey.from_array(operands[f"{name}_allocation_key_as_array"])
+        transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(operands[f"{name}_transforms"]))
+        turned = bool(transforms) and isinstance(transforms[-1], TransposeTransform)
+        return key, utils.to_range(transforms[:-1] if turned else transforms), turned
+
+    def read(name: str) -> np.ndarray:
+        key, place, turned = view(name)
+        content = memory.get_buffer_content(key, place, thread, logging_info=where)[0]
+        return content.T if turned else content
+
+    total = read("acc") + np.matmul(read("a").astype(acc_dtype), read("b").astype(acc_dtype))
+    key, place, _ = view("acc")
+    memory.store_buffer_content(key, place, total, thread, logging_info=where)
+    return token

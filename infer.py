@@ -58,7 +58,7 @@ def main() -> None:
     # The cache of a completion has room for what was asked, so that a long context costs nothing by itself.
     engine = Engine(model.config, model.variables, model.tokenizer, max_length=model.config.max_position_embeddings)
     tokens = engine.stream(wanted["prompt"], params)
-    experts = choose_backend(model.config.expert_backend)
+    experts = choose_backend(model.config.expert_backend, model.config.dtype)
     attention = choose_attention(model.config.attention_backend)
     over_cache = choose_latent_backend(model.config.cache_backend)
     backends = f"attention by {attention}, over the cache by {over_cache}, experts by {experts}"

@@ -75,7 +75,7 @@ def main() -> None:
         print(f"error: --repeats is {args.repeats}; it must be at least 1", file=sys.stderr)
         sys.exit(2)
 
-    backend = choose_backend("auto")
+    backend = choose_backend("auto", jnp.float32)
 
     def named(name: str) -> Callable[..., jax.Array]:
         return lambda *inputs: expert_ffn(*inputs, backend=name)

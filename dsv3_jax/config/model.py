@@ -18,7 +18,7 @@ from dsv3_jax.config.checks import require, require_numbers, require_positive
 from dsv3_jax.config.rope_scaling import RopeScaling
 
 RematPolicy = Literal["none", "save_latents", "full"]
-ExpertBackend = Literal["auto", "pallas_tpu", "tiles", "ragged_dot", "reference"]
+ExpertBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "tiles", "ragged_dot", "reference"]
 ExpertExchange = Literal["auto", "ragged", "dense", "ring"]
 AttentionBackend = Literal["auto", "chunked", "splash"]
 CacheBackend = Literal["auto", "pallas_tpu", "chunked"]

@@ -1,17 +1,21 @@
 """The routed experts' feed-forward over rows sorted by expert (section 2.1.2 of the report): contract and choice.
 
 This is where DeepSeek-V3 spends its arithmetic. `reference.py` says what is computed; every other backend computes
-the same faster: `pallas_tpu.py` on TPUs, `tiles.py` elsewhere, `ragged_dot.py` by XLA's own grouped product.
+the same faster: `pallas_tpu.py` on TPUs, `pallas_gpu.py` on Hopper GPUs, `tiles.py` elsewhere, `ragged_dot.py` by XLA's own
+grouped product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels.choice import Choice
+from dsv3_jax.kernels.hopper import refusal
+from dsv3_jax.kernels.pallas_gpu import expert_ffn_pallas_gpu
 from dsv3_jax.kernels.pallas_tpu import expert_ffn_pallas_tpu
 from dsv3_jax.kernels.ragged_dot import expert_ffn_ragged_dot
 from dsv3_jax.kernels.reference import expert_ffn_reference
@@ -20,6 +24,7 @@ from dsv3_jax.kernels.varying import varying_alike
 
 _BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "pallas_tpu": expert_ffn_pallas_tpu,
+    "pallas_gpu": expert_ffn_pallas_gpu,
     "tiles": expert_ffn_tiles,
     "ragged_dot": expert_ffn_ragged_dot,
     "reference": expert_ffn_reference,
@@ -27,26 +32,26 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {
 # XLA's grouped product multiplies every row with every expert and masks, on a CPU as on a TPU (libtpu 0.0.42) and a GPU.
 _CHOICE = Choice(
     "expert_backend",
-    auto={"cpu": "tiles", "gpu": "tiles", "tpu": "pallas_tpu"},
+    auto={"cpu": "tiles", "gpu": "pallas_gpu", "tpu": "pallas_tpu"},
     anywhere=("tiles", "ragged_dot", "reference"),
-    only_on={"pallas_tpu": "tpu"},
-    planned=("pallas_gpu",),
+    only_on={"pallas_tpu": "tpu", "pallas_gpu": "gpu"},
 )
 
 
-def choose_backend(name: str, platform: str | None = None) -> str:
+def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
     """The backend of `expert_ffn` that `name` stands for.
 
     Args:
-      name: a backend, or "auto" for the one that suits the platform.
+      name: a backend, or "auto" for the one that suits the machine: on a GPU that is "pallas_gpu" for bfloat16 on Hopper, and
+        "tiles" for everything else.
+      dtype: what the experts compute in.
       platform: what the program will run on ("cpu", "gpu", "tpu"); None for JAX's default backend. Name it when
         compiling for a machine that is not there.
 
     Raises:
-      NotImplementedError: for a backend that is planned but does not exist yet.
       ValueError: for any other name, an unknown platform, and a backend that the platform cannot run.
     """
-    return _CHOICE.of(name, platform)
+    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: refusal(dtype)})
 
 
 def expert_ffn(
@@ -73,11 +78,11 @@ def expert_ffn(
       y_RD in x's dtype. Rows past the last group are exactly zero, in y and in the gradient of x.
 
     Raises:
-      NotImplementedError: for a backend that does not exist yet.
-      ValueError: for an unknown backend, and for shapes or dtypes that do not fit together.
+      ValueError: for an unknown backend, one that cannot run here or with this dtype, and for shapes or dtypes that do not
+        fit together.
     """
     # A backend that is named was chosen for a platform that need not be the default one.
-    ffn = _BACKENDS[backend if backend in _BACKENDS else choose_backend(backend)]
+    ffn = _BACKENDS[backend if backend in _BACKENDS else choose_backend(backend, x_RD.dtype)]
     _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
     return ffn(*varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
 

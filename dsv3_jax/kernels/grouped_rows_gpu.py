@@ -7,6 +7,7 @@ that reaches into the next groups: of its results only the group's own rows are 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,28 +94,31 @@ def grouped_rows(
             group, row, _, column = place(lists, index)
             tile_rows = pl.ds(row, TILE)
 
+            def fetch_products(first: Any, row_ref: Any, factors: Sequence[Any]) -> None:
+                @pl.loop(0, num_k)
+                def _(k: Any) -> None:
+                    slot, part = ring.free(first + k), pl.ds(k * STEP, STEP)
+                    plgpu.copy_gmem_to_smem(row_ref.at[tile_rows, part], row_smem.at[slot], ring.loaded.at[slot])
+                    for smem, ref in zip(weight_smems, factors, strict=True):
+                        at = (group, pl.ds(column, columns), part) if transposed else (group, part, pl.ds(column, columns))
+                        plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], ring.loaded.at[slot])
+
+            def fetch_beside(first: Any) -> None:
+                places = row_smem, weight_smems[0].at[:, pl.ds(0, TILE)]
+
+                @pl.loop(0, num_strips)
+                def _(i: Any) -> None:
+                    slot = ring.free(first + i)
+                    for smem, ref in zip(places, beside_refs, strict=True):
+                        source = ref.at[tile_rows, pl.ds(column + i * STEP, STEP)]
+                        plgpu.copy_gmem_to_smem(source, smem.at[slot], ring.loaded.at[slot])
+
             @pl.when(group < num_experts)
-            def _() -> None:
+            def _fetch() -> None:
                 for i, row_ref in enumerate(row_refs):
-                    factors = weight_refs[i * num_products : (i + 1) * num_products]
-
-                    @pl.loop(0, num_k)
-                    def _(k: Any) -> None:
-                        slot, part = ring.free(first + i * num_k + k), pl.ds(k * STEP, STEP)
-                        plgpu.copy_gmem_to_smem(row_ref.at[tile_rows, part], row_smem.at[slot], ring.loaded.at[slot])
-                        for smem, ref in zip(weight_smems, factors, strict=True):
-                            at = (group, pl.ds(column, columns), part) if transposed else (group, part, pl.ds(column, columns))
-                            plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], ring.loaded.at[slot])
-
+                    fetch_products(first + i * num_k, row_ref, weight_refs[i * num_products : (i + 1) * num_products])
                 if beside:
-                    places = row_smem, weight_smems[0].at[:, pl.ds(0, TILE)]
-
-                    @pl.loop(0, num_strips)
-                    def _(i: Any) -> None:
-                        slot = ring.free(first + len(rows) * num_k + i)
-                        for smem, ref in zip(places, beside_refs, strict=True):
-                            source = ref.at[tile_rows, pl.ds(column + i * STEP, STEP)]
-                            plgpu.copy_gmem_to_smem(source, smem.at[slot], ring.loaded.at[slot])
+                    fetch_beside(first + len(rows) * num_k)
 
             return first + num_steps(group)
 
@@ -134,13 +138,13 @@ def grouped_rows(
             slot = ring.slot(first)
 
             @pl.when(group < num_experts)
-            def _() -> None:
+            def _wait() -> None:
                 ring.filled(first)
 
             values = [row_smem[slot, mine], weight_smems[0][slot, mine]]
 
             @pl.when(group < num_experts)
-            def _() -> None:
+            def _release() -> None:
                 ring.release(first)
 
             # Rows past the last group have none of their own.
@@ -183,23 +187,22 @@ def grouped_rows(
 
 
 def _store_own(values: jax.Array, own: Any, staging: Any, plain_staging: Any, place: Any) -> None:
-    """Begins to write the first `own` of HALF rows; pieces of a swizzled tile cannot be copied, so that they are staged plain."""
+    """Begins to write the first `own` of HALF rows. Pieces of a swizzled tile cannot be copied, and so are staged plain."""
 
     @pl.when(own == HALF)
     def _() -> None:
         store(values, staging, place)
 
+    def store_piece(begin: Any, size: int) -> None:
+        piece = pl.ds(begin, size)
+        plgpu.copy_smem_to_gmem(plain_staging.at[piece], place.at[piece])
+
     @pl.when((own > 0) & (own < HALF))
     def _() -> None:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # What was staged before.
         plain_staging[...] = values
         plgpu.commit_smem()
         begin: Any = 0
         for size in (32, 16, 8, 4, 2, 1):
-
-            @pl.when(own & size != 0)
-            def _() -> None:
-                piece = pl.ds(begin, size)
-                plgpu.copy_smem_to_gmem(plain_staging.at[piece], place.at[piece])
-
+            pl.when(own & size != 0)(functools.partial(store_piece, begin, size))
             begin = begin + (own & size)

@@ -6,6 +6,7 @@ may reach into the next group, or past the last one, whatever lies there: those 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -89,18 +90,19 @@ def grouped_weights(
         mine = pl.ds(warpgroup * HALF, HALF)
 
         def zero(slot: Any, own: Any) -> None:
-            """Rows past the first `own` of a step: of the left array each warpgroup those it reads, of the right ones in turn."""
+            """Zeroes rows past the first `own`: each warpgroup in the left columns that it reads, and in some right ones."""
             row = row_numbers((STEP, STEP), interpret)
 
-            def zero_all(parts: Sequence[Any]) -> None:
-                for part in parts:
-                    part[...] = jnp.where(row < own, part[...].astype(jnp.float32), 0.0).astype(dtype)
+            def zero_in(part: Any) -> None:
+                part[...] = jnp.where(row < own, part[...].astype(jnp.float32), 0.0).astype(dtype)
 
-            zero_all([left_smem.at[slot, :, mine]])
+            def zero_strip(i: int) -> None:
+                for smem in right_smems:
+                    zero_in(smem.at[slot, :, pl.ds(i * STEP, STEP)])
+
+            zero_in(left_smem.at[slot, :, mine])
             for i in range(num_strips):
-                pl.when(warpgroup == i % FETCHING)(
-                    lambda i=i: zero_all([smem.at[slot, :, pl.ds(i * STEP, STEP)] for smem in right_smems])
-                )
+                pl.when(warpgroup == i % FETCHING)(functools.partial(zero_strip, i))
             plgpu.commit_smem()
             plgpu.barrier_arrive(zeroed)
             plgpu.barrier_wait(zeroed)
@@ -111,7 +113,7 @@ def grouped_weights(
 
             def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
                 own = size - k * STEP
-                pl.when(own < STEP)(lambda: zero(slot, own))
+                pl.when(own < STEP)(functools.partial(zero, slot, own))
                 for accumulator, smem in zip(accumulators, right_smems, strict=True):
                     plgpu.wgmma(accumulator, plgpu.transpose_ref(left_smem.at[slot, :, mine], (1, 0)), smem.at[slot])
 

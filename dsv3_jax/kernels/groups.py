@@ -86,7 +86,9 @@ class RowSteps(NamedTuple):
     """The column tile."""
 
 
-def steps_by_band(group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int) -> tuple[RowSteps, jax.Array]:
+def steps_by_band(
+    group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int
+) -> tuple[RowSteps, jax.Array]:
     """Every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
 
     Tiles of rows begin at any row. The last of a group is moved back so that it ends where the group does: it covers some

@@ -10,6 +10,7 @@ Step numbers count the slots' uses from the start of the kernel, alike in all wa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,35 @@ SWIZZLED = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128)
 """How operands of wgmma lie in shared memory."""
 STAGES = 4
 """Slots of the ring: 48 KiB each, of 227."""
+
+
+class GPU(NamedTuple):
+    """A device."""
+
+    kind: str
+    """As JAX names it."""
+    num_sms: int
+    """Its multiprocessors."""
+
+
+def current_gpu() -> GPU:
+    """The devices of the current mesh, or JAX's default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    if device is not None:
+        return GPU(device.device_kind, device.num_cores or 0)
+    default: Any = jax.devices()[0]
+    return GPU(default.device_kind, getattr(default, "core_count", 0))
+
+
+def refusal(dtype: Any) -> str | None:
+    """Why these kernels cannot run with this dtype on the GPU at hand, to be read after their name; None if they can."""
+    kind = current_gpu().kind
+    if not re.search(r"\bG?H(20|100|200|800)\b", kind):
+        return f"is written for Hopper (H100, H200 and their kin), and this program is for {kind}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"multiplies bfloat16, and this model computes in {jnp.dtype(dtype).name}"
+    return None
 
 
 class Ring(NamedTuple):

@@ -1,8 +1,11 @@
-"""`expert_ffn` by Pallas kernels for Hopper GPUs: the six of `grouped_ffn.py`, in `grouped_rows_gpu.py`, `grouped_weights_gpu.py`."""
+"""`expert_ffn` by Pallas kernels for Hopper GPUs: the six of `grouped_ffn.py`.
+
+Four are in `grouped_rows_gpu.py`, two in `grouped_weights_gpu.py`. They take bfloat16 only: of float32 the matrix units would
+read ten bits of the fraction, and a float32 model asks for more.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +15,7 @@ import jax.numpy as jnp
 from dsv3_jax.kernels.grouped_ffn import Compute, expert_ffn_by
 from dsv3_jax.kernels.grouped_rows_gpu import grouped_rows
 from dsv3_jax.kernels.grouped_weights_gpu import grouped_weights
-
+from dsv3_jax.kernels.hopper import current_gpu, refusal
 
 WIDTH = 64
 """Widths are padded to a multiple of it, the columns of a swizzle, and to at least two: a tile of rows with two halves."""
@@ -58,7 +61,7 @@ def expert_ffn_pallas_gpu(
     reason = refusal(x_RD.dtype)
     if reason is not None:
         raise ValueError(f"the expert backend 'pallas_gpu' {reason}; use model.expert_backend tiles or ragged_dot")
-    return expert_ffn_on(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, Hopper(_gpu()[1]))
+    return expert_ffn_on(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, Hopper(current_gpu().num_sms))
 
 
 def expert_ffn_on(
@@ -77,23 +80,3 @@ def expert_ffn_on(
         w_gate_EDF, w_up_EDF = (jnp.pad(w, ((0, 0), more_D, more_F)) for w in (w_gate_EDF, w_up_EDF))
         w_down_EFD = jnp.pad(w_down_EFD, ((0, 0), more_F, more_D))
     return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hopper)[:, :D]
-
-
-def refusal(dtype: Any) -> str | None:
-    """Why the kernels cannot run with this dtype on the GPU at hand; None if they can."""
-    kind, _ = _gpu()
-    if not re.search(r"\bG?H(20|100|200|800)\b", kind):
-        return f"is written for Hopper (H100, H200 and their kin) and this program is for {kind}"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"multiplies bfloat16 and this model computes in {jnp.dtype(dtype).name}"
-    return None
-
-
-def _gpu() -> tuple[str, int]:
-    """Name and number of multiprocessors of the devices of the current mesh, or of JAX's default device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
-    if device is not None:
-        return device.device_kind, device.num_cores
-    default: Any = jax.devices()[0]
-    return default.device_kind, getattr(default, "core_count", 0)

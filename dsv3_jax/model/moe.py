@@ -35,7 +35,7 @@ class Experts(nn.Module):
             for name, axes, shape in zip(("gate", "up", "down"), WEIGHT_AXES, shapes, strict=True)
         )
         weights = gate, up, down
-        backend = choose_backend(c.expert_backend, current_platform())
+        backend = choose_backend(c.expert_backend, c.dtype, current_platform())
         if current_mesh() is not None:
             return routed_experts_on_mesh(x_BTD, chosen_BTK, weight_BTK, weights, c, backend)
         y_TD = routed_experts(x_BTD.reshape(-1, D), chosen_BTK, weight_BTK, weights, c, backend)

@@ -11,8 +11,9 @@ PIP := $(RUN) -m pip -qq --disable-pip-version-check --no-input
 READY := $(VENV)/ready
 PARITY_READY := $(VENV)/ready-parity
 TPU_READY := $(VENV)/ready-tpu
-# The TPU compiler exists for this system only; elsewhere the tests that need it are skipped and say so.
-TPU_HOST := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
+CUDA_READY := $(VENV)/ready-cuda
+# These compilers exist for this system only; elsewhere the tests that need them are skipped and say so.
+COMPILER_HOST := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
 # What a .venv belongs to: this interpreter, in this folder (an environment does not survive being moved).
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
@@ -20,7 +21,7 @@ OWNER := $(PYTHON_VERSION) $(shell $(PYTHON) -c 'import sys; print(sys.base_pref
 STALE := $(if $(filter-out $(OWNER),$(shell cat $(READY) 2>/dev/null || echo missing)),stale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow parity tpu-compiler lint fmt lock clean stale
+.PHONY: help setup train test test-slow parity tpu-compiler cuda-compiler lint fmt lock clean stale
 MAKEFLAGS += --no-print-directory
 
 help:  ## list the targets
@@ -33,16 +34,19 @@ train: setup  ## train configs/tiny.py on real text, or continue it, and show a 
 	@$(RUN) train.py --config configs/tiny.py --run-dir runs/tiny --resume $(ARGS)
 	@$(RUN) infer.py --checkpoint runs/tiny
 
-test: lint $(if $(TPU_HOST),$(TPU_READY))  ## lint, types, then the default test suite; needs no torch and no TPU
+test: lint $(if $(COMPILER_HOST),$(TPU_READY))  ## lint, types, then the default test suite; needs no torch and no TPU
 	@$(RUN) -m pytest $(ARGS)
 
-test-slow: setup $(if $(TPU_HOST),$(TPU_READY))  ## the tests that take minutes
+test-slow: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the tests that take minutes
 	@$(RUN) -m pytest -m slow $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
 	@$(RUN) -m pytest -m parity $(ARGS)
 
 tpu-compiler: $(TPU_READY)  ## add the TPU compiler, for python -m dsv3_jax.plan --topology
+	@:
+
+cuda-compiler: $(CUDA_READY)  ## add the CUDA compiler, to compile kernels for GPUs without one
 	@:
 
 lint: setup  ## ruff and mypy
@@ -61,6 +65,7 @@ lock:  ## pin the requirements again after a change of pyproject.toml (needs uv)
 	$(LOCK) $(ARGS) pyproject.toml --extra test --group build --output-file requirements.txt
 	$(LOCK) $(ARGS) --group parity-without-torch --constraint requirements.txt --output-file requirements-parity.txt
 	$(LOCK) $(ARGS) --group tpu-compiler --output-file requirements-tpu.txt
+	$(LOCK) $(ARGS) --group cuda-compiler --constraint requirements.txt --output-file requirements-cuda.txt
 
 clean:  ## remove .venv and every cache; runs/ stays
 	@rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
@@ -89,4 +94,10 @@ $(PARITY_READY): $(READY) requirements-parity.txt
 $(TPU_READY): $(READY) requirements-tpu.txt
 	@echo "adding the TPU compiler to $(VENV)"
 	@$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/tpu --requirement requirements-tpu.txt
+	@touch $@
+
+# The same for JAX's CUDA plugin, which would warn at every start that there is no GPU.
+$(CUDA_READY): $(READY) requirements-cuda.txt
+	@echo "adding the CUDA compiler to $(VENV)"
+	@$(PIP) install --require-hashes --no-deps --upgrade --target $(VENV)/cuda --requirement requirements-cuda.txt
 	@touch $@

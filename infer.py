@@ -58,9 +58,10 @@ def main() -> None:
     # The cache of a completion has room for what was asked, so that a long context costs nothing by itself.
     engine = Engine(model.config, model.variables, model.tokenizer, max_length=model.config.max_position_embeddings)
     tokens = engine.stream(wanted["prompt"], params)
-    experts = choose_backend(model.config.expert_backend, model.config.dtype)
-    attention = choose_attention(model.config.attention_backend)
-    over_cache = choose_latent_backend(model.config.cache_backend)
+    c = model.config
+    experts = choose_backend(c.expert_backend, c.dtype)
+    attention = choose_attention(c.attention_backend, c.dtype, (c.qk_head_dim, c.v_head_dim))
+    over_cache = choose_latent_backend(c.cache_backend, c.dtype, (c.kv_lora_rank, c.qk_rope_head_dim))
     backends = f"attention by {attention}, over the cache by {over_cache}, experts by {experts}"
     print(f"{model.origin}, in {model.config.dtype} on {jax.devices()[0]}; {backends}", file=sys.stderr)
 

@@ -34,3 +34,14 @@ def tpu_compiler() -> str:
     if library is None:
         pytest.skip("the TPU compiler is missing: `make test` adds it (make tpu-compiler)")
     return library
+
+
+@pytest.fixture(scope="session")
+def cuda_compiler() -> str:
+    """The folder of JAX's CUDA plugin; a test that needs it is skipped, by name, where there is none."""
+    from dsv3_jax.plan.topology import find_cuda_compiler
+
+    folder = find_cuda_compiler()
+    if folder is None:
+        pytest.skip("the CUDA compiler is missing: `make test-slow` adds it (make cuda-compiler)")
+    return folder

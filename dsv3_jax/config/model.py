@@ -20,8 +20,8 @@ from dsv3_jax.config.rope_scaling import RopeScaling
 RematPolicy = Literal["none", "save_latents", "full"]
 ExpertBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "tiles", "ragged_dot", "reference"]
 ExpertExchange = Literal["auto", "ragged", "dense", "ring"]
-AttentionBackend = Literal["auto", "chunked", "splash"]
-CacheBackend = Literal["auto", "pallas_tpu", "chunked"]
+AttentionBackend = Literal["auto", "splash", "pallas_gpu", "chunked"]
+CacheBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "chunked"]
 _NAMED = {
     "remat": RematPolicy,
     "expert_backend": ExpertBackend,

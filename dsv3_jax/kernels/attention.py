@@ -10,27 +10,51 @@ U the query heads that share a key-value head, A and Z the queries and keys of o
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels import attention_gpu, hopper, splash
 from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 
 _CHOICE = Choice(
     "attention_backend",
-    auto={"cpu": "chunked", "gpu": "chunked", "tpu": "splash"},
+    auto={"cpu": "chunked", "gpu": "pallas_gpu", "tpu": "splash"},
     anywhere=("chunked",),
-    only_on={"splash": "tpu"},
+    only_on={"splash": "tpu", "pallas_gpu": "gpu"},
 )
 
 
-def choose_attention(name: str, platform: str | None = None) -> str:
-    """What computes attention over whole sequences: "chunked" (`causal_attention`) or "splash" (`kernels/splash.py`).
+def choose_attention(name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None) -> str:
+    """What computes attention over whole sequences.
 
-    Args and errors are those of `choose_backend` for the experts.
+    Args:
+      name: "chunked" (`causal_attention`), "splash" (`splash.py`), "pallas_gpu" (`attention_gpu.py`), or "auto".
+      dtype: of queries, keys and values.
+      widths: of queries and keys, and of values.
+      platform: as `choose_backend` for the experts takes it, whose errors this raises, too.
     """
-    return _CHOICE.of(name, platform)
+    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: hopper.refusal(dtype) or attention_gpu.refusal(*widths)})
+
+
+def attend(
+    q_BTNX: jax.Array,
+    k_BSMX: jax.Array,
+    v_BSMW: jax.Array,
+    *,
+    scale: float,
+    chunk: int,
+    first: jax.Array | int = 0,
+    backend: str,
+) -> jax.Array:
+    """`causal_attention`, by a backend that `choose_attention` knows; only "chunked" goes by `chunk`."""
+    if backend == "splash":
+        return splash.splash_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
+    if backend == "pallas_gpu":
+        return attention_gpu.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
+    return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first)
 
 
 # Finite, so that a fully masked row stays free of NaN.

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels import hopper, latent_attention_gpu
 from dsv3_jax.kernels.attention import MASKED
 from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
@@ -42,18 +43,22 @@ _Past = Callable[..., tuple[jax.Array, jax.Array]]
 
 _CHOICE = Choice(
     "cache_backend",
-    auto={"cpu": "chunked", "gpu": "chunked", "tpu": "pallas_tpu"},
+    auto={"cpu": "chunked", "gpu": "pallas_gpu", "tpu": "pallas_tpu"},
     anywhere=("chunked",),
-    only_on={"pallas_tpu": "tpu"},
+    only_on={"pallas_tpu": "tpu", "pallas_gpu": "gpu"},
 )
 
 
-def choose_latent_backend(name: str, platform: str | None = None) -> str:
+def choose_latent_backend(name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None) -> str:
     """The backend of `latent_attention` that `name` stands for.
 
-    Args and errors are those of `choose_backend` for the experts.
+    Args:
+      name: a backend, or "auto".
+      dtype: of queries and latents.
+      widths: C and P.
+      platform: as `choose_backend` for the experts takes it, whose errors this raises, too.
     """
-    return _CHOICE.of(name, platform)
+    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: hopper.refusal(dtype) or latent_attention_gpu.refusal(*widths)})
 
 
 def latent_attention(
@@ -85,7 +90,9 @@ def latent_attention(
       ValueError: for an unknown backend, and for pages that the backend cannot work with.
     """
     # A backend that is named was chosen for a platform that need not be the default one.
-    past = _BACKENDS[backend if backend in _BACKENDS else choose_latent_backend(backend)]
+    if backend not in _BACKENDS:
+        backend = choose_latent_backend(backend, new_latent_BTC.dtype, (new_latent_BTC.shape[-1], new_rope_BTP.shape[-1]))
+    past = _BACKENDS[backend]
     q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, length_B = varying_alike(
         q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, length_B
     )
@@ -184,4 +191,8 @@ def _gathered(latent_YZC: jax.Array, rope_YZP: jax.Array, table_BJ: jax.Array) -
     return take
 
 
-_BACKENDS: dict[str, _Past] = {"pallas_tpu": past_attention_tpu, "chunked": past_attention_chunked}
+_BACKENDS: dict[str, _Past] = {
+    "pallas_tpu": past_attention_tpu,
+    "pallas_gpu": latent_attention_gpu.past_attention_gpu,
+    "chunked": past_attention_chunked,
+}

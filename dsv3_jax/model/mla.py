@@ -17,9 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.attention import causal_attention, choose_attention
+from dsv3_jax.kernels.attention import attend, causal_attention, choose_attention
 from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
-from dsv3_jax.kernels.splash import splash_attention
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
@@ -142,7 +141,7 @@ class MLA(nn.Module):
             CachedLatents(*cache),
             length_B,
             scale=self.config.softmax_scale,
-            backend=choose_latent_backend(self.config.cache_backend, current_platform()),
+            backend=_cache_backend(self.config),
         )
         return self._out_of_latent(mixed_BTNC)
 
@@ -167,13 +166,18 @@ def _attend_expanded(
     k_rope_BSNP = jnp.broadcast_to(latents.k_rope[:, :, None], (*k_nope_BSNH.shape[:3], config.qk_rope_head_dim))
     k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1)
     scale, chunk = config.softmax_scale, config.attention_chunk
-    if _by_splash(config):
-        return splash_attention(q_BTNX, k_BSNX, v_BSNW, scale=scale, first=first)
-    return causal_attention(q_BTNX, k_BSNX, v_BSNW, scale=scale, chunk=chunk, first=first)
+    backend = _attention_backend(config)
+    return attend(q_BTNX, k_BSNX, v_BSNW, scale=scale, chunk=chunk, first=first, backend=backend)
 
 
-def _by_splash(config: ModelConfig) -> bool:
-    return choose_attention(config.attention_backend, current_platform()) == "splash"
+def _attention_backend(config: ModelConfig) -> str:
+    widths = config.qk_head_dim, config.v_head_dim
+    return choose_attention(config.attention_backend, config.dtype, widths, current_platform())
+
+
+def _cache_backend(config: ModelConfig) -> str:
+    widths = config.kv_lora_rank, config.qk_rope_head_dim
+    return choose_latent_backend(config.cache_backend, config.dtype, widths, current_platform())
 
 
 def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, config: ModelConfig) -> jax.Array:
@@ -192,7 +196,7 @@ def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, 
     specs: Any = heads, (TOKENS, TOKENS), RULES.spec(KV_B_AXES)
     # Splash says nothing of the axes its results vary over, so there the check is off, and with it the sums that JAX would
     # put where a value begins to vary; those of replicated inputs' gradients, which are all there are, the border has anyway.
-    region = jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=not _by_splash(config))
+    region = jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=_attention_backend(config) != "splash")
     return region(q_BTNX, (latents.c_kv, latents.k_rope), kernel_CNX)
 
 

@@ -50,7 +50,8 @@ def describe_backends(config: ModelConfig, mesh: Mesh) -> str:
     """What the model's programs will compute with on the mesh, for the line printed at start."""
     with jax.set_mesh(mesh):
         experts = choose_backend(config.expert_backend, config.dtype, current_platform())
-        attention = choose_attention(config.attention_backend, current_platform())
+        widths = config.qk_head_dim, config.v_head_dim
+        attention = choose_attention(config.attention_backend, config.dtype, widths, current_platform())
         exchange = choose_exchange(config.expert_exchange, current_platform(), mesh.shape["expert"])
     return f"attention by {attention}, experts by {experts}" + (f", exchange {exchange}" if exchange != "local" else "")
 

@@ -5,6 +5,8 @@ jax 0.10 has it under private names and without transposed operands of wgmma, wh
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +25,13 @@ def assert_no_race() -> None:
     """Of the kernels interpreted so far in this process. From jax 0.11 on the interpreter raises instead."""
     races = interpret_pallas_call.get_races()
     assert races is None or not races.races_found, "a race was detected"
+
+
+def assert_no_spills(folder: Path, kernels: list[str]) -> None:
+    """That what the assembler said of kernels, dumped under MOSAIC_GPU_DUMP_TO, is that all values found a register."""
+    for kernel in kernels:
+        (said,) = (path.read_text() for path in folder.glob("*.ptxas") if re.fullmatch(rf"{kernel}_\d+", path.stem))
+        assert "0 bytes spill stores, 0 bytes spill loads" in said, said
 
 
 @pytest.fixture

@@ -68,9 +68,17 @@ def test_what_cannot_be_is_refused_by_name(name: str, platform: str, error: type
 @pytest.mark.parametrize(
     ("choose", "kind", "autos"),
     [
-        (lambda name, platform: choose_backend(name, "bfloat16", platform), ExpertBackend, ["tiles", "tiles", "pallas_tpu"]),
-        (choose_attention, AttentionBackend, ["chunked", "chunked", "splash"]),
-        (choose_latent_backend, CacheBackend, ["chunked", "chunked", "pallas_tpu"]),
+        (lambda name, on: choose_backend(name, "bfloat16", on), ExpertBackend, ["tiles", "tiles", "pallas_tpu"]),
+        (
+            lambda name, on: choose_attention(name, "bfloat16", (192, 128), on),
+            AttentionBackend,
+            ["chunked", "chunked", "splash"],
+        ),
+        (
+            lambda name, on: choose_latent_backend(name, "bfloat16", (512, 64), on),
+            CacheBackend,
+            ["chunked", "chunked", "pallas_tpu"],
+        ),
     ],
     ids=["experts", "attention", "cache"],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -11,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.kernels import expert_ffn, hopper
 from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.kernels.grouped_ffn import KERNELS, Compute
 from dsv3_jax.kernels.pallas_gpu import Hopper, expert_ffn_on, expert_ffn_pallas_gpu
-from tests.kernels.gpu_interpreter import INTERPRETED, assert_no_race, gpu_interpreter
+from dsv3_jax.plan.topology import h100_devices
+from tests.kernels.gpu_interpreter import INTERPRETED, assert_no_race, assert_no_spills, gpu_interpreter
 from tests.kernels.test_expert_ffn import value_and_gradients
 from tests.tolerances import TOLERANCE
 
@@ -166,3 +170,39 @@ def test_lowers_for_cuda(shape: tuple[int, int, int, int], monkeypatch: pytest.M
     assert text.count("@mosaic_gpu_v2") == len(KERNELS)
     for kernel in KERNELS:
         assert f"expert_{kernel}" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiles_for_an_h100(
+    shape: tuple[int, int, int, int], cuda_compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To machine code, inside `jax.shard_map` over two GPUs, by the backend that the platform chooses; no register spilled."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    R, D, F, E = shape
+    mesh = Mesh(np.array(h100_devices(2)), ("x",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, P("x"))
+
+    def abstract(*axes: int, of: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2 * axes[0], *axes[1:]), of, sharding=split)
+
+    def local(*arrays: jax.Array) -> jax.Array:
+        return expert_ffn(*arrays, backend=choose_backend("auto", jnp.bfloat16, "gpu"))
+
+    def both(*arrays: jax.Array) -> Any:
+        *arrays, sizes_E, dy_RD = arrays
+        region = jax.shard_map(local, mesh=mesh, in_specs=(P("x"),) * 5, out_specs=P("x"))
+        y_RD, transpose = jax.vjp(lambda *a: region(*a, sizes_E), *arrays)
+        return y_RD, transpose(dy_RD)
+
+    with jax.set_mesh(mesh):
+        arrays = (
+            abstract(R, D),
+            abstract(E, D, F),
+            abstract(E, D, F),
+            abstract(E, F, D),
+            abstract(E, of=jnp.int32),
+            abstract(R, D),
+        )
+        jax.jit(both).lower(*arrays).compile()
+    assert_no_spills(tmp_path, [f"expert_{kernel}" for kernel in KERNELS])

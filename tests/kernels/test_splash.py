@@ -176,7 +176,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def begin() -> None:
         monkeypatch.setattr(mla, "choose_attention", lambda *_: "splash")
-        monkeypatch.setattr(mla, "splash_attention", functools.partial(splash_attention, **SMALL, interpret=True))
+        monkeypatch.setattr(splash, "splash_attention", functools.partial(splash_attention, **SMALL, interpret=True))
 
     return begin
 

@@ -71,16 +71,17 @@ class Ring(NamedTuple):
 
     loaded: Any
     released: Any
+    stages: int = STAGES
 
     def slot(self, step: Any) -> Any:
         """The slot of a step."""
-        return jax.lax.rem(step, jnp.int32(STAGES))
+        return jax.lax.rem(step, jnp.int32(self.stages))
 
     def free(self, step: Any) -> Any:
         """The slot of a step, once its last content was released by both warpgroups."""
         slot = self.slot(step)
 
-        @pl.when(step >= STAGES)
+        @pl.when(step >= self.stages)
         def _() -> None:
             plgpu.barrier_wait(self.released.at[slot])
 
@@ -99,7 +100,7 @@ class Ring(NamedTuple):
     def drain(self, steps: Any) -> None:
         """Waits until all of so many steps were released: at the end, by who fetches."""
 
-        @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
+        @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
         def _(step: Any) -> None:
             plgpu.barrier_wait(self.released.at[self.slot(step)])
 
@@ -148,20 +149,37 @@ def strip(array: Any, i: int) -> Any:
 
 def row_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
     """The row of every value, laid out like accumulators; an interpreter has no layouts and does not know of them."""
+    return _numbers(shape, 0, interpret)
+
+
+def column_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
+    """The column of every value, likewise."""
+    return _numbers(shape, 1, interpret)
+
+
+def _numbers(shape: tuple[int, int], axis: int, interpret: Any) -> jax.Array:
     if interpret is None:
-        return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def over_tiles(number: Any, num_sms: int, tile: Callable[[Any, Any], Any]) -> Any:
+def row_values(rows: int, fill: float, interpret: Any) -> jax.Array:
+    """One float32 value for every row of an accumulator, laid out like its reductions."""
+    values = jnp.full((rows,), fill, jnp.float32)
+    return values if interpret is not None else plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(1))
+
+
+def over_tiles(number: Any, num_sms: int, tile: Callable[[Any, Any], Any], start: Any = 0) -> Any:
     """Every num_sms-th of `number` tiles, for the multiprocessor at hand: tile(index, step) returns the next tile's first step.
+
+    With more than one ring there are as many step numbers, a tuple of them that `start` has the form of.
 
     Returns:
       The steps of all.
     """
     first = jax.lax.axis_index("sm")
     count = jax.lax.div(number - first + num_sms - 1, jnp.int32(num_sms))
-    return jax.lax.fori_loop(0, count, lambda i, step: tile(first + i * num_sms, step), jnp.int32(0))
+    return jax.lax.fori_loop(0, count, lambda i, step: tile(first + i * num_sms, step), jax.tree.map(jnp.int32, start))
 
 
 def launch(
@@ -176,6 +194,7 @@ def launch(
     dtype: Any,
     name: str,
     interpret: Any,
+    stages: int = STAGES,
 ) -> list[jax.Array]:
     """Runs a kernel.
 
@@ -190,11 +209,12 @@ def launch(
       dtype: of the outputs.
       name: of the kernel in the compiled program.
       interpret: None, or parameters of Pallas' GPU interpreter.
+      stages: slots of the ring.
     """
 
     def body(*refs: Any) -> None:
         def with_memory(buffers: Sequence[Any], loaded: Any, released: Any) -> None:
-            ring = Ring(loaded, released)
+            ring = Ring(loaded, released, stages)
 
             @pl.when(jax.lax.axis_index("warpgroup") == FETCHING)
             def _() -> None:
@@ -207,8 +227,8 @@ def launch(
                 work(ring, buffers, *refs)
                 plgpu.wait_smem_to_gmem(0)
 
-        loaded = plgpu.Barrier(num_arrivals=loads, num_barriers=STAGES)
-        released = plgpu.Barrier(num_arrivals=FETCHING, num_barriers=STAGES)
+        loaded = plgpu.Barrier(num_arrivals=loads, num_barriers=stages)
+        released = plgpu.Barrier(num_arrivals=FETCHING, num_barriers=stages)
         pl.run_scoped(with_memory, list(scratch), loaded, released, collective_axes="warpgroup")
 
     kernel = plgpu.kernel(

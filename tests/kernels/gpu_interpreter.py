@@ -1,6 +1,7 @@
 """GPU kernels on a CPU, in Pallas' interpreter: shared memory full of NaN until it is written, and races looked for.
 
-jax 0.10 has it under private names and without transposed operands of wgmma, which are added here; jax 0.12 has both.
+jax 0.10 has it under private names, without wgmma's transposed operands and those in registers, and without stores to an
+accumulator. They are added here.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import utils
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store_p
 from jax._src.state.types import TransposeTransform
+from jax.experimental import io_callback
 
 # What a TMA copy reads beyond an array is zero on a GPU; here it is NaN, which nothing may depend on either.
 INTERPRETED = InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="uninitialized")
@@ -40,11 +45,12 @@ def gpu_interpreter(monkeypatch: pytest.MonkeyPatch) -> InterpretGPUParams:
     interpret_pallas_call.reset_gpu_interpret_mode_state()
     if jax.__version_info__ < (0, 11):
         monkeypatch.setattr(gpu_callbacks, "wgmma", _wgmma)
+        monkeypatch.setattr(JaxprInterpreter, "_interpret_arithmetic_primitive", _interpret_arithmetic_primitive)
     return INTERPRETED
 
 
 def _wgmma(*, token: Any, device_id: Any, grid_point_coords: Any, thread_id: Any, acc_dtype: Any, **operands: Any) -> Any:
-    """The interpreter's own, but for operands that are transposed views."""
+    """The interpreter's own, but for operands that are transposed views, and a left one that is no view but the values."""
     source_info, memory = operands.pop("source_info", None), gpu_callbacks._get_shared_memory()
     thread = memory.get_global_thread_id(int(device_id), int(thread_id))
     point = tuple(map(int, grid_point_coords))
@@ -59,11 +65,38 @@ def _wgmma(*, token: Any, device_id: Any, grid_point_coords: Any, thread_id: Any
         return key, utils.to_range(transforms[:-1] if turned else transforms), turned
 
     def read(name: str) -> np.ndarray:
+        if jnp.issubdtype(operands[f"{name}_allocation_key_as_array"].dtype, jnp.floating):
+            return np.asarray(operands[f"{name}_allocation_key_as_array"])
         key, place, turned = view(name)
         content = memory.get_buffer_content(key, place, thread, logging_info=where)[0]
         return content.T if turned else content
 
-    total = read("acc") + np.matmul(read("a").astype(acc_dtype), read("b").astype(acc_dtype))
+    with np.errstate(invalid="ignore"):  # NaN may be multiplied, if its products are masked.
+        total = read("acc") + np.matmul(read("a").astype(acc_dtype), read("b").astype(acc_dtype))
     key, place, _ = view("acc")
     memory.store_buffer_content(key, place, total, thread, logging_info=where)
     return token
+
+
+_interpret_others = JaxprInterpreter._interpret_arithmetic_primitive
+
+
+def _interpret_arithmetic_primitive(self: JaxprInterpreter, eqn: Any, get_invals: Any) -> Any:
+    """The interpreter's own for whatever it does not know as an access to memory; one of these is known here."""
+    if eqn.primitive is not wgmma_accumulator_store_p:
+        return _interpret_others(self, eqn, get_invals)
+    accumulator, values = get_invals()
+
+    def store(key: Any, values: Any, device: Any, thread: Any, point: Any) -> np.ndarray:
+        where = utils.GPULoggingInfo(
+            device_id=int(device), grid_point_coords=tuple(map(int, point)), thread_id=int(thread), source_info=None
+        )
+        memory = gpu_callbacks._get_shared_memory()
+        thread = memory.get_global_thread_id(int(device), int(thread))
+        place = gpu_callbacks.HostAllocationKey.from_array(key)
+        memory.store_buffer_content(place, (), np.asarray(values), thread, logging_info=where)
+        return np.asarray(values)
+
+    shape = jax.ShapeDtypeStruct(values.shape, values.dtype)
+    device, point = jnp.int32(self.device_info.device_id), self.grid_point_coords
+    return io_callback(store, shape, accumulator, values, device, self.thread_id, point, ordered=True)

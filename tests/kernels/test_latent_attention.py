@@ -40,15 +40,19 @@ def naive(q_TNC: np.ndarray, q_rope_TNP: np.ndarray, latent_SC: np.ndarray, rope
     return o_TNC
 
 
-def case(new: int, dtype: str, page: int | None) -> tuple[list[np.ndarray], CachedLatents, np.ndarray, np.ndarray]:
+def case(
+    new: int, dtype: str, page: int | None, widths: tuple[int, int] = (C, P)
+) -> tuple[list[np.ndarray], CachedLatents, np.ndarray, np.ndarray]:
     """Queries and new latents, cache, lengths, expected mixture. NaN and infinities are wherever no token is.
 
     Args:
       new: tokens at hand.
       dtype: of all arrays.
       page: page size of a shuffled pool, with numbers of no page past the end of each table; None for a contiguous cache.
+      widths: of the latents and of the rotary keys.
     """
     rng = np.random.default_rng(new)
+    C, P = widths
     length_B = np.array(LENGTHS, np.int32)
     B, S = len(length_B), 1152
     shapes = {"q": (new, N, C), "q_rope": (new, N, P), "latent": (new, C), "rope": (new, P), "old": (S, C), "old_rope": (S, P)}

@@ -6,10 +6,10 @@ Prints one JSON line a row, appended to --out as it is measured, and a table of 
 --out does not have yet of this card, commit and jax. Nothing is downloaded; rows for tokamax and torch are there where these
 are installed. `--toy` runs it all at sizes for a CPU, where the figures mean nothing.
 
-`of_dense` is arithmetic a second over that of a bfloat16 product of 8192 x 7168 x 4096 in the same run, `of_copy` bytes a second
-over those of a copy of 2 GiB. Model FLOPs utilisation: tokens a second times the FLOPs of a token (attention causal, the
-backward twice the forward: `flops_per_token` of `dsv3_jax.plan.roofline`), over the dense product's. A time is the median of
-five turns of as many calls as take a fifth of a second.
+`of_dense` is arithmetic a second over that of a bfloat16 product of 8192 x 7168 x 4096 in the same run, `of_copy` bytes a
+second over those of a copy of 2 GiB. Model FLOPs utilisation is tokens a second times the FLOPs of a token (`flops_per_token`
+of `dsv3_jax.plan.roofline`: attention causal, the backward twice the forward), over the dense product's. A time is the median
+of five turns of as many calls as take a fifth of a second.
 """
 
 from __future__ import annotations

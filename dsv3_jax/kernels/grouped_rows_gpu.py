@@ -1,8 +1,7 @@
 """A Pallas kernel for Hopper GPUs: products of sorted rows with the weights of their group, and what is computed of them.
 
-Tiles of rows begin where their group does, at any row, and the last of a group is moved back to end with it, so that all are
-whole and none needs a mask; rows that two tiles cover get the same values twice. A group with fewer rows than a tile has one
-that reaches into the next groups: of its results only the group's own rows are stored, in pieces of powers of two.
+Tiles of rows begin where their group does, at any row, so that only a group's last tile reaches into the next groups. It is
+computed whole, whatever lies there, and of its results the group's own rows are stored, in pieces of powers of two.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ from dsv3_jax.kernels.hopper import (
     over_tiles,
     store,
     strip,
+    whole_tile,
+    write,
 )
 
 BAND = 16
@@ -79,12 +80,15 @@ def grouped_rows(
         return RowSteps(*refs[: len(steps)]), refs[len(steps)][0], parts
 
     def place(lists: RowSteps, index: Any) -> tuple[Any, Any, Any, Any]:
-        """Group, first row, own rows and first column of a tile. The last columns, too, are moved back to be a whole tile."""
-        column = jnp.minimum(lists.tile_I[index] * columns, num_columns - columns)
+        """Group, first row, own rows and first column of a tile."""
+        column, _ = whole_tile(lists.tile_I[index], columns, num_columns)
         return lists.group_I[index], lists.row_I[index], lists.rows_I[index], column
 
+    def num_k_steps(group: Any) -> Any:
+        return jnp.where(group < num_experts, len(rows) * num_k, 0)
+
     def num_steps(group: Any) -> Any:
-        return jnp.where(group < num_experts, len(rows) * num_k + (num_strips if beside else 0), 0)
+        return num_k_steps(group) + (num_strips if beside else 0)
 
     def fetch(ring: Ring, buffers: Sequence[Any], *refs: Any) -> None:
         (row_smem, weight_smems, *_), (lists, number, arrays) = buffers, split(refs)
@@ -117,9 +121,9 @@ def grouped_rows(
             def _fetch() -> None:
                 for i, row_ref in enumerate(row_refs):
                     fetch_products(first + i * num_k, row_ref, weight_refs[i * num_products : (i + 1) * num_products])
-                if beside:
-                    fetch_beside(first + len(rows) * num_k)
 
+            if beside:
+                fetch_beside(first + num_k_steps(group))
             return first + num_steps(group)
 
         ring.drain(over_tiles(number, num_sms, fetch_tile))
@@ -131,36 +135,30 @@ def grouped_rows(
 
         def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
             for accumulator, smem in zip(accumulators, weight_smems, strict=True):
-                factor = plgpu.transpose_ref(smem.at[slot], (1, 0)) if transposed else smem.at[slot]
+                factor = smem.at[slot].transpose((1, 0)) if transposed else smem.at[slot]
                 plgpu.wgmma(accumulator, row_smem.at[slot, mine], factor)
 
-        def beside_of(first: Any, group: Any) -> list[jax.Array]:
-            slot = ring.slot(first)
-
-            @pl.when(group < num_experts)
-            def _wait() -> None:
-                ring.filled(first)
-
+        def beside_of(step: Any, group: Any) -> list[jax.Array]:
+            slot = ring.filled(step)
             values = [row_smem[slot, mine], weight_smems[0][slot, mine]]
-
-            @pl.when(group < num_experts)
-            def _release() -> None:
-                ring.release(first)
-
-            # Rows past the last group have none of their own.
+            plgpu.commit_smem()  # These reads are over before a copy may write there.
+            ring.release(step)
+            # What lies past the last group is nothing to compute with.
             return [jnp.where(group < num_experts, value.astype(jnp.float32), 0.0) for value in values]
 
         def work_on_tile(index: Any, first: Any) -> Any:
             group, row, own, column = place(lists, index)
+            _, done = whole_tile(lists.tile_I[index], columns, num_columns)
             own = jnp.clip(own - warpgroup * HALF, 0, HALF)
-            k_steps = jnp.where(group < num_experts, len(rows) * num_k, 0)
+            k_steps = num_k_steps(group)
             products = multiply(ring, first, k_steps, columns, num_products, products_of)
             for i in range(num_strips):
                 others = beside_of(first + k_steps + i, group) if beside else []
                 outputs = compute([strip(product, i) for product in products], others)
+                new = jnp.where(i * STEP >= done, own, 0)
                 for value, ref in zip(outputs, output_refs, strict=True):
                     at = ref.at[pl.ds(row + warpgroup * HALF, HALF), pl.ds(column + i * STEP, STEP)]
-                    _store_own(value.astype(dtype), own, staging.at[warpgroup], plain_staging.at[warpgroup], at)
+                    _store_own(value.astype(dtype), new, staging.at[warpgroup], plain_staging.at[warpgroup], at)
             return first + num_steps(group)
 
         over_tiles(number, num_sms, work_on_tile)
@@ -200,7 +198,7 @@ def _store_own(values: jax.Array, own: Any, staging: Any, plain_staging: Any, pl
     @pl.when((own > 0) & (own < HALF))
     def _() -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # What was staged before.
-        plain_staging[...] = values
+        write(plain_staging, values)
         plgpu.commit_smem()
         begin: Any = 0
         for size in (32, 16, 8, 4, 2, 1):

@@ -30,6 +30,7 @@ from dsv3_jax.kernels.hopper import (
     row_numbers,
     store,
     strip,
+    whole_tile,
 )
 
 BAND = 16
@@ -56,12 +57,11 @@ def grouped_weights(
     start_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32) - group_sizes_E
 
     def place(index: Any) -> tuple[Any, Any, Any]:
-        """Group, and first row and column of an output tile. The last ones are moved back to be whole."""
+        """Group, and numbers of the tile along the rows and the columns of its output."""
         group, within = jax.lax.div(index, jnp.int32(num_tiles)), jax.lax.rem(index, jnp.int32(num_tiles))
         band, within = (f(within, jnp.int32(BAND * num_right)) for f in (jax.lax.div, jax.lax.rem))
         of_band = jnp.minimum(num_left - band * BAND, BAND)
-        left, right = band * BAND + jax.lax.rem(within, of_band), jax.lax.div(within, of_band)
-        return group, jnp.minimum(left * TILE, X - TILE), jnp.minimum(right * columns, Y - columns)
+        return group, band * BAND + jax.lax.rem(within, of_band), jax.lax.div(within, of_band)
 
     def num_steps(size: Any) -> Any:
         return jax.lax.div(size + STEP - 1, jnp.int32(STEP))
@@ -71,6 +71,7 @@ def grouped_weights(
 
         def fetch_tile(index: Any, first: Any) -> Any:
             group, left, right = place(index)
+            left, right = whole_tile(left, TILE, X)[0], whole_tile(right, columns, Y)[0]
             start, steps = start_ref[group], num_steps(size_ref[group])
 
             @pl.loop(0, steps)
@@ -109,19 +110,26 @@ def grouped_weights(
 
         def work_on_tile(index: Any, first: Any) -> Any:
             group, left, right = place(index)
+            (left, done_rows), (right, done_columns) = whole_tile(left, TILE, X), whole_tile(right, columns, Y)
             size = size_ref[group]
 
             def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
                 own = size - k * STEP
                 pl.when(own < STEP)(functools.partial(zero, slot, own))
                 for accumulator, smem in zip(accumulators, right_smems, strict=True):
-                    plgpu.wgmma(accumulator, plgpu.transpose_ref(left_smem.at[slot, :, mine], (1, 0)), smem.at[slot])
+                    plgpu.wgmma(accumulator, left_smem.at[slot, :, mine].transpose((1, 0)), smem.at[slot])
 
             products = multiply(ring, first, num_steps(size), columns, len(rights), products_of)
-            for i in range(num_strips):
+            rows = pl.ds(left + warpgroup * HALF, HALF)
+
+            def store_strip(i: int) -> None:
                 for product, ref in zip(products, output_refs, strict=True):
-                    at = ref.at[group, pl.ds(left + warpgroup * HALF, HALF), pl.ds(right + i * STEP, STEP)]
+                    at = ref.at[group, rows, pl.ds(right + i * STEP, STEP)]
                     store(strip(product, i).astype(dtype), staging.at[warpgroup], at)
+
+            for i in range(num_strips):
+                new = (warpgroup * HALF >= done_rows) & (i * STEP >= done_columns)
+                pl.when(new)(functools.partial(store_strip, i))
             return first + num_steps(size)
 
         over_tiles(num_experts * num_tiles, num_sms, work_on_tile)

@@ -81,7 +81,7 @@ class RowSteps(NamedTuple):
     row_I: jax.Array
     """The tile's first row."""
     rows_I: jax.Array
-    """Rows of it that are the group's: all, but for a group that has fewer than a tile."""
+    """Rows of it that are the group's: all, but for its last tile."""
     tile_I: jax.Array
     """The column tile."""
 
@@ -91,9 +91,8 @@ def steps_by_band(
 ) -> tuple[RowSteps, jax.Array]:
     """Every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
 
-    Tiles of rows begin at any row. The last of a group is moved back so that it ends where the group does: it covers some
-    rows that the one before has covered, which makes it whole. Within a band the order is column by column, so that those who
-    work on neighbouring steps at the same time share rows and weights.
+    Tiles of rows begin at any row, and the last of a group reaches beyond it. Within a band the order is column by column, so
+    that those who work on neighbouring steps at the same time share rows and weights.
 
     Args:
       group_sizes_G: int32, rows of each group, R in all.
@@ -112,10 +111,11 @@ def steps_by_band(
     band_I, within_I = within_I // (band * num_tiles), within_I % (band * num_tiles)
     visits_I = jnp.clip(visits_G[group_I] - band_I * band, 1, band)
     visit_I = band_I * band + within_I % visits_I
-    size_I = group_sizes_G[group_I]
-    row_I = start_G[group_I] + jnp.clip(size_I - tile_rows, 0, visit_I * tile_rows)
+    rows_I = jnp.clip(group_sizes_G[group_I] - visit_I * tile_rows, 0, tile_rows)
     tile_I = jnp.minimum(within_I // visits_I, num_tiles - 1)
-    return RowSteps(group_I, row_I, jnp.minimum(size_I, tile_rows), tile_I), jnp.sum(visits_G, dtype=jnp.int32) * num_tiles
+    return RowSteps(group_I, start_G[group_I] + visit_I * tile_rows, rows_I, tile_I), jnp.sum(
+        visits_G, dtype=jnp.int32
+    ) * num_tiles
 
 
 def _places(index_I: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:

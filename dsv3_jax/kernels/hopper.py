@@ -73,6 +73,10 @@ class Ring(NamedTuple):
     released: Any
     stages: int = STAGES
 
+    def barrier(self, barriers: Any, slot: Any) -> Any:
+        """The slot's own of `loaded` or `released`. From jax 0.11 on, one that is alone has no index."""
+        return barriers if self.stages == 1 else barriers.at[slot]
+
     def slot(self, step: Any) -> Any:
         """The slot of a step."""
         return jax.lax.rem(step, jnp.int32(self.stages))
@@ -83,26 +87,26 @@ class Ring(NamedTuple):
 
         @pl.when(step >= self.stages)
         def _() -> None:
-            plgpu.barrier_wait(self.released.at[slot])
+            plgpu.barrier_wait(self.barrier(self.released, slot))
 
         return slot
 
     def filled(self, step: Any) -> Any:
         """The slot of a step, once it is loaded."""
         slot = self.slot(step)
-        plgpu.barrier_wait(self.loaded.at[slot])
+        plgpu.barrier_wait(self.barrier(self.loaded, slot))
         return slot
 
     def release(self, step: Any) -> None:
         """Says that this warpgroup has read the slot of a step."""
-        plgpu.barrier_arrive(self.released.at[self.slot(step)])
+        plgpu.barrier_arrive(self.barrier(self.released, self.slot(step)))
 
     def drain(self, steps: Any) -> None:
         """Waits until all of so many steps were released: at the end, by who fetches."""
 
         @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
         def _(step: Any) -> None:
-            plgpu.barrier_wait(self.released.at[self.slot(step)])
+            plgpu.barrier_wait(self.barrier(self.released, self.slot(step)))
 
 
 def multiply(ring: Ring, first: Any, steps: Any, columns: int, num_products: int, step: Callable[..., None]) -> list[jax.Array]:
@@ -142,6 +146,14 @@ def store(values: jax.Array, staging: Any, place: Any) -> None:
     plgpu.copy_smem_to_gmem(staging, place)
 
 
+def write(place: Any, values: jax.Array) -> None:
+    """place[...] = values, where they do not lie as the registers have them: in rows, or in device memory."""
+    if not hasattr(plgpu, "store"):  # jax 0.10, which knows no other way.
+        place[...] = values
+    else:
+        plgpu.store(place, values, optimized=False)
+
+
 def strip(array: Any, i: int) -> Any:
     """The i-th STEP columns."""
     return array[:, i * STEP : (i + 1) * STEP]
@@ -167,6 +179,15 @@ def row_values(rows: int, fill: float, interpret: Any) -> jax.Array:
     """One float32 value for every row of an accumulator, laid out like its reductions."""
     values = jnp.full((rows,), fill, jnp.float32)
     return values if interpret is not None else plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(1))
+
+
+def whole_tile(i: Any, size: int, length: int) -> tuple[Any, Any]:
+    """Where the i-th of the tiles of `length` places begins, and how many of its first ones the tile before has, too.
+
+    The last tile is moved back to be whole.
+    """
+    begin = jnp.minimum(i * size, length - size)
+    return begin, i * size - begin
 
 
 def over_tiles(number: Any, num_sms: int, tile: Callable[[Any, Any], Any], start: Any = 0) -> Any:
@@ -239,7 +260,7 @@ def launch(
         num_threads=FETCHING + 1,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
     )
     # JAX forgets over which axes of a mesh the outputs vary.

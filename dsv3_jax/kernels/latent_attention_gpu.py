@@ -36,6 +36,7 @@ from dsv3_jax.kernels.hopper import (
     over_tiles,
     row_numbers,
     row_values,
+    write,
 )
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 
@@ -176,7 +177,7 @@ def _attend(
             def _() -> None:
                 slot = queries.free(steps[1])
                 for ref, smem in zip(query_refs, query_smems, strict=True):
-                    plgpu.copy_gmem_to_smem(ref.at[part.sequence, part.rows], smem.at[slot], queries.loaded.at[slot])
+                    plgpu.copy_gmem_to_smem(ref.at[part.sequence, part.rows], smem.at[slot], queries.loaded)
 
             @pl.loop(0, part.blocks)
             def _(k: Any) -> None:
@@ -222,8 +223,8 @@ def _attend(
             only = jax.lax.optimization_barrier(jnp.int32(0))
 
             def products(accumulator: Any) -> jax.Array:
-                plgpu.wgmma(accumulator, q_latent_smem.at[only], plgpu.transpose_ref(latent_smem.at[slot], (1, 0)))
-                plgpu.wgmma(accumulator, q_rope_smem.at[only], plgpu.transpose_ref(rope_smem.at[slot], (1, 0)))
+                plgpu.wgmma(accumulator, q_latent_smem.at[only], latent_smem.at[slot].transpose((1, 0)))
+                plgpu.wgmma(accumulator, q_rope_smem.at[only], rope_smem.at[slot].transpose((1, 0)))
                 return accumulator[...]
 
             return pl.run_scoped(products, plgpu.ACC((HALF, BLOCK), jnp.float32))
@@ -257,12 +258,12 @@ def _attend(
                 top, total = jax.lax.fori_loop(0, part.blocks, block, start)
                 any_token = part.blocks > 0
                 share = jnp.where(any_token, 1 / total, 0.0)
-                mixed_ref[part.split, part.sequence, part.rows, mine] = mixed[...] * _columns(share, columns)
+                write(mixed_ref.at[part.split, part.sequence, part.rows, mine], mixed[...] * _columns(share, columns))
 
                 @pl.when(warpgroup == 0)
                 def _() -> None:
                     lse = jnp.where(any_token, top * scale + jnp.log(total), -jnp.inf)
-                    lse_ref[part.split, part.sequence, part.rows] = lse
+                    write(lse_ref.at[part.split, part.sequence, part.rows], lse)
 
             pl.run_scoped(mix, plgpu.ACC((HALF, columns), jnp.float32))
             return after(part, steps)

@@ -65,16 +65,16 @@ def test_steps_are_every_tile_of_every_visit_in_order(sizes: list[int], block: i
 @pytest.mark.parametrize("num_tiles", [1, 3])
 @pytest.mark.parametrize("tile", [2, 4, 5, 32])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_steps_by_band_cover_every_group_with_whole_tiles(sizes: list[int], tile: int, num_tiles: int, band: int) -> None:
+def test_steps_by_band_are_every_tile_of_every_group_in_order(sizes: list[int], tile: int, num_tiles: int, band: int) -> None:
     num_rows = 16
     sizes = [*sizes, num_rows - sum(sizes)]
     steps, count = jax.jit(lambda s: steps_by_band(s, num_rows, tile, num_tiles, band))(jnp.array(sizes, jnp.int32))
 
     want = []
     for group, (start, size) in enumerate(zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)):
-        rows = [start + max(min(at, size - tile), 0) for at in range(0, size, tile)]
+        rows = [(start + at, min(size - at, tile)) for at in range(0, size, tile)]
         for some in range(0, len(rows), band):
-            want += [(group, row, min(size, tile), t) for t in range(num_tiles) for row in rows[some : some + band]]
+            want += [(group, *row, t) for t in range(num_tiles) for row in rows[some : some + band]]
     found = list(zip(*(array.tolist() for array in steps), strict=True))
     assert found[: int(count)] == want
     assert all(0 <= group < len(sizes) and 0 <= t < num_tiles for group, _, _, t in found), "padding is in range, too"

@@ -17,7 +17,7 @@ from dsv3_jax.kernels import latent_attention as contract
 from dsv3_jax.kernels import latent_attention_gpu as kernel
 from dsv3_jax.kernels.latent_attention import latent_attention, past_attention_chunked
 from dsv3_jax.kernels.latent_attention_gpu import number_of_splits, past_attention_gpu
-from tests.kernels.gpu_interpreter import INTERPRETED, assert_no_race, gpu_interpreter
+from tests.kernels.gpu_interpreter import INTERPRETED, assert_no_race, gpu_interpreter, needs_accumulator_stores
 from tests.kernels.test_latent_attention import SCALE, case
 from tests.tolerances import TOLERANCE
 
@@ -28,6 +28,7 @@ SEQUENCES = 6
 """Of those of `case`, with 129, 0, 1000, 300, 1 and 127 tokens."""
 
 
+@needs_accumulator_stores
 @pytest.mark.usefixtures("gpu_interpreter")
 @pytest.mark.parametrize(("new", "page", "splits"), [(1, None, 1), (3, None, 4), (1, 16, 3), (1, 64, 18), (3, 128, 2)])
 def test_latent_attention(new: int, page: int | None, splits: int, monkeypatch: Any) -> None:
@@ -50,6 +51,7 @@ def test_latent_attention(new: int, page: int | None, splits: int, monkeypatch: 
     assert_no_race()
 
 
+@needs_accumulator_stores
 @pytest.mark.usefixtures("gpu_interpreter")
 @pytest.mark.parametrize("splits", [1, 2])
 def test_more_rows_than_a_block_has(splits: int, monkeypatch: Any) -> None:

@@ -41,16 +41,17 @@ class Ring(NamedTuple):
 
     loaded: Any
     released: Any
+    stages: int = STAGES
 
     def slot(self, step: Any) -> Any:
         """The slot of a step."""
-        return jax.lax.rem(step, jnp.int32(STAGES))
+        return jax.lax.rem(step, jnp.int32(self.stages))
 
     def free(self, step: Any) -> Any:
         """The slot of a step, once its last content was released by both warpgroups."""
         slot = self.slot(step)
 
-        @pl.when(step >= STAGES)
+        @pl.when(step >= self.stages)
         def _() -> None:
             plgpu.barrier_wait(self.released.at[slot])
 
@@ -69,7 +70,7 @@ class Ring(NamedTuple):
     def drain(self, steps: Any) -> None:
         """Waits until all of so many steps were released: at the end, by who fetches."""
 
-        @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
+        @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
         def _(step: Any) -> None:
             plgpu.barrier_wait(self.released.at[self.slot(step)])
 
@@ -123,6 +124,44 @@ def row_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
 
 
+def column_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
+    """The column of every value, likewise."""
+    if interpret is None:
+        return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def constant(value: float, shape: tuple[int, ...], interpret: Any) -> jax.Array:
+    """A float32 for every value of accumulators, or with one axis for every row of theirs, laid out like them."""
+    values = jnp.full(shape, value, jnp.float32)
+    if interpret is not None:
+        return values
+    return plgpu.layout_cast(values, plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1))
+
+
+def load_beside(ref: Any, axis: int, interpret: Any) -> jax.Array:
+    """A vector in shared memory, laid out like the rows of accumulators (axis 0) or like their columns (axis 1)."""
+    return ref[...] if interpret is not None else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+
+
+def products_of(*factors: tuple[Any, Any]) -> list[jax.Array]:
+    """The product of each pair of arrays in shared memory, in float32."""
+
+    def multiplied(*accumulators: Any) -> list[jax.Array]:
+        for accumulator, (left, right) in zip(accumulators, factors, strict=True):
+            plgpu.wgmma(accumulator, left, right)
+        return [accumulator[...] for accumulator in accumulators]
+
+    return pl.run_scoped(multiplied, *[plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32) for left, right in factors])
+
+
+def add_product(total: jax.Array, left: jax.Array, right: Any, interpret: Any) -> jax.Array:
+    """total + left right, where only `right` is in shared memory: interpreters do not know of such instructions."""
+    if interpret is not None:
+        return total + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, left, right))(plgpu.ACC.init(total))
+
+
 def over_tiles(number: Any, num_sms: int, tile: Callable[[Any, Any], Any]) -> Any:
     """Every num_sms-th of `number` tiles, for the multiprocessor at hand: tile(index, step) returns the next tile's first step.
 
@@ -139,13 +178,13 @@ def launch(
     work: Callable[..., None],
     arguments: Sequence[jax.Array],
     *,
-    outputs: Sequence[tuple[int, ...]],
+    outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     loads: int,
     num_sms: int,
-    dtype: Any,
     name: str,
     interpret: Any,
+    stages: int = STAGES,
 ) -> list[jax.Array]:
     """Runs a kernel.
 
@@ -153,43 +192,44 @@ def launch(
       fetch: what the third warpgroup does.
       work: what the other two do. Both take the ring, a list of the scratch, and the arguments and outputs in device memory.
       arguments: arrays that vary alike over a mesh.
-      outputs: shapes.
+      outputs: shapes and dtypes.
       scratch: what is allocated in shared memory.
       loads: copies into a slot.
-      num_sms: multiprocessors of the device.
-      dtype: of the outputs.
+      num_sms: blocks of threads: multiprocessors of the device, or of more where each works on one tile only.
       name: of the kernel in the compiled program.
       interpret: None, or parameters of Pallas' GPU interpreter.
+      stages: slots of the ring.
     """
 
     def body(*refs: Any) -> None:
         def with_memory(buffers: Sequence[Any], loaded: Any, released: Any) -> None:
-            ring = Ring(loaded, released)
+            ring = Ring(loaded, released, stages)
 
             @pl.when(jax.lax.axis_index("warpgroup") == FETCHING)
             def _() -> None:
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(int(__import__("os").environ.get("RF","40")), action="decrease")
                 fetch(ring, buffers, *refs)
 
             @pl.when(jax.lax.axis_index("warpgroup") < FETCHING)
             def _() -> None:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(int(__import__("os").environ.get("RW","232")), action="increase")
                 work(ring, buffers, *refs)
                 plgpu.wait_smem_to_gmem(0)
 
-        loaded = plgpu.Barrier(num_arrivals=loads, num_barriers=STAGES)
-        released = plgpu.Barrier(num_arrivals=FETCHING, num_barriers=STAGES)
+        loaded = plgpu.Barrier(num_arrivals=loads, num_barriers=stages)
+        released = plgpu.Barrier(num_arrivals=FETCHING, num_barriers=stages)
         pl.run_scoped(with_memory, list(scratch), loaded, released, collective_axes="warpgroup")
 
     kernel = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in outputs],
+        out_type=list(outputs),
         grid=(num_sms,),
         grid_names=("sm",),
         num_threads=FETCHING + 1,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # No warp adds up with another, so that none of the shared memory is for that.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=interpret,
     )
     # JAX forgets over which axes of a mesh the outputs vary.

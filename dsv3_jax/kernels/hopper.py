@@ -32,8 +32,12 @@ FETCHING = 2
 """The warpgroup that fetches."""
 SWIZZLED = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128)
 """How operands of wgmma lie in shared memory."""
+SHARED_BYTES = 227 * 1024 - 2048
+"""Shared memory of a block, less the barriers and what lies between arrays."""
+REGISTERS = 504
+"""Of one thread of each warpgroup, together."""
 STAGES = 4
-"""Slots of the ring: 48 KiB each, of 227."""
+"""Slots of the ring, where not said otherwise: 48 KiB each, of 227."""
 
 
 class Ring(NamedTuple):
@@ -66,6 +70,14 @@ class Ring(NamedTuple):
     def release(self, step: Any) -> None:
         """Says that this warpgroup has read the slot of a step."""
         plgpu.barrier_arrive(self.released.at[self.slot(step)])
+
+    def skip(self, begin: Any, end: Any) -> None:
+        """Lets steps pass by that only the other warpgroup needs."""
+
+        @pl.loop(begin, end)
+        def _(step: Any) -> None:
+            self.filled(step)
+            self.release(step)
 
     def drain(self, steps: Any) -> None:
         """Waits until all of so many steps were released: at the end, by who fetches."""
@@ -105,11 +117,16 @@ def multiply(ring: Ring, first: Any, steps: Any, columns: int, num_products: int
 
 
 def store(values: jax.Array, staging: Any, place: Any) -> None:
-    """Begins to write [rows, STEP] values to `place` in device memory, by way of `staging` in shared memory."""
+    """Begins to write values to `place` in device memory, by way of `staging` in shared memory."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # What was staged before.
     staging[...] = values
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(staging, place)
+
+
+def turned(ref: Any) -> Any:
+    """The transposed matrix, as a right factor."""
+    return plgpu.transpose_ref(ref, (1, 0))
 
 
 def strip(array: Any, i: int) -> Any:
@@ -117,14 +134,14 @@ def strip(array: Any, i: int) -> Any:
     return array[:, i * STEP : (i + 1) * STEP]
 
 
-def row_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
+def row_numbers(shape: tuple[int, ...], interpret: Any) -> jax.Array:
     """The row of every value, laid out like accumulators; an interpreter has no layouts and does not know of them."""
     if interpret is None:
         return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
     return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
 
 
-def column_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
+def column_numbers(shape: tuple[int, ...], interpret: Any) -> jax.Array:
     """The column of every value, likewise."""
     if interpret is None:
         return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
@@ -139,27 +156,40 @@ def constant(value: float, shape: tuple[int, ...], interpret: Any) -> jax.Array:
     return plgpu.layout_cast(values, plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1))
 
 
-def load_beside(ref: Any, axis: int, interpret: Any) -> jax.Array:
-    """A vector in shared memory, laid out like the rows of accumulators (axis 0) or like their columns (axis 1)."""
-    return ref[...] if interpret is not None else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+def beside(ref: Any, axis: int, interpret: Any) -> jax.Array:
+    """A square of HALF rows, laid out like accumulators, of a vector in shared memory: its values change along the axis."""
+    values = ref[...] if interpret is not None else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+    return jax.lax.broadcast_in_dim(values, (HALF, HALF), (axis,))
 
 
-def products_of(*factors: tuple[Any, Any]) -> list[jax.Array]:
-    """The product of each pair of arrays in shared memory, in float32."""
+def product_of(left: Any, right: Any) -> jax.Array:
+    """left right, both in shared memory, in float32."""
 
-    def multiplied(*accumulators: Any) -> list[jax.Array]:
+    def multiplied(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, left, right)
+        return accumulator[...]
+
+    return pl.run_scoped(multiplied, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def add_products(totals: Sequence[jax.Array], factors: Sequence[tuple[Any, Any]], interpret: Any) -> Sequence[jax.Array]:
+    """total + left right for each pair; the left one may be in registers, which interpreters do not know instructions for."""
+    if interpret is not None:
+
+        def product(left: Any, right: Any) -> jax.Array:
+            if not isinstance(left, jax.Array):
+                return product_of(left, right)
+            values = jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()  # The instruction reads in the order of asynchronous copies, unlike an array that is loaded.
+            return values
+
+        return [total + product(*pair) for total, pair in zip(totals, factors, strict=True)]
+
+    def multiply_all(accumulators: Sequence[Any]) -> None:
         for accumulator, (left, right) in zip(accumulators, factors, strict=True):
             plgpu.wgmma(accumulator, left, right)
-        return [accumulator[...] for accumulator in accumulators]
 
-    return pl.run_scoped(multiplied, *[plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32) for left, right in factors])
-
-
-def add_product(total: jax.Array, left: jax.Array, right: Any, interpret: Any) -> jax.Array:
-    """total + left right, where only `right` is in shared memory: interpreters do not know of such instructions."""
-    if interpret is not None:
-        return total + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
-    return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, left, right))(plgpu.ACC.init(total))
+    return pl.run_state(multiply_all)([plgpu.ACC.init(total) for total in totals])
 
 
 def over_tiles(number: Any, num_sms: int, tile: Callable[[Any, Any], Any]) -> Any:
@@ -185,6 +215,7 @@ def launch(
     name: str,
     interpret: Any,
     stages: int = STAGES,
+    registers: int = 232,
 ) -> list[jax.Array]:
     """Runs a kernel.
 
@@ -199,6 +230,7 @@ def launch(
       name: of the kernel in the compiled program.
       interpret: None, or parameters of Pallas' GPU interpreter.
       stages: slots of the ring.
+      registers: of a thread that multiplies; who fetches has the others.
     """
 
     def body(*refs: Any) -> None:
@@ -207,12 +239,12 @@ def launch(
 
             @pl.when(jax.lax.axis_index("warpgroup") == FETCHING)
             def _() -> None:
-                plgpu.set_max_registers(int(__import__("os").environ.get("RF","40")), action="decrease")
+                plgpu.set_max_registers(REGISTERS - FETCHING * registers, action="decrease")
                 fetch(ring, buffers, *refs)
 
             @pl.when(jax.lax.axis_index("warpgroup") < FETCHING)
             def _() -> None:
-                plgpu.set_max_registers(int(__import__("os").environ.get("RW","232")), action="increase")
+                plgpu.set_max_registers(registers, action="increase")
                 work(ring, buffers, *refs)
                 plgpu.wait_smem_to_gmem(0)
 

@@ -1,9 +1,9 @@
 """Causal attention on Hopper GPUs: Pallas kernels for the values and the gradients, under the contract of `causal_attention`.
 
 The forward kernel has a block of threads for every TILE queries of a head; keys and values pass by, with the online softmax.
-It keeps the logarithm of every row's sum, from which the backward kernels (`attention_gradients_gpu.py`) compute probabilities
-again: one for the gradients of keys and values, where queries pass by, and one for that of the queries, where keys do. Each adds
-up in registers, so that every result is written once, by one block of threads, and always in the same order.
+It keeps the logarithm of every row's sum, which gives the backward kernels of `attention_gradients_gpu.py` the probabilities
+again: one for the gradients of keys and values, where queries pass by, and one for that of the queries, where keys do. Each
+adds up in registers: every result is written once, by one block of threads, and always added up in the same order.
 
 Keys after a warpgroup's last query are passed over, and positions are compared only where some key comes after some query. Of a
 head's tiles, those with the most to do are started first.
@@ -36,6 +36,7 @@ from dsv3_jax.kernels.hopper import (
     column_numbers,
     constant,
     launch,
+    own_rows,
     product_of,
     row_numbers,
     store,
@@ -161,7 +162,7 @@ def _values(
     def work(k_ring: Ring, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
         (q_smem, k_smem, v_smem, lse_smem, staging, q_loaded, v_loaded, v_released), (*_, o_ref, lse_ref) = buffers, refs
         (batch, head, tile), warpgroup = place_of(N, tiles, last_first=True), jax.lax.axis_index("warpgroup")
-        v_ring, mine = Ring(v_loaded, v_released, stages), q_smem.at[pl.ds(warpgroup * HALF, HALF)]
+        v_ring = Ring(v_loaded, v_released, stages)
         queries = pl.ds(tile * TILE + warpgroup * HALF, HALF)
         position = first_ref[0] + tile * TILE
         steps = key_blocks(position, TILE, size, blocks)[1]
@@ -171,7 +172,7 @@ def _values(
 
         def block(step: Any, carry: tuple, *, compare: bool) -> tuple:
             o, top, total = carry
-            logits = product_of(mine, turned(k_smem.at[k_ring.filled(step)]))
+            logits = product_of(q_smem.at[own_rows()], turned(k_smem.at[k_ring.filled(step)]))
             k_ring.release(step)
             if compare:
                 ahead = column_numbers(logits.shape, interpret) - row_numbers(logits.shape, interpret)

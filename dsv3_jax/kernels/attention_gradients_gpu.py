@@ -30,6 +30,7 @@ from dsv3_jax.kernels.hopper import (
     column_numbers,
     constant,
     launch,
+    own_rows,
     row_numbers,
     store,
     turned,
@@ -51,7 +52,7 @@ def place_of(heads: int, tiles: int, *, last_first: bool) -> tuple[Any, Any, Any
 
 
 def key_blocks(first: Any, rows: int, size: int, number: int) -> tuple[Any, Any]:
-    """Of blocks of keys: how many each of `rows` queries from position `first` on sees whole, and how many the last one sees."""
+    """Of blocks of keys: how many each of `rows` queries from position `first` on sees whole, and how many the last sees."""
     whole, some = jax.lax.div(first + 1, jnp.int32(size)), jax.lax.div(first + rows + size - 1, jnp.int32(size))
     return jnp.minimum(whole, number), jnp.minimum(some, number)
 
@@ -94,18 +95,20 @@ def query_gradient(
     def work(ring: Ring, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
         (k_smem, v_smem, loaded, *smems), dq_ref = buffers, refs[-1]
         (batch, head, tile), warpgroup = place_of(N, tiles, last_first=True), jax.lax.axis_index("warpgroup")
-        q_smem, do_smem, *row_smems = (smem.at[pl.ds(warpgroup * HALF, HALF)] for smem in smems)
+        q_smem, do_smem, *row_smems = smems
         position = first_ref[0] + tile * TILE
         steps = key_blocks(position, TILE, HALF, blocks)[1]
         position += warpgroup * HALF
         whole, some = key_blocks(position, HALF, HALF, blocks)
         plgpu.barrier_wait(loaded)
-        starts = [beside(smem, 0, interpret) for smem in row_smems]
+        starts = [beside(smem.at[own_rows()], 0, interpret) for smem in row_smems]
 
         def block(step: Any, dq: jax.Array, *, compare: bool) -> jax.Array:
             slot = ring.filled(step)
             k = k_smem.at[slot]
-            logits, dp = add_products(starts, [(q_smem, turned(k)), (do_smem, turned(v_smem.at[slot]))], interpret)
+            mine = own_rows()
+            factors = [(q_smem.at[mine], turned(k)), (do_smem.at[mine], turned(v_smem.at[slot]))]
+            logits, dp = add_products(starts, factors, interpret)
             if compare:
                 ahead = column_numbers(logits.shape, interpret) - row_numbers(logits.shape, interpret)
                 logits = jnp.where(ahead <= position - step * HALF, logits, -jnp.inf)
@@ -118,7 +121,7 @@ def query_gradient(
         dq = jax.lax.fori_loop(whole, some, functools.partial(block, compare=True), dq)
         ring.skip(some, steps)
         queries = pl.ds(tile * TILE + warpgroup * HALF, HALF)
-        store((dq * scale).astype(dtype), q_smem, dq_ref.at[batch, queries, head])
+        store((dq * scale).astype(dtype), q_smem.at[own_rows()], dq_ref.at[batch, queries, head])
 
     scratch = [
         plgpu.SMEM((stages, HALF, X), dtype, transforms=SWIZZLED),
@@ -213,8 +216,7 @@ def key_gradients(
                 # Loaded, for what is computed alike in every step is kept in registers throughout, and there are none left.
                 query, row = beside(number_smem, 1, interpret), row_numbers(start.shape, interpret)
                 start = jnp.where(row + (key - first - (begin + i) * HALF) <= query, start, -jnp.inf)
-            # The same holds for where the operands lie.
-            mine = pl.ds(jax.lax.optimization_barrier(warpgroup) * HALF, HALF)
+            mine = own_rows()
             (logits,) = add_products([start], [(k_smem.at[mine], turned(q))], interpret)
             p = jnp.exp2(logits * exponent).astype(dtype)
             (dv,) = add_products([dv], [(p, do)], interpret)
@@ -235,7 +237,7 @@ def key_gradients(
 
         start = constant(0, (HALF, X), interpret), constant(0, (HALF, W), interpret)
         dk, dv = jax.lax.fori_loop(0, U, of_head, start)
-        keys, mine = pl.ds(key, HALF), pl.ds(warpgroup * HALF, HALF)
+        keys, mine = pl.ds(key, HALF), own_rows()
         store((dk * scale).astype(dtype), k_smem.at[mine], dk_ref.at[batch, keys, shared])
         store(dv.astype(dtype), v_smem.at[mine], dv_ref.at[batch, keys, shared])
 

@@ -124,6 +124,12 @@ def store(values: jax.Array, staging: Any, place: Any) -> None:
     plgpu.copy_smem_to_gmem(staging, place)
 
 
+def own_rows() -> Any:
+    """Which rows of a tile this warpgroup has, computed anew: what a loop computes alike in every step is kept in registers
+    throughout, and where many operands lie takes many."""
+    return pl.ds(jax.lax.optimization_barrier(jax.lax.axis_index("warpgroup")) * HALF, HALF)
+
+
 def turned(ref: Any) -> Any:
     """The transposed matrix, as a right factor."""
     return plgpu.transpose_ref(ref, (1, 0))

@@ -57,8 +57,8 @@ hopper = functools.partial(attention_hopper, scale=SCALE, interpret=INTERPRETED)
     ("length", "batch", "heads", "kv_heads", "widths"),
     [
         (1, 1, 1, 1, NARROW),
-        (127, 2, 2, 2, NARROW),
-        (128, 1, 1, 1, NARROW),
+        (127, 2, 1, 1, NARROW),
+        (128, 1, 2, 2, NARROW),
         (129, 1, 1, 1, WIDE_VALUES),
         (300, 1, 2, 1, PUBLISHED),
     ],
@@ -70,7 +70,7 @@ def test_it_is_softmax_attention(length: int, batch: int, heads: int, kv_heads: 
 
 def test_queries_of_a_part_of_the_sequence() -> None:
     """Each part of the queries against all keys, its place known only while the kernels run."""
-    parts, size = 3, 100
+    parts, size = 2, 100
 
     def in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         starts = [jnp.asarray(part * size, jnp.int32) for part in range(parts)]

@@ -218,7 +218,8 @@ def key_gradients(
                 start = jnp.where(row + (key - first - (begin + i) * HALF) <= query, start, -jnp.inf)
             mine = own_rows()
             (logits,) = add_products([start], [(k_smem.at[mine], turned(q))], interpret)
-            p = jnp.exp2(logits * exponent).astype(dtype)
+            # Converted two at a time; where the compiler sees what follows, it does so one by one, with a slower instruction.
+            p = jax.lax.optimization_barrier(jnp.exp2(logits * exponent).astype(dtype))
             (dv,) = add_products([dv], [(p, do)], interpret)
             start = beside(delta_smem.at[slot], 1, interpret)
             (dp,) = add_products([start], [(v_smem.at[mine], turned(do))], interpret)

@@ -119,7 +119,7 @@ def _attend_forward(
 
 def _attend_backward(scale: float, interpret: Any, residuals: tuple, do_BTNW: jax.Array) -> tuple:
     q_BTNX, k_BSMX, v_BSMW, first_1, o_BTNW, minus_lse_BNT = residuals
-    minus_delta_BNT = -jnp.einsum("BTNW,BTNW->BNT", do_BTNW, o_BTNW, preferred_element_type=jnp.float32)
+    minus_delta_BNT = -jnp.sum(do_BTNW.astype(jnp.float32) * o_BTNW.astype(jnp.float32), axis=-1).swapaxes(1, 2)
     arguments = varying_alike(first_1, q_BTNX, k_BSMX, v_BSMW, do_BTNW, minus_lse_BNT, minus_delta_BNT)
     dk_BSMX, dv_BSMW = key_gradients(*arguments, scale=scale, interpret=interpret)
     return query_gradient(*arguments, scale=scale, interpret=interpret), dk_BSMX, dv_BSMW, None

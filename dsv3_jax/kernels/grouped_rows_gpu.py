@@ -174,11 +174,10 @@ def grouped_rows(
         fetch,
         work,
         [*steps, number[None], *rows, *weights, *beside],
-        outputs=[(num_rows, num_columns)] * num_outputs,
+        outputs=[jax.ShapeDtypeStruct((num_rows, num_columns), dtype)] * num_outputs,
         scratch=scratch,
         loads=1 + num_products,
         num_sms=num_sms,
-        dtype=dtype,
         name=name,
         interpret=interpret,
     )

@@ -144,11 +144,10 @@ def grouped_weights(
         fetch,
         work,
         [start_E, group_sizes_E, left_RX, *rights],
-        outputs=[(num_experts, X, Y)] * len(rights),
+        outputs=[jax.ShapeDtypeStruct((num_experts, X, Y), dtype)] * len(rights),
         scratch=scratch,
         loads=1 + len(rights),
         num_sms=num_sms,
-        dtype=dtype,
         name=name,
         interpret=interpret,
     )

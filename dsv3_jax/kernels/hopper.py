@@ -33,8 +33,12 @@ FETCHING = 2
 """The warpgroup that fetches."""
 SWIZZLED = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128)
 """How operands of wgmma lie in shared memory."""
+SHARED_BYTES = 227 * 1024 - 2048
+"""Shared memory of a block, less the barriers and what lies between arrays."""
+REGISTERS = 504
+"""Of one thread of each warpgroup, together."""
 STAGES = 4
-"""Slots of the ring: 48 KiB each, of 227."""
+"""Slots of the ring, where not said otherwise: 48 KiB each, of 227."""
 
 
 class GPU(NamedTuple):
@@ -101,6 +105,14 @@ class Ring(NamedTuple):
         """Says that this warpgroup has read the slot of a step."""
         plgpu.barrier_arrive(self.barrier(self.released, self.slot(step)))
 
+    def skip(self, begin: Any, end: Any) -> None:
+        """Lets steps pass by that only the other warpgroup needs."""
+
+        @pl.loop(begin, end)
+        def _(step: Any) -> None:
+            self.filled(step)
+            self.release(step)
+
     def drain(self, steps: Any) -> None:
         """Waits until all of so many steps were released: at the end, by who fetches."""
 
@@ -139,7 +151,7 @@ def multiply(ring: Ring, first: Any, steps: Any, columns: int, num_products: int
 
 
 def store(values: jax.Array, staging: Any, place: Any) -> None:
-    """Begins to write [rows, STEP] values to `place` in device memory, by way of `staging` in shared memory."""
+    """Begins to write values to `place` in device memory, by way of `staging` in shared memory."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # What was staged before.
     staging[...] = values
     plgpu.commit_smem()
@@ -154,31 +166,80 @@ def write(place: Any, values: jax.Array) -> None:
         plgpu.store(place, values, optimized=False)
 
 
+def own_rows() -> Any:
+    """Which rows of a tile this warpgroup has, computed anew: what a loop computes alike in every step is kept in registers
+    throughout, and where many operands lie takes many."""
+    return pl.ds(jax.lax.optimization_barrier(jax.lax.axis_index("warpgroup")) * HALF, HALF)
+
+
+def turned(ref: Any) -> Any:
+    """The transposed matrix, as a right factor."""
+    return ref.transpose((1, 0))
+
+
 def strip(array: Any, i: int) -> Any:
     """The i-th STEP columns."""
     return array[:, i * STEP : (i + 1) * STEP]
 
 
-def row_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
+def row_numbers(shape: tuple[int, ...], interpret: Any) -> jax.Array:
     """The row of every value, laid out like accumulators; an interpreter has no layouts and does not know of them."""
     return _numbers(shape, 0, interpret)
 
 
-def column_numbers(shape: tuple[int, int], interpret: Any) -> jax.Array:
+def column_numbers(shape: tuple[int, ...], interpret: Any) -> jax.Array:
     """The column of every value, likewise."""
     return _numbers(shape, 1, interpret)
 
 
-def _numbers(shape: tuple[int, int], axis: int, interpret: Any) -> jax.Array:
+def _numbers(shape: tuple[int, ...], axis: int, interpret: Any) -> jax.Array:
     if interpret is None:
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def row_values(rows: int, fill: float, interpret: Any) -> jax.Array:
-    """One float32 value for every row of an accumulator, laid out like its reductions."""
-    values = jnp.full((rows,), fill, jnp.float32)
-    return values if interpret is not None else plgpu.layout_cast(values, plgpu.Layout.WGMMA.reduce(1))
+def constant(value: float, shape: tuple[int, ...], interpret: Any) -> jax.Array:
+    """A float32 for every value of accumulators, or with one axis for every row of theirs, laid out like them."""
+    values = jnp.full(shape, value, jnp.float32)
+    if interpret is not None:
+        return values
+    return plgpu.layout_cast(values, plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1))
+
+
+def beside(ref: Any, axis: int, interpret: Any) -> jax.Array:
+    """A square of HALF rows, laid out like accumulators, of a vector in shared memory: its values change along the axis."""
+    values = ref[...] if interpret is not None else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+    return jax.lax.broadcast_in_dim(values, (HALF, HALF), (axis,))
+
+
+def product_of(left: Any, right: Any) -> jax.Array:
+    """left right, both in shared memory, in float32."""
+
+    def multiplied(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, left, right)
+        return accumulator[...]
+
+    return pl.run_scoped(multiplied, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+
+
+def add_products(totals: Sequence[jax.Array], factors: Sequence[tuple[Any, Any]], interpret: Any) -> Sequence[jax.Array]:
+    """total + left right for each pair; the left one may be in registers, which interpreters do not know instructions for."""
+    if interpret is not None:
+
+        def product(left: Any, right: Any) -> jax.Array:
+            if not isinstance(left, jax.Array):
+                return product_of(left, right)
+            values = jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()  # The instruction reads in the order of asynchronous copies, unlike an array that is loaded.
+            return values
+
+        return [total + product(*pair) for total, pair in zip(totals, factors, strict=True)]
+
+    def multiply_all(accumulators: Sequence[Any]) -> None:
+        for accumulator, (left, right) in zip(accumulators, factors, strict=True):
+            plgpu.wgmma(accumulator, left, right)
+
+    return pl.run_state(multiply_all)([plgpu.ACC.init(total) for total in totals])
 
 
 def whole_tile(i: Any, size: int, length: int) -> tuple[Any, Any]:
@@ -208,14 +269,14 @@ def launch(
     work: Callable[..., None],
     arguments: Sequence[jax.Array],
     *,
-    outputs: Sequence[tuple[int, ...]],
+    outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     loads: int,
     num_sms: int,
-    dtype: Any,
     name: str,
     interpret: Any,
     stages: int = STAGES,
+    registers: int = 232,
 ) -> list[jax.Array]:
     """Runs a kernel.
 
@@ -223,14 +284,14 @@ def launch(
       fetch: what the third warpgroup does.
       work: what the other two do. Both take the ring, a list of the scratch, and the arguments and outputs in device memory.
       arguments: arrays that vary alike over a mesh.
-      outputs: shapes.
+      outputs: shapes and dtypes.
       scratch: what is allocated in shared memory.
       loads: copies into a slot.
-      num_sms: multiprocessors of the device.
-      dtype: of the outputs.
+      num_sms: blocks of threads: multiprocessors of the device, or of more where each works on one tile only.
       name: of the kernel in the compiled program.
       interpret: None, or parameters of Pallas' GPU interpreter.
       stages: slots of the ring.
+      registers: of a thread that multiplies; who fetches has the others.
     """
 
     def body(*refs: Any) -> None:
@@ -239,12 +300,12 @@ def launch(
 
             @pl.when(jax.lax.axis_index("warpgroup") == FETCHING)
             def _() -> None:
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(REGISTERS - FETCHING * registers, action="decrease")
                 fetch(ring, buffers, *refs)
 
             @pl.when(jax.lax.axis_index("warpgroup") < FETCHING)
             def _() -> None:
-                plgpu.set_max_registers(232, action="increase")
+                plgpu.set_max_registers(registers, action="increase")
                 work(ring, buffers, *refs)
                 plgpu.wait_smem_to_gmem(0)
 
@@ -254,13 +315,18 @@ def launch(
 
     kernel = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in outputs],
+        out_type=list(outputs),
         grid=(num_sms,),
         grid_names=("sm",),
         num_threads=FETCHING + 1,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            # No warp adds up with another, so that none of the shared memory is for that.
+            reduction_scratch_bytes=0,
+        ),
         interpret=interpret,
     )
     # JAX forgets over which axes of a mesh the outputs vary.

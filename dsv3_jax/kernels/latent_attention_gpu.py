@@ -32,10 +32,10 @@ from dsv3_jax.kernels.hopper import (
     SWIZZLED,
     Ring,
     column_numbers,
+    constant,
     launch,
     over_tiles,
     row_numbers,
-    row_values,
     write,
 )
 from dsv3_jax.kernels.varying import varying_axes, varying_over
@@ -254,7 +254,7 @@ def _attend(
                     ring.release(steps[0] + k)
                     return new_top, total
 
-                start = row_values(HALF, MASKED, interpret), row_values(HALF, 0.0, interpret)
+                start = constant(MASKED, (HALF,), interpret), constant(0.0, (HALF,), interpret)
                 top, total = jax.lax.fori_loop(0, part.blocks, block, start)
                 any_token = part.blocks > 0
                 share = jnp.where(any_token, 1 / total, 0.0)
@@ -280,11 +280,10 @@ def _attend(
         fetch,
         work,
         arrays,
-        outputs=[(splits, B, A, C), (splits, B, A)],
+        outputs=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((splits, B, A, C), (splits, B, A))],
         scratch=scratch,
         loads=2 * (BLOCK // piece),
         num_sms=num_sms,
-        dtype=jnp.float32,
         name="latent_attention",
         interpret=interpret,
         stages=SLOTS,

@@ -96,8 +96,9 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
 
 def kernels_in(text: str) -> dict[str, int]:
     """Pallas kernels of a compiled program by the names they were given, without what differentiation adds to those."""
-    call = r'^\s+(?:ROOT )?%([\w\-]+)[\w.\-]* = .*custom_call_target="(?:tpu_custom_call|mosaic_gpu\w*)"'
-    found = re.findall(call, text, re.MULTILINE)
+    on_tpu = r'^\s+(?:ROOT )?%([\w\-]+)[\w.\-]* = .*custom_call_target="tpu_custom_call"'
+    on_gpu = r'custom_call_target="mosaic_gpu\w*".*op_name="[^"]*/(\w+)/\w+"'
+    found = [name for call in (on_tpu, on_gpu) for name in re.findall(call, text, re.MULTILINE)]
     return dict(sorted(collections.Counter(re.sub(r"^(transpose_|jvp_)+", "", name).strip("_") for name in found).items()))
 
 

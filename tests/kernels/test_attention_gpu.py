@@ -62,10 +62,10 @@ hopper = functools.partial(attention_hopper, scale=SCALE, interpret=INTERPRETED)
     ("length", "batch", "heads", "kv_heads", "widths"),
     [
         (1, 1, 1, 1, NARROW),
-        (127, 2, 1, 1, NARROW),
-        (128, 1, 2, 2, NARROW),
+        pytest.param(127, 2, 1, 1, NARROW, marks=pytest.mark.slow),
+        pytest.param(128, 1, 2, 2, NARROW, marks=pytest.mark.slow),
         (129, 1, 1, 1, WIDE_VALUES),
-        (300, 1, 2, 1, PUBLISHED),
+        pytest.param(300, 1, 2, 1, PUBLISHED, marks=pytest.mark.slow),
     ],
 )
 def test_it_is_softmax_attention(length: int, batch: int, heads: int, kv_heads: int, widths: tuple[int, int]) -> None:
@@ -84,6 +84,7 @@ def test_queries_of_a_part_of_the_sequence() -> None:
     assert_is_softmax_attention(in_parts, draw(parts * size, 1, "bfloat16", batch=1, heads=1, widths=NARROW))
 
 
+@pytest.mark.slow
 def test_blocks_of_keys_after_the_last_query_are_not_read() -> None:
     length, longer = 100, 300
     q, k, v, do = draw(length, 1, "bfloat16", batch=1, heads=1, widths=NARROW)

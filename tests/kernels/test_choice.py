@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from dsv3_jax.config.model import AttentionBackend, CacheBackend, ExpertBackend
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.expert_ffn import choose_backend
@@ -87,3 +88,23 @@ def test_the_three(choose: Callable[[str, str], str], kind: typing.Any, autos: l
     assert [choose("auto", platform) for platform in ("cpu", "gpu", "tpu")] == autos
     names = [name for name in typing.get_args(kind) if name not in ("auto", "pallas_gpu")]
     assert [choose(name, "tpu") for name in names] == names
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "narrow", "chosen"),
+    [
+        ("NVIDIA H200", "bfloat16", False, "pallas_gpu"),
+        ("NVIDIA H200", "bfloat16", True, "chunked"),
+        ("NVIDIA H200", "float32", False, "chunked"),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", False, "chunked"),
+    ],
+)
+def test_attention_on_a_gpu(kind: str, dtype: str, narrow: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By kernels where these can run; by name elsewhere, they are refused with the reason."""
+    monkeypatch.setattr(hopper, "current_gpu", lambda: hopper.GPU(kind, 132))
+    for choose, widths in ((choose_attention, (192, 128)), (choose_latent_backend, (512, 64))):
+        widths = (24, 16) if narrow else widths
+        assert choose("auto", dtype, widths, "gpu") == chosen
+        if chosen != "pallas_gpu":
+            with pytest.raises(ValueError, match=r"'pallas_gpu' (takes|multiplies|is written for) .*; use 'auto' or 'chunked'"):
+                choose("pallas_gpu", dtype, widths, "gpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -10,14 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels import latent_attention as contract
 from dsv3_jax.kernels import latent_attention_gpu as kernel
 from dsv3_jax.kernels.latent_attention import latent_attention, past_attention_chunked
 from dsv3_jax.kernels.latent_attention_gpu import number_of_splits, past_attention_gpu
-from tests.kernels.gpu_interpreter import INTERPRETED, assert_no_race, gpu_interpreter, needs_accumulator_stores
+from dsv3_jax.plan.topology import h100_devices
+from tests.kernels.gpu_interpreter import (
+    INTERPRETED,
+    assert_no_race,
+    assert_no_spills,
+    gpu_interpreter,
+    needs_accumulator_stores,
+)
 from tests.kernels.test_latent_attention import SCALE, case
 from tests.tolerances import TOLERANCE
 
@@ -30,7 +38,16 @@ SEQUENCES = 6
 
 @needs_accumulator_stores
 @pytest.mark.usefixtures("gpu_interpreter")
-@pytest.mark.parametrize(("new", "page", "splits"), [(1, None, 1), (3, None, 4), (1, 16, 3), (1, 64, 18), (3, 128, 2)])
+@pytest.mark.parametrize(
+    ("new", "page", "splits"),
+    [
+        (1, None, 1),
+        pytest.param(3, None, 4, marks=pytest.mark.slow),
+        (1, 16, 3),
+        pytest.param(1, 64, 18, marks=pytest.mark.slow),
+        (3, 128, 2),
+    ],
+)
 def test_latent_attention(new: int, page: int | None, splits: int, monkeypatch: Any) -> None:
     """Mixed lengths, around the borders of blocks, and sequences without a past; garbage wherever no token is; empty splits."""
     own, cached, length_B, expected = case(new, "bfloat16", page, (C, P))
@@ -53,7 +70,7 @@ def test_latent_attention(new: int, page: int | None, splits: int, monkeypatch: 
 
 @needs_accumulator_stores
 @pytest.mark.usefixtures("gpu_interpreter")
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_more_rows_than_a_block_has(splits: int, monkeypatch: Any) -> None:
     """80 rows are a whole block and a part of one. Logits are large, and largest in the first block or in the last."""
     rng = np.random.default_rng(0)
@@ -110,18 +127,39 @@ def test_other_gpus_are_refused(monkeypatch: Any) -> None:
         past_attention_gpu(*arrays, None, jnp.ones(1, jnp.int32), scale=SCALE)
 
 
-@pytest.mark.parametrize(("new", "page"), [(1, 64), (1, None), (3, 16)])
-def test_lowers_for_cuda(new: int, page: int | None, monkeypatch: Any) -> None:
-    """At the published 512 + 64 and 128 heads, inside `jax.shard_map` with its checks, on a machine without a GPU."""
-    monkeypatch.setattr(hopper, "current_gpu", lambda: hopper.GPU("NVIDIA H200", 132))
-    B, S = 16, 4096
+CASES = [(1, 64), (1, None), (3, 16)]
+
+
+def published(mesh: Mesh, new: int, page: int | None) -> tuple[Any, list[Any]]:
+    """The kernel at the published widths, inside `jax.shard_map` with its checks, and arrays without content."""
+    B, S, split = 16, 4096, NamedSharding(mesh, PartitionSpec("x"))
     pool = (B, S) if page is None else (B * S // page, page)
     shapes = (B, new, 128, 512), (B, new, 128, 64), (*pool, 512), (*pool, 64)
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
-    table = None if page is None else jax.ShapeDtypeStruct((B, S // page), jnp.int32)
-    mesh, spec = Mesh(np.array(jax.devices()[:2]), ("x",)), PartitionSpec("x")
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=split) for shape in shapes]
+    table = None if page is None else jax.ShapeDtypeStruct((B, S // page), jnp.int32, sharding=split)
+    length = jax.ShapeDtypeStruct((B,), jnp.int32, sharding=split)
+    spec = PartitionSpec("x")
     attend = jax.shard_map(functools.partial(past_attention_gpu, scale=SCALE), mesh=mesh, in_specs=spec, out_specs=spec)
-    traced = jax.jit(attend).trace(*arrays, table, jax.ShapeDtypeStruct((B,), jnp.int32))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    return jax.jit(attend), [*arrays, table, length]
+
+
+@pytest.mark.parametrize(("new", "page"), CASES)
+def test_lowers_for_cuda(new: int, page: int | None, monkeypatch: Any) -> None:
+    """On a machine without a GPU."""
+    monkeypatch.setattr(hopper, "current_gpu", lambda: hopper.GPU("NVIDIA H200", 132))
+    attend, arrays = published(Mesh(np.array(jax.devices()[:2]), ("x",)), new, page)
+    text = attend.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
     assert text.count("@mosaic_gpu_v2") == 1
     assert "latent_attention" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("new", "page"), CASES)
+def test_compiles_for_an_h100(new: int, page: int | None, cuda_compiler: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """To machine code, in which no register is spilled."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    mesh = Mesh(np.array(h100_devices(2)), ("x",))
+    attend, arrays = published(mesh, new, page)
+    with jax.set_mesh(mesh):
+        attend.lower(*arrays).compile()
+    assert_no_spills(tmp_path, ["latent_attention"])

@@ -8,10 +8,11 @@ import jax
 import pytest
 
 from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from dsv3_jax.kernels.grouped_ffn import KERNELS
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan.program import GIB, bound, compile_program, expected_rows_sent, kernels_in, least_hbm_bytes, read_refusal
 from dsv3_jax.plan.roofline import CHIPS
-from dsv3_jax.plan.topology import tpu_devices
+from dsv3_jax.plan.topology import h100_devices, tpu_devices
 
 SMALL = Config(
     model=ModelConfig(
@@ -70,6 +71,17 @@ def test_attention_split_along_sequence_and_heads_compiles_for_tpu(tpu_compiler:
     run = dataclasses.replace(SMALL, mesh=MeshConfig(context=2, tensor=2))
     program = compile_program(run, make_mesh(run.mesh, tpu_devices("v5p:2x2x1")), CHIPS["v5p"])
     assert {"splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals"} <= set(program.kernels)
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_gpus(cuda_compiler: str) -> None:
+    """The very step of train.py for four H100s, with every kernel for them in it."""
+    model = dataclasses.replace(SMALL.model, qk_rope_head_dim=64)  # Keys as wide as the kernels take them.
+    config = dataclasses.replace(SMALL, model=model)
+    program = compile_program(config, make_mesh(config.mesh, h100_devices(4)), None)
+    assert program.parameter_bytes + program.optimizer_bytes <= program.argument_bytes < program.total_bytes
+    kernels = {"attention", "attention_dk_dv", "attention_dq"} | {f"expert_{kernel}" for kernel in KERNELS}
+    assert set(program.kernels) == kernels
 
 
 def test_a_program_that_does_not_fit_is_an_answer(tpu_compiler: str) -> None:

@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_suite.py [--out runs/gpu_suite.jsonl] [--only experts] [--toy]
 
-Prints one JSON line a row, appended to --out as it is measured, and a table of all at the end. Started again, it measures what
---out does not have yet of this card, commit and jax. Nothing is downloaded; rows for tokamax and torch are there where these
-are installed. `--toy` runs it all at sizes for a CPU, where the figures mean nothing.
+Prints one JSON line a row, appended to --out as it is measured, and a table of all at the end. Started again, it measures
+what --out does not have yet of this card, commit and jax. Nothing is downloaded; rows for tokamax and torch are there where
+these are installed. `--toy` runs it all at sizes for a CPU, where the figures mean nothing. Each part has a process of its
+own, so that a kernel that crashes or hangs ends no other part.
 
 `of_dense` is arithmetic a second over that of a bfloat16 product of 8192 x 7168 x 4096 in the same run, `of_copy` bytes a
 second over those of a copy of 2 GiB. Model FLOPs utilisation is tokens a second times the FLOPs of a token (`flops_per_token`
@@ -26,6 +27,7 @@ import importlib.util
 import json
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +52,8 @@ from dsv3_jax.train.step import train_step
 
 LIMIT = 1e-2
 """How far a kernel in bfloat16 may be from the float32 reference, by the norm of the difference over the reference's."""
+PATIENCE = 300
+"""Seconds for a part, compilation included."""
 CONFIGS = Path(__file__).parent.parent / "configs"
 Row = dict[str, Any]
 
@@ -110,6 +114,9 @@ def main() -> None:
         print(f"error: JAX runs on {platform} here; the suite measures a GPU, and --toy runs it anywhere", file=sys.stderr)
         sys.exit(2)
 
+    parts = arguments.only or list(PARTS)
+    if len(parts) > 1:
+        sys.exit(_part_by_part(parts, ["--out", str(arguments.out), *(["--toy"] if arguments.toy else [])]))
     here = machine()
     same = ("device", "commit", "jax")
     done = {row["row"]: row for row in _read(arguments.out) if all(row[name] == here[name] for name in same)}
@@ -118,7 +125,7 @@ def main() -> None:
     with arguments.out.open("a", encoding="utf-8") as file:
         if arguments.out.stat().st_size and not arguments.out.read_text(encoding="utf-8").endswith("\n"):
             file.write("\n")  # After a line that a stop cut off.
-        for part in arguments.only or PARTS:
+        for part in parts:
             for name, measure in PARTS[part](suite):
                 if name in done:
                     continue
@@ -138,6 +145,22 @@ def main() -> None:
     if wrong:
         print(f"error: not measured, or wrong: {', '.join(wrong)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _part_by_part(parts: list[str], arguments: list[str]) -> int:
+    """Each part in a process of its own, so that a kernel that crashes or hangs ends only its part.
+
+    The last one prints the table of all. Returns 1 if any failed.
+    """
+    failed = False
+    for part in parts:
+        command = [sys.executable, __file__, "--only", part, *arguments]
+        try:
+            failed |= subprocess.run(command, check=False, timeout=PATIENCE).returncode != 0
+        except subprocess.TimeoutExpired:
+            print(f"error: {part} took longer than {PATIENCE} s and was ended", file=sys.stderr)
+            failed = True
+    return int(failed)
 
 
 def _read(path: Path) -> Iterator[Row]:
@@ -199,10 +222,11 @@ def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = jnp.bfloat16
 
 
 def against(found: Any, want: Any) -> Row:
-    """A row of how far arrays are from those of the reference: the worst of them."""
+    """A row of how far arrays are from those of the reference: the worst of them. One with a NaN is infinitely far."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
     apart = [float(jnp.linalg.norm(f.astype(jnp.float32) - w) / jnp.linalg.norm(w)) for f, w in pairs]
-    return {"error_of_norm": max(apart), "correct": bool(max(apart) < LIMIT)}  # A NaN is not correct either.
+    worst = max(error if math.isfinite(error) else math.inf for error in apart)
+    return {"error_of_norm": worst if worst < math.inf else "not finite", "correct": worst < LIMIT}
 
 
 # --- Ceilings ------------------------------------------------------------------------------------------------------------
@@ -314,10 +338,10 @@ def _tokamax_ffn(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: An
 
 def _torch_groups() -> bool:
     """Whether torch is here, with a GPU and its grouped product."""
-    if importlib.util.find_spec("torch") is None:
+    try:
+        import torch
+    except Exception:  # Missing, or at odds with this machine's CUDA.
         return False
-    import torch
-
     return torch.cuda.is_available() and hasattr(torch, "_grouped_mm")
 
 
@@ -433,7 +457,7 @@ def training(suite: Suite) -> Iterator[tuple[str, Callable[[], Row]]]:
         config = Config(model=model, optimizer=optimizer, train=TrainConfig(batch_size=batch, sequence_length=length))
         tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch, length + 1)).astype(np.int32)
         step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
-        state, losses = init_state(config), []
+        state, losses = jax.jit(lambda: init_state(config))(), []
 
         def run() -> jax.Array:
             nonlocal state
@@ -457,7 +481,7 @@ def decoding(suite: Suite) -> Iterator[tuple[str, Callable[[], Row]]]:
     def timed(model: ModelConfig) -> Row:
         model = dataclasses.replace(model, eos_token_id=None)
         config = Config(model=model, train=TrainConfig(batch_size=batch, sequence_length=prompt))
-        engine = Engine(model, init_state(config).variables, max_batch=batch, max_length=prompt + new)
+        engine = Engine(model, jax.jit(lambda: init_state(config).variables)(), max_batch=batch, max_length=prompt + new)
         prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt)).tolist()
 
         def run() -> int:

@@ -33,5 +33,8 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # There is no git.
+        return None
     return found.stdout.strip() or None

@@ -1,7 +1,8 @@
 """A Pallas kernel for Hopper GPUs: products of sorted rows with the weights of their group, and what is computed of them.
 
-Tiles of rows begin where their group does, at any row, so that only a group's last tile reaches into the next groups. It is
-computed whole, whatever lies there, and of its results the group's own rows are stored, in pieces of powers of two.
+Tiles of rows begin at the last multiple of GRAIN rows up to where their group does, so that its first and last tile reach into
+other groups. They are computed whole, whatever lies there, and of their results the group's own rows are stored, in pieces of
+powers of two.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dsv3_jax.kernels.groups import RowSteps, steps_by_band
 from dsv3_jax.kernels.hopper import (
     COLUMNS,
     FETCHING,
+    GRAIN,
     HALF,
     STAGES,
     STEP,
@@ -52,7 +54,7 @@ def grouped_rows(
     name: str,
     interpret: Any = None,
 ) -> list[jax.Array]:
-    """`Products.rows` of `grouped_ffn.py` in bfloat16, for K and N that are multiples of 64, N at least 128.
+    """`Products.rows` of `grouped_ffn.py` in bfloat16, for R that is a multiple of 8, K and N of 64, N at least 128.
 
     There may be two arrays `beside`, if the weights are transposed, or none. Arguments beyond its own are
 
@@ -69,7 +71,7 @@ def grouped_rows(
 
     # The rows past the last group are one more group, of zeros.
     sizes_G = jnp.append(group_sizes_E, num_rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
-    steps, number = steps_by_band(sizes_G, num_rows, TILE, num_tiles, BAND)
+    steps, number = steps_by_band(sizes_G, num_rows, TILE, num_tiles, BAND, GRAIN)
 
     def split(refs: Sequence[Any]) -> tuple[RowSteps, Any, list[Any]]:
         """The lists of steps, their number, and row, weight, beside and output arrays."""
@@ -79,10 +81,10 @@ def grouped_rows(
             rest = rest[size:]
         return RowSteps(*refs[: len(steps)]), refs[len(steps)][0], parts
 
-    def place(lists: RowSteps, index: Any) -> tuple[Any, Any, Any, Any]:
-        """Group, first row, own rows and first column of a tile."""
+    def place(lists: RowSteps, index: Any) -> tuple[Any, Any, Any]:
+        """Group, first row and first column of a tile."""
         column, _ = whole_tile(lists.tile_I[index], columns, num_columns)
-        return lists.group_I[index], lists.row_I[index], lists.rows_I[index], column
+        return lists.group_I[index], pl.multiple_of(lists.row_I[index], GRAIN), column
 
     def num_k_steps(group: Any) -> Any:
         return jnp.where(group < num_experts, len(rows) * num_k, 0)
@@ -95,7 +97,7 @@ def grouped_rows(
         row_refs, weight_refs, beside_refs, _ = arrays
 
         def fetch_tile(index: Any, first: Any) -> Any:
-            group, row, _, column = place(lists, index)
+            group, row, column = place(lists, index)
             tile_rows = pl.ds(row, TILE)
 
             def fetch_products(first: Any, row_ref: Any, factors: Sequence[Any]) -> None:
@@ -147,18 +149,18 @@ def grouped_rows(
             return [jnp.where(group < num_experts, value.astype(jnp.float32), 0.0) for value in values]
 
         def work_on_tile(index: Any, first: Any) -> Any:
-            group, row, own, column = place(lists, index)
+            group, row, column = place(lists, index)
             _, done = whole_tile(lists.tile_I[index], columns, num_columns)
-            own = jnp.clip(own - warpgroup * HALF, 0, HALF)
+            begin, end = (jnp.clip(rows_I[index] - warpgroup * HALF, 0, HALF) for rows_I in (lists.begin_I, lists.end_I))
             k_steps = num_k_steps(group)
             products = multiply(ring, first, k_steps, columns, num_products, products_of)
             for i in range(num_strips):
                 others = beside_of(first + k_steps + i, group) if beside else []
                 outputs = compute([strip(product, i) for product in products], others)
-                new = jnp.where(i * STEP >= done, own, 0)
+                new = begin, jnp.where(i * STEP >= done, end, 0)
                 for value, ref in zip(outputs, output_refs, strict=True):
                     at = ref.at[pl.ds(row + warpgroup * HALF, HALF), pl.ds(column + i * STEP, STEP)]
-                    _store_own(value.astype(dtype), new, staging.at[warpgroup], plain_staging.at[warpgroup], at)
+                    _store_own(value.astype(dtype), *new, staging.at[warpgroup], plain_staging.at[warpgroup], at)
             return first + num_steps(group)
 
         over_tiles(number, num_sms, work_on_tile)
@@ -183,8 +185,9 @@ def grouped_rows(
     )
 
 
-def _store_own(values: jax.Array, own: Any, staging: Any, plain_staging: Any, place: Any) -> None:
-    """Begins to write the first `own` of HALF rows. Pieces of a swizzled tile cannot be copied, and so are staged plain."""
+def _store_own(values: jax.Array, begin: Any, end: Any, staging: Any, plain_staging: Any, place: Any) -> None:
+    """Begins to write the rows [begin, end) of HALF. Pieces of a swizzled tile cannot be copied, and so are staged plain."""
+    own = end - begin
 
     @pl.when(own == HALF)
     def _() -> None:
@@ -199,7 +202,7 @@ def _store_own(values: jax.Array, own: Any, staging: Any, plain_staging: Any, pl
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # What was staged before.
         write(plain_staging, values)
         plgpu.commit_smem()
-        begin: Any = 0
+        at = begin
         for size in (32, 16, 8, 4, 2, 1):
-            pl.when(own & size != 0)(functools.partial(store_piece, begin, size))
-            begin = begin + (own & size)
+            pl.when(own & size != 0)(functools.partial(store_piece, at, size))
+            at = at + (own & size)

@@ -1,7 +1,8 @@
 """A Pallas kernel for Hopper GPUs: for every group, the sum over its rows of outer products: the gradient of its weights.
 
-The rows are the contracted dimension, and a group's begin anywhere. Steps over them begin where the group does; the last one
-may reach into the next group, or past the last one, whatever lies there: those rows are zeroed in shared memory.
+The rows are the contracted dimension, and a group's begin anywhere. Steps over them begin at the last multiple of GRAIN rows up
+to there; the first and the last may hold rows of other groups, or of none, whatever lies there: those are zeroed in shared
+memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dsv3_jax.kernels.hopper import (
     COLUMNS,
     FETCHING,
+    GRAIN,
     HALF,
     STAGES,
     STEP,
@@ -46,7 +48,7 @@ def grouped_weights(
     name: str,
     interpret: Any = None,
 ) -> list[jax.Array]:
-    """`Products.weights` of `grouped_ffn.py` in bfloat16, for X and Y that are multiples of 64 and at least 128.
+    """`Products.weights` of `grouped_ffn.py` in bfloat16, for R that is a multiple of 8, X and Y of 64 and at least 128.
 
     Arguments beyond its own are those of `grouped_rows`.
     """
@@ -63,8 +65,10 @@ def grouped_weights(
         of_band = jnp.minimum(num_left - band * BAND, BAND)
         return group, band * BAND + jax.lax.rem(within, of_band), jax.lax.div(within, of_band)
 
-    def num_steps(size: Any) -> Any:
-        return jax.lax.div(size + STEP - 1, jnp.int32(STEP))
+    def steps_of(start: Any, size: Any) -> tuple[Any, Any]:
+        """Rows between the first step's first one and the group's, and the number of steps."""
+        before = jax.lax.rem(start, jnp.int32(GRAIN))
+        return before, jnp.where(size > 0, jax.lax.div(before + size + STEP - 1, jnp.int32(STEP)), 0)
 
     def fetch(ring: Ring, buffers: Sequence[Any], start_ref: Any, size_ref: Any, left_ref: Any, *refs: Any) -> None:
         left_smem, right_smems, *_ = buffers
@@ -72,7 +76,8 @@ def grouped_weights(
         def fetch_tile(index: Any, first: Any) -> Any:
             group, left, right = place(index)
             left, right = whole_tile(left, TILE, X)[0], whole_tile(right, columns, Y)[0]
-            start, steps = start_ref[group], num_steps(size_ref[group])
+            before, steps = steps_of(start_ref[group], size_ref[group])
+            start = pl.multiple_of(start_ref[group] - before, GRAIN)
 
             @pl.loop(0, steps)
             def _(k: Any) -> None:
@@ -85,17 +90,18 @@ def grouped_weights(
 
         ring.drain(over_tiles(num_experts * num_tiles, num_sms, fetch_tile))
 
-    def work(ring: Ring, buffers: Sequence[Any], _start_ref: Any, size_ref: Any, _left_ref: Any, *refs: Any) -> None:
+    def work(ring: Ring, buffers: Sequence[Any], start_ref: Any, size_ref: Any, _left_ref: Any, *refs: Any) -> None:
         left_smem, right_smems, staging, zeroed = buffers
         warpgroup, output_refs = jax.lax.axis_index("warpgroup"), refs[len(rights) :]
         mine = pl.ds(warpgroup * HALF, HALF)
 
-        def zero(slot: Any, own: Any) -> None:
-            """Zeroes rows past the first `own`: each warpgroup in the left columns that it reads, and in some right ones."""
+        def zero(slot: Any, begin: Any, end: Any) -> None:
+            """Zeroes rows out of [begin, end): each warpgroup in the left columns that it reads, and in some right ones."""
             row = row_numbers((STEP, STEP), interpret)
+            own = (begin <= row) & (row < end)
 
             def zero_in(part: Any) -> None:
-                part[...] = jnp.where(row < own, part[...].astype(jnp.float32), 0.0).astype(dtype)
+                part[...] = jnp.where(own, part[...].astype(jnp.float32), 0.0).astype(dtype)
 
             def zero_strip(i: int) -> None:
                 for smem in right_smems:
@@ -111,15 +117,15 @@ def grouped_weights(
         def work_on_tile(index: Any, first: Any) -> Any:
             group, left, right = place(index)
             (left, done_rows), (right, done_columns) = whole_tile(left, TILE, X), whole_tile(right, columns, Y)
-            size = size_ref[group]
+            before, steps = steps_of(start_ref[group], size_ref[group])
 
             def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
-                own = size - k * STEP
-                pl.when(own < STEP)(functools.partial(zero, slot, own))
+                begin, end = before - k * STEP, before + size_ref[group] - k * STEP
+                pl.when((begin > 0) | (end < STEP))(functools.partial(zero, slot, begin, end))
                 for accumulator, smem in zip(accumulators, right_smems, strict=True):
                     plgpu.wgmma(accumulator, left_smem.at[slot, :, mine].transpose((1, 0)), smem.at[slot])
 
-            products = multiply(ring, first, num_steps(size), columns, len(rights), products_of)
+            products = multiply(ring, first, steps, columns, len(rights), products_of)
             rows = pl.ds(left + warpgroup * HALF, HALF)
 
             def store_strip(i: int) -> None:
@@ -130,7 +136,7 @@ def grouped_weights(
             for i in range(num_strips):
                 new = (warpgroup * HALF >= done_rows) & (i * STEP >= done_columns)
                 pl.when(new)(functools.partial(store_strip, i))
-            return first + num_steps(size)
+            return first + steps
 
         over_tiles(num_experts * num_tiles, num_sms, work_on_tile)
 

@@ -75,47 +75,53 @@ def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Ste
 
 
 class RowSteps(NamedTuple):
-    """The order in which a kernel works through tiles that begin where their group does; see `steps_by_band`."""
+    """The order in which a kernel works through tiles that begin near their group; see `steps_by_band`."""
 
     group_I: jax.Array
     row_I: jax.Array
     """The tile's first row."""
-    rows_I: jax.Array
-    """Rows of it that are the group's: all, but for its last tile."""
+    begin_I: jax.Array
+    """Rows of the tile before the group's own."""
+    end_I: jax.Array
+    """Those, and the group's own."""
     tile_I: jax.Array
     """The column tile."""
 
 
 def steps_by_band(
-    group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int
+    group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int, grain: int
 ) -> tuple[RowSteps, jax.Array]:
     """Every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
 
-    Tiles of rows begin at any row, and the last of a group reaches beyond it. Within a band the order is column by column, so
-    that those who work on neighbouring steps at the same time share rows and weights.
+    A group's first tile begins with it or up to `grain` - 1 rows before, and its last one may reach beyond it. Within a band
+    the order is column by column, so that those who work on neighbouring steps at the same time share rows and weights.
 
     Args:
       group_sizes_G: int32, rows of each group, R in all.
       num_rows: R.
-      tile_rows: rows of a tile.
+      tile_rows: rows of a tile, a multiple of `grain`.
       num_tiles: column tiles.
       band: tiles of rows.
+      grain: tiles begin at multiples of it.
 
     Returns:
       The steps, of which those past the last are padding, and how many they are.
     """
     start_G = jnp.cumsum(group_sizes_G, dtype=jnp.int32) - group_sizes_G
-    visits_G = -(-group_sizes_G // tile_rows)
-    step_I = jnp.arange((num_rows // tile_rows + group_sizes_G.size) * num_tiles, dtype=jnp.int32)
+    before_G = start_G % grain
+    visits_G = jnp.where(group_sizes_G > 0, -(-(group_sizes_G + before_G) // tile_rows), 0)
+    most = (num_rows + group_sizes_G.size * (grain + tile_rows - 2)) // tile_rows
+    step_I = jnp.arange(most * num_tiles, dtype=jnp.int32)
     group_I, within_I = _places(step_I, visits_G * num_tiles)
     band_I, within_I = within_I // (band * num_tiles), within_I % (band * num_tiles)
     visits_I = jnp.clip(visits_G[group_I] - band_I * band, 1, band)
-    visit_I = band_I * band + within_I % visits_I
-    rows_I = jnp.clip(group_sizes_G[group_I] - visit_I * tile_rows, 0, tile_rows)
+    offset_I = (band_I * band + within_I % visits_I) * tile_rows
+    before_I = before_G[group_I]
+    begin_I = jnp.clip(before_I - offset_I, 0, tile_rows)
+    end_I = jnp.clip(group_sizes_G[group_I] + before_I - offset_I, 0, tile_rows)
     tile_I = jnp.minimum(within_I // visits_I, num_tiles - 1)
-    return RowSteps(group_I, start_G[group_I] + visit_I * tile_rows, rows_I, tile_I), jnp.sum(
-        visits_G, dtype=jnp.int32
-    ) * num_tiles
+    steps = RowSteps(group_I, start_G[group_I] - before_I + offset_I, begin_I, end_I, tile_I)
+    return steps, jnp.sum(visits_G, dtype=jnp.int32) * num_tiles
 
 
 def _places(index_I: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -31,7 +31,10 @@ STEP = 64
 """Of the contracted dimension at a time; also the columns that are stored at once: 128 bytes, a whole swizzle."""
 FETCHING = 2
 """The warpgroup that fetches."""
-SWIZZLED = plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128)
+GRAIN = 8
+"""Rows of a swizzled tile: only at a multiple of these may a copy of one begin or end in device memory. TMA counts tiles and
+rows within a tile as two dimensions, and leaves out what is beyond either."""
+SWIZZLED = plgpu.TilingTransform((GRAIN, STEP)), plgpu.SwizzleTransform(128)
 """How operands of wgmma lie in shared memory."""
 SHARED_BYTES = 227 * 1024 - 2048
 """Shared memory of a block, less the barriers and what lies between arrays."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dsv3_jax.kernels.grouped_ffn import Compute, expert_ffn_by
 from dsv3_jax.kernels.grouped_rows_gpu import grouped_rows
 from dsv3_jax.kernels.grouped_weights_gpu import grouped_weights
-from dsv3_jax.kernels.hopper import current_gpu, refusal
+from dsv3_jax.kernels.hopper import GRAIN, current_gpu, refusal
 
 WIDTH = 64
 """Widths are padded to a multiple of it, the columns of a swizzle, and to at least two: a tile of rows with two halves."""
@@ -72,11 +72,13 @@ def expert_ffn_on(
     group_sizes_E: jax.Array,
     hopper: Hopper,
 ) -> jax.Array:
-    """`expert_ffn` on a GPU of choice. Widths that the kernels cannot take are padded with zeros, which change nothing."""
-    D, F = w_gate_EDF.shape[1:]
+    """`expert_ffn` on a GPU of choice. Rows and widths are padded with zeros to what the kernels can take, which changes nothing."""
+    num_rows, (D, F) = x_RD.shape[0], w_gate_EDF.shape[1:]
     more_D, more_F = ((0, max(-width % WIDTH, 2 * WIDTH - width)) for width in (D, F))
+    more_R = 0, -num_rows % GRAIN
+    if more_D[1] or more_F[1] or more_R[1]:
+        x_RD = jnp.pad(x_RD, (more_R, more_D))
     if more_D[1] or more_F[1]:
-        x_RD = jnp.pad(x_RD, ((0, 0), more_D))
         w_gate_EDF, w_up_EDF = (jnp.pad(w, ((0, 0), more_D, more_F)) for w in (w_gate_EDF, w_up_EDF))
         w_down_EFD = jnp.pad(w_down_EFD, ((0, 0), more_F, more_D))
-    return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hopper)[:, :D]
+    return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hopper)[:num_rows, :D]

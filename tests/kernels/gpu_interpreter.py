@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import utils
+from jax._src.pallas.mosaic_gpu.core import UntilingTransform
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
@@ -51,8 +52,28 @@ def gpu_interpreter(monkeypatch: pytest.MonkeyPatch) -> InterpretGPUParams:
     interpret_pallas_call.reset_gpu_interpret_mode_state()
     if jax.__version_info__ < (0, 11):
         monkeypatch.setattr(gpu_callbacks, "wgmma", _wgmma)
+        for name in ("_execute_device_local_memory_transfer", "copy_smem_to_gmem"):
+            monkeypatch.setattr(gpu_callbacks, name, _aligned(getattr(gpu_callbacks, name)))
         monkeypatch.setattr(JaxprInterpreter, "_interpret_arithmetic_primitive", _interpret_arithmetic_primitive)
     return INTERPRETED
+
+
+def _aligned(copy: Any) -> Any:
+    """The interpreter's own copy, which knows no tiles: TMA cuts arrays into tiles of 8 rows, and leaves out what lies beyond one.
+
+    A copy that begins within a tile would lose rows on a GPU, and the interpreter would never know.
+    """
+
+    def checked(**arguments: Any) -> Any:
+        for smem, gmem in (("src", "dst"), ("dst", "src")):
+            tiled = [t for t in arguments[f"{smem}_transforms"] if isinstance(t, UntilingTransform)]
+            for indexer in arguments[f"{gmem}_transforms"] if tiled else ():
+                slices = [index for index in indexer.indices if hasattr(index, "start")]
+                for index, tile in zip(slices[-2:], tiled[0].tiling, strict=False):
+                    assert int(index.start) % tile == 0, f"a copy of swizzled tiles begins at {int(index.start)}"
+        return copy(**arguments)
+
+    return checked
 
 
 def _wgmma(*, token: Any, device_id: Any, grid_point_coords: Any, thread_id: Any, acc_dtype: Any, **operands: Any) -> Any:

@@ -63,18 +63,23 @@ def test_steps_are_every_tile_of_every_visit_in_order(sizes: list[int], block: i
 
 @pytest.mark.parametrize("band", [1, 2, 100])
 @pytest.mark.parametrize("num_tiles", [1, 3])
-@pytest.mark.parametrize("tile", [2, 4, 5, 32])
+@pytest.mark.parametrize(("tile", "grain"), [(2, 1), (4, 4), (5, 1), (8, 4), (32, 8)])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_steps_by_band_are_every_tile_of_every_group_in_order(sizes: list[int], tile: int, num_tiles: int, band: int) -> None:
+def test_steps_by_band_are_every_tile_of_every_group_in_order(
+    sizes: list[int], tile: int, grain: int, num_tiles: int, band: int
+) -> None:
     num_rows = 16
     sizes = [*sizes, num_rows - sum(sizes)]
-    steps, count = jax.jit(lambda s: steps_by_band(s, num_rows, tile, num_tiles, band))(jnp.array(sizes, jnp.int32))
+    steps, count = jax.jit(lambda s: steps_by_band(s, num_rows, tile, num_tiles, band, grain))(jnp.array(sizes, jnp.int32))
 
     want = []
-    for group, (start, size) in enumerate(zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False)):
-        rows = [(start + at, min(size - at, tile)) for at in range(0, size, tile)]
+    for group, size in enumerate(sizes):
+        own = set(range(sum(sizes[:group]), sum(sizes[:group]) + size))
+        firsts = range(min(own, default=0) // grain * grain, max(own, default=-1) + 1, tile)
+        mine = [(row, [at for at in range(tile) if row + at in own]) for row in firsts]
+        rows = [(row, places[0], places[-1] + 1) for row, places in mine]
         for some in range(0, len(rows), band):
             want += [(group, *row, t) for t in range(num_tiles) for row in rows[some : some + band]]
     found = list(zip(*(array.tolist() for array in steps), strict=True))
     assert found[: int(count)] == want
-    assert all(0 <= group < len(sizes) and 0 <= t < num_tiles for group, _, _, t in found), "padding is in range, too"
+    assert all(0 <= group < len(sizes) and 0 <= t < num_tiles for group, *_, t in found), "padding is in range, too"

@@ -69,8 +69,9 @@ def test_values_and_gradients(shared: int, backend: str) -> None:
 
 
 def test_the_backends_are_those_of_the_config() -> None:
-    """The test above, the "auto" of the one below and tests/kernels/test_pallas_tpu.py leave none out."""
-    assert set(typing.get_args(ExpertBackend)) == {"auto", "reference", "tiles", "ragged_dot", "pallas_tpu"}
+    """The test above, the "auto" of the one below and tests/kernels/test_pallas_*.py leave none out."""
+    backends = {"auto", "reference", "tiles", "ragged_dot", "pallas_tpu", "pallas_gpu"}
+    assert set(typing.get_args(ExpertBackend)) == backends
 
 
 def test_everything_to_one_expert() -> None:

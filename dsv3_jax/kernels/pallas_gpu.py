@@ -72,7 +72,7 @@ def expert_ffn_on(
     group_sizes_E: jax.Array,
     hopper: Hopper,
 ) -> jax.Array:
-    """`expert_ffn` on a GPU of choice. Rows and widths are padded with zeros to what the kernels can take, which changes nothing."""
+    """`expert_ffn` on a GPU of choice. Rows and widths are padded with zeros to what the kernels can take."""
     num_rows, (D, F) = x_RD.shape[0], w_gate_EDF.shape[1:]
     more_D, more_F = ((0, max(-width % WIDTH, 2 * WIDTH - width)) for width in (D, F))
     more_R = 0, -num_rows % GRAIN

@@ -59,7 +59,7 @@ def gpu_interpreter(monkeypatch: pytest.MonkeyPatch) -> InterpretGPUParams:
 
 
 def _aligned(copy: Any) -> Any:
-    """The interpreter's own copy, which knows no tiles: TMA cuts arrays into tiles of 8 rows, and leaves out what lies beyond one.
+    """The interpreter's own copy, which knows no tiles: TMA cuts arrays into tiles of 8 rows, and stays within them.
 
     A copy that begins within a tile would lose rows on a GPU, and the interpreter would never know.
     """

@@ -61,9 +61,9 @@ def test_steps_are_every_tile_of_every_visit_in_order(sizes: list[int], block: i
     assert all(0 <= s < num_blocks and 0 <= t < num_tiles and 0 <= g < len(sizes) for s, t, g in found)
 
 
-@pytest.mark.parametrize("band", [1, 2, 100])
-@pytest.mark.parametrize("num_tiles", [1, 3])
-@pytest.mark.parametrize(("tile", "grain"), [(2, 1), (4, 4), (5, 1), (8, 4), (32, 8)])
+@pytest.mark.parametrize(
+    ("tile", "grain", "num_tiles", "band"), [(2, 1, 3, 2), (4, 4, 1, 1), (4, 2, 3, 100), (8, 4, 3, 2), (32, 8, 2, 1)]
+)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_steps_by_band_are_every_tile_of_every_group_in_order(
     sizes: list[int], tile: int, grain: int, num_tiles: int, band: int

@@ -10,6 +10,7 @@ Step numbers count the slots' uses from the start of the kernel, alike in all wa
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -211,7 +212,10 @@ def constant(value: float, shape: tuple[int, ...], interpret: Any) -> jax.Array:
 
 def beside(ref: Any, axis: int, interpret: Any) -> jax.Array:
     """A square of HALF rows, laid out like accumulators, of a vector in shared memory: its values change along the axis."""
-    values = ref[...] if interpret is not None else plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(1 - axis))
+    layout: Any = plgpu.Layout.WGMMA.reduce(1 - axis)
+    load: Any = plgpu.load
+    place = ((),) if "idx" in inspect.signature(load).parameters else ()  # Up to jax 0.10 or 0.11 it takes a place in the array.
+    values = ref[...] if interpret is not None else load(ref, *place, layout=layout)
     return jax.lax.broadcast_in_dim(values, (HALF, HALF), (axis,))
 
 

@@ -214,7 +214,8 @@ def beside(ref: Any, axis: int, interpret: Any) -> jax.Array:
     """A square of HALF rows, laid out like accumulators, of a vector in shared memory: its values change along the axis."""
     layout: Any = plgpu.Layout.WGMMA.reduce(1 - axis)
     load: Any = plgpu.load
-    place = ((),) if "idx" in inspect.signature(load).parameters else ()  # Up to jax 0.10 or 0.11 it takes a place in the array.
+    # jax 0.10 and 0.11 take a place in the array, 0.12 does not.
+    place = ((),) if "idx" in inspect.signature(load).parameters else ()
     values = ref[...] if interpret is not None else load(ref, *place, layout=layout)
     return jax.lax.broadcast_in_dim(values, (HALF, HALF), (axis,))
 

@@ -224,7 +224,7 @@ def _values(
         scratch=scratch,
         loads=1,
         stages=stages,
-        num_sms=B * N * tiles,
+        num_blocks=B * N * tiles,
         name="attention",
         interpret=interpret,
         registers=REGISTERS,

@@ -179,7 +179,7 @@ def grouped_rows(
         outputs=[jax.ShapeDtypeStruct((num_rows, num_columns), dtype)] * num_outputs,
         scratch=scratch,
         loads=1 + num_products,
-        num_sms=num_sms,
+        num_blocks=num_sms,
         name=name,
         interpret=interpret,
     )

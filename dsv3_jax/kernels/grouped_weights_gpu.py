@@ -153,7 +153,7 @@ def grouped_weights(
         outputs=[jax.ShapeDtypeStruct((num_experts, X, Y), dtype)] * len(rights),
         scratch=scratch,
         loads=1 + len(rights),
-        num_sms=num_sms,
+        num_blocks=num_sms,
         name=name,
         interpret=interpret,
     )

@@ -1,6 +1,6 @@
 """What the Pallas kernels for NVIDIA's Hopper GPUs have in common: who does what in a block, and the ring between them.
 
-A block of threads stays on each multiprocessor for the whole kernel and works on one output tile after the other. Two of its
+Where tiles are many, a block of threads stays on each multiprocessor and works on one output tile after the other. Two of its
 warpgroups multiply, 64 rows of a tile each; the third only fetches what they will need next, by TMA, into a ring of slots in
 shared memory. Two barriers a slot keep them apart: it was loaded, it was released. The ring goes on from tile to tile, so that
 the next one's operands arrive while this one's results are stored.
@@ -280,7 +280,7 @@ def launch(
     outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     loads: int,
-    num_sms: int,
+    num_blocks: int,
     name: str,
     interpret: Any,
     stages: int = STAGES,
@@ -324,7 +324,7 @@ def launch(
     kernel = plgpu.kernel(
         body,
         out_type=list(outputs),
-        grid=(num_sms,),
+        grid=(num_blocks,),
         grid_names=("sm",),
         num_threads=FETCHING + 1,
         thread_name="warpgroup",

@@ -283,7 +283,7 @@ def _attend(
         outputs=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((splits, B, A, C), (splits, B, A))],
         scratch=scratch,
         loads=2 * (BLOCK // piece),
-        num_sms=num_sms,
+        num_blocks=num_sms,
         name="latent_attention",
         interpret=interpret,
         stages=SLOTS,

@@ -28,9 +28,10 @@ INTERPRETED = InterpretGPUParams(detect_races=True, uninitialized_memory="nan", 
 
 
 def assert_no_race() -> None:
-    """Of the kernels interpreted so far in this process. From jax 0.11 on the interpreter raises instead."""
+    """Nor a copy that TMA could not make, of the kernels interpreted in this test. From jax 0.11 on races raise instead."""
     races = interpret_pallas_call.get_races()
     assert races is None or not races.races_found, "a race was detected"
+    assert not _misaligned, f"copies of swizzled tiles begin at {_misaligned[:3]}"
 
 
 def assert_no_spills(folder: Path, kernels: list[str]) -> None:
@@ -40,6 +41,8 @@ def assert_no_spills(folder: Path, kernels: list[str]) -> None:
         assert "0 bytes spill stores, 0 bytes spill loads" in said, said
 
 
+_misaligned: list[int] = []
+"""Where copies of this test begin that must not."""
 needs_accumulator_stores = pytest.mark.skipif(
     jax.__version_info__ >= (0, 11),
     reason="Pallas' GPU interpreter knows no stores to an accumulator, and this shim knows no interpreter but that of jax 0.10",
@@ -50,6 +53,7 @@ needs_accumulator_stores = pytest.mark.skipif(
 def gpu_interpreter(monkeypatch: pytest.MonkeyPatch) -> InterpretGPUParams:
     """The parameters to interpret with, starting afresh."""
     interpret_pallas_call.reset_gpu_interpret_mode_state()
+    _misaligned.clear()
     if jax.__version_info__ < (0, 11):
         monkeypatch.setattr(gpu_callbacks, "wgmma", _wgmma)
         for name in ("_execute_device_local_memory_transfer", "copy_smem_to_gmem"):
@@ -70,7 +74,8 @@ def _aligned(copy: Any) -> Any:
             for indexer in arguments[f"{gmem}_transforms"] if tiled else ():
                 slices = [index for index in indexer.indices if hasattr(index, "start")]
                 for index, tile in zip(slices[-2:], tiled[0].tiling, strict=False):
-                    assert int(index.start) % tile == 0, f"a copy of swizzled tiles begins at {int(index.start)}"
+                    if int(index.start) % tile:  # Raised here, it would leave the kernel's other threads waiting.
+                        _misaligned.append(int(index.start))
         return copy(**arguments)
 
     return checked

@@ -33,6 +33,7 @@ from dsv3_jax.kernels.hopper import (
     over_tiles,
     store,
     strip,
+    turned,
     whole_tile,
     write,
 )
@@ -137,7 +138,7 @@ def grouped_rows(
 
         def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
             for accumulator, smem in zip(accumulators, weight_smems, strict=True):
-                factor = smem.at[slot].transpose((1, 0)) if transposed else smem.at[slot]
+                factor = turned(smem.at[slot]) if transposed else smem.at[slot]
                 plgpu.wgmma(accumulator, row_smem.at[slot, mine], factor)
 
         def beside_of(step: Any, group: Any) -> list[jax.Array]:

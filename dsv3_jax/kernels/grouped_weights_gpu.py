@@ -32,6 +32,7 @@ from dsv3_jax.kernels.hopper import (
     row_numbers,
     store,
     strip,
+    turned,
     whole_tile,
 )
 
@@ -123,7 +124,7 @@ def grouped_weights(
                 begin, end = before - k * STEP, before + size_ref[group] - k * STEP
                 pl.when((begin > 0) | (end < STEP))(functools.partial(zero, slot, begin, end))
                 for accumulator, smem in zip(accumulators, right_smems, strict=True):
-                    plgpu.wgmma(accumulator, left_smem.at[slot, :, mine].transpose((1, 0)), smem.at[slot])
+                    plgpu.wgmma(accumulator, turned(left_smem.at[slot, :, mine]), smem.at[slot])
 
             products = multiply(ring, first, steps, columns, len(rights), products_of)
             rows = pl.ds(left + warpgroup * HALF, HALF)

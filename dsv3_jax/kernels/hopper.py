@@ -177,7 +177,7 @@ def own_rows() -> Any:
 
 
 def turned(ref: Any) -> Any:
-    """The transposed matrix, as a right factor."""
+    """The transposed matrix, as a factor."""
     return ref.transpose((1, 0))
 
 

@@ -36,6 +36,7 @@ from dsv3_jax.kernels.hopper import (
     launch,
     over_tiles,
     row_numbers,
+    turned,
     write,
 )
 from dsv3_jax.kernels.varying import varying_axes, varying_over
@@ -223,8 +224,8 @@ def _attend(
             only = jax.lax.optimization_barrier(jnp.int32(0))
 
             def products(accumulator: Any) -> jax.Array:
-                plgpu.wgmma(accumulator, q_latent_smem.at[only], latent_smem.at[slot].transpose((1, 0)))
-                plgpu.wgmma(accumulator, q_rope_smem.at[only], rope_smem.at[slot].transpose((1, 0)))
+                plgpu.wgmma(accumulator, q_latent_smem.at[only], turned(latent_smem.at[slot]))
+                plgpu.wgmma(accumulator, q_rope_smem.at[only], turned(rope_smem.at[slot]))
                 return accumulator[...]
 
             return pl.run_scoped(products, plgpu.ACC((HALF, BLOCK), jnp.float32))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from dsv3_jax.kernels import attention_gpu, hopper, splash
 from dsv3_jax.kernels.choice import Choice
+from dsv3_jax.kernels.documents import first_seen
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 
 _CHOICE = Choice(
@@ -25,9 +26,12 @@ _CHOICE = Choice(
     anywhere=("chunked",),
     only_on={"splash": "tpu", "pallas_gpu": "gpu"},
 )
+_ACROSS_DOCUMENTS = "attends across the documents of a row, and cannot keep them apart"
 
 
-def choose_attention(name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None) -> str:
+def choose_attention(
+    name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None, documents: bool = False
+) -> str:
     """What computes attention over whole sequences.
 
     Args:
@@ -35,8 +39,13 @@ def choose_attention(name: str, dtype: Any, widths: tuple[int, int], platform: s
       dtype: of queries, keys and values.
       widths: of queries and keys, and of values.
       platform: as `choose_backend` for the experts takes it, whose errors this raises, too.
+      documents: whether it has to keep the documents of a row apart.
     """
-    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: hopper.refusal(dtype) or attention_gpu.refusal(*widths)})
+
+    def refusal() -> str | None:
+        return (_ACROSS_DOCUMENTS if documents else None) or hopper.refusal(dtype) or attention_gpu.refusal(*widths)
+
+    return _CHOICE.of(name, platform, {"pallas_gpu": refusal})
 
 
 def attend(
@@ -47,14 +56,21 @@ def attend(
     scale: float,
     chunk: int,
     first: jax.Array | int = 0,
+    starts_BT: jax.Array | None = None,
     backend: str,
 ) -> jax.Array:
-    """`causal_attention`, by a backend that `choose_attention` knows; only "chunked" goes by `chunk`."""
+    """`causal_attention`, by a backend that `choose_attention` knows; only "chunked" goes by `chunk`.
+
+    Raises:
+      ValueError: for documents to be kept apart by a backend that cannot.
+    """
     if backend == "splash":
-        return splash.splash_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
+        return splash.splash_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first, starts_BT=starts_BT)
     if backend == "pallas_gpu":
+        if starts_BT is not None:
+            raise ValueError(f"attention by 'pallas_gpu' {_ACROSS_DOCUMENTS}; use attention_backend chunked")
         return attention_gpu.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
-    return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first)
+    return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first, starts_BT=starts_BT)
 
 
 # Finite, so that a fully masked row stays free of NaN.
@@ -62,7 +78,14 @@ MASKED = -1e30
 
 
 def causal_attention(
-    q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array, *, scale: float, chunk: int, first: jax.Array | int = 0
+    q_BTNX: jax.Array,
+    k_BSMX: jax.Array,
+    v_BSMW: jax.Array,
+    *,
+    scale: float,
+    chunk: int,
+    first: jax.Array | int = 0,
+    starts_BT: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T * scale, over positions up to the query's own) v.
 
@@ -73,6 +96,8 @@ def causal_attention(
       scale: factor on the logits.
       chunk: queries and keys per tile.
       first: position of the first query among the keys; not 0 where other devices hold the queries before it.
+      starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key before.
+        None keeps no documents apart.
 
     Returns:
       [B, T, N, W] in v's dtype; logits and softmax are float32.
@@ -81,8 +106,11 @@ def causal_attention(
     M, W = v_BSMW.shape[2:]
     tile = min(chunk, T)
     q, k, v = (_padded(a, tile) for a in (q_BTNX, k_BSMX, v_BSMW))
+    if starts_BT is not None:
+        # Padded queries see what the last one does, so that each has a key in the tiles that are walked.
+        starts_BT = jnp.pad(first_seen(starts_BT, first), ((0, 0), (0, -T % tile)), mode="edge")
     q_BMUTX = q.reshape(B, -1, M, N // M, X).transpose(0, 2, 3, 1, 4)
-    varying = varying_alike(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first, jnp.int32))
+    varying = varying_alike(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first, jnp.int32), starts_BT)
     o_BMUTW = _attend(*varying, scale, tile)
     return o_BMUTW.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, W)[:, :T]
 
@@ -92,15 +120,29 @@ def _padded(array_BTNX: jax.Array, tile: int) -> jax.Array:
     return jnp.pad(array_BTNX, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else array_BTNX
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BMUTX: jax.Array, k_BMSX: jax.Array, v_BMSW: jax.Array, first: jax.Array, scale: float, tile: int) -> jax.Array:
-    return _attend_forward(q_BMUTX, k_BMSX, v_BMSW, first, scale, tile)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(
+    q_BMUTX: jax.Array,
+    k_BMSX: jax.Array,
+    v_BMSW: jax.Array,
+    first: jax.Array,
+    starts_BT: jax.Array | None,
+    scale: float,
+    tile: int,
+) -> jax.Array:
+    return _attend_forward(q_BMUTX, k_BMSX, v_BMSW, first, starts_BT, scale, tile)[0]
 
 
-def _seen(first: jax.Array, i: jax.Array, j: jax.Array, tile: int) -> jax.Array:
-    """Which keys of tile j the queries of tile i look at: bool [A, Z]."""
+def _seen(first: jax.Array, starts_BT: jax.Array | None, i: jax.Array, j: jax.Array, tile: int) -> jax.Array:
+    """Which keys of tile j the queries of tile i look at: bool [A, Z], or [B, A, Z] where rows have their own documents."""
     place = jnp.arange(tile)
-    return (first + i * tile + place)[:, None] >= j * tile + place
+    seen_AZ = (first + i * tile + place)[:, None] >= j * tile + place
+    return seen_AZ if starts_BT is None else seen_AZ & (_take(starts_BT, i, tile, 1)[..., None] <= j * tile + place)
+
+
+def _earliest(starts_BT: jax.Array, tile: int) -> jax.Array:
+    """The first key that any query of each tile looks at, in any row."""
+    return starts_BT.reshape(starts_BT.shape[0], -1, tile).min((0, 2))
 
 
 def _take(array: jax.Array, index: jax.Array, tile: int, axis: int) -> jax.Array:
@@ -108,7 +150,13 @@ def _take(array: jax.Array, index: jax.Array, tile: int, axis: int) -> jax.Array
 
 
 def _attend_forward(
-    q_BMUTX: jax.Array, k_BMSX: jax.Array, v_BMSW: jax.Array, first: jax.Array, scale: float, tile: int
+    q_BMUTX: jax.Array,
+    k_BMSX: jax.Array,
+    v_BMSW: jax.Array,
+    first: jax.Array,
+    starts_BT: jax.Array | None,
+    scale: float,
+    tile: int,
 ) -> tuple:
     B, M, U, T, _ = q_BMUTX.shape
     S, W = v_BMSW.shape[2:]
@@ -119,7 +167,8 @@ def _attend_forward(
         def key_tile(j: jax.Array, carry: tuple) -> tuple:
             top, total, mix = carry
             logits = jnp.einsum("BMUAX,BMZX->BMUAZ", q_i, _take(k_BMSX, j, tile, 2), preferred_element_type=jnp.float32)
-            logits = jnp.where(_seen(first, i, j, tile), logits * scale, MASKED)
+            seen = _seen(first, starts_BT, i, j, tile)
+            logits = jnp.where(seen if starts_BT is None else seen[:, None, None], logits * scale, MASKED)
             new_top = jnp.maximum(top, logits.max(-1))
             p = jnp.exp(logits - new_top[..., None])
             shrink = jnp.exp(top - new_top)
@@ -130,19 +179,20 @@ def _attend_forward(
         rows = (B, M, U, tile)
         zeros = functools.partial(zeros_beside, q_BMUTX, dtype=jnp.float32)
         start = zeros(rows, fill=MASKED), zeros(rows), zeros((*rows, W))
-        # Up to the tile of the last query's own key.
+        # From the first key of a document; up to the tile of the last query's own key.
+        begin = 0 if starts_BT is None else _earliest(starts_BT, tile)[i] // tile
         end = jnp.minimum((first + (i + 1) * tile - 1) // tile + 1, S // tile)
-        top, total, mix = jax.lax.fori_loop(0, end, key_tile, start)
+        top, total, mix = jax.lax.fori_loop(begin, end, key_tile, start)
         return (mix / total[..., None]).astype(v_BMSW.dtype), top + jnp.log(total)
 
     o, lse = jax.lax.map(query_tile, jnp.arange(T // tile))
     o_BMUTW = jnp.moveaxis(o, 0, 3).reshape(B, M, U, T, W)
     lse_BMUT = jnp.moveaxis(lse, 0, 3).reshape(B, M, U, T)
-    return o_BMUTW, (q_BMUTX, k_BMSX, v_BMSW, first, o_BMUTW, lse_BMUT)
+    return o_BMUTW, (q_BMUTX, k_BMSX, v_BMSW, first, starts_BT, o_BMUTW, lse_BMUT)
 
 
 def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Array) -> tuple:
-    q_BMUTX, k_BMSX, v_BMSW, first, o_BMUTW, lse_BMUT = residuals
+    q_BMUTX, k_BMSX, v_BMSW, first, starts_BT, o_BMUTW, lse_BMUT = residuals
     num_tiles = q_BMUTX.shape[3] // tile
     delta_BMUT = jnp.sum(do_BMUTW.astype(jnp.float32) * o_BMUTW.astype(jnp.float32), axis=-1)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -156,8 +206,9 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
             q_i, do_i = _take(q_BMUTX, i, tile, 3), _take(do_BMUTW, i, tile, 3)
             lse_i, delta_i = _take(lse_BMUT, i, tile, 3), _take(delta_BMUT, i, tile, 3)
             logits_BMZUA = einsum("BMZX,BMUAX->BMZUA", k_j, q_i) * scale
-            seen_ZUA = _seen(first, i, j, tile).T[:, None]
-            p_BMZUA = jnp.exp(jnp.where(seen_ZUA, logits_BMZUA, MASKED) - lse_i[:, :, None])
+            seen = _seen(first, starts_BT, i, j, tile)
+            seen = seen.T[:, None] if starts_BT is None else seen.swapaxes(1, 2)[:, None, :, None]
+            p_BMZUA = jnp.exp(jnp.where(seen, logits_BMZUA, MASKED) - lse_i[:, :, None])
             dp_BMZUA = einsum("BMZW,BMUAW->BMZUA", v_j, do_i)
             ds_BMZUA = (p_BMZUA * (dp_BMZUA - delta_i[:, :, None]) * scale).astype(q_i.dtype)
             dv_j += einsum("BMZUA,BMUAW->BMZW", p_BMZUA.astype(do_i.dtype), do_i)
@@ -166,16 +217,19 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
             return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * tile, 3), dk_j, dv_j
 
         start = dq_BMUTX, zeros_beside(k_j, k_j.shape, jnp.float32), zeros_beside(v_j, v_j.shape, jnp.float32)
-        # From the tile of the first query that looks at the first key.
-        begin = jnp.maximum(j * tile - first, 0) // tile
-        dq_BMUTX, dk_j, dv_j = jax.lax.fori_loop(begin, num_tiles, query_tile, start)
+        # From the tile of the first query that looks at the first key; up to the last with a document that begins by then.
+        begin, end = jnp.maximum(j * tile - first, 0) // tile, num_tiles
+        if starts_BT is not None:
+            looks = _earliest(starts_BT, tile) < (j + 1) * tile
+            end = jnp.max(jnp.where(looks, jnp.arange(1, num_tiles + 1), 0))
+        dq_BMUTX, dk_j, dv_j = jax.lax.fori_loop(begin, end, query_tile, start)
         return dq_BMUTX, (dk_j.astype(k_j.dtype), dv_j.astype(v_j.dtype))
 
     start = zeros_beside(q_BMUTX, q_BMUTX.shape, jnp.float32)
     dq_BMUTX, (dk, dv) = jax.lax.scan(key_tile, start, jnp.arange(k_BMSX.shape[2] // tile))
     dk_BMSX = jnp.moveaxis(dk, 0, 2).reshape(k_BMSX.shape)
     dv_BMSW = jnp.moveaxis(dv, 0, 2).reshape(v_BMSW.shape)
-    return dq_BMUTX.astype(q_BMUTX.dtype), dk_BMSX, dv_BMSW, None
+    return dq_BMUTX.astype(q_BMUTX.dtype), dk_BMSX, dv_BMSW, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

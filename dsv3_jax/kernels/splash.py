@@ -3,6 +3,7 @@
 Splash walks a grid of tiles and is told of each whether no, some or all of its queries look at its keys; where some do,
 it compares positions in registers. That table is all it knows of the mask. It is made here from the position of the first
 query, which may be traced: on a mesh a device has the queries of its part of the sequence, and all devices run one program.
+Documents to be kept apart are its segments, numbered by where they begin, and tiles before all of a block's documents skipped.
 
 Axes beyond the project's legend: M key-value heads, X query/key width, h and m the heads of all sequences of the batch.
 """
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from dsv3_jax.kernels.documents import first_seen
 from dsv3_jax.kernels.tpu_memory import LANES, require_dtype, round_up
 
 Block = tuple[int, int, int]
@@ -41,6 +43,7 @@ def splash_attention(
     *,
     scale: float,
     first: jax.Array | int = 0,
+    starts_BT: jax.Array | None = None,
     forward: Block = FORWARD,
     backward: Block = BACKWARD,
     interpret: Any = False,
@@ -57,6 +60,8 @@ def splash_attention(
       scale: factor on the logits.
       first: position of the first query among the keys; not 0 where other devices hold the queries before it. All queries
         lie among the keys: first + T <= S.
+      starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key before.
+        None keeps no documents apart.
       forward, backward: blocks, made smaller for wider heads, float32 and short sequences.
       interpret: as `pallas_call` takes it: to run on any platform, as JAX operations. For tests.
 
@@ -80,10 +85,35 @@ def splash_attention(
     backward = _dividing(_smaller(backward, row_bytes), queries, keys)
     scaled = (q_BTNX.astype(jnp.float32) * scale).astype(q_BTNX.dtype)
     by_head = _by_head(scaled, queries), _by_head(k_BSMX, keys), _by_head(v_BSMW, keys)
-    parts = CORES if B * M % CORES == 0 else 1
+    if starts_BT is None:
+        parts = CORES if B * M % CORES == 0 else 1
+        segments: tuple[Any, ...] = ()
+        earliest = None
+    else:
+        # A sequence has its own segments.
+        halves = CORES if M % CORES == 0 else 1
+        parts = B * halves
+        ids = _segments(starts_BT, first, queries, keys, S)
+        segments = (jax.tree.map(lambda ids: jnp.repeat(ids, halves, axis=0), ids),)
+        earliest = ids.q.min(0)
     split = (array.reshape(parts, -1, *array.shape[1:]) for array in by_head)
-    o: Any = jax.vmap(_kernel(first, queries, keys, forward, backward, interpret))(*split)
+    o: Any = jax.vmap(_kernel(first, earliest, queries, keys, forward, backward, interpret))(*split, *segments)
     return o.reshape(B, N, queries, W)[:, :, :T].swapaxes(1, 2)
+
+
+def _segments(starts_BT: jax.Array, first: jax.Array | int, queries: int, keys: int, S: int) -> splash.SegmentIds:
+    """The number of every query's document, [B, queries], and of every key's, [B, keys]: the position where it begins.
+
+    Of the keys before the queries only those count that share the first query's document, and those after are never seen, so
+    that no device needs the others' starts.
+    """
+    ids_BT = first_seen(starts_BT, first)
+    T = ids_BT.shape[1]
+    same_BS = jnp.where(jnp.arange(S) >= ids_BT[:, :1], ids_BT[:, :1], -1)
+    ids_BS = jax.lax.dynamic_update_slice_in_dim(same_BS, ids_BT, first, 1)
+    # Padded queries see what the last one does, so that each has a key; padded keys come after every query that counts.
+    q = jnp.pad(ids_BT, ((0, 0), (0, queries - T)), mode="edge")
+    return splash.SegmentIds(q, jnp.pad(ids_BS, ((0, 0), (0, keys - S)), constant_values=-1))
 
 
 def _smaller(block: Block, row_bytes: int) -> Block:
@@ -123,9 +153,20 @@ def _by_head(array_BTNX: jax.Array, length: int) -> jax.Array:
     return jnp.pad(by_head, ((0, 0), (0, length - T), (0, 0)))
 
 
-def _kernel(first: jax.Array | int, queries: int, keys: int, forward: Block, backward: Block, interpret: Any) -> Any:
-    """Splash for q [h, queries, X], k [m, keys, X] and v [m, keys, W]."""
-    table = functools.partial(_table, first, queries, keys)
+def _kernel(
+    first: jax.Array | int,
+    earliest: jax.Array | None,
+    queries: int,
+    keys: int,
+    forward: Block,
+    backward: Block,
+    interpret: Any,
+) -> Any:
+    """Splash for q [h, queries, X], k [m, keys, X] and v [m, keys, W]; `earliest` as `_table_of_documents` takes it."""
+    if earliest is None:
+        table = functools.partial(_table, first, queries, keys)
+    else:
+        table = functools.partial(_table_of_documents, first, earliest, keys)
     fused = keys // backward[1] <= DQ_COPIES
     block_q, block_kv = (None, None) if fused else backward[:2]
     sizes = splash.BlockSizes(*forward, *backward, block_q, block_kv, use_fused_bwd_kernel=fused)
@@ -175,3 +216,37 @@ def _table(
         partial_mask_blocks=None,
         q_sequence=places,
     )
+
+
+def _table_of_documents(
+    first: jax.Array | int, earliest: jax.Array, keys: int, block_q: int, block_kv: int, *, queries_innermost: bool = False
+) -> MaskInfo:
+    """The same where documents are kept apart: tiles are skipped, too, whose keys come before what any of the queries sees.
+
+    Args:
+      first: position of the first query among the keys.
+      earliest: [queries], of each the first key that it sees in any sequence.
+      keys: their number.
+      block_q, block_kv: of a tile.
+      queries_innermost: as above.
+    """
+    info: Any = _table(first, len(earliest), keys, block_q, block_kv, queries_innermost=queries_innermost)
+    causal = info.block_mask[0] > 0
+    begins = earliest.reshape(-1, block_q).min(1)[:, None]
+    runs = causal & ((jnp.arange(keys // block_kv) + 1) * block_kv > begins)
+    if queries_innermost:
+        fetch = _next_to_run(runs.T, next_line=0).T
+    else:
+        fetch = _next_to_run(runs, next_line=1)
+    return info._replace(data_next=fetch[None].astype(jnp.int16), block_mask=runs[None].astype(jnp.int8))
+
+
+def _next_to_run(runs: jax.Array, next_line: int) -> jax.Array:
+    """Of every step of a line the first from it on that runs; past the last one, the first of the line `next_line` further on.
+
+    With queries innermost that is the same line, for the next head. A line in which none runs has the last step.
+    """
+    width = runs.shape[1]
+    following = jax.lax.cummin(jnp.where(runs, jnp.arange(width), width), axis=1, reverse=True)
+    first = jnp.roll(following[:, :1], -next_line, axis=0)
+    return jnp.minimum(jnp.where(following < width, following, first), width - 1)

@@ -55,6 +55,7 @@ class Block(nn.Module):
         rotation: Rotation,
         counted_BT: jax.Array | None = None,
         length_B: jax.Array | None = None,
+        starts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
         """Runs the block.
 
@@ -64,8 +65,9 @@ class Block(nn.Module):
           rotation: rotation of the tokens' positions.
           counted_BT: tokens that enter load and balance loss; None counts all.
           length_B: filled rows of the cache.
+          starts_BT: where the document of each token begins, to attend within it; None attends across documents.
         """
-        attended_BTD, latents = self.self_attn(self.input_layernorm(h_BTD), rotation, cache, length_B)
+        attended_BTD, latents = self.self_attn(self.input_layernorm(h_BTD), rotation, cache, length_B, starts_BT)
         h_BTD += attended_BTD
         x_BTD = checkpoint_name(self.post_attention_layernorm(h_BTD), "ffn_input")
         output = BlockOutput(latents=latents if "latents" in self.keep else None)

@@ -7,6 +7,7 @@ The cross entropy walks the sequence in chunks and, when differentiated, makes i
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 from dsv3_jax.model.model import HEAD_AXES, DeepSeekV3
+from dsv3_jax.model.mtp import rows_of_depth
 from dsv3_jax.parallel.mesh import AXES, current_mesh
 from dsv3_jax.parallel.placement import scattered_sum, whole_weight
 from dsv3_jax.parallel.rules import RULES, TOKENS
@@ -63,6 +65,42 @@ def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, we
     return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec())(h_BTD, head_DV, target_BT, weight_BT)
 
 
+def cross_entropy_and_greedy(
+    h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """`cross_entropy`, not to be differentiated, and from the same logits the most likely token of every row.
+
+    Takes what `cross_entropy` takes; the tokens are int32 [B, T], split as the targets are. Of equal logits the lowest id wins.
+    """
+    if current_mesh() is None:
+        return _scored(h_BTD, head_DV, target_BT, weight_BT, chunk, False)
+
+    def on_device(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> tuple:
+        h_BTD, head_DV, target_BT, weight_BT = varying_alike(h_BTD, head_DV, target_BT, weight_BT)
+        loss, greedy_BT = _scored(h_BTD, head_DV, target_BT, weight_BT, chunk, True)
+        # All of a `tensor` group found the same tokens; the maximum says so.
+        return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES), jax.lax.pmax(greedy_BT, "tensor")
+
+    specs = TOKENS, RULES.spec(HEAD_AXES), TOKENS, TOKENS
+    return jax.shard_map(on_device, in_specs=specs, out_specs=(PartitionSpec(), TOKENS))(h_BTD, head_DV, target_BT, weight_BT)
+
+
+def _scored(
+    h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int, on_mesh: bool
+) -> tuple[jax.Array, jax.Array]:
+    head = _Head.of(head_DV, h_BTD.dtype, on_mesh)
+
+    def step(total: jax.Array, part: tuple) -> tuple[jax.Array, jax.Array]:
+        h, target, weight = part
+        loss, logits_BTV, _ = _chunk_loss(h, target, weight, head)
+        return total + loss, head.greedy(logits_BTV)
+
+    start = zeros_beside(h_BTD, (), jnp.float32)
+    total, greedy = jax.lax.scan(step, start, _chunks(h_BTD, target_BT, weight_BT, chunk))
+    B, T = target_BT.shape
+    return total, jnp.moveaxis(greedy, 0, 1).reshape(B, -1)[:, :T]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _summed_loss(
     h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int, on_mesh: bool
@@ -101,6 +139,16 @@ class _Head(NamedTuple):
     def largest(self, partial: jax.Array) -> jax.Array:
         """The maximum of every part's `partial`."""
         return varying_alike(jax.lax.pmax(partial, "tensor"), partial)[0] if self.on_mesh else partial
+
+    def greedy(self, logits_BTV: jax.Array) -> jax.Array:
+        """The token of the largest logit over every part, the lowest of several, int32."""
+        token_BT = jnp.argmax(logits_BTV, -1).astype(jnp.int32) + self.first
+        if not self.on_mesh:
+            return token_BT
+        top_BT = logits_BTV.max(-1)
+        no_token = jnp.iinfo(jnp.int32).max
+        here_BT = jnp.where(top_BT == self.largest(top_BT), token_BT, no_token)
+        return varying_alike(jax.lax.pmin(here_BT, "tensor"), here_BT)[0]
 
 
 def _chunks(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int) -> tuple:
@@ -160,10 +208,38 @@ def _backward(chunk: int, on_mesh: bool, residuals: tuple, dloss: jax.Array) -> 
 _summed_loss.defvjp(_forward, _backward)
 
 
+def depth_weights(weight_BT: jax.Array, starts_BT: jax.Array | None, depth: int) -> jax.Array:
+    """The weights of depth `depth`'s cross entropy, 0 being the main model's: [B, T] float32.
+
+    Row i of depth k joins the state of token i with token i + k and predicts target i + k, the token after that. The last k
+    rows have none; nor, where documents are kept apart, have padding and the rows whose token i + k is of another document.
+
+    Args:
+      weight_BT: of the targets, each the token after the one of its place.
+      starts_BT: where the document of each token begins, -1 for padding; None keeps no documents apart.
+      depth: k.
+    """
+    rows_BT = rows_of_depth(weight_BT.shape, starts_BT, depth)
+    return jnp.where(rows_BT, jnp.roll(weight_BT, -depth, axis=1), 0.0).astype(jnp.float32)
+
+
 def training_loss(
-    params: Any, router: Any, config: ModelConfig, tokens_BT: jax.Array, target_BT: jax.Array, mtp_loss_weight: float
+    params: Any,
+    router: Any,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    target_BT: jax.Array,
+    mtp_loss_weight: float | jax.Array,
+    weight_BT: jax.Array | None = None,
+    starts_BT: jax.Array | None = None,
+    *,
+    aux_loss_alpha: float | jax.Array | None = None,
+    totals: Sequence[jax.Array] | None = None,
+    share: float | jax.Array = 1.0,
 ) -> Losses:
-    """The objective over one batch, every term averaged over its own tokens.
+    """The objective over one batch, every term averaged over its own tokens; or a micro-batch's part of it.
+
+    The parts of all micro-batches of a step add up to the objective over the whole step.
 
     Args:
       params, router: the model's two collections.
@@ -171,20 +247,28 @@ def training_loss(
       tokens_BT: inputs.
       target_BT: the tokens one further on.
       mtp_loss_weight: lambda.
+      weight_BT: what each target counts, float32; None is 1.
+      starts_BT: where the document of each token begins (`DeepSeekV3.features`); None lets attention cross documents.
+      aux_loss_alpha: alpha; None is the config's.
+      totals: the weight, over the whole step, of the terms of the main model and of every depth; None if this is all of it.
+      share: of the step's sequences that these are.
     """
-    features = DeepSeekV3(config).apply({"params": params, "router": router}, tokens_BT, mtp=True, method="features")
+    variables = {"params": params, "router": router}
+    features = DeepSeekV3(config).apply(variables, tokens_BT, mtp=True, starts_BT=starts_BT, method="features")
     head_DV = params["lm_head"]["kernel"]
-    T = tokens_BT.shape[1]
+    weight_BT = jnp.ones(target_BT.shape, jnp.float32) if weight_BT is None else weight_BT
 
-    def mean_loss(h_BTD: jax.Array, ahead: int) -> jax.Array:
-        # Depth k's row i predicts the token at i + k + 1, which is target i + k; the last k rows have none.
-        valid_BT = jnp.broadcast_to(jnp.arange(T) < T - ahead, target_BT.shape).astype(jnp.float32)
-        shifted_BT = jnp.roll(target_BT, -ahead, axis=1)
-        return cross_entropy(h_BTD, head_DV, shifted_BT, valid_BT, config.loss_chunk) / valid_BT.sum()
+    def mean_loss(h_BTD: jax.Array, depth: int) -> jax.Array:
+        counts_BT = depth_weights(weight_BT, starts_BT, depth)
+        total = counts_BT.sum() if totals is None else totals[depth]
+        shifted_BT = jnp.roll(target_BT, -depth, axis=1)
+        # A batch in which nothing is to be learnt has no loss.
+        return cross_entropy(h_BTD, head_DV, shifted_BT, counts_BT, config.loss_chunk) / jnp.maximum(total, 1.0)
 
     main_loss = mean_loss(features.h_BTD, 0)
     depths = [mean_loss(h_BTD, k) for k, h_BTD in enumerate(features.mtp_h_BTD, 1)]
     mtp_loss = sum(depths, jnp.float32(0)) / max(len(depths), 1)
-    balance_loss = features.balance_loss
-    loss = main_loss + mtp_loss_weight * mtp_loss + config.aux_loss_alpha * balance_loss
+    balance_loss = features.balance_loss * share
+    alpha = config.aux_loss_alpha if aux_loss_alpha is None else aux_loss_alpha
+    loss = main_loss + mtp_loss_weight * mtp_loss + alpha * balance_loss
     return Losses(loss, main_loss, mtp_loss, balance_loss, features.load, features.rounds)

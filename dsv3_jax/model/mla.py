@@ -74,7 +74,12 @@ class MLA(nn.Module):
         self.o_proj = Linear(c, (N, W, D), ("heads", "head_dim", "embed"), num_in=2)
 
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, cache: Latents | None = None, length_B: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        rotation: Rotation,
+        cache: Latents | None = None,
+        length_B: jax.Array | None = None,
+        starts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Latents]:
         """Attends from every token of x to itself, to those before it, and to the cache.
 
@@ -83,6 +88,7 @@ class MLA(nn.Module):
           rotation: cos and sin of the tokens' positions.
           cache: latents of the tokens before x, [B, S, ...]; None if x starts its sequences.
           length_B: how many rows of the cache are filled.
+          starts_BT: where the document of each token begins, to attend within it (`kernels/documents.py`); not with a cache.
 
         Returns:
           The attention output [B, T, D], and the latents of x for the cache.
@@ -91,11 +97,12 @@ class MLA(nn.Module):
         latents = self._latents(x_BTD, rotation)
         if cache is not None:
             assert length_B is not None
+            assert starts_BT is None
             o_BTNW = self._cached(q_nope_BTNH, q_rope_BTNP, latents, cache, length_B)
         elif self.absorbed:
-            o_BTNW = self._absorbed(q_nope_BTNH, q_rope_BTNP, latents)
+            o_BTNW = self._absorbed(q_nope_BTNH, q_rope_BTNP, latents, starts_BT)
         else:
-            o_BTNW = self._materialised(q_nope_BTNH, q_rope_BTNP, latents)
+            o_BTNW = self._materialised(q_nope_BTNH, q_rope_BTNP, latents, starts_BT)
         return self.o_proj(o_BTNW), latents
 
     def _queries(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
@@ -112,14 +119,18 @@ class MLA(nn.Module):
         c_kv_BTC, k_rope_BTP = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return Latents(self.kv_a_layernorm(c_kv_BTC), rotate(k_rope_BTP, rotation))
 
-    def _materialised(self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents) -> jax.Array:
+    def _materialised(
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents, starts_BT: jax.Array | None
+    ) -> jax.Array:
         q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
         kernel_CNX = self.kv_b_proj.kernel
         if current_mesh() is None:
-            return _attend_expanded(q_BTNX, latents, kernel_CNX, self.config)
-        return _attend_on_mesh(q_BTNX, latents, kernel_CNX, self.config)
+            return _attend_expanded(q_BTNX, latents, kernel_CNX, starts_BT, self.config)
+        return _attend_on_mesh(q_BTNX, latents, kernel_CNX, starts_BT, self.config)
 
-    def _absorbed(self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents) -> jax.Array:
+    def _absorbed(
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents, starts_BT: jax.Array | None
+    ) -> jax.Array:
         q_BTNX = jnp.concatenate([self._into_latent(q_nope_BTNH), q_rope_BTNP], axis=-1)
         k_BTX = jnp.concatenate(latents, axis=-1)
         mixed_BTNC = causal_attention(
@@ -128,6 +139,7 @@ class MLA(nn.Module):
             latents.c_kv[:, :, None],
             scale=self.config.softmax_scale,
             chunk=self.config.attention_chunk,
+            starts_BT=starts_BT,
         )
         return self._out_of_latent(mixed_BTNC)
 
@@ -158,7 +170,12 @@ class MLA(nn.Module):
 
 
 def _attend_expanded(
-    q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, config: ModelConfig, first: jax.Array | int = 0
+    q_BTNX: jax.Array,
+    latents: Latents,
+    kernel_CNX: jax.Array,
+    starts_BT: jax.Array | None,
+    config: ModelConfig,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
     """Keys and values of every head expanded from the latents [B, S, ...], and attended to by queries from `first` on."""
     kv_BSNX = jnp.einsum("BSC,CNX->BSNX", latents.c_kv, kernel_CNX.astype(config.dtype))
@@ -166,13 +183,13 @@ def _attend_expanded(
     k_rope_BSNP = jnp.broadcast_to(latents.k_rope[:, :, None], (*k_nope_BSNH.shape[:3], config.qk_rope_head_dim))
     k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1)
     scale, chunk = config.softmax_scale, config.attention_chunk
-    backend = _attention_backend(config)
-    return attend(q_BTNX, k_BSNX, v_BSNW, scale=scale, chunk=chunk, first=first, backend=backend)
+    backend = _attention_backend(config, starts_BT is not None)
+    return attend(q_BTNX, k_BSNX, v_BSNW, scale=scale, chunk=chunk, first=first, starts_BT=starts_BT, backend=backend)
 
 
-def _attention_backend(config: ModelConfig) -> str:
+def _attention_backend(config: ModelConfig, documents: bool) -> str:
     widths = config.qk_head_dim, config.v_head_dim
-    return choose_attention(config.attention_backend, config.dtype, widths, current_platform())
+    return choose_attention(config.attention_backend, config.dtype, widths, current_platform(), documents)
 
 
 def _cache_backend(config: ModelConfig) -> str:
@@ -180,24 +197,29 @@ def _cache_backend(config: ModelConfig) -> str:
     return choose_latent_backend(config.cache_backend, config.dtype, widths, current_platform())
 
 
-def _attend_on_mesh(q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, config: ModelConfig) -> jax.Array:
+def _attend_on_mesh(
+    q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, starts_BT: jax.Array | None, config: ModelConfig
+) -> jax.Array:
     """The same on the current mesh: a device has its own queries and heads, and gathers the latents of the whole sequence.
 
     It is the latents that travel along `context`, 576 values a token, and not the keys and values of all heads.
     """
 
-    def on_device(q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: jax.Array) -> jax.Array:
+    def on_device(
+        q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: jax.Array, starts_BT: jax.Array | None
+    ) -> jax.Array:
         whole = whole_weight(varying_over(kernel_CNX, varying_axes(q_BTNX)), KV_B_AXES, config.dtype)
         everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
         first = jax.lax.axis_index("context") * q_BTNX.shape[1]
-        return _attend_expanded(q_BTNX, everyone, whole, config, first)
+        return _attend_expanded(q_BTNX, everyone, whole, starts_BT, config, first)
 
     heads = PartitionSpec(*TOKENS, "tensor")
-    specs: Any = heads, (TOKENS, TOKENS), RULES.spec(KV_B_AXES)
+    specs: Any = heads, (TOKENS, TOKENS), RULES.spec(KV_B_AXES), TOKENS
+    backend = _attention_backend(config, starts_BT is not None)
     # Splash says nothing of the axes its results vary over, so there the check is off, and with it the sums that JAX would
     # put where a value begins to vary; those of replicated inputs' gradients, which are all there are, the border has anyway.
-    region = jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=_attention_backend(config) != "splash")
-    return region(q_BTNX, (latents.c_kv, latents.k_rope), kernel_CNX)
+    region = jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=backend != "splash")
+    return region(q_BTNX, (latents.c_kv, latents.k_rope), kernel_CNX, starts_BT)
 
 
 def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

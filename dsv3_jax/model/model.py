@@ -20,7 +20,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import BlockOutput
 from dsv3_jax.model.layers import Embedding, Linear, RMSNorm
 from dsv3_jax.model.mla import Latents
-from dsv3_jax.model.mtp import MTPDepth
+from dsv3_jax.model.mtp import MTPDepth, rows_of_depth
 from dsv3_jax.model.rope import rotation
 from dsv3_jax.model.stack import run_scanned, run_unrolled, stack_sizes
 from dsv3_jax.parallel.mesh import without_mesh
@@ -53,7 +53,7 @@ class Features(NamedTuple):
     h_BTD: jax.Array
     """After the final norm."""
     mtp_h_BTD: list[jax.Array]
-    """Of each MTP depth, after its own norm; the last k rows of depth k mean nothing."""
+    """Of each MTP depth, after its own norm; the last k rows of depth k, or of each document, mean nothing."""
     embedded_BTD: jax.Array
     outputs: dict[str, BlockOutput]
     """By layer or stack name, bottom first, the MTP depths at the end."""
@@ -90,19 +90,24 @@ class DeepSeekV3(nn.Module):
         self.lm_head = Linear(config, (config.hidden_size, config.vocab_size), HEAD_AXES)
         self.mtp = [MTPDepth(config) for _ in range(config.num_nextn_predict_layers)]
 
-    def __call__(self, tokens_BT: jax.Array, *, mtp: bool = False, hidden_states: bool = False) -> ModelOutput:
+    def __call__(
+        self, tokens_BT: jax.Array, *, mtp: bool = False, hidden_states: bool = False, starts_BT: jax.Array | None = None
+    ) -> ModelOutput:
         """The model over whole sequences.
 
         Args:
           tokens_BT: token ids.
           mtp: also run the MTP depths.
           hidden_states: also return every hidden state and route.
+          starts_BT: for each token the position of the first one of its document, -1 for padding, int32: no token then
+            attends to another document, and padding enters no load and no loss. None attends across documents.
 
         Raises:
-          ValueError: if the sequence exceeds `max_position_embeddings`, or if (outside jit) an id is outside the
-            vocabulary; inside jit such an id gives NaN.
+          ValueError: if the sequence exceeds `max_position_embeddings`, if `starts_BT` has another shape, or if (outside jit)
+            an id is outside the vocabulary or `starts_BT` is no such list of starts; inside jit such an id gives NaN.
         """
-        features = self.features(tokens_BT, mtp=mtp, keep=("hidden", "routes") if hidden_states else ())
+        keep = ("hidden", "routes") if hidden_states else ()
+        features = self.features(tokens_BT, mtp=mtp, keep=keep, starts_BT=starts_BT)
         T = tokens_BT.shape[1]
         inspected = _inspected(features) if hidden_states else (None, None)
         return ModelOutput(
@@ -113,20 +118,29 @@ class DeepSeekV3(nn.Module):
             *inspected,
         )
 
-    def features(self, tokens_BT: jax.Array, *, mtp: bool = False, keep: tuple[str, ...] = ()) -> Features:
+    def features(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        mtp: bool = False,
+        keep: tuple[str, ...] = (),
+        starts_BT: jax.Array | None = None,
+    ) -> Features:
         """The states before the head; `keep` names what blocks also return ("latents", "hidden", "routes")."""
         check_tokens(tokens_BT, self.config)
+        if starts_BT is not None:
+            check_starts(starts_BT, tokens_BT)
         T = tokens_BT.shape[1]
         turns = rotation(self.config, jnp.arange(T)[None])
         embedded_BTD = self.embed(tokens_BT)
-        h_BTD, outputs = self._stacks(embedded_BTD, None, turns, None, keep)
+        h_BTD, outputs = self._stacks(embedded_BTD, None, turns, None, keep, starts_BT)
         h_BTD = self.norm(h_BTD)
 
         mtp_h_BTD, state_BTD = [], h_BTD
         for k, depth in enumerate(self.mtp if mtp else (), 1):
             ahead_BTD = place_tokens(jnp.roll(embedded_BTD, -k, axis=1))
-            counted_BT = jnp.broadcast_to(jnp.arange(T) < T - k, tokens_BT.shape)
-            state_BTD, normed_BTD, outputs[f"mtp_{k - 1}"] = depth(state_BTD, ahead_BTD, turns, counted_BT)
+            counted_BT = rows_of_depth(tokens_BT.shape, starts_BT, k)
+            state_BTD, normed_BTD, outputs[f"mtp_{k - 1}"] = depth(state_BTD, ahead_BTD, turns, counted_BT, starts_BT)
             mtp_h_BTD.append(normed_BTD)
         return Features(h_BTD, mtp_h_BTD, embedded_BTD, outputs)
 
@@ -154,11 +168,12 @@ class DeepSeekV3(nn.Module):
         return self.head(self.norm(h_BTD)), {name: output.latents for name, output in outputs.items()}
 
     @nn.compact
-    def _stacks(self, h_BTD, cache, turns, length_B, keep) -> tuple[jax.Array, dict[str, BlockOutput]]:  # type: ignore[no-untyped-def]
+    def _stacks(self, h_BTD, cache, turns, length_B, keep, starts_BT=None) -> tuple[jax.Array, dict[str, BlockOutput]]:  # type: ignore[no-untyped-def]
         run = run_unrolled if self.unrolled else run_scanned
+        shared = turns, length_B, None if starts_BT is None else starts_BT >= 0, starts_BT
         outputs: dict[str, BlockOutput] = {}
         for name, size in stack_sizes(self.config).items():
-            h_BTD, more = run(self.config, name, size, h_BTD, cache, turns, length_B, keep=keep, absorbed=self.absorbed)
+            h_BTD, more = run(self.config, name, size, h_BTD, cache, *shared, keep=keep, absorbed=self.absorbed)
             outputs |= more
         return h_BTD, outputs
 
@@ -175,6 +190,26 @@ def check_tokens(tokens_BT: Any, config: ModelConfig) -> None:
         bad = ids[(ids < 0) | (ids >= config.vocab_size)]
         if bad.size:
             raise ValueError(f"token id {bad[0]} is outside the vocabulary of {config.vocab_size}")
+
+
+def check_starts(starts_BT: Any, tokens_BT: Any) -> None:
+    """Raises ValueError if these are no starts of the tokens' documents; the numbers can be looked at outside jit only."""
+    if starts_BT.shape != tokens_BT.shape or not jnp.issubdtype(starts_BT.dtype, jnp.integer):
+        raise ValueError(
+            f"starts of documents are {starts_BT.dtype} {starts_BT.shape}; give one integer for each token, {tokens_BT.shape}"
+        )
+    if isinstance(starts_BT, jax.core.Tracer):
+        return
+    starts = np.asarray(starts_BT)
+    before = np.pad(starts, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    # A token is padding, begins a document, or goes on with that of the token before.
+    wrong = np.argwhere((starts != -1) & (starts != np.arange(starts.shape[1])) & (starts != before))
+    if wrong.size:
+        row, place = wrong[0]
+        raise ValueError(
+            f"row {row} has start {starts[row, place]} at position {place}, after {before[row, place]}; give each token the "
+            "position of the first one of its document, and padding -1"
+        )
 
 
 def _inspected(features: Features) -> tuple[jax.Array, jax.Array | None]:

@@ -11,10 +11,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.documents import has_ahead
 from dsv3_jax.model.block import Block, BlockOutput
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation
 from dsv3_jax.model.stack import rematerialised
+
+
+def rows_of_depth(shape: tuple[int, ...], starts_BT: jax.Array | None, depth: int) -> jax.Array:
+    """Which rows of a depth have a token to join, `depth` further on: bool [B, T].
+
+    Not the last ones; where documents are kept apart (`kernels/documents.py`), not the last ones of each, and no padding.
+    """
+    if starts_BT is None:
+        return jnp.broadcast_to(jnp.arange(shape[1]) < shape[1] - depth, shape)
+    return has_ahead(starts_BT, depth)
 
 
 class MTPDepth(nn.Module):
@@ -32,7 +43,12 @@ class MTPDepth(nn.Module):
         self.norm = RMSNorm(config, D)
 
     def __call__(
-        self, h_BTD: jax.Array, ahead_BTD: jax.Array, rotation: Rotation, counted_BT: jax.Array
+        self,
+        h_BTD: jax.Array,
+        ahead_BTD: jax.Array,
+        rotation: Rotation,
+        counted_BT: jax.Array,
+        starts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, BlockOutput]:
         """One depth over a whole sequence.
 
@@ -40,12 +56,13 @@ class MTPDepth(nn.Module):
           h_BTD: h^{k-1}; for the first depth the main model's state after its final norm.
           ahead_BTD: embedding of the token k ahead of each row (arbitrary in the last k rows).
           rotation: rotation of the rows' positions.
-          counted_BT: False for the last k rows, which have no token k ahead.
+          counted_BT: False for the rows that have no token k ahead (`rows_of_depth`).
+          starts_BT: where the document of each row begins, to attend within it; None attends across documents.
 
         Returns:
           h^k for the next depth, norm(h^k) for the shared head, and what the block has to say.
         """
         # [embedding ; hidden], as in the checkpoints; eq. 21 prints the halves the other way round.
         u_BTD = self.eh_proj(jnp.concatenate([self.enorm(ahead_BTD), self.hnorm(h_BTD)], axis=-1))
-        h_BTD, output = self.block(u_BTD, None, rotation, counted_BT)
+        h_BTD, output = self.block(u_BTD, None, rotation, counted_BT, None, starts_BT)
         return h_BTD, self.norm(h_BTD), output

@@ -44,6 +44,8 @@ def run_scanned(
     cache: dict[str, Latents] | None,
     rotation: Rotation,
     length_B: jax.Array | None,
+    counted_BT: jax.Array | None = None,
+    starts_BT: jax.Array | None = None,
     **block: Any,
 ) -> tuple[jax.Array, dict[str, BlockOutput]]:
     """Runs stack `name` as one scan, from within a module's compact method; outputs gain a leading layer axis."""
@@ -51,12 +53,13 @@ def run_scanned(
         rematerialised(Block, config, scanned=True),
         variable_axes={"params": 0, "router": 0},
         split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        in_axes=(0, *(nn.broadcast,) * 4),
         length=size,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     layers = scan(config, moe=name == "moe_layers", name=name, **block)
-    h_BTD, output = layers(h_BTD, None if cache is None else cache[name], rotation, None, length_B)
+    cache_L = None if cache is None else cache[name]
+    h_BTD, output = layers(h_BTD, cache_L, rotation, counted_BT, length_B, starts_BT)
     return h_BTD, {name: output}
 
 
@@ -68,13 +71,16 @@ def run_unrolled(
     cache: dict[str, Latents] | None,
     rotation: Rotation,
     length_B: jax.Array | None,
+    counted_BT: jax.Array | None = None,
+    starts_BT: jax.Array | None = None,
     **block: Any,
 ) -> tuple[jax.Array, dict[str, BlockOutput]]:
     """Runs stack `name` block by block over the parameters `name_0`, `name_1`, ..., from within a compact method."""
     outputs = {}
     for layer in (f"{name}_{i}" for i in range(size)):
         module = rematerialised(Block, config, scanned=False)(config, moe=name == "moe_layers", name=layer, **block)
-        h_BTD, outputs[layer] = module(h_BTD, None if cache is None else cache[layer], rotation, None, length_B)
+        own_cache = None if cache is None else cache[layer]
+        h_BTD, outputs[layer] = module(h_BTD, own_cache, rotation, counted_BT, length_B, starts_BT)
     return h_BTD, outputs
 
 

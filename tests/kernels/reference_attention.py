@@ -9,24 +9,35 @@ SCALE = 0.37
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def naive(q_BTNX: np.ndarray, k_BSMX: np.ndarray, v_BSMW: np.ndarray, scale: float = SCALE) -> tuple[np.ndarray, np.ndarray]:
-    """Output and the matrix of probabilities [B, N, T, S]; keys and values repeated for the heads that share them."""
+def naive(
+    q_BTNX: np.ndarray, k_BSMX: np.ndarray, v_BSMW: np.ndarray, scale: float = SCALE, seen_BTS: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Output and the matrix of probabilities [B, N, T, S]; keys and values repeated for the heads that share them.
+
+    Every query sees the keys up to its own place, or those of `seen_BTS`.
+    """
     T, N, M = *q_BTNX.shape[1:3], k_BSMX.shape[2]
     k_BSNX, v_BSNW = (np.repeat(a, N // M, axis=2) for a in (k_BSMX, v_BSMW))
     logits_BNTS = scale * np.einsum("BTNX,BSNX->BNTS", q_BTNX, k_BSNX)
-    logits_BNTS = np.where(np.tri(T, dtype=bool), logits_BNTS, -np.inf)
+    seen = np.tri(T, dtype=bool) if seen_BTS is None else seen_BTS[:, None]
+    logits_BNTS = np.where(seen, logits_BNTS, -np.inf)
     p_BNTS = np.exp(logits_BNTS - logits_BNTS.max(-1, keepdims=True))
     p_BNTS /= p_BNTS.sum(-1, keepdims=True)
     return np.einsum("BNTS,BSNW->BTNW", p_BNTS, v_BSNW), p_BNTS
 
 
 def naive_gradients(
-    q_BTNX: np.ndarray, k_BSMX: np.ndarray, v_BSMW: np.ndarray, do_BTNW: np.ndarray, scale: float = SCALE
+    q_BTNX: np.ndarray,
+    k_BSMX: np.ndarray,
+    v_BSMW: np.ndarray,
+    do_BTNW: np.ndarray,
+    scale: float = SCALE,
+    seen_BTS: np.ndarray | None = None,
 ) -> tuple[np.ndarray, ...]:
     """The chain rule by hand; heads that share a key or value add up."""
     B, T, N, X = q_BTNX.shape
     M, W = v_BSMW.shape[2:]
-    p_BNTS = naive(q_BTNX, k_BSMX, v_BSMW, scale)[1]
+    p_BNTS = naive(q_BTNX, k_BSMX, v_BSMW, scale, seen_BTS)[1]
     dp_BNTS = np.einsum("BTNW,BSNW->BNTS", do_BTNW, np.repeat(v_BSMW, N // M, axis=2))
     ds_BNTS = scale * p_BNTS * (dp_BNTS - np.sum(p_BNTS * dp_BNTS, axis=-1, keepdims=True))
     dq_BTNX = np.einsum("BNTS,BSNX->BTNX", ds_BNTS, np.repeat(k_BSMX, N // M, axis=2))
@@ -50,3 +61,24 @@ def draw(
     X, W = widths
     shapes = [(batch, length, heads, X), (batch, length, kv_heads, X), (batch, length, kv_heads, W), (batch, length, heads, W)]
     return [rng.standard_normal(shape).astype(DTYPES[dtype]) for shape in shapes]
+
+
+def pack(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents in rows, by their lengths; a negative length is so much padding, and what is left of a row is padding, too.
+
+    Returns:
+      starts_BT: where the document of each token begins, -1 for padding: int32.
+      seen_BTS: what each token sees, which is every token of its document up to itself; padding sees itself.
+    """
+    starts_BT = np.full((len(rows), length), -1, np.int32)
+    seen_BTS = np.tile(np.eye(length, dtype=bool), (len(rows), 1, 1))
+    for b, sizes in enumerate(rows):
+        begin = 0
+        for size in sizes:
+            end = begin + abs(size)
+            if size > 0:
+                starts_BT[b, begin:end] = begin
+                seen_BTS[b, begin:end, begin:end] = np.tri(size, dtype=bool)
+            begin = end
+        assert begin <= length, "the documents do not fit"
+    return starts_BT, seen_BTS

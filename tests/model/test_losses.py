@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.losses import cross_entropy, training_loss
+from dsv3_jax.config import MeshConfig, ModelConfig
+from dsv3_jax.model.losses import cross_entropy, cross_entropy_and_greedy, training_loss
+from dsv3_jax.parallel.mesh import make_mesh
 from tests import reference_model
 from tests.intermediates import intermediate_shapes
 from tests.model.tiny import (
@@ -100,6 +101,35 @@ def test_large_logits_do_not_overflow() -> None:
     loss, gradient = jax.jit(jax.value_and_grad(lambda h: cross_entropy(h, head_DV, target_BT, weight_BT, 1)))(h_BTD)
     assert float(loss) == pytest.approx(500.0)
     chex.assert_trees_all_close(gradient, jnp.array([[[0.0], [0.5]]]), **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(13, 4), (12, 4), (5, 64)])
+def test_the_most_likely_tokens_come_with_the_loss(length: int, chunk: int) -> None:
+    """Logits are small integers, so that many are equal: the lowest id wins. The loss is `cross_entropy`'s, to the bit."""
+    rng = np.random.default_rng(length)
+    h_BTD, head_DV = (rng.integers(-2, 3, shape).astype(np.float32) for shape in ((3, length, 4), (4, 17)))
+    target_BT, weight_BT = rng.integers(0, 17, (3, length), np.int32), rng.random((3, length), np.float32)
+    loss, greedy_BT = jax.jit(cross_entropy_and_greedy, static_argnums=4)(h_BTD, head_DV, target_BT, weight_BT, chunk)
+    logits_BTV = h_BTD @ head_DV
+    assert ((logits_BTV == logits_BTV.max(-1, keepdims=True)).sum(-1) > 1).any()
+    chex.assert_type(greedy_BT, jnp.int32)
+    np.testing.assert_array_equal(greedy_BT, logits_BTV.argmax(-1))
+    assert loss == jax.jit(cross_entropy, static_argnums=4)(h_BTD, head_DV, target_BT, weight_BT, chunk)
+
+
+@pytest.mark.parametrize("mesh", [{"tensor": 8}, {"data": 2, "context": 2, "tensor": 2}, {"fsdp": 2, "tensor": 4}])
+def test_the_most_likely_tokens_of_a_split_vocabulary(mesh: dict[str, int]) -> None:
+    """Ties within a device's part of the vocabulary and between parts."""
+    rng = np.random.default_rng(0)
+    h_BTD, head_DV = (rng.integers(-1, 2, shape).astype(np.float32) for shape in ((4, 8, 4), (4, 16)))
+    target_BT, weight_BT = rng.integers(0, 16, (4, 8), np.int32), rng.random((4, 8), np.float32)
+    with jax.set_mesh(make_mesh(MeshConfig(**mesh))):
+        loss, greedy_BT = jax.jit(cross_entropy_and_greedy, static_argnums=4)(h_BTD, head_DV, target_BT, weight_BT, 2)
+    logits_BTV = h_BTD @ head_DV
+    best = logits_BTV == logits_BTV.max(-1, keepdims=True)
+    assert (best[..., :2].any(-1) & best[..., 2:].any(-1)).any()
+    np.testing.assert_array_equal(greedy_BT, logits_BTV.argmax(-1))
+    assert float(loss) == pytest.approx(naive(h_BTD, head_DV, target_BT, weight_BT)[0], rel=1e-5)
 
 
 # --- The objective ---------------------------------------------------------------------------------------------------

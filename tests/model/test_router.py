@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.data import Batch
 from dsv3_jax.model.router import Router, choose_experts, max_violation, sequence_balance_loss, updated_bias
 from dsv3_jax.train.state import TrainState, state_of
 from dsv3_jax.train.step import train_step
@@ -260,7 +261,7 @@ def test_bias_rule_evens_out_a_skewed_router_in_training(capsys: pytest.CaptureF
         state, seen = skewed_state(), []
         for i in range(SKEWED.train.steps):
             tokens = random_tokens(SKEWED.train.batch_size, SKEWED.train.sequence_length + 1, SKEWED.model, seed=i)
-            after, metrics = step(state, tokens[:, :-1], tokens[:, 1:])
+            after, metrics, _ = step(state, Batch.of(tokens[:, :-1], tokens[:, 1:]), SKEWED.schedules.at(i))
             state = after if with_rule else after.replace(router=state.router)
             seen.append(float(metrics["max_violation"]))
         return np.array(seen)

@@ -1,0 +1,180 @@
+"""Documents packed in a row and kept apart: each is computed, counted and learned from as if it were alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import MeshConfig, ModelConfig
+from dsv3_jax.model import DeepSeekV3, ModelOutput, unstack
+from dsv3_jax.model.losses import cross_entropy, depth_weights
+from dsv3_jax.model.sharding import variable_shardings
+from dsv3_jax.parallel.feed import BatchPlacement
+from dsv3_jax.parallel.mesh import make_mesh
+from tests.kernels.reference_attention import pack
+from tests.model.tiny import CONFIG, random_tokens, random_variables
+from tests.parity.compare import LOGITS
+from tests.train.test_on_mesh import MODEL
+
+FIRST, SECOND, PADDING = 11, 13, 4
+T = FIRST + SECOND + PADDING
+STARTS_BT, _ = pack([[FIRST, SECOND]], T)
+ONE, OTHER = slice(0, FIRST), slice(FIRST, FIRST + SECOND)
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def two_documents() -> np.ndarray:
+    """One row of two documents without a token in common, whose second begins within a tile of attention."""
+    tokens_BT = random_tokens(1, T)
+    tokens_BT[:, ONE] %= 10
+    tokens_BT[:, OTHER] = 10 + tokens_BT[:, OTHER] % (CONFIG.vocab_size - 10)
+    tokens_BT[:, OTHER.stop :] = 0
+    return tokens_BT
+
+
+def outputs(tokens_BT: np.ndarray, starts_BT: Any, *, absorbed: bool = False, unrolled: bool = False) -> ModelOutput:
+    variables = unstack(random_variables()) if unrolled else random_variables()
+    model = DeepSeekV3(CONFIG, absorbed=absorbed, unrolled=unrolled)
+    apply = quick_jit(lambda v, t, s: model.apply(v, t, mtp=True, hidden_states=True, starts_BT=s))
+    return apply(variables, tokens_BT, starts_BT)
+
+
+@pytest.mark.parametrize("form", ["scanned", "absorbed", "unrolled"])
+def test_each_document_has_the_outputs_that_it_has_alone(form: str) -> None:
+    """Logits of the model and of both depths, and routes: those of a row that begins with it, whatever comes after."""
+    tokens_BT, how = two_documents(), {form: True} if form != "scanned" else {}
+    rows_BT = np.concatenate([tokens_BT, np.roll(tokens_BT, -FIRST, axis=1)])
+    packed, alone = outputs(tokens_BT, STARTS_BT, **how), outputs(rows_BT, None, **how)
+    chex.assert_tree_all_finite(packed)
+    for row, part in enumerate((ONE, OTHER)):
+        size = part.stop - part.start
+        chex.assert_trees_all_close(packed.logits[0, part], alone.logits[row, :size], rtol=0, atol=LOGITS)
+        chex.assert_trees_all_equal(packed.routes[:, 0, part], alone.routes[:, row, :size])
+        for k, (found, wanted) in enumerate(zip(packed.mtp_logits, alone.mtp_logits, strict=True), 1):
+            rows = slice(part.start, part.stop - k)
+            chex.assert_trees_all_close(found[0, rows], wanted[row, : size - k], rtol=0, atol=LOGITS)
+    assert np.abs(alone.logits[0, OTHER] - packed.logits[0, OTHER]).max() > 0.1, "attention across documents would not show"
+
+
+def summed_losses(config: ModelConfig, *, balance: float = 0.0) -> Callable[..., Any]:
+    """(params, router, tokens, targets, their weights, starts) -> cross entropies and a share of the balance loss; loads."""
+
+    def objective(params: Any, router: Any, tokens_BT: Any, target_BT: Any, weight_BT: Any, starts_BT: Any) -> Any:
+        variables = {"params": params, "router": router}
+        model, head_DV = DeepSeekV3(config), params["lm_head"]["kernel"]
+        features = model.apply(variables, tokens_BT, mtp=True, starts_BT=starts_BT, method="features")
+        loss = balance * features.balance_loss
+        for k, h_BTD in enumerate([features.h_BTD, *features.mtp_h_BTD]):
+            weights_BT = depth_weights(weight_BT, starts_BT, k)
+            loss += cross_entropy(h_BTD, head_DV, jnp.roll(target_BT, -k, axis=1), weights_BT, config.loss_chunk)
+        return loss, features.load
+
+    return jax.value_and_grad(objective, has_aux=True)
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    """Each array of a tree within 1e-5 of the other's norm."""
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        apart = np.linalg.norm(np.asarray(one) - np.asarray(other)) / np.linalg.norm(other)
+        assert apart < 1e-5, (jax.tree_util.keystr(path), apart)
+
+
+def test_a_document_has_the_loss_and_the_gradients_that_it_has_alone() -> None:
+    """And none of it reaches a token of the other one, or of the padding: their embeddings' gradients are zero.
+
+    Loads add up, of which padding has no part.
+    """
+    tokens_BT, variables = two_documents(), random_variables()
+    target_BT = np.roll(tokens_BT, -1, axis=1)
+    weight_BT = np.zeros((1, T), np.float32)
+    weight_BT[:, OTHER] = np.linspace(0.5, 1.5, SECOND)
+    weight_BT[:, OTHER.stop - 1] = 0  # What follows a document is no target.
+    program = quick_jit(summed_losses(dataclasses.replace(CONFIG, remat="full")))
+
+    def at(part: slice, starts_BT: Any) -> Any:
+        arrays = (array[:, part] for array in (tokens_BT, target_BT, weight_BT))
+        return program(variables["params"], variables["router"], *arrays, starts_BT)
+
+    (loss, load), gradient = at(slice(None), STARTS_BT)
+    (expected_loss, expected_load), expected = at(OTHER, None)
+    (_, first_load), _ = at(ONE, None)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    assert_alike(gradient, expected)
+    embedding_VD = np.asarray(gradient["embed"]["embedding"])
+    chex.assert_trees_all_equal(load, jax.tree.map(jnp.add, first_load, expected_load))
+    assert not embedding_VD[:10].any()
+    assert embedding_VD[10:].any()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"context": 2, "expert": 2, "tensor": 2}, pytest.param({"context": 4, "fsdp": 2}, marks=pytest.mark.slow)]
+)
+def test_losses_loads_and_gradients_on_a_mesh_are_those_of_one_device(sizes: dict[str, int]) -> None:
+    """Rows of other documents each, one of padding alone; documents, and what depths join, lie across devices."""
+    B, length = 4, 16
+    starts_BT, _ = pack([[5, 11], [7, 1, 1, -2, 5], [], [16]], length)
+    tokens_BT, target_BT = (random_tokens(B, length, MODEL, seed) for seed in (0, 1))
+    weight_BT = np.random.default_rng(2).random((B, length)).astype(np.float32)
+    batch, variables = (tokens_BT, target_BT, weight_BT, starts_BT), random_variables(MODEL)
+
+    def program() -> Callable[..., Any]:
+        return quick_jit(summed_losses(MODEL, balance=20.0))
+
+    (loss, load), gradient = program()(variables["params"], variables["router"], *batch)
+    mesh = make_mesh(MeshConfig(**sizes))
+    variables = jax.device_put(variables, variable_shardings(MODEL, mesh))
+    place = BatchPlacement(mesh, B, length).place
+    with jax.set_mesh(mesh):
+        (loss_there, load_there), gradient_there = program()(variables["params"], variables["router"], *map(place, batch))
+    assert float(loss_there) == pytest.approx(float(loss), rel=1e-5)
+    chex.assert_trees_all_equal(load_there, load)
+    assert_alike(gradient_there, gradient)
+    counted = float(np.sum(starts_BT >= 0)) * MODEL.num_experts_per_tok
+    assert np.asarray(load["moe_layers"]).sum(-1).tolist() == [counted] * MODEL.num_moe_layers
+    assert float(load["mtp_0"].sum()) == (4 + 10 + 6 + 4 + 15) * MODEL.num_experts_per_tok
+
+
+# --- Weights of the depths -------------------------------------------------------------------------------------------
+
+
+def test_the_weights_of_a_depth() -> None:
+    """Row i of depth k has the weight of target i + k, if token i + k is of its document."""
+    weight_BT = np.arange(1, 7, dtype=np.float32)[None]
+    starts_BT = np.array([[0, 0, 0, 3, 3, -1]], np.int32)
+    expected = {0: [1, 2, 3, 4, 5, 0], 1: [2, 3, 0, 5, 0, 0], 2: [3, 0, 0, 0, 0, 0], 3: [0] * 6, 7: [0] * 6}
+    for depth, weights in expected.items():
+        assert depth_weights(weight_BT, starts_BT, depth).tolist() == [weights]
+    across = {0: [1, 2, 3, 4, 5, 6], 1: [2, 3, 4, 5, 6, 0], 2: [3, 4, 5, 6, 0, 0], 7: [0] * 6}
+    for depth, weights in across.items():
+        assert depth_weights(weight_BT, None, depth).tolist() == [weights]
+    chex.assert_type(depth_weights(jnp.asarray(weight_BT, jnp.bfloat16), starts_BT, 1), jnp.float32)
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ([[0, 0, 1, 2]], "row 0 has start 1 at position 2, after 0; give each token the position of the first one of its doc"),
+        ([[-1, 0, -1, 3]], "row 0 has start 0 at position 1, after -1"),
+        ([[0, 0, 0, -2]], "row 0 has start -2 at position 3, after 0"),
+        ([[0, 0, 0]], r"starts of documents are int32 \(1, 3\); give one integer for each token, \(1, 4\)"),
+    ],
+)
+def test_what_are_no_starts_is_refused(starts: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DeepSeekV3(CONFIG).apply(random_variables(), random_tokens(1, 4), starts_BT=np.array(starts, np.int32))
+
+
+def test_starts_that_are_no_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match="starts of documents are float32"):
+        DeepSeekV3(CONFIG).apply(random_variables(), random_tokens(1, 4), starts_BT=np.zeros((1, 4), np.float32))

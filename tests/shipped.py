@@ -1,0 +1,22 @@
+"""The configs that are shipped; one that starts from a checkpoint gets the model of the published run."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import tempfile
+
+from dsv3_jax.config import Config
+from dsv3_jax.config.command_line import load_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+@functools.cache
+def shipped(name: str) -> Config:
+    """The config of this name."""
+    with tempfile.TemporaryDirectory() as run:
+        # All that is read of a run before its arrays are.
+        (pathlib.Path(run) / "config.json").write_text(load_config(str(ROOT / "configs/v3_671b.py")).to_json())
+        return load_config(str(ROOT / "configs" / f"{name}.py"), run)

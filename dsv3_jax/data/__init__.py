@@ -1,25 +1,38 @@
 """Text to batches: sources, the held-out split, the tokenizer, packed training batches and held-out windows."""
 
+from dsv3_jax.data.batches import Batch, TrainBatches
+from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt, load_chat_template
 from dsv3_jax.data.corpus import Corpus, CorpusReport, load_corpus
+from dsv3_jax.data.fim import FillInTheMiddle, fill_in_the_middle
 from dsv3_jax.data.heldout import HeldoutBatch, HeldoutWindows, compressor_bits_per_byte
-from dsv3_jax.data.pipeline import Batch, TrainBatches, tokenize_corpus
+from dsv3_jax.data.rows import PackedRows, Row, Rows, TokenStream
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.text import Text, prepare_text
 from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, document_marks, load_tokenizer, prepare_tokenizer
+from dsv3_jax.data.tokens import tokenize_corpus
 
 __all__ = [
     "Batch",
+    "ChatTemplate",
     "Corpus",
     "CorpusReport",
     "Document",
+    "FillInTheMiddle",
     "HeldoutBatch",
     "HeldoutWindows",
+    "PackedRows",
+    "Row",
+    "Rows",
     "StreamDecoder",
     "Text",
+    "TokenStream",
     "Tokenizer",
     "TrainBatches",
     "compressor_bits_per_byte",
     "document_marks",
+    "encode_prompt",
+    "fill_in_the_middle",
+    "load_chat_template",
     "load_corpus",
     "load_tokenizer",
     "prepare_text",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from typing import Protocol, TypeVar
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.cache import digest
@@ -20,6 +21,14 @@ from dsv3_jax.data.sources import STDLIB, Document, read_source
 # Chosen before any model was trained: part of every Python since 3.11, however it is packaged, of many kinds
 # (data structures, import machinery, parsing, logging, network, servers), without tables, 0.9 MB in all.
 STDLIB_HELDOUT = ("collections", "concurrent", "importlib", "json", "logging", "urllib", "wsgiref", "xmlrpc")
+
+
+class _HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=_HasName)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +85,9 @@ def load_corpus(config: DataConfig) -> Corpus:
         train, heldout = _split_stdlib(documents)
     elif len(documents) == 1:
         # The two halves of one text are alike by nature, so they are not compared.
-        return _corpus(*_split_tail(documents[0], config.heldout_fraction), dropped=0, binary=len(binary))
+        return _corpus(*split_tail(documents[0], config.heldout_fraction), dropped=0, binary=len(binary))
     else:
-        train, heldout = _split_by_name(documents, config.heldout_fraction)
+        train, heldout = split_by_name(documents, config.heldout_fraction)
     repeated = near_duplicates([document.text for document in heldout], (document.text for document in train))
     kept = [document for document, repeats in zip(heldout, repeated, strict=True) if not repeats]
     if not kept:
@@ -106,22 +115,29 @@ def _corpus(train: list[Document], heldout: list[Document], *, dropped: int, bin
     return Corpus(train, heldout, report)
 
 
+def is_held_out(source: str, name: str, fraction: float) -> bool:
+    """Whether the document of this name is held out, told by its name alone."""
+    if source == STDLIB:
+        package, _, below = name.partition("/")
+        return bool(below) and package in STDLIB_HELDOUT
+    return _position(name) < fraction
+
+
 def _split_stdlib(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     train: list[Document] = []
     heldout: list[Document] = []
     for document in documents:
-        package, _, below = document.name.partition("/")
-        (heldout if below and package in STDLIB_HELDOUT else train).append(document)
+        (heldout if is_held_out(STDLIB, document.name, 0) else train).append(document)
     if not train or not heldout:
         raise ValueError("the standard library of this Python is not installed as source files; name a data.source of your own")
     return train, heldout
 
 
-def _split_by_name(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+def split_by_name(documents: list[Named], fraction: float) -> tuple[list[Named], list[Named]]:
     """Holds out the documents whose names hash below `fraction`; at least one, and never all of them."""
     position = {document.name: _position(document.name) for document in documents}
     names = sorted(position, key=lambda name: (position[name], name))
-    chosen = sum(position[name] < fraction for name in names)
+    chosen = sum(position[name] < fraction for name in names)  # As `is_held_out` says.
     heldout_names = set(names[: min(max(chosen, 1), len(names) - 1)])
     train = [document for document in documents if document.name not in heldout_names]
     return train, [document for document in documents if document.name in heldout_names]
@@ -132,7 +148,7 @@ def _position(name: str) -> float:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") / 2**64
 
 
-def _split_tail(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
+def split_tail(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
     """Holds out the end of a lone document, from the start of a line where there is one."""
     text = document.text
     cut = min(max(round(len(text) * (1 - fraction)), 1), len(text) - 1)

@@ -16,6 +16,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import require
+from dsv3_jax.data.rows import Row
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.tokenizer import Tokenizer, document_marks
 
@@ -28,7 +29,9 @@ class HeldoutBatch(NamedTuple):
     targets_BT: np.ndarray
     """int32."""
     weights_BT: np.ndarray
-    """float32; 1 where the target is text, 0 where it is a mark between documents or padding."""
+    """float32; 1 where the target is text, 0 where it is a mark between documents, a prompt, or padding."""
+    starts_BT: np.ndarray | None = None
+    """int32; where in its window the document of each token begins, -1 for padding; None where attention crosses documents."""
 
 
 class HeldoutWindows:
@@ -39,9 +42,19 @@ class HeldoutWindows:
     """
 
     def __init__(
-        self, documents: Sequence[Document], tokenizer: Tokenizer, model: ModelConfig, *, batch_size: int, sequence_length: int
+        self,
+        documents: Sequence[Document],
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        *,
+        batch_size: int,
+        sequence_length: int,
+        across_documents: bool = True,
     ) -> None:
         """Tokenizes the documents.
+
+        Args:
+          across_documents: whether attention crosses documents, so that a batch need not say where they start.
 
         Raises:
           ValueError: if there is no document, if the tokenizer does not give a document back unchanged, so that
@@ -50,12 +63,11 @@ class HeldoutWindows:
         require(len(documents) > 0, "there is no held-out text to score")
         bos, eos = document_marks(model)
         opening = [] if bos is None else [bos]
-        tokens, scored = [eos], [False]
-        for document, ids in zip(documents, tokenizer.encode_batch([document.text for document in documents]), strict=True):
-            require(
-                tokenizer.decode(ids) == document.text,
-                f"the tokenizer does not reproduce {document.name!r}, so bits per byte would be wrong; use a byte-level one",
-            )
+        tokens, scored, opens = [eos], [False], []
+        encoded = tokenizer.encode_documents([document.text for document in documents])
+        require_reproduced(documents, encoded, tokenizer)
+        for ids in encoded:
+            opens.append(len(tokens))
             tokens += [*opening, *ids, eos]
             scored += [*[False] * len(opening), *[True] * len(ids), False]
         highest = max(tokens)
@@ -64,25 +76,45 @@ class HeldoutWindows:
             f"the tokenizer gives token id {highest}, outside the model's vocabulary of {model.vocab_size}; use the "
             "tokenizer.json that the model was trained with",
         )
-        self.num_bytes = sum(document.num_bytes for document in documents)
-        self._batch_size = batch_size
         windows = -(-(len(tokens) - 1) // sequence_length)
-        self._tokens_RT = _windows(np.array(tokens[:-1], np.int32), windows, sequence_length)
-        self._targets_RT = _windows(np.array(tokens[1:], np.int32), windows, sequence_length)
-        self._weights_RT = _windows(np.array(scored[1:], np.float32), windows, sequence_length)
+        rows = Row(
+            _windows(np.array(tokens[:-1], np.int32), windows, sequence_length),
+            _windows(np.array(tokens[1:], np.int32), windows, sequence_length),
+            _windows(np.array(scored[1:], np.float32), windows, sequence_length),
+            _starts(opens, len(tokens) - 1, windows, sequence_length),
+        )
+        self._set(rows, sum(document.num_bytes for document in documents), batch_size, across_documents)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Row], num_bytes: int, batch_size: int, *, across_documents: bool) -> HeldoutWindows:
+        """Windows made elsewhere; their weights are 1 at the tokens that spell the `num_bytes` bytes, each once."""
+        require(len(rows) > 0, "there is no held-out text to score")
+        windows = cls.__new__(cls)
+        windows._set(Row(*map(np.stack, zip(*rows, strict=True))), num_bytes, batch_size, across_documents)
+        return windows
+
+    def _set(self, rows: Row, num_bytes: int, batch_size: int, across_documents: bool) -> None:
+        """Args: rows: all windows, [R, T]."""
+        self.num_bytes = num_bytes
+        self.num_tokens = int(np.count_nonzero(rows.weights_T))
+        """Scored tokens: those that spell the bytes."""
+        self._rows = rows
+        self._batch_size = batch_size
+        self._across_documents = across_documents
 
     def __len__(self) -> int:
         """Batches."""
-        return -(-len(self._tokens_RT) // self._batch_size)
+        return -(-len(self._rows.tokens_T) // self._batch_size)
 
     def __iter__(self) -> Iterator[HeldoutBatch]:
         """All batches; each scored token is in exactly one."""
-        return self._batches(np.arange(len(self._tokens_RT)))
+        return self._batches(np.arange(len(self._rows.tokens_T)))
 
     def sample(self, num_batches: int) -> Iterator[HeldoutBatch]:
         """At most `num_batches` batches of windows spread evenly over the text: always the same ones."""
-        rows = min(num_batches * self._batch_size, len(self._tokens_RT))
-        return self._batches(np.arange(rows) * len(self._tokens_RT) // rows)
+        windows = len(self._rows.tokens_T)
+        rows = min(num_batches * self._batch_size, windows)
+        return self._batches(np.arange(rows) * windows // rows)
 
     def bits_per_byte(self, nats: float) -> float:
         """Bits per byte, from the summed loss of all scored tokens in nats."""
@@ -92,13 +124,34 @@ class HeldoutWindows:
         for start in range(0, len(rows), self._batch_size):
             chosen = rows[start : start + self._batch_size]
             padding = ((0, self._batch_size - len(chosen)), (0, 0))
-            arrays = (self._tokens_RT, self._targets_RT, self._weights_RT)
-            yield HeldoutBatch(*(np.pad(array[chosen], padding) for array in arrays))
+            tokens, targets, weights = (np.pad(array[chosen], padding) for array in self._rows[:3])
+            starts = np.pad(self._rows.starts_T[chosen], padding, constant_values=-1)
+            yield HeldoutBatch(tokens, targets, weights, None if self._across_documents else starts)
+
+
+def require_reproduced(documents: Sequence[Document], encoded: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
+    """Raises ValueError, naming a document, unless its ids stand for all of its bytes."""
+    for document, ids in zip(documents, encoded, strict=True):
+        require(
+            tokenizer.decode(ids) == document.text,
+            f"the tokenizer does not reproduce {document.name!r}, so bits per byte would be wrong; use a byte-level one",
+        )
 
 
 def _windows(values: np.ndarray, windows: int, length: int) -> np.ndarray:
     """A flat array as [windows, length], zeros at its end."""
     return np.pad(values, (0, windows * length - len(values))).reshape(windows, length)
+
+
+def _starts(opens: Sequence[int], count: int, windows: int, length: int) -> np.ndarray:
+    """[windows, length]: where in its window the document of each of `count` tokens begins, -1 for what is left."""
+    begins = np.zeros(windows * length, np.int64)
+    opens_at = np.array([place for place in opens if place < count], np.int64)
+    begins[opens_at] = opens_at
+    firsts = np.repeat(np.arange(windows) * length, length)
+    starts = np.maximum(np.maximum.accumulate(begins), firsts) - firsts
+    starts[count:] = -1
+    return starts.astype(np.int32).reshape(windows, length)
 
 
 def compressor_bits_per_byte(documents: Sequence[Document]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Text into documents: a file, a JSONL file, a folder of either, or the standard library of the running Python.
+"""Text into documents: a file, a JSONL file, a folder of either (also gzipped), or the standard library of the running Python.
 
 The report trains on 14.8T tokens (arXiv 2412.19437, section 4.1); this stands in their place on any machine.
 A document keeps the name its file has below the source, so that what hangs on names (the held-out split, the
@@ -8,11 +8,15 @@ its driver is installed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 from etils import epath
 
@@ -57,31 +61,132 @@ def read_source(source: str, option: str = "data.source") -> tuple[list[Document
       ValueError: if the path is missing, cannot be read or holds no text, or a line of a .jsonl file is not a JSON object
         with a "text" string.
     """
-    if source == STDLIB:
-        root, files = _stdlib_files()
-    else:
-        root, files = _files(source, option)
     documents: list[Document] = []
     binary: list[str] = []
-    for path in files:
-        name = path.relative_to(root).as_posix()
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ValueError(
-                f"{option} {source!r}: {name} cannot be read ({error}); make it readable or move it away"
-            ) from error
+    for file in source_files(source, option):
+        data = file.read()
         if b"\0" in data:
-            binary.append(name)
-        elif name.endswith(".jsonl"):
-            documents += _jsonl_documents(name, path, data)
+            binary.append(file.name)
+        elif file.is_jsonl:
+            documents += (_document(record, file) for record in records(data.split(b"\n"), file))
         else:
-            documents.append(Document(name, *_decode(data)))
+            documents.append(Document(file.name, *_decode(data)))
     documents = [document for document in documents if document.text]
     if not documents:
         found = f"binary files (with a NUL byte): {len(binary)}" if binary else "no files but hidden or empty ones"
         raise ValueError(f"{option} {source!r} holds no text ({found}); name UTF-8 text, JSONL, or {STDLIB!r}")
     return documents, binary
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of a source."""
+
+    name: str
+    """Path below the source with forward slashes."""
+    path: epath.Path
+    source: str
+    """The source and the option it was given by, for messages."""
+
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether each line is a document; else the file is one."""
+        return self.name.removesuffix(".gz").endswith(".jsonl")
+
+    @property
+    def is_gzipped(self) -> bool:
+        """Whether the file is read through gzip."""
+        return self.name.endswith(".gz")
+
+    def read(self) -> bytes:
+        """The whole content."""
+        with self.open() as file:
+            return file.read()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[IO[bytes] | gzip.GzipFile]:
+        """The content as a stream of bytes.
+
+        Raises:
+          ValueError: naming the file, if it cannot be opened, or breaks off or turns out damaged while it is read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                if self.is_gzipped:
+                    with gzip.open(file) as content:
+                        yield content
+                else:
+                    yield file
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(
+                f"{self.source}: {self.name} cannot be read ({error}); make it readable or move it away"
+            ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One line of a JSONL file."""
+
+    name: str
+    """Name of the document: that of the file, ":" and the number of the line."""
+    where: str
+    """Path and number of the line, for messages."""
+    values: dict[str, Any]
+    replaced: bool
+    """Whether bytes that are no text became U+FFFD."""
+
+
+def source_files(source: str, option: str) -> list[SourceFile]:
+    """The files of `source`, in the order of their names.
+
+    Raises:
+      ValueError: if the path is missing.
+    """
+    root, files = _stdlib_files() if source == STDLIB else _files(source, option)
+    return [SourceFile(path.relative_to(root).as_posix(), path, f"{option} {source!r}") for path in files]
+
+
+def records(lines: Iterable[bytes], file: SourceFile, first_line: int = 1) -> Iterator[Record]:
+    """The records of a JSONL file, or of a part of it that opens with the line `first_line`; empty lines are none.
+
+    Raises:
+      ValueError: naming the line, if it is not a JSON object.
+    """
+    for number, line in enumerate(lines, start=first_line):
+        if not line.strip():
+            continue
+        where = f"{file.path}:{number}"
+        content, replaced = _decode(line)
+        try:
+            values = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"{where} is not valid JSON ({error}); each line must be one object") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{where} is {type(values).__name__}, not an object; each line must be one object")
+        yield Record(f"{file.name}:{number}", where, values, replaced)
+
+
+def documents_of(file: SourceFile, lines: Iterable[bytes], first_line: int = 1) -> Iterator[Document]:
+    """The documents of the lines of a JSONL file, empty ones left out, one at a time.
+
+    Raises:
+      ValueError: naming the line, if it is not a JSON object with a "text" string.
+    """
+    for record in records(lines, file, first_line):
+        document = _document(record, file)
+        if document.text:
+            yield document
+
+
+def whole_document(file: SourceFile) -> Document | None:
+    """A file that is one document; None if it is binary or empty."""
+    data = file.read()
+    return Document(file.name, *_decode(data)) if data and b"\0" not in data else None
+
+
+def paired(text: str) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs, which JSON can spell and no UTF-8 text can hold."""
+    return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
 def _files(source: str, option: str) -> tuple[epath.Path, list[epath.Path]]:
@@ -118,18 +223,10 @@ def _decode(data: bytes) -> tuple[str, bool]:
         return data.decode("utf-8", errors="replace"), True
 
 
-def _jsonl_documents(name: str, path: epath.Path, data: bytes) -> Iterator[Document]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        content, replaced = _decode(line)
-        try:
-            record = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number} is not valid JSON ({error}); each line must be one object") from error
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f'{path}:{number} has no "text" string; each line must be an object like {{"text": "..."}}')
-        # JSON can spell half of a surrogate pair, which no UTF-8 text can hold.
-        paired = text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
-        yield Document(f"{name}:{number}", paired, replaced or paired != text)
+def _document(record: Record, file: SourceFile) -> Document:
+    text = record.values.get("text")
+    if not isinstance(text, str):
+        looks_like = "; conversations take data.kind chat" if "messages" in record.values else ""
+        raise ValueError(f'{record.where} has no "text" string; each line must be an object like {{"text": "..."}}{looks_like}')
+    whole = paired(text)
+    return Document(record.name, whole, record.replaced or whole != text)

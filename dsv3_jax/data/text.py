@@ -2,39 +2,237 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from dsv3_jax.config import DataConfig, ModelConfig, TrainConfig
+from dsv3_jax.config.checks import require
 from dsv3_jax.data.cache import digest
+from dsv3_jax.data.chat_corpus import ChatCorpus, load_chat_corpus
+from dsv3_jax.data.chat_rows import ChatRows, chat_windows
+from dsv3_jax.data.chat_template import ChatTemplate, load_chat_template
+from dsv3_jax.data.chat_tokens import encode_conversations, tokenize_chat
 from dsv3_jax.data.corpus import Corpus, load_corpus
-from dsv3_jax.data.heldout import HeldoutWindows
-from dsv3_jax.data.pipeline import tokenize_corpus
-from dsv3_jax.data.tokenizer import Tokenizer, prepare_tokenizer
+from dsv3_jax.data.fim import fill_in_the_middle
+from dsv3_jax.data.heldout import HeldoutWindows, require_reproduced
+from dsv3_jax.data.mixture import MixedRows
+from dsv3_jax.data.parts import ArrayPart
+from dsv3_jax.data.rows import PackedRows, Rows, TokenStream
+from dsv3_jax.data.shards import Prepared, is_prepared, open_prepared
+from dsv3_jax.data.sources import Document
+from dsv3_jax.data.tokenizer import Tokenizer, check_fits, document_marks, load_tokenizer, prepare_tokenizer
+from dsv3_jax.data.tokens import tokenize_corpus
+
+
+class Split(Protocol):
+    """What every kind of source says of itself: a `Corpus`, a `Prepared` or a `ChatCorpus`."""
+
+    @property
+    def heldout(self) -> list[Document]:
+        """Held-out documents: the bytes that are scored."""
+
+    @property
+    def train_digest(self) -> str:
+        """Of the training documents, in order."""
+
+    @property
+    def heldout_digest(self) -> str:
+        """Of the held-out ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpora:
+    """The sources of a run, by the names they were given."""
+
+    sources: Mapping[str, Split]
+    reports: Mapping[str, str]
+    """A line, or a few, about each."""
+
+    @property
+    def report(self) -> str:
+        """What is trained on and what is held out; for a lone source in one line."""
+        if len(self.reports) == 1:
+            return next(iter(self.reports.values()))
+        return "\n".join([f"{len(self.reports)} sources", *(f"  {name}: {report}" for name, report in self.reports.items())])
+
+    @property
+    def heldout(self) -> dict[str, list[Document]]:
+        """Held-out documents by source."""
+        return {name: source.heldout for name, source in self.sources.items()}
+
+    @property
+    def heldout_digest(self) -> str:
+        """Of all held-out documents, on which the processes of a run have to agree."""
+        return digest(*(source.heldout_digest for source in self.sources.values()))
 
 
 class Text(NamedTuple):
     """The text of a run."""
 
-    corpus: Corpus
+    corpus: Corpora
     tokenizer: Tokenizer
-    tokens: np.ndarray
-    """The training documents as ids [N]."""
-    heldout: HeldoutWindows
+    rows: Rows
+    """Every row of the run."""
+    heldout: dict[str, HeldoutWindows]
+    """By source, under the name it was given by."""
     digest: str
-    """Of the training text and its tokenizer: what a continued run has to share."""
+    """Of the training texts, their shares, the tokenizer and what is made of them: what a continued run has to share."""
+    template: ChatTemplate | None = None
+    """That of conversations, to be kept beside the tokenizer; None for texts."""
+
+    def epochs_in_words(self, rows: int) -> str:
+        """The same, as a run says it."""
+        counts = self.epochs(rows)
+        shown = {name: f"{count:.3g}" for name, count in counts.items()}
+        one = len(shown) == 1
+        return f"{next(iter(shown.values()))} epochs" if one else "epochs: " + ", ".join(f"{n} {c}" for n, c in shown.items())
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        """How often the first `rows` rows go through each source."""
+        if isinstance(self.rows, MixedRows):
+            return self.rows.epochs_by_source(rows)
+        return dict.fromkeys(self.corpus.sources, self.rows.epochs(rows))
 
 
 def prepare_text(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Text:
-    """Reads the source, trains or loads the tokenizer, and tokenises both parts of the text; cached in `data.cache_dir`.
+    """Reads the sources, trains or loads the tokenizer, and tokenises both parts of each; cached in `data.cache_dir`.
 
     Raises:
-      ValueError: on whatever is wrong with the source, the tokenizer or the cache folder.
+      ValueError: on whatever is wrong with the sources, the tokenizer or the cache folder.
     """
-    corpus = load_corpus(data)
-    tokenizer = prepare_tokenizer(data, model, corpus)
-    tokens = tokenize_corpus(corpus, tokenizer, data, model)
-    shape = {"batch_size": train.batch_size, "sequence_length": train.sequence_length}
-    heldout = HeldoutWindows(corpus.heldout, tokenizer, model, **shape)
-    return Text(corpus, tokenizer, tokens, heldout, digest(corpus.train_digest, tokenizer.to_json()))
+    return _prepare_chat(data, model, train) if data.kind == "chat" else _prepare_documents(data, model, train)
+
+
+def _prepare_documents(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Text:
+    opened: dict[str, Corpus | Prepared] = {}
+    for name in data.shares:
+        if is_prepared(name):
+            opened[name] = open_prepared(name, data.cache_dir)
+        else:
+            opened[name] = load_corpus(dataclasses.replace(data, source=name, mixture=()))
+    tokenizer = _tokenizer(data, model, opened)
+    fim = fill_in_the_middle(data, train.seed, tokenizer)
+    eos = document_marks(model)[1]
+    rows: dict[str, Rows] = {}
+    windows: dict[str, HeldoutWindows] = {}
+    for name, source in opened.items():
+        if isinstance(source, Prepared):
+            _check_prepared(name, source, data, model, train)
+            parts = source.parts
+        else:
+            parts = [ArrayPart.closed_by(eos, tokenize_corpus(source, tokenizer, data, model, fim))]
+        with _naming(data, name):
+            rows[name] = PackedRows(TokenStream(parts, eos, train.seed), train.sequence_length, train.seed)
+            windows[name] = HeldoutWindows(source.heldout, tokenizer, model, **_shape(data, train))
+    corpora = Corpora(opened, {name: str(source.report) for name, source in opened.items()})
+    return _text(data, train, corpora, tokenizer, rows, windows, str(fim))
+
+
+def _prepare_chat(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Text:
+    require(
+        data.tokenizer is not None,
+        "data.tokenizer is None, but conversations (data.kind chat) take the tokenizer and the chat template of a checkpoint; "
+        "name its folder",
+    )
+    assert data.tokenizer is not None
+    tokenizer = load_tokenizer(data.tokenizer)
+    check_fits(tokenizer, model, f"data.tokenizer {data.tokenizer!r}")
+    template = load_chat_template(data.tokenizer)
+    opened: dict[str, ChatCorpus] = {}
+    reports: dict[str, str] = {}
+    rows: dict[str, Rows] = {}
+    windows: dict[str, HeldoutWindows] = {}
+    for name in data.shares:
+        corpus = opened[name] = load_chat_corpus(dataclasses.replace(data, source=name, mixture=()))
+        conversations = tokenize_chat(corpus.train, template, tokenizer, data.cache_dir)
+        with _naming(data, name):
+            rows[name] = packed = ChatRows(conversations, train.sequence_length, train.seed)
+            encoded = list(encode_conversations(corpus.heldout_conversations, template, tokenizer))
+            scored = [Document(one.name, ids.said) for one, ids in zip(corpus.heldout_conversations, encoded, strict=True)]
+            require_reproduced(scored, [ids.ids[ids.is_text] for ids in encoded], tokenizer)
+            windows[name] = chat_windows(encoded, **_shape(data, train))
+        opened[name] = dataclasses.replace(corpus, heldout=scored)
+        reports[name] = f"{corpus.report}; {packed.report}"
+    made = f"{template.source} {template.special_tokens}"
+    text = _text(data, train, Corpora(opened, reports), tokenizer, rows, windows, made)
+    return text._replace(template=template)
+
+
+def _text(
+    data: DataConfig,
+    train: TrainConfig,
+    corpora: Corpora,
+    tokenizer: Tokenizer,
+    rows: dict[str, Rows],
+    heldout: dict[str, HeldoutWindows],
+    made: str,
+) -> Text:
+    """Puts together what was made of each source; `made` says how, as far as sources and tokenizer do not."""
+    mixed = next(iter(rows.values())) if len(rows) == 1 else MixedRows(rows, data.shares, train.seed)
+    sources = (part for name, share in data.shares.items() for part in (corpora.sources[name].train_digest, repr(share)))
+    return Text(corpora, tokenizer, mixed, heldout, digest(data.kind, *sources, tokenizer.to_json(), made))
+
+
+def _shape(data: DataConfig, train: TrainConfig) -> dict[str, Any]:
+    """Of held-out windows."""
+    return {
+        "batch_size": train.micro_batch,
+        "sequence_length": train.sequence_length,
+        "across_documents": data.cross_document_attention,
+    }
+
+
+@contextlib.contextmanager
+def _naming(data: DataConfig, name: str) -> Iterator[None]:
+    """Puts the source before what is said against it, where there are several."""
+    try:
+        yield
+    except ValueError as error:
+        if not data.mixture:
+            raise
+        raise ValueError(f"data.mixture {name!r}: {error}") from error
+
+
+def _tokenizer(data: DataConfig, model: ModelConfig, sources: Mapping[str, Corpus | Prepared]) -> Tokenizer:
+    """The one tokenizer of all sources: that of the prepared ones, where there are any."""
+    prepared = [(name, source) for name, source in sources.items() if isinstance(source, Prepared)]
+    if not prepared:
+        return prepare_tokenizer(data, model, *(source for source in sources.values() if isinstance(source, Corpus)))
+    name, first = prepared[0]
+    content = first.tokenizer.to_json()
+    for other, source in prepared[1:]:
+        require(
+            source.tokenizer.to_json() == content,
+            f"the prepared folders {name!r} and {other!r} have different tokenizers; prepare one of them again, with that of "
+            "the other (--tokenizer)",
+        )
+    if data.tokenizer is not None:
+        require(
+            load_tokenizer(data.tokenizer).to_json() == content,
+            f"data.tokenizer {data.tokenizer!r} is not the one that {name!r} was prepared with; prepare the folder "
+            "again with it (--tokenizer), or name no data.tokenizer",
+        )
+    check_fits(first.tokenizer, model, f"the tokenizer of {name!r}")
+    return first.tokenizer
+
+
+def _check_prepared(name: str, source: Prepared, data: DataConfig, model: ModelConfig, train: TrainConfig) -> None:
+    meta = source.meta
+    marks = meta["bos_token_id"], meta["eos_token_id"]
+    require(
+        marks == document_marks(model),
+        f"{name!r} was prepared with documents between the ids {marks[0]} and {marks[1]}, but model.bos_token_id and "
+        f"model.eos_token_id are {document_marks(model)}; set them alike, or prepare it again (--bos-token, --eos-token)",
+    )
+    require(
+        meta["fim_rate"] == data.fim_rate,
+        f"{name!r} was prepared with --fim-rate {meta['fim_rate']}, but data.fim_rate is {data.fim_rate}; set it alike, or "
+        "prepare the folder again",
+    )
+    require(
+        not data.fim_rate or meta["fim_tokens"] == list(data.fim_tokens),
+        f"{name!r} was prepared with --fim-tokens {meta['fim_tokens']}, but data.fim_tokens is {list(data.fim_tokens)}; set "
+        "them alike",
+    )

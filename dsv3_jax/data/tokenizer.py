@@ -2,12 +2,15 @@
 
 The report uses byte-level BPE of 128K tokens (arXiv 2412.19437, section 4.1). Every byte has a token, so any
 text comes back from its ids unchanged. The special tokens <bos> and <eos> are never made out of text: a
-document that spells "<eos>" is encoded as those five characters.
+document that spells "<eos>" is encoded as those five characters. A tokenizer trained here gives <bos>, <eos> and, where
+documents are filled in (`data.fim_rate`), the three `data.fim_tokens` the lowest ids, in this order, and bytes and merges the
+ids that follow.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from dsv3_jax.config import DataConfig, ModelConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.data.cache import digest, load_or_make
 from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.sources import Document
 
 # Merges are counted on at most this much text (some 20 s of work): the frequent pairs of a corpus show in a sample.
 TRAINING_CHARACTERS = 64_000_000
@@ -45,6 +49,11 @@ class Tokenizer:
         """The ids that no text is encoded to, and how they are written."""
         return {id_: token.content for id_, token in self._backend.get_added_tokens_decoder().items() if token.special}
 
+    @functools.cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """The special tokens, and those that a tokenizer.json adds without calling them so, as DeepSeek's does <｜User｜>."""
+        return {id_: token.content for id_, token in sorted(self._backend.get_added_tokens_decoder().items())}
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without special tokens.
 
@@ -55,12 +64,23 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all cores."""
-        try:
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError as error:  # which the library raises for a lone surrogate too
-            for text in texts:
-                _check_encodable(text)
-            raise error
+        return _encode_batch(self._backend, texts)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same, without any added token: what a document or a message says never becomes one, whatever it spells."""
+        return _encode_batch(self._plain_backend, texts)
+
+    @functools.cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """One that takes every added token for a special one, which it does not make out of text."""
+        if self.added_tokens == self.special_tokens:
+            return self._backend
+        content = json.loads(self._backend.to_str())
+        for token in content["added_tokens"]:
+            token["special"] = True
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        backend.encode_special_tokens = True
+        return backend
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
@@ -113,19 +133,19 @@ def document_marks(model: ModelConfig) -> tuple[int | None, int]:
     return model.bos_token_id, model.eos_token_ids[0]
 
 
-def prepare_tokenizer(data: DataConfig, model: ModelConfig, corpus: Corpus) -> Tokenizer:
-    """The tokenizer of a run: `data.tokenizer`, or one trained on the training documents and kept in `data.cache_dir`.
+def prepare_tokenizer(data: DataConfig, model: ModelConfig, *corpora: Corpus) -> Tokenizer:
+    """The tokenizer of a run: `data.tokenizer`, or one trained on all training documents and kept in `data.cache_dir`.
 
     Raises:
       ValueError: if the tokenizer does not fit the model's vocab_size, bos_token_id and eos_token_id.
     """
     if data.tokenizer is not None:
         tokenizer = load_tokenizer(data.tokenizer)
-        _check_fits(tokenizer, model, data.tokenizer)
+        check_fits(tokenizer, model, f"data.tokenizer {data.tokenizer!r}")
         return tokenizer
-    specials = _trained_specials(model)
-    key = digest(corpus.train_digest, str(model.vocab_size), *specials, tokenizers.__version__)
-    texts = functools.partial(_training_texts, corpus)
+    specials = _trained_specials(model, data)
+    key = digest(*(corpus.train_digest for corpus in corpora), str(model.vocab_size), *specials, tokenizers.__version__)
+    texts = functools.partial(_training_texts, [document for corpus in corpora for document in corpus.train])
     return load_or_make(
         Path(data.cache_dir) / f"tokenizer-{key}.json",
         load=load_tokenizer,
@@ -180,6 +200,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[st
     return Tokenizer(backend)
 
 
+def _encode_batch(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    try:
+        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    except TypeError as error:  # which the library raises for a lone surrogate too
+        for text in texts:
+            _check_encodable(text)
+        raise error
+
+
 def _check_encodable(text: str) -> None:
     try:
         text.encode("utf-8")
@@ -187,8 +216,8 @@ def _check_encodable(text: str) -> None:
         raise ValueError(f"the text cannot be encoded as UTF-8 ({error}); remove the lone surrogate") from error
 
 
-def _trained_specials(model: ModelConfig) -> list[str]:
-    """The special tokens in the order of their ids."""
+def _trained_specials(model: ModelConfig, data: DataConfig) -> list[str]:
+    """The special tokens in the order of their ids: those of the model, then the three to fill in the middle with."""
     bos, eos = document_marks(model)
     named = {eos: "<eos>"} if bos is None else {bos: "<bos>", eos: "<eos>"}
     require(
@@ -196,27 +225,28 @@ def _trained_specials(model: ModelConfig) -> list[str]:
         f"model.bos_token_id {model.bos_token_id} and model.eos_token_id {model.eos_token_id} do not fit a tokenizer "
         "trained here, whose special tokens come first; use 0 and 1, or None and 0, or name a data.tokenizer",
     )
-    return [named[id_] for id_ in sorted(named)]
+    return [*(named[id_] for id_ in sorted(named)), *(data.fim_tokens if data.fim_rate > 0 else ())]
 
 
-def _training_texts(corpus: Corpus) -> Iterable[str]:
+def _training_texts(documents: Sequence[Document]) -> Iterable[str]:
     """The training documents, or of a large corpus a sample: documents by the hash of their names."""
     left = TRAINING_CHARACTERS
-    for document in sorted(corpus.train, key=lambda document: digest(document.name)):
+    for document in sorted(documents, key=lambda document: digest(document.name)):
         if left <= 0:
             return
         yield document.text[:left]
         left -= len(document.text)
 
 
-def _check_fits(tokenizer: Tokenizer, model: ModelConfig, name: str) -> None:
+def check_fits(tokenizer: Tokenizer, model: ModelConfig, name: str) -> None:
+    """Raises ValueError unless the ids of the tokenizer `name` are the model's, and the document marks none of its texts'."""
     require(
         tokenizer.vocab_size <= model.vocab_size,
-        f"data.tokenizer {name!r} has {tokenizer.vocab_size} ids; raise model.vocab_size ({model.vocab_size}) to that",
+        f"{name} has {tokenizer.vocab_size} ids; raise model.vocab_size ({model.vocab_size}) to that",
     )
     for field, id_ in zip(("bos_token_id", "eos_token_id"), document_marks(model), strict=True):
         require(
             id_ is None or id_ in tokenizer.special_tokens or id_ >= tokenizer.vocab_size,
-            f"model.{field} {id_} is an ordinary token of data.tokenizer {name!r}; "
+            f"model.{field} {id_} is an ordinary token of {name}; "
             f"use one of its special tokens: {dict(sorted(tokenizer.special_tokens.items())[:8])}",
         )

@@ -38,8 +38,10 @@ def test_every_byte_is_scored_once_in_order(batch_size: int, sequence_length: in
     batches = list(heldout)
     assert len(batches) == len(heldout)
     for batch in batches:
-        chex.assert_shape(list(batch), (batch_size, sequence_length))
-        assert [array.dtype for array in batch] == [np.int32, np.int32, np.float32]
+        arrays = [batch.tokens_BT, batch.targets_BT, batch.weights_BT]
+        chex.assert_shape(arrays, (batch_size, sequence_length))
+        chex.assert_type(arrays, [np.int32, np.int32, np.float32])
+        assert batch.starts_BT is None
         assert set(np.unique(batch.weights_BT)) <= {0, 1}
     targets = np.concatenate([batch.targets_BT.ravel() for batch in batches])
     scored = np.concatenate([batch.weights_BT.ravel() for batch in batches]) == 1
@@ -62,6 +64,26 @@ def test_windows_cut_one_stream_and_carry_the_token_before(bos: int | None, eos:
     np.testing.assert_array_equal(targets[: len(stream) - 1], stream[1:])
     assert not tokens[len(stream) - 1 :].any()
     assert not np.concatenate([batch.weights_BT.ravel() for batch in batches])[len(stream) - 1 :].any()
+
+
+@pytest.mark.parametrize("bos", [0, None])
+def test_starts_say_where_in_its_window_a_document_begins(bos: int | None) -> None:
+    model = ModelConfig(vocab_size=300, bos_token_id=bos)
+    heldout = HeldoutWindows(DOCUMENTS, TOKENIZER, model, batch_size=3, sequence_length=10, across_documents=False)
+    batches = list(heldout)
+    tokens = np.concatenate([batch.tokens_BT for batch in batches])
+    starts = np.concatenate([batch.starts_BT for batch in batches])
+    length = 1 + sum(len(TOKENIZER.encode(document.text)) + (1 if bos is None else 2) for document in DOCUMENTS) - 1
+    for number, (row, row_starts) in enumerate(zip(tokens.tolist(), starts.tolist(), strict=True)):
+        begins = 0
+        for place in range(len(row)):
+            if number * 10 + place >= length:
+                assert row_starts[place] == -1
+                continue
+            # A document begins behind the end of the one before it.
+            previous = row[place - 1] if place else None
+            begins = place if previous == 1 else begins
+            assert row_starts[place] == begins
 
 
 def test_sample_is_spread_over_the_text_and_always_the_same() -> None:

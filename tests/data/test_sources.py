@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -63,7 +64,8 @@ def test_jsonl_gives_one_document_a_line(tmp_path: Path) -> None:
         ("{broken", "is not valid JSON"),
         ('{"content": "x"}', 'has no "text" string'),
         ('{"text": 3}', 'has no "text" string'),
-        ('"text"', 'has no "text" string'),
+        ('"text"', "is str, not an object"),
+        ('{"messages": []}', 'has no "text" string; .*; conversations take data.kind chat'),
     ],
 )
 def test_bad_jsonl_names_file_and_line(tmp_path: Path, line: str, complaint: str) -> None:
@@ -101,9 +103,20 @@ def test_what_is_no_file_is_passed_over(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "locked.txt").write_text("text")
 
-    def refuse(path: epath.Path) -> bytes:
+    def refuse(path: epath.Path, mode: str) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", refuse)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "open", refuse)
     with pytest.raises(ValueError, match=r"^data.source '.*': locked.txt cannot be read \(.*Permission denied.*\); make it"):
         read_source(str(tmp_path))
+
+
+def test_gzipped_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("naïve".encode()))
+    documents = [Document("a.jsonl.gz:1", "one"), Document("a.jsonl.gz:2", "two"), Document("b.txt.gz", "naïve")]
+    assert read_source(str(tmp_path)) == (documents, [])
+    for content in (gzip.compress(b"text" * 99)[:-9], b"no gzip"):
+        (tmp_path / "b.txt.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"data\.source '.*': b\.txt\.gz cannot be read"):
+            read_source(str(tmp_path))

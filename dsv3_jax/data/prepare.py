@@ -1,0 +1,254 @@
+"""`python -m dsv3_jax.data.prepare --source S --tokenizer T --output DIR`: tokenises a corpus once, in parallel.
+
+The corpus may be far larger than memory. It is cut into pieces by the sizes of its files (`pieces.py`), and each piece becomes
+a shard, made by one process and renamed into place when it is whole. A preparation that was killed, at whatever moment, is
+continued by the same command: whole shards stay, and the folder comes out the same to the byte as if nothing had happened,
+and for any number of workers. `--data.source DIR` then trains on the folder (`shards.py`). Copies among the documents are not
+looked for: deduplicate first.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from dsv3_jax.config import DataConfig
+from dsv3_jax.config.checks import require, require_positive, require_seed
+from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
+from dsv3_jax.data.cache import digest
+from dsv3_jax.data.fim import FillInTheMiddle
+from dsv3_jax.data.pieces import Segment, cut_into_pieces
+from dsv3_jax.data.shard_writer import COUNTS, Job, make_shard, start_worker, write_whole
+from dsv3_jax.data.shards import FORMAT, KINDS, describe, file_record, read_json, shard_file, shard_record
+from dsv3_jax.data.sources import source_files
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer_files import named_tokens
+from dsv3_jax.data.tokens import id_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareFlags:
+    """What to tokenise, and how."""
+
+    source: str
+    """Text file, .jsonl file with a "text" field, folder of such files (also gzipped), or "stdlib"."""
+    tokenizer: str
+    """A tokenizer.json, or its folder."""
+    output: str
+    """Folder to write; one that holds the beginning of the same preparation is continued."""
+    bos_token: str | None = None
+    """Token that opens a document, "" for none; None is what tokenizer_config.json names, else <bos> if there is one."""
+    eos_token: str | None = None
+    """Token that ends a document; None is what tokenizer_config.json names, else <eos>."""
+    fim_rate: float = 0.0
+    """Share of the documents that are written as prefix, suffix, middle, to be filled in; the report takes 0.1."""
+    fim_tokens: tuple[str, str, str] = DataConfig.fim_tokens
+    """The special tokens before the prefix, the suffix and the middle."""
+    seed: int = 0
+    """Seed of which documents these are."""
+    heldout_fraction: float = 0.001
+    """Share of the documents held out (by hash of their names; of a lone one, its end); "stdlib" has a fixed split."""
+    shard_megabytes: int = 128
+    """Text that one shard holds, in units of 10**6 bytes as they lie on the disk; the work of a shard is lost by a kill."""
+    workers: int | None = None
+    """Processes; None is one for each processor."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "shard_megabytes")
+        require_seed("seed", self.seed)
+        require(self.workers is None or self.workers >= 1, f"workers is {self.workers}; it must be at least 1")
+        require(0.0 < self.heldout_fraction < 1.0, f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1")
+        require(0.0 <= self.fim_rate <= 1.0, f"fim_rate is {self.fim_rate}; it must lie in 0..1")
+
+
+@exits_with_one_line
+def main() -> None:
+    """The command line; prints one line."""
+    started = time.perf_counter()
+    meta, tokens = prepare(parse_flags(PrepareFlags, description=__doc__ or ""))
+    seconds = time.perf_counter() - started
+    print(f"{describe(meta)}; {tokens:,} tokens now, in {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)")
+
+
+def prepare(flags: PrepareFlags) -> tuple[dict[str, Any], int]:
+    """Makes the folder, or what is missing of it.
+
+    Returns:
+      its meta.json, and the tokens that were made by this call.
+
+    Raises:
+      ValueError: on whatever is wrong with the source, the tokenizer, or a folder that holds something else.
+    """
+    require("://" not in flags.output, f"--output is {flags.output!r}; name a folder of this machine")
+    tokenizer = load_tokenizer(flags.tokenizer)
+    named = named_tokens(flags.tokenizer)
+    bos = _token_id(tokenizer, "bos_token", flags.bos_token, named.get("bos_token"), "<bos>")
+    eos = _token_id(tokenizer, "eos_token", flags.eos_token, named.get("eos_token"), "<eos>")
+    require(eos is not None, "--eos-token is empty; name the token that ends a document")
+    assert eos is not None
+    fim = FillInTheMiddle.of(flags.fim_rate, flags.fim_tokens, flags.seed, tokenizer)
+    options = {
+        "format": FORMAT,
+        "tokenizer_digest": digest(tokenizer.to_json()),
+        "tokenizers_version": tokenizers.__version__,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": id_dtype(tokenizer.vocab_size).name,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "fim_rate": flags.fim_rate,
+        "fim_tokens": list(flags.fim_tokens) if fim else [],
+        "seed": flags.seed if fim else 0,
+        "heldout_fraction": flags.heldout_fraction,
+        "shard_megabytes": flags.shard_megabytes,
+    }
+    folder = Path(flags.output).expanduser()
+    files = source_files(flags.source, "--source")
+    plan = _open_folder(folder, options, [file.name for file in files])
+    if plan is None:
+        pieces = cut_into_pieces(files, flags.shard_megabytes * 10**6)
+        require(bool(pieces), f"--source {flags.source!r} holds no text; name UTF-8 text or JSONL")
+        write_whole(folder / "tokenizer.json", tokenizer.to_json())
+        plan = {"options": options, "files": [file.name for file in files], "pieces": pieces}
+        write_whole(folder / "plan.json", json.dumps(plan) + "\n")
+    pieces = [[Segment(*segment) for segment in piece] for piece in plan["pieces"]]
+    # Read again from the file: JSON makes lists of the tuples.
+    plan_digest = digest((folder / "plan.json").read_text("utf-8"))
+    is_lone = len(files) == 1 and not files[0].is_jsonl
+    job = Job(flags.source, files, folder, pieces, plan_digest, bos, eos, fim, flags.heldout_fraction, is_lone)
+    missing = [number for number in range(len(pieces)) if not _is_whole(job, number)]
+    made = _make_all(job, missing, min(flags.workers or os.cpu_count() or 1, max(len(missing), 1)))
+    return _write_meta(job, options), made
+
+
+def _token_id(tokenizer: Tokenizer, option: str, given: str | None, named: str | None, usual: str) -> int | None:
+    """The id of a document mark; None where it is given as empty, or is the opening one and nothing names it."""
+    ids = {text: id_ for id_, text in tokenizer.added_tokens.items()}
+    if given == "":
+        return None
+    text = given if given is not None else named if named is not None else usual
+    if given is None and named is None and option == "bos_token" and usual not in ids:
+        return None
+    require(text in ids, f"the tokenizer has no added token {text!r}; name its {option} with --{option.replace('_', '-')}")
+    return ids[text]
+
+
+def _open_folder(folder: Path, options: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
+    """The plan of a preparation that has begun; None if the folder is new.
+
+    Raises:
+      ValueError: if the folder holds another preparation, or something else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for draft in folder.glob(".draft-*"):
+            _remove_stale(draft)
+    except OSError as error:
+        raise ValueError(f"--output {str(folder)!r} cannot be written ({error}); name another folder") from error
+    if not (folder / "plan.json").exists():
+        others = sorted(path.name for path in folder.iterdir() if path.name != "tokenizer.json" and path.name[:1] != ".")
+        require(not others, f"--output {str(folder)!r} holds {others[:1]} and no plan.json; name another folder")
+        return None
+    plan = read_json(folder / "plan.json")
+    before = plan.get("options", {})
+    changed = [name for name in options if before.get(name) != options[name]]
+    require(
+        not changed,
+        f"--output {str(folder)!r} was begun with {', '.join(f'{name} {before.get(name)}' for name in changed)}, now "
+        f"{', '.join(str(options[name]) for name in changed)}; use the same, or name another folder",
+    )
+    if plan.get("files") != names:
+        raise ValueError(
+            f"--output {str(folder)!r} was begun with other files in the source: {_difference(plan.get('files', []), names)}; "
+            "put them back, or name another folder"
+        )
+    return plan
+
+
+def _difference(before: list[str], now: list[str]) -> str:
+    gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
+    return f"{gone[0]!r} is gone" if gone else f"{new[0]!r} is new"
+
+
+def _remove_stale(draft: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):  # Another preparation may have finished it.
+        draft.unlink()
+
+
+def _is_whole(job: Job, number: int) -> bool:
+    if not shard_record(job.folder, number).exists():
+        return False
+    record = read_json(shard_record(job.folder, number))
+    paths = {kind: shard_file(job.folder, number, kind) for kind in KINDS}
+    sizes = {kind: path.stat().st_size if path.exists() else None for kind, path in paths.items()}
+    return record["plan"] == job.plan and sizes == {kind: record["files"][kind]["size"] for kind in KINDS}
+
+
+def _write_meta(job: Job, options: dict[str, Any]) -> dict[str, Any]:
+    shards = [read_json(shard_record(job.folder, number)) for number in range(len(job.pieces))]
+    counts = {name: sum(shard[name] for shard in shards) for name in COUNTS}
+    place = f"--source {job.source!r}"
+    require(counts["documents"] > 0, f"{place} gives no document to train on; give more text or a lower --heldout-fraction")
+    require(
+        counts["heldout_documents"] > 0,
+        f"{place}: of {counts['documents']} documents none was chosen to be held out; raise --heldout-fraction "
+        f"({job.heldout_fraction}), in another --output",
+    )
+    tokenizer = file_record(job.folder / "tokenizer.json")
+    meta = {**options, **counts, "plan": job.plan, "tokenizer": tokenizer, "shards": shards}
+    write_whole(job.folder / "meta.json", json.dumps(meta) + "\n")
+    return meta
+
+
+def _make_all(job: Job, missing: list[int], workers: int) -> int:
+    """Makes the shards of the pieces `missing`, and shows a bar, or lines where there is no terminal; the tokens made."""
+    if not missing:
+        return 0
+    context = multiprocessing.get_context("spawn")  # A fork would take the threads of the tokenizers library apart.
+    read, made, stop = context.Value("q", 0), context.Value("q", 0), context.Event()
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    total = sum(segment.stop - segment.start for number in missing for segment in job.pieces[number])
+    started, shown = time.perf_counter(), 0
+    with (
+        Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
+        concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (job, read, made, stop)) as pool,
+    ):
+        task = progress.add_task(f"{len(missing)} shards", total=total)
+        try:
+            waiting = {pool.submit(make_shard, number) for number in missing}
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, 0.2, concurrent.futures.FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                # Without their locks, which a worker that is killed may hold for ever.
+                bytes_read, tokens = read.get_obj().value, made.get_obj().value
+                rate = tokens / (time.perf_counter() - started)
+                text = f"{len(waiting)} of {len(missing)} shards to go  {rate:,.0f} tokens/s"
+                progress.update(task, completed=bytes_read, description=text)
+                if not console.is_terminal and 10 * bytes_read // total > shown:
+                    shown = 10 * bytes_read // total
+                    print(text, file=sys.stderr, flush=True)
+        except concurrent.futures.BrokenExecutor as error:
+            raise ValueError(
+                f"a worker was killed, maybe for want of memory; the same command with fewer --workers than {workers} continues"
+            ) from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+    return made.get_obj().value
+
+
+if __name__ == "__main__":
+    main()

@@ -5,11 +5,10 @@
         --data.source path/to/text --data.tokenizer path/to/tokenizer.json
 
 671,026,419,200 parameters in the main model, of which a token uses 37.55B, and one MTP depth. Pre-training reads 4,096
-tokens without YaRN; the long-context phases that follow set `--model.rope_scaling.factor 40` and a longer
-`--model.max_position_embeddings`. The peak learning rate, gamma 0.001 and lambda 0.3 are those of the constant part of the
-published run. Its schedules in tokens and its batches (3,072 sequences growing to 15,360 over the first 469B tokens) are not
-implemented yet: they take accumulated gradients. Here a step is one sequence for each of 512 chips, and the learning rate
-falls as one cosine over 14.8T tokens; on another slice set `--train.batch-size` to a multiple of its chips.
+tokens without YaRN. The schedules are the published ones, in tokens: learning rate, batches of 3,072 sequences growing to
+15,360 over the first 469B tokens, gamma and lambda. Gradients are accumulated over micro-batches of one sequence for each
+of 512 chips; on another slice set `--train.micro-batch-size` to a multiple of its chips. The two phases of long context
+that follow are `configs/v3_671b_32k.py` and `configs/v3_671b_128k.py`.
 
 64 devices split the experts, eight of them each of the eight groups that routing is limited by; the others split parameters
 and batch, and the experts' weights, which are then gathered among few. The first line without its topology prints where
@@ -53,8 +52,11 @@ config = Config(
     data=DataConfig(source="data/text", tokenizer="data/tokenizer.json"),
     optimizer=OptimizerConfig(
         learning_rate=2.2e-4,
-        final_learning_rate=2.2e-5,
         warmup_steps=2000,
+        constant_tokens=10_000_000_000_000,
+        decay_tokens=4_300_000_000_000,
+        final_learning_rate=2.2e-5,  # for 333B tokens
+        learning_rate_after=((14.633e12, 7.3e-6),),  # for the last 167B
         beta1=0.9,
         beta2=0.95,
         weight_decay=0.1,
@@ -62,10 +64,16 @@ config = Config(
         moment_dtype="bfloat16",
     ),
     train=TrainConfig(
-        steps=7_057_189,  # 14.8T tokens
-        batch_size=512,
+        steps=244_108,  # 14.8T tokens
+        initial_batch_size=3072,
+        batch_size=15360,
+        batch_ramp_tokens=469_000_000_000,
+        batch_ramp_unit=1024,
+        micro_batch_size=512,
         sequence_length=4096,
         mtp_loss_weight=0.3,
+        mtp_loss_weight_after=((10e12, 0.1),),
         bias_update_speed=0.001,
+        bias_update_speed_after=((14.3e12, 0.0),),
     ),
 )

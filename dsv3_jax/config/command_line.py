@@ -16,6 +16,7 @@ import io
 import os
 import pathlib
 import runpy
+import shlex
 import sys
 import types
 import typing
@@ -24,7 +25,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from dsv3_jax.config.checkpoint_model import model_to_train
 from dsv3_jax.config.checks import require
+from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.rope_scaling import RopeScaling
 from dsv3_jax.config.run import Config
 
@@ -37,6 +40,9 @@ _TYPE_NAMES = {
     bool: "True or False",
     types.NoneType: "None",
     tuple[int, ...]: "several integers",
+    tuple[str, str, str]: "three texts",
+    tuple[tuple[str, float], ...]: "texts, each followed by a number",
+    tuple[tuple[float, float], ...]: "pairs of numbers",
 }
 
 
@@ -68,11 +74,16 @@ class RunFlags:
     """What stands beside the fields of the run config."""
 
     config: str = "configs/tiny.py"
-    """Python file that exposes `config`, a Config, or the config.json of a run; the fields below override it."""
+    """Python file that exposes `config`, a Config or a function from the model of --init-from to one, or the config.json of a
+    run; the fields below override it."""
+    init_from: str | None = None
+    """Short for --train.init-from."""
     run_dir: str | None = None
     """Folder of the run; None is runs/ and the name of the Python file, or the folder of the config.json."""
     resume: bool = False
     """Continue from the newest checkpoint of the folder if there is one, else start."""
+    profile: str | None = None
+    """Steps to trace into the run's profile/, the first and the one after the last: 10:13 traces steps 10, 11 and 12."""
     distributed: DistributedFlags = DistributedFlags()
     """How the processes of a run find each other."""
 
@@ -87,16 +98,23 @@ class RunArguments:
     """Folder of the run."""
     resume: bool
     """Whether to continue what the folder holds."""
+    profile: str | None
+    """Steps to trace, as `dsv3_jax.train.profiling.profiled_steps` reads them."""
     distributed: DistributedFlags
     """How the processes of the run find each other."""
 
 
-def load_config(path: str) -> Config:
+def load_config(path: str, init_from: str | None = None, stand_in: ModelConfig | None = None) -> Config:
     """The `config` of a Python file, as in `configs/`, or the config.json of a run.
 
+    Args:
+      path: the file.
+      init_from: the checkpoint whose model a `config` that is a function is called with.
+      stand_in: the model it is called with where there is no checkpoint, as for --help.
+
     Raises:
-      ValueError: if there is no such file, it does not run or exposes no `config` of type Config, or the config
-        contradicts itself.
+      ValueError: if there is no such file, it does not run or exposes no `config`, the config contradicts itself, or there is
+        no checkpoint for a function.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -116,6 +134,11 @@ def load_config(path: str) -> Config:
         raise ValueError(f"config file {path!r} does not run ({type(error).__name__}: {error}); correct it") from error
     require("config" in exposed, f"config file {path!r} exposes no `config`; end it with config = Config(...)")
     config = exposed["config"]
+    if callable(config):
+        remedy = "name it with --init-from, a run directory or a Hugging Face folder"
+        model = stand_in if init_from is None else model_to_train(init_from)
+        require(model is not None, f"config file {path!r} makes its config from the model of a checkpoint; {remedy}")
+        config = config(model)
     require(
         isinstance(config, Config), f"`config` of {path!r} is a {type(config).__name__}; it must be a dsv3_jax.config.Config"
     )
@@ -136,7 +159,7 @@ def parse_run(argv: Sequence[str] | None = None, description: str | None = None)
     flags, config = parse_with_config(RunFlags, argv, description)
     file = pathlib.Path(flags.config)
     run_dir = flags.run_dir or (str(file.parent) if file.suffix == ".json" else os.path.join("runs", file.stem))
-    return RunArguments(config, run_dir, flags.resume, flags.distributed)
+    return RunArguments(config, run_dir, flags.resume, flags.profile, flags.distributed)
 
 
 def parse_with_config(
@@ -150,11 +173,17 @@ def parse_with_config(
     flag_types, field_types = _leaf_types(flags_type), _leaf_types(Config)
     _refuse_unknown(given, flag_types | field_types)
     flags = _build_flags(flags_type, {name: _read(name, given[name], flag_types[name]) for name in flag_types if name in given})
-    config = load_config(typing.cast(Any, flags).config)
+    overrides = {name: _read(name, given[name], field_types[name]) for name in field_types if name in given}
+    if (init_from := getattr(flags, "init_from", None)) is not None:
+        overrides["train.init_from"] = init_from
+    stand_in = ModelConfig() if wants_help else None
+    config = load_config(typing.cast(Any, flags).config, overrides.get("train.init_from"), stand_in)
     if wants_help:
         _print_help(flags_type, flags, description, config)
-    overrides = {name: _read(name, given[name], field_types[name]) for name in field_types if name in given}
-    return flags, _override(config, overrides)
+    config = _override(config, overrides)
+    if config.train.init_from is not None and config.data.tokenizer is None:
+        config = _override(config, {"data.tokenizer": config.train.init_from})
+    return flags, config
 
 
 def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, description: str | None = None) -> Flags:
@@ -168,6 +197,17 @@ def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, desc
     if wants_help:
         _print_help(flags_type, None, description)
     return _build_flags(flags_type, {name: _read(name, values, flag_types[name]) for name, values in given.items()})
+
+
+def how_to_resume() -> str:
+    """The command line of this process with --resume, and without what it was to do once."""
+    kept, dropping = [sys.argv[0]], False
+    for argument in sys.argv[1:]:
+        if argument.startswith("--"):
+            dropping = argument.partition("=")[0] in ("--resume", "--profile")
+        if not dropping:
+            kept.append(argument)
+    return f"python {shlex.join([*kept, '--resume'])}"
 
 
 def exits_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
@@ -263,7 +303,7 @@ def _read(name: str, values: list[str], hint: Any) -> Any:
             return tyro.cli(holder, args=arguments, config=(tyro.conf.FlagConversionOff,), add_help=False).value
     except SystemExit:
         given = f"is {shown!r}" if values else "has no value"
-        is_text = str in (hint, *typing.get_args(hint))
+        is_text = hint is str or (typing.get_origin(hint) is not tuple and str in typing.get_args(hint))
         remedy = f"put it in quotes: --{name} {shown!r}" if is_text and len(values) > 1 else f"give {_type_name(hint)}"
         raise ValueError(f"--{name} {given}; {remedy}") from None
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from dsv3_jax.config.checks import require, require_positive, require_seed
 from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.schedules import Schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +66,72 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     source: str = "stdlib"
-    """A text file, a .jsonl file with a "text" field, a folder of such files, or "stdlib": that of the running Python."""
+    """A text file, a .jsonl file with a "text" field, a folder of such files (also gzipped), a folder made by
+    dsv3_jax.data.prepare, or "stdlib": that of the running Python."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Several sources in place of `source`, each followed by its weight: shares of the rows, whatever they sum to."""
+    kind: Literal["text", "chat"] = "text"
+    """What the sources hold: texts, or conversations, of which what the assistant says is learnt (.jsonl of "messages")."""
     tokenizer: str | None = None
     """A tokenizer.json, or its folder; None trains a byte-level BPE of the model's vocab_size on the source and caches it."""
+    fim_rate: float = 0.0
+    """Share of the documents that are written as prefix, suffix, middle, to be filled in (section 4.1 of the report: 0.1)."""
+    fim_tokens: tuple[str, str, str] = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
+    """The special tokens before the prefix, the suffix and the middle."""
+    cross_document_attention: bool = True
+    """Whether tokens attend to the documents before theirs in a row, as in the report; padding is never attended to."""
     cache_dir: str = ".cache"
     """Where trained tokenizers and tokenised text are kept between runs."""
     heldout_fraction: float = 0.02
-    """Share of your own documents held out (by hash of their names; of a lone one, its end); "stdlib" has a fixed split."""
+    """Share of your own documents held out (by hash of their names; of a lone one, its end); "stdlib" and prepared folders
+    have their own split."""
 
     def __post_init__(self) -> None:
         require(self.source != "", 'data.source is empty; name a file, a folder or "stdlib"')
+        _require_mixture(self.mixture)
+        require(self.kind in ("text", "chat"), f"data.kind is {self.kind!r}; choose text or chat")
+        require(
+            self.kind == "text" or not self.cross_document_attention,
+            "data.kind is chat and data.cross_document_attention True; conversations stand in rows with padding, which nothing "
+            "may attend to, so set it to False",
+        )
+        require(0.0 <= self.fim_rate <= 1.0, f"data.fim_rate is {self.fim_rate}; it must lie in 0..1")
+        require(
+            self.kind == "text" or self.fim_rate == 0,
+            f"data.fim_rate is {self.fim_rate}, but conversations (data.kind chat) are not filled in; set it to 0",
+        )
+        require(
+            len(set(self.fim_tokens)) == len(self.fim_tokens) == 3 and all(self.fim_tokens),
+            f"data.fim_tokens is {self.fim_tokens}; name three special tokens, for begin, hole and end",
+        )
         # What is kept there is mapped into memory.
         require("://" not in self.cache_dir, f"data.cache_dir is {self.cache_dir!r}; name a folder of this machine")
         require(
             0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
+        )
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The sources and the share of the rows that each gives; they sum to 1."""
+        if not self.mixture:
+            return {self.source: 1.0}
+        total = sum(weight for _, weight in self.mixture)
+        return {name: weight / total for name, weight in self.mixture}
+
+
+_LEAST_SHARE = 1e-6
+
+
+def _require_mixture(mixture: tuple[tuple[str, float], ...]) -> None:
+    names = [name for name, _ in mixture]
+    require(all(names), f"data.mixture is {mixture}; every source needs a name")
+    require(len(set(names)) == len(names), f"data.mixture names a source twice: {names}; add up its weights")
+    total = sum(weight for _, weight in mixture)
+    for name, weight in mixture:
+        # A share below this would take blocks of more rows than can be shuffled at once.
+        require(
+            math.isfinite(total) and weight > 0 and weight >= _LEAST_SHARE * total,
+            f"data.mixture gives {name!r} the weight {weight}; it must be positive, and at least {_LEAST_SHARE} of the sum",
         )
 
 
@@ -92,6 +145,12 @@ class OptimizerConfig:
     """Learning rate at the end of the cosine."""
     warmup_steps: int = 2000
     """Steps of linear warm-up from 0."""
+    constant_tokens: int = 0
+    """Tokens, from the start of the run, up to which the peak is held after the warm-up."""
+    decay_tokens: int | None = None
+    """Tokens of the cosine that follows; None lets it last to the end of the run."""
+    learning_rate_after: tuple[tuple[float, float], ...] = ()
+    """Later constants, whatever the cosine says: pairs of tokens seen and the rate from there on."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
@@ -111,7 +170,13 @@ class OptimizerConfig:
             f"optimizer.final_learning_rate ({self.final_learning_rate}) must lie in 0..learning_rate ({self.learning_rate})",
         )
         require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it cannot be negative")
+        for name in ("warmup_steps", "constant_tokens"):
+            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it cannot be negative")
+        require(
+            self.decay_tokens is None or self.decay_tokens > 0,
+            f"optimizer.decay_tokens is {self.decay_tokens}; it must be positive, or None for the rest of the run",
+        )
+        _require_changes("optimizer.learning_rate_after", self.learning_rate_after)
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)")
         require(self.epsilon > 0, f"optimizer.epsilon is {self.epsilon}; it must be positive")
@@ -130,28 +195,90 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps of the whole run."""
     batch_size: int = 8
-    """Sequences a step, over all devices."""
+    """Sequences a step, over all devices; at the end of a ramp."""
+    initial_batch_size: int | None = None
+    """Sequences of the first step, from which batches grow linearly with the tokens; None for batches all alike."""
+    batch_ramp_tokens: int = 0
+    """Tokens over which batches grow."""
+    batch_ramp_unit: int = 1
+    """Sequences by which they grow; a multiple of the micro-batch."""
+    micro_batch_size: int | None = None
+    """Sequences that are computed at once, over all devices; gradients of a step's micro-batches are accumulated. None: all."""
     sequence_length: int = 4096
     """Tokens a sequence."""
     mtp_loss_weight: float = 0.3
     """Weight lambda of the multi-token-prediction loss (eq. 25)."""
+    mtp_loss_weight_after: tuple[tuple[float, float], ...] = ()
+    """Later values of lambda: pairs of tokens seen and the value from there on."""
     bias_update_speed: float = 0.001
     """gamma: how far a router bias moves each step (section 2.1.2)."""
+    bias_update_speed_after: tuple[tuple[float, float], ...] = ()
+    """Later values of gamma, in such pairs."""
+    aux_loss_alpha_after: tuple[tuple[float, float], ...] = ()
+    """Later values of model.aux_loss_alpha, in such pairs."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 0
     """Steps between held-out losses on a sample of windows; 0 for none. The end of a run scores every held-out byte."""
     eval_batches: int = 8
     """Batches in that sample."""
+    init_from: str | None = None
+    """Hugging Face folder or run directory whose model the run starts from; None starts from random parameters."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped for a loss or gradient that is not finite; the run then stops."""
     seed: int = 0
     """Seed of the parameters and of the order of the data."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch_size", "sequence_length", "log_every", "eval_batches")
+        require_positive(
+            self, "steps", "batch_size", "sequence_length", "log_every", "eval_batches", "max_skipped", "batch_ramp_unit"
+        )
+        require(
+            (self.batch_ramp_tokens > 0) == (self.initial_batch_size is not None),
+            f"train.initial_batch_size is {self.initial_batch_size} and train.batch_ramp_tokens {self.batch_ramp_tokens}; a "
+            "ramp of the batch takes both",
+        )
+        for name in ("micro_batch_size", "initial_batch_size"):
+            size = getattr(self, name)
+            require(
+                size is None or 0 < size <= self.batch_size,
+                f"train.{name} is {size}; it must lie in 1..train.batch_size ({self.batch_size})",
+            )
+        sizes = {"batch_size": self.batch_size}
+        if self.initial_batch_size is not None:
+            sizes |= {"initial_batch_size": self.initial_batch_size, "batch_ramp_unit": self.batch_ramp_unit}
+        for name, size in sizes.items():
+            require(
+                size % self.micro_batch == 0,
+                f"train.{name} is {size}, no multiple of train.micro_batch_size ({self.micro_batch}); change one of them",
+            )
+        for name in ("mtp_loss_weight_after", "bias_update_speed_after", "aux_loss_alpha_after"):
+            _require_changes(f"train.{name}", getattr(self, name))
         require(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; it cannot be negative")
         require(self.mtp_loss_weight >= 0, f"train.mtp_loss_weight is {self.mtp_loss_weight}; it cannot be negative")
         require(self.bias_update_speed >= 0, f"train.bias_update_speed is {self.bias_update_speed}; it cannot be negative")
         require_seed("train.seed", self.seed)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that are computed at once."""
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the largest step."""
+        return self.batch_size // self.micro_batch
+
+
+def _require_changes(name: str, changes: tuple[tuple[float, float], ...]) -> None:
+    tokens = [at for at, _ in changes]
+    require(
+        tokens == sorted(set(tokens)) and all(at > 0 for at in tokens),
+        f"{name} is {changes}; write pairs of tokens and value, the tokens growing from above 0",
+    )
+    require(
+        all(math.isfinite(value) and value >= 0 for _, value in changes), f"{name} is {changes}; its values cannot be negative"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +289,15 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_every: int | None = None
+    """Checkpoints of every that many steps are kept for good; None for none."""
 
     def __post_init__(self) -> None:
         require_positive(self, "every", "keep")
+        require(
+            self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every == 0),
+            f"checkpoint.keep_every is {self.keep_every}; it must be a multiple of checkpoint.every ({self.every}), or None",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +337,11 @@ class Config:
         depths = self.model.num_nextn_predict_layers
         require(length > depths, f"train.sequence_length ({length}) must exceed model.num_nextn_predict_layers ({depths})")
 
+    @property
+    def schedules(self) -> Schedules:
+        """What changes from step to step."""
+        return Schedules(self.optimizer, self.train, self.model.aux_loss_alpha)
+
     def to_json(self) -> str:
         """The resolved config as JSON text; `from_json` reads it back."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -226,5 +364,10 @@ def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
     built = {}
     for name, value in values.items():
         nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]
-        built[name] = _build(nested[0], value, f"{path}.{name}") if nested and isinstance(value, dict) else value
+        built[name] = _build(nested[0], value, f"{path}.{name}") if nested and isinstance(value, dict) else _tuples(value)
     return cls(**built)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

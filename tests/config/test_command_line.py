@@ -55,7 +55,8 @@ def test_the_default_file_is_tiny():
 @pytest.mark.parametrize("run_dir", [["--run-dir", "a/b"], ["--run_dir=a/b"]])
 def test_flags_beside_the_fields(config_file: str, run_dir: list[str]):
     arguments = parse_run(["--resume", "--config", config_file, *run_dir])
-    assert (arguments.run_dir, arguments.resume) == ("a/b", True)
+    assert (arguments.run_dir, arguments.resume, arguments.profile) == ("a/b", True, None)
+    assert parse_run(["--config", config_file, "--profile", "10:13"]).profile == "10:13"
 
 
 def test_fields_of_every_type(config_file: str):
@@ -73,6 +74,13 @@ def test_fields_of_every_type(config_file: str):
     )  # fmt: skip
     assert (config.model.eos_token_id, config.model.bos_token_id) == ((3, 5), 0)
     assert (config.data.tokenizer, config.infer.prompt) == ("t.json", "--x")
+
+
+def test_a_mixture_is_sources_and_weights(config_file: str):
+    given = ["--data.mixture", "a.jsonl", "0.7", "dir b", "3", "--data.fim-tokens", "<b>", "<h>", "<e>"]
+    data = parse_run(["--config", config_file, *given]).config.data
+    assert data.mixture == (("a.jsonl", 0.7), ("dir b", 3.0))
+    assert data.fim_tokens == ("<b>", "<h>", "<e>")
 
 
 def test_fields_that_contradict_each_other_one_at_a_time(config_file: str):
@@ -110,6 +118,11 @@ def test_rope_scaling_is_set_changed_and_removed(config_file: str):
         ("--optimizer.beta1 high", "--optimizer.beta1 is 'high'; give a number"),
         ("--model.eos_token_id 1 x", "--model.eos_token_id is '1 x'; give an integer or several integers or None"),
         ("--model.q_lora_rank no", "--model.q_lora_rank is 'no'; give an integer or None"),
+        ("--data.mixture a.jsonl", "--data.mixture is 'a.jsonl'; give texts, each followed by a number"),
+        ("--data.mixture a.jsonl many", "--data.mixture is 'a.jsonl many'; give texts, each followed by a number"),
+        ("--data.mixture a 1 a 2", "data.mixture names a source twice: ['a', 'a']; add up its weights"),
+        ("--data.fim-tokens a b", "--data.fim_tokens is 'a b'; give three texts"),
+        ("--data.kind code", "--data.kind is 'code'; give text or chat"),
         ("--model.norm_topk_prob 1", "--model.norm_topk_prob is '1'; give True or False"),
         ("--model.remat ful", "--model.remat is 'ful'; give none or save_latents or full"),
         ("--model.rope_scaling yarn", "--model.rope_scaling is 'yarn'; give None"),
@@ -193,7 +206,7 @@ def test_help_lists_every_field_with_docstring_and_default(config_file: str, cap
     text = re.sub(r"\s+", " ", re.sub("[│─╭╮╰╯]", " ", capsys.readouterr().out))
     assert exit_info.value.code == 0
     assert "Trains the model." in text
-    for name in ("config", "run_dir", "resume", *leaves(Config)):
+    for name in ("config", "run_dir", "resume", "profile", *leaves(Config)):
         assert f"--{name} " in text, name
     assert "--train.steps INT Optimizer steps of the whole run. (default: 7)" in text
     assert "--model.rope_scaling.beta_fast FLOAT" in text

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -20,10 +21,13 @@ from dsv3_jax.config import (
     RopeScaling,
     TrainConfig,
 )
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.command_line import load_config, parse_run
+from tests.shipped import SHIPPED, shipped
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+CHAT = {"kind": "chat", "cross_document_attention": False}
 
 
 @pytest.fixture
@@ -74,6 +78,17 @@ def test_json_that_contradicts_itself_is_refused(config: Config):
         ),
         (DataConfig, {"heldout_fraction": 0.0}, "data.heldout_fraction is 0.0"),
         (DataConfig, {"heldout_fraction": 1.0}, "data.heldout_fraction is 1.0"),
+        (DataConfig, {"kind": "code"}, "data.kind is 'code'; choose text or chat"),
+        (DataConfig, {"fim_rate": 1.1}, "data.fim_rate is 1.1; it must lie in 0..1"),
+        (DataConfig, {"fim_rate": 0.1, **CHAT}, "conversations (data.kind chat) are not filled in; set it to 0"),
+        (DataConfig, {"kind": "chat"}, "data.kind is chat and data.cross_document_attention True"),
+        (DataConfig, {"fim_tokens": ("a", "a", "b")}, "data.fim_tokens is ('a', 'a', 'b'); name three special tokens"),
+        (DataConfig, {"mixture": (("a", 1.0), ("a", 2.0))}, "data.mixture names a source twice: ['a', 'a']"),
+        (DataConfig, {"mixture": (("", 1.0),)}, "every source needs a name"),
+        (DataConfig, {"mixture": (("a", 1.0), ("b", 0.0))}, "data.mixture gives 'b' the weight 0.0; it must be positive"),
+        (DataConfig, {"mixture": (("a", 1.0), ("b", 1e-7))}, "data.mixture gives 'b' the weight 1e-07; it must be positive"),
+        (DataConfig, {"mixture": (("a", float("inf")),)}, "data.mixture gives 'a' the weight inf"),
+        (DataConfig, {"mixture": (("a", float("nan")),)}, "data.mixture gives 'a' the weight nan"),
         (
             OptimizerConfig,
             {"learning_rate": 1e-6},
@@ -148,6 +163,13 @@ def test_mesh_that_does_not_fit_is_refused(mesh: dict, devices: int, message: st
         MeshConfig(**mesh).resolve(devices)
 
 
+def test_shares_of_a_mixture_sum_to_one_and_survive_json():
+    data = DataConfig(mixture=(("a.jsonl", 3.0), ("b", 1.0)))
+    assert data.shares == {"a.jsonl": 0.75, "b": 0.25}
+    assert DataConfig(source="c").shares == {"c": 1.0}
+    assert Config.from_json(Config(data=data).to_json()).data == data
+
+
 def test_configs_are_frozen(config: Config):
     for group in (config, *(getattr(config, field.name) for field in dataclasses.fields(config))):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -155,24 +177,53 @@ def test_configs_are_frozen(config: Config):
 
 
 def test_these_are_shipped():
-    assert SHIPPED == ["tiny", "v3_16b", "v3_671b"]
+    assert SHIPPED == ["chat", "tiny", "v3_16b", "v3_671b", "v3_671b_128k", "v3_671b_32k"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_config_can_be_stored_and_runs_on_its_machine(name: str):
-    config = load_config(str(ROOT / "configs" / f"{name}.py"))
+    config = shipped(name)
     assert Config.from_json(config.to_json()) == config
-    sizes = config.mesh.resolve({"tiny": 1, "v3_16b": 8, "v3_671b": 512}[name])
-    assert config.train.batch_size % (sizes["data"] * sizes["fsdp"] * sizes["expert"]) == 0
+    sizes = config.mesh.resolve({"tiny": 1, "chat": 8, "v3_16b": 8}.get(name, 512))
+    assert config.train.micro_batch % (sizes["data"] * sizes["fsdp"] * sizes["expert"]) == 0
+    assert config.train.sequence_length % sizes["context"] == 0
     assert config.model.n_routed_experts % sizes["expert"] == 0
 
 
 def test_v3_671b_is_the_published_run():
+    """Its schedules are checked in test_schedules.py."""
     config = load_config(str(ROOT / "configs/v3_671b.py"))
     assert config.model == ModelConfig(remat="full")  # The defaults are checked against the report in test_model.py.
     assert config.mesh.resolve(2048) == {"data": 1, "fsdp": 32, "expert": 64, "context": 1, "tensor": 1}
     optimizer, train = config.optimizer, config.train
-    assert (optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup_steps) == (2.2e-4, 2.2e-5, 2000)
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
-    assert (train.batch_size, train.sequence_length, train.mtp_loss_weight, train.bias_update_speed) == (512, 4096, 0.3, 1e-3)
-    assert train.steps * train.batch_size * train.sequence_length == pytest.approx(14.8e12, rel=1e-4)
+    assert (train.initial_batch_size, train.batch_size, train.sequence_length) == (3072, 15360, 4096)
+
+
+@pytest.mark.parametrize(("name", "length", "batch"), [("32k", 32_768, 1920), ("128k", 131_072, 480)])
+def test_the_phases_of_long_context_are_the_published_ones(name: str, length: int, batch: int):
+    config = shipped(f"v3_671b_{name}")
+    scaling = RopeScaling(40.0, original_max_position_embeddings=4096, beta_fast=32.0, beta_slow=1.0)
+    longer = {"rope_scaling": scaling, "max_position_embeddings": length}
+    assert config.model == dataclasses.replace(ModelConfig(remat="full"), **longer)
+    train = config.train
+    assert (train.steps, train.batch_size, train.sequence_length) == (1000, batch, length)
+    assert [config.schedules.learning_rate(step) for step in range(19, 1000)] == pytest.approx([7.3e-6] * 981)
+
+
+def test_a_config_that_is_a_function_takes_a_checkpoint(tmp_path: Path):
+    pretrained = str(ROOT / "tests/fixtures/published")
+    file = tmp_path / "longer.py"
+    file.write_text("from dsv3_jax.config import Config\n\ndef config(model):\n    return Config(model=model)\n")
+    message = "makes its config from the model of a checkpoint; name it with --init-from"
+    with pytest.raises(ValueError, match=message):
+        parse_run(["--config", str(file)])
+    with pytest.raises(SystemExit) as help_:
+        parse_run(["--config", str(file), "--help"])
+    assert help_.value.code == 0
+    arguments = parse_run(["--config", str(file), "--init-from", pretrained, "--train.steps", "7"])
+    assert arguments.config.model.n_routed_experts == 8
+    assert (arguments.config.train.init_from, arguments.config.train.steps) == (pretrained, 7)
+    assert arguments.config.data.tokenizer == pretrained
+    with pytest.raises(ValueError, match=r"holds no config\.json; name a run directory of train.py or a Hugging Face folder"):
+        parse_run(["--config", str(file), "--init-from", str(tmp_path)])

@@ -1,0 +1,50 @@
+"""The model of a checkpoint, read from its config.json: of a run directory of train.py, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from etils import epath
+
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.run import Config
+
+
+def is_hugging_face(path: str) -> bool:
+    """Whether `path` is a Hugging Face folder (True) or a run directory (False), told by its config.json.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    return "model_type" in _read(path)
+
+
+def model_to_train(path: str) -> ModelConfig:
+    """The model of either kind of folder, as a run that starts from it takes it: float32 parameters, backends by themselves.
+
+    Raises:
+      ValueError: if it is neither, or a model that is not implemented.
+    """
+    content = _read(path)
+    try:
+        model = ModelConfig.from_hf(content) if "model_type" in content else Config.from_json(json.dumps(content)).model
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{epath.Path(path) / 'config.json'}: {error}") from error
+    return dataclasses.replace(
+        model, param_dtype="float32", expert_backend="auto", attention_backend="auto", cache_backend="auto"
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = epath.Path(path) / "config.json"
+    if not file.exists():
+        raise ValueError(f"{path} holds no config.json; name a run directory of train.py or a Hugging Face folder")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if isinstance(content, dict) and ("model_type" in content or isinstance(content.get("model"), dict)):
+        return content
+    raise ValueError(f"{file} is neither a run's config nor a Hugging Face one (no model_type); name another folder")

@@ -1,26 +1,30 @@
 """A run directory: the resolved config, the tokenizer, the metrics and the checkpoints of one run.
 
-    config.json  text.digest  tokenizer.json  metrics.jsonl  tensorboard/  checkpoints/  report.png  summary.json
+    config.json  text.digest  tokenizer.json  metrics.jsonl  expert_load.npz  tensorboard/  profile/  checkpoints/
+    report.png  summary.json  run.lock
 
 Opening one refuses, before anything is written, whatever would damage or silently change an earlier run. Paths go
-through etils, so `gs://` works where its driver is installed.
+through etils, so `gs://` works where its driver is installed. Two runs at once in one folder are refused as well, but not on
+`gs://`, where nothing can be locked.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 from etils import epath
 
+from dsv3_jax.checkpoint.lock import FolderLock
 from dsv3_jax.config import Config
 
 # What may differ between a run and its continuation; everything else would change the losses.
 FREE_GROUPS = "mesh", "checkpoint", "infer"
 FREE_FIELDS = {
-    "train": ("steps", "log_every", "eval_every", "eval_batches"),
-    "data": ("cache_dir",),
+    "train": ("steps", "log_every", "eval_every", "eval_batches", "max_skipped", "micro_batch_size", "init_from"),
+    "data": ("cache_dir", "tokenizer"),
     "model": (
         "remat",
         "expert_backend",
@@ -43,14 +47,20 @@ class RunDirectory:
         self.text_digest_file = self.path / "text.digest"
         self.tokenizer_file = self.path / "tokenizer.json"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.expert_load_file = self.path / "expert_load.npz"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self.checkpoints = self.path / "checkpoints"
         self.report_file = self.path / "report.png"
         self.summary_file = self.path / "summary.json"
+        self.lock_file = self.path / "run.lock"
+        self._lock: FolderLock | None = None
 
     @classmethod
     def create_or_resume(cls, path: str, config: Config, *, resume: bool, text_digest: str | None = None) -> RunDirectory:
         """Opens `path` for training, writing its config.json.
+
+        No other process can do so as long as this one lives and keeps the result, or until it calls `unlock`.
 
         Args:
           path: the folder, new or (with `resume`) an earlier run's.
@@ -61,28 +71,27 @@ class RunDirectory:
 
         Raises:
           ValueError: if the folder holds a run and `resume` is off; if it holds a run of another config or text, or of more
-            steps; if it holds other things than a run, or cannot be made or written. Nothing is written then.
+            steps; if it holds other things than a run, or cannot be made or written; if another process trains in it.
+            Nothing is written then.
         """
         run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise ValueError(f"run directory {path} is a file; name a folder")
-        if run.config_file.exists():
-            before = run.config()
-            if not resume:
-                raise ValueError(f"{path} already holds a run; continue it with --resume, or name another --run-dir")
-            run._refuse_other_config(before, config)
-            run._refuse_fewer_steps(config)
-            run._refuse_other_text(text_digest)
-        elif run.path.exists() and any(run.path.iterdir()):
-            raise ValueError(f"{path} is not empty and holds no run (no config.json); name another --run-dir")
+        run._refuse_what_is_there(config, resume, text_digest)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
+            if "://" not in str(run.path):
+                run._lock = FolderLock(run.path, run.lock_file)
+                run._refuse_what_is_there(config, resume, text_digest)  # It may have changed before it was locked.
             write_whole(run.config_file, config.to_json())
             if text_digest is not None:
                 write_whole(run.text_digest_file, text_digest + "\n")
         except OSError as error:
             raise ValueError(f"run directory {path} cannot be made or written ({error}); name another --run-dir") from error
         return run
+
+    def unlock(self) -> None:
+        """Lets other processes train in the folder; this one has done with it."""
+        if self._lock is not None:
+            self._lock.release()
 
     @classmethod
     def existing(cls, path: str) -> RunDirectory:
@@ -103,9 +112,27 @@ class RunDirectory:
         """Writes summary.json; of a run that was resumed, `seconds` count from the last start."""
         write_whole(self.summary_file, json.dumps(summary) + "\n")
 
-    def _refuse_fewer_steps(self, now: Config) -> None:
+    def _refuse_what_is_there(self, config: Config, resume: bool, text_digest: str | None) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"run directory {self.path} is a file; name a folder")
+        if self.config_file.exists():
+            before = self.config()
+            if not resume:
+                raise ValueError(f"{self.path} already holds a run; continue it with --resume, or name another --run-dir")
+            self._refuse_other_config(before, config)
+            self._refuse_fewer_steps(config)
+            self._refuse_other_text(text_digest)
+        elif self.path.exists() and any(path != self.lock_file for path in self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no run (no config.json); name another --run-dir")
+
+    @property
+    def steps_saved(self) -> int | None:
+        """Steps of the newest checkpoint that has been finished; None if there is none."""
         folders = self.checkpoints.iterdir() if self.checkpoints.exists() else ()
-        taken = max((int(folder.name) for folder in folders if folder.name.isdigit()), default=0)
+        return max((int(folder.name) for folder in folders if folder.name.isdigit()), default=None)
+
+    def _refuse_fewer_steps(self, now: Config) -> None:
+        taken = self.steps_saved or 0
         if taken > now.train.steps:
             raise ValueError(
                 f"{self.path} has taken {taken} steps, more than train.steps {now.train.steps}; raise train.steps, or name "
@@ -116,6 +143,11 @@ class RunDirectory:
         values = _binding(now)
         # A run that has seen no text yet, as dsv3_jax.convert leaves it, is bound by its model alone.
         is_new = not self.text_digest_file.exists()
+        if not is_new and self.steps_saved is None and before.train.init_from != now.train.init_from:
+            raise ValueError(
+                f"{self.path} holds a run that starts from {before.train.init_from!r}, not {now.train.init_from!r}, and has "
+                "saved nothing yet; name the same --init-from, or another --run-dir"
+            )
         for name, value in _binding(before).items():
             if value != values[name] and (name.startswith("model.") or not is_new):
                 raise ValueError(
@@ -141,11 +173,25 @@ def _binding(config: Config) -> dict[str, Any]:
     return flat
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new, never a part."""
+def write_whole(path: epath.Path, data: str | bytes) -> None:
+    """Writes a file so that a reader sees what it held before or all of `data`, never a part."""
     if "://" in str(path):
-        path.write_text(text)  # An object in a store is replaced whole by itself.
+        _write(path, data)  # An object in a store is replaced whole by itself.
         return
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    _write(part, data)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())  # Else a machine that goes down may leave the new name without the new bytes.
     part.replace(path)
+
+
+def _write(path: epath.Path, data: str | bytes) -> None:
+    try:
+        if isinstance(data, str):
+            path.write_text(data)
+        else:
+            path.write_bytes(data)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # A write does not say of which file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import pytest
 from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config, OptimizerConfig, TrainConfig
+from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.train.optimizer import make_optimizer
+from tests.checkpoint.tiny import make_mesh
 from tests.model.tiny import MOE_ONLY as CONFIG
 from tests.model.tiny import random_variables
 
@@ -33,7 +36,7 @@ Tree = Any
 def state(seed: int) -> tuple[dict[str, Any], Tree]:
     """Random variables, and an optimizer that has taken a step from them."""
     variables = jax.tree.map(jnp.asarray, random_variables(CONFIG, seed))
-    optimizer = make_optimizer(RUN)
+    optimizer = make_optimizer(RUN.optimizer)
     _, taken = optimizer.update(variables["params"], optimizer.init(variables["params"]), variables["params"])
     return variables, taken
 
@@ -75,6 +78,33 @@ def test_every_bit_comes_back_in_the_same_structure(saved: Path, step: int) -> N
 
 def test_the_newest_are_kept(saved: Path) -> None:
     assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    run = RunDirectory.create_or_resume(str(tmp_path), RUN, resume=False)
+    tree = {"w": jnp.arange(6.0)}
+    for steps in (range(1, 6), range(6, 10)):  # Across a restart, too.
+        with Checkpoints(run, CheckpointConfig(every=1, keep=2, keep_every=3)) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, tree, tree)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "6", "8", "9"]
+
+
+def test_the_record_says_what_a_checkpoint_is_of(saved: Path, tmp_path: Path) -> None:
+    run = RunDirectory.create_or_resume(str(tmp_path), RUN, resume=False)
+    tree = {"w": jnp.arange(6.0)}
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        assert checkpoints.restore_newest(variables=tree) is None
+        checkpoints.save(2, tree, tree, {"skipped": 3, "best": None})
+        checkpoints.wait()
+        restored = checkpoints.restore_newest(variables=tree)
+    assert restored is not None
+    assert restored.items.keys() == {"variables"}
+    record = restored.record
+    assert (record.step, record.tokens) == (2, 2 * RUN.train.batch_size * RUN.train.sequence_length)
+    assert record.counters == {"skipped": 3, "best": None}
+    assert Config.from_json(json.dumps(record.config)) == RUN
+    assert record.arrays["variables"]["w"].shape == (6,)
 
 
 def test_one_item_is_read_without_the_other(saved: Path, tmp_path: Path) -> None:
@@ -180,31 +210,30 @@ def test_load_run_refuses_weights_of_another_model(
     refused(path, f"^{checkpoint}/{message}{difference}; restore the config.json of the run$")
 
 
-def test_load_run_refuses_a_checkpoint_without_variables(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_load_run_takes_the_newest_that_is_whole(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str | None
+) -> None:
     path, checkpoint = copied(saved, tmp_path)
     shutil.rmtree(checkpoint / "variables")
-    refused(path, f"^{checkpoint} lacks variables; remove it to go on from the checkpoint before$")
+    # The optimizer is not looked at.
+    shutil.rmtree(path / "checkpoints" / "2" / "optimizer")
+    _, variables, step = load_run(str(path), dtype)
+    expected, _ = state(2)
+    assert step == 2
+    assert_same_bits(variables["params"], jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), expected["params"]))
+    assert_same_bits(variables["router"], expected["router"])
+    assert capsys.readouterr().err == f"warning: {checkpoint} is damaged (it lacks variables); step 2 is used instead\n"
+    shutil.rmtree(path / "checkpoints" / "2" / "progress")
+    refused(path, f"^no checkpoint is whole: {checkpoint} is damaged .it lacks variables.; .*2 is damaged .it lacks progress")
 
 
-def test_what_a_continued_run_needs_is_refused_alike(saved: Path, tmp_path: Path) -> None:
-    path, checkpoint = copied(saved, tmp_path)
-    variables, optimizer = state(3)
-    shutil.rmtree(checkpoint / "optimizer")
-    with Checkpoints(RunDirectory.existing(str(path)), RUN.checkpoint) as checkpoints:
-        with pytest.raises(ValueError, match=f"^{checkpoint} lacks optimizer; remove it"):
-            checkpoints.restore(3, variables=variables, optimizer=optimizer)
-        assert_same_bits(checkpoints.restore(2, optimizer=optimizer)["optimizer"], state(2)[1])
-
-
-@pytest.mark.parametrize("kept_bytes", [0, 20])
-@pytest.mark.parametrize("part", ["variables/d/*", "variables/_METADATA", "variables/**/*"])
-def test_load_run_refuses_a_damaged_checkpoint(saved: Path, tmp_path: Path, part: str, kept_bytes: int) -> None:
-    path, checkpoint = copied(saved, tmp_path)
-    files = [file for file in checkpoint.glob(part) if file.is_file()]
-    assert files
-    for file in files:
-        file.write_bytes(file.read_bytes()[:kept_bytes])
-    refused(path, f"^{checkpoint} (cannot be read .* damaged, )?.*remove it to go on from the checkpoint before$")
+def test_load_run_lays_the_variables_out_over_a_mesh(saved: Path) -> None:
+    mesh = make_mesh(data=4, fsdp=2)
+    _, variables, _ = load_run(str(saved), "bfloat16", mesh)
+    _, alone, _ = load_run(str(saved), "bfloat16")
+    assert jax.tree.map(lambda leaf: leaf.sharding, variables) == variable_shardings(CONFIG, mesh)
+    assert_same_bits(variables, alone)
 
 
 def test_arrays_come_back_on_the_mesh_that_is_asked_for(tmp_path: Path) -> None:

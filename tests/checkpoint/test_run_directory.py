@@ -32,8 +32,9 @@ def changed(group: str, **fields: Any) -> Config:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below `folder` with its bytes (None for a folder)."""
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """Every path below `folder` with its bytes (None for a folder), but for the lock, which says who held it."""
+    paths = [path for path in folder.rglob("*") if path.name != "run.lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.fixture
@@ -86,19 +87,37 @@ def test_a_run_is_continued(path: Path) -> None:
 
 # Every field of these groups with another value: a new field has to be given one here.
 OTHER = {
-    "data": DataConfig(source="other.txt", tokenizer="t.json", cache_dir="elsewhere", heldout_fraction=0.1),
-    "optimizer": OptimizerConfig(1e-3, 1e-4, 7, 0.8, 0.9, 1e-6, 0.2, 2.0, "float32"),
-    "train": TrainConfig(7, 9, 64, 0.1, 0.01, 3, 5, 2, 1),
+    "data": DataConfig(
+        source="other.txt", mixture=(("a", 1.0), ("b", 2.0)), tokenizer="t.json", fim_rate=0.1, fim_tokens=("a", "b", "c"),
+        cross_document_attention=False, cache_dir="elsewhere", heldout_fraction=0.1,
+    ),
+    "optimizer": OptimizerConfig(
+        learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=7, constant_tokens=10, decay_tokens=20,
+        learning_rate_after=((9.0, 1e-5),), beta1=0.8, beta2=0.9, epsilon=1e-6, weight_decay=0.2, clip_norm=2.0,
+        moment_dtype="float32",
+    ),
+    "train": TrainConfig(
+        steps=7, batch_size=12, micro_batch_size=4, sequence_length=64, mtp_loss_weight=0.1,
+        mtp_loss_weight_after=((9.0, 0.2),), bias_update_speed=0.01, bias_update_speed_after=((9.0, 0.0),),
+        aux_loss_alpha_after=((9.0, 1e-3),), batch_ramp_unit=4, log_every=3, eval_every=5, eval_batches=2,
+        init_from="elsewhere", max_skipped=3, seed=1,
+    ),
     "mesh": MeshConfig(2, 3, 4, 5, 6),
-    "checkpoint": CheckpointConfig(every=1, keep=9),
+    "checkpoint": CheckpointConfig(every=1, keep=9, keep_every=1000),
     "infer": InferConfig("x", 3, 0.5, 0.9),
-}
+}  # fmt: skip
+# These have another value only together with others.
+TOGETHER = {("data", "kind"), ("train", "initial_batch_size"), ("train", "batch_ramp_tokens")}
 FREE = {
     *(f"{group}.{field.name}" for group in ("mesh", "checkpoint", "infer") for field in dataclasses.fields(OTHER[group])),
-    *("train.steps", "train.log_every", "train.eval_every", "train.eval_batches", "data.cache_dir"),
+    *("train.steps", "train.log_every", "train.eval_every", "train.eval_batches", "train.max_skipped", "train.init_from"),
+    *("train.micro_batch_size", "data.cache_dir", "data.tokenizer"),
 }
 FIELDS = [
-    (group, field.name, getattr(OTHER[group], field.name)) for group in OTHER for field in dataclasses.fields(OTHER[group])
+    (group, field.name, getattr(OTHER[group], field.name))
+    for group in OTHER
+    for field in dataclasses.fields(OTHER[group])
+    if (group, field.name) not in TOGETHER
 ]
 OF_MODEL = {
     "hidden_size": 4096, "rope_scaling": None, "eos_token_id": 1, "q_lora_rank": None, "dtype": "float32",
@@ -142,6 +161,18 @@ def test_what_changes_the_losses_may_not_differ(path: Path, group: str, field: s
     refused(path, re.escape(message), changed(group, **{field: value}), resume=True)
 
 
+@pytest.mark.parametrize(
+    ("group", "fields"),
+    [
+        ("data", {"kind": "chat", "cross_document_attention": False}),
+        ("train", {"initial_batch_size": 4, "micro_batch_size": 4, "batch_ramp_unit": 4, "batch_ramp_tokens": 9}),
+    ],
+    ids=names,
+)
+def test_nor_may_what_changes_with_others(path: Path, group: str, fields: dict[str, Any]) -> None:
+    refused(path, f"{group}.*continue it with its own value", changed(group, **fields), resume=True)
+
+
 def test_fewer_steps_than_were_taken_are_refused(path: Path) -> None:
     # What Orbax has not finished is no step.
     (path / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
@@ -168,7 +199,12 @@ def test_a_run_that_has_seen_no_text_is_bound_by_its_model_alone(tmp_path: Path)
     refused(path, "model.hidden_size 7168, not 4096", changed("model", hidden_size=4096), resume=True)
     other = dataclasses.replace(RUN, data=OTHER["data"], optimizer=OTHER["optimizer"], train=OTHER["train"])
     assert RunDirectory.create_or_resume(str(path), other, resume=True, text_digest="0123").config() == other
-    refused(path, "train.batch_size 9, not 8", dataclasses.replace(other, train=RUN.train), resume=True)
+    refused(
+        path,
+        "train.batch_size 12, not 8",
+        dataclasses.replace(other, train=dataclasses.replace(RUN.train, init_from="elsewhere")),
+        resume=True,
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_refused(path: Path) -> None:

@@ -151,3 +151,8 @@ def quantization_config(block: tuple[int, int] = BLOCK) -> dict[str, Any]:
 def make_mesh(**sizes: int) -> Mesh:
     """A mesh over all devices."""
     return Mesh(np.array(jax.devices()).reshape([sizes.get(axis, 1) for axis in _AXES]), _AXES)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below `folder` with its bytes (None for a folder)."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

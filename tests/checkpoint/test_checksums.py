@@ -1,0 +1,99 @@
+"""One number per array: the same on any mesh, another after any change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.checkpoint.checksums import _checksum, checksums
+from dsv3_jax.plan.topology import tpu_devices
+from tests.checkpoint.tiny import MESHES, make_mesh
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32, jnp.uint32, jnp.int8, jnp.uint8]
+
+
+def values(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> np.ndarray:
+    """Random bits: negative zeros, denormals, infinities and NaNs of all kinds are among them."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(np.random.default_rng(seed).bytes(size), dtype).reshape(shape).copy()
+
+
+def of(array: Any) -> int:
+    (number,) = checksums({"a": array}).values()
+    return number
+
+
+@np.errstate(over="ignore")
+def mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("shape", [(), (1,), (17,), (3, 5, 8)], ids=str)
+def test_is_a_sum_of_hashed_bits_and_places(shape: tuple[int, ...], dtype: Any) -> None:
+    array = values(shape, dtype)
+    bits = array.view(f"uint{8 * array.dtype.itemsize}").astype(np.uint32)
+    place = np.zeros(shape, np.uint32)
+    for axis, index in enumerate(np.indices(shape, np.uint32)):
+        place = place + index * np.uint32((0x9E3779B9 * (axis + 1) ^ 0x85EBCA6B) % 2**32 | 1)
+    assert of(array) == int(mixed(bits ^ place).sum(dtype=np.uint32))
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "fsdp", ("expert", "tensor")), PartitionSpec("expert")])
+def test_does_not_depend_on_the_mesh(spec: PartitionSpec, sizes: dict[str, int]) -> None:
+    mesh = make_mesh(**sizes)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        array = values((8, 16, 24), dtype)
+        assert of(jax.device_put(array, NamedSharding(mesh, spec))) == of(array)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+def test_any_bit_and_any_exchange_changes_it(dtype: Any) -> None:
+    array = values((6, 7), dtype)
+    seen = {of(array)}
+    bits = array.view(f"uint{8 * array.dtype.itemsize}")
+    for bit in range(8 * array.dtype.itemsize):
+        changed = bits.copy()
+        changed[3, 4] ^= bits.dtype.type(1) << bits.dtype.type(bit)
+        seen.add(of(changed.view(dtype)))
+    others = [np.roll(array, 1, 0), np.roll(array, 1, 1), np.flip(array, 0), np.flip(array, 1), np.zeros_like(array)]
+    seen |= {of(other) for other in others}
+    assert len(seen) == 1 + 8 * array.dtype.itemsize + len(others)
+
+
+def test_signs_of_zero_differ() -> None:
+    assert of(np.float32([0.0])) != of(np.float32([-0.0]))
+
+
+def compiled(devices: list[Any], shape: tuple[int, ...], dtype: Any) -> Any:
+    mesh = Mesh(np.array(devices), ("fsdp",))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    return _checksum.lower(jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)).compile()
+
+
+def test_nothing_is_gathered() -> None:
+    """(XLA writes the hashes of a shard down on CPUs, before it adds them.)"""
+    program = compiled(jax.devices(), (64, 512, 512), jnp.float32)
+    assert "all-gather" not in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 1.01 * 64 * 512 * 512 * 4 / 8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_copy_is_made_of_arrays_of_more_than_4_billion_elements(tpu_compiler: str, dtype: Any) -> None:
+    """The experts of the published model, on eight chips."""
+    program = compiled(tpu_devices("v5p:2x2x2"), (58, 256, 2048, 1024), dtype)
+    assert "all-gather" not in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+def test_more_than_32_bits_an_element_are_refused() -> None:
+    with pytest.raises(ValueError, match="params/w is float64; a checkpoint holds arrays of 32 bits an element at most"):
+        checksums({"params": {"w": np.zeros(3)}})

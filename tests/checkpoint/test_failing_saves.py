@@ -1,0 +1,343 @@
+"""Saves that fail for their disk: the run goes on, says so in one line a save, and saves again when it can be done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint._src.path import async_path
+
+from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.config import CheckpointConfig, Config
+from tests.checkpoint.test_damage import assert_same_bits
+from tests.checkpoint.tiny import contents
+
+ROOT = Path(__file__).parents[2]
+RUN = Config(checkpoint=CheckpointConfig(keep=2))
+SIZE = 2**18
+"""Bytes of a checkpoint's arrays; they do not compress."""
+
+
+def trees(step: int) -> dict[str, Any]:
+    bits = np.frombuffer(np.random.default_rng(step).bytes(SIZE), np.int32)
+    return {"variables": {"w": jnp.asarray(bits)}, "optimizer": {"count": jnp.int32(step)}}
+
+
+def assert_loads(path: Path, steps: list[int]) -> None:
+    """These checkpoints are there, no others, and bit for bit what was saved."""
+    folder = path / "checkpoints"
+    assert sorted(int(name) for name in os.listdir(folder) if name.isdigit()) == steps
+    with Checkpoints(RunDirectory.existing(str(path))) as checkpoints:
+        for step in steps:
+            assert_same_bits(checkpoints.restore(step, **trees(step)), trees(step))
+
+
+def mounted(*command: str) -> None:
+    done = subprocess.run(["mount", *command], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"this process may not mount: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A run on a disk with room for three checkpoints, and something."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted("-t", "tmpfs", "-o", f"size={SIZE * 5}", "none", str(disk))
+    try:
+        yield disk / "run"
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture
+def plain_disk(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def opened(path: Path) -> RunDirectory:
+    return RunDirectory.create_or_resume(str(path), RUN, resume=False)
+
+
+def fill(file: Path) -> None:
+    """Leaves room for half a checkpoint."""
+    disk = os.statvfs(file.parent)
+    file.write_bytes(bytes(disk.f_bavail * disk.f_frsize - SIZE // 2))
+
+
+def failed(step: int, newest: int, reason: str) -> str:
+    return (
+        f"warning: step {step} could not be saved ({reason}); the newest checkpoint is of step {newest}; "
+        "the run goes on and tries again at the next save\n"
+    )
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = opened(small_disk)
+    filler = small_disk / "filler"
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, **trees(step))
+        checkpoints.wait()
+        fill(filler)
+        for step in (3, 4):
+            checkpoints.save(step, **trees(step))
+            checkpoints.wait()
+            assert said(capsys) == failed(step, 2, "No space left on device")
+            reason = "could not be saved (No space left on device); the newest checkpoint is of step 2"
+            assert checkpoints.failed == f"step {step} {reason}"
+            assert checkpoints.latest_step() == 2
+            assert_loads(small_disk, [1, 2])
+        filler.unlink()
+        checkpoints.save(5, **trees(5))
+        checkpoints.wait()
+        assert said(capsys) == "warning: step 5 is saved; saving works again\n"
+        assert checkpoints.failed is None
+        checkpoints.save(6, **trees(6))
+    assert said(capsys) == ""
+    # What Orbax would have removed after the first save that failed is removed now, and no part is left.
+    assert sorted(os.listdir(small_disk / "checkpoints")) == ["5", "6"]
+    assert_loads(small_disk, [5, 6])
+
+
+def test_a_disk_that_is_full_to_the_end(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Checkpoints(opened(small_disk), RUN.checkpoint) as checkpoints:
+        checkpoints.save(1, **trees(1))
+        checkpoints.wait()
+        fill(small_disk / "filler")
+        checkpoints.save(2, **trees(2))
+    assert checkpoints.failed == "step 2 could not be saved (No space left on device); the newest checkpoint is of step 1"
+    assert said(capsys) == failed(2, 1, "No space left on device")
+    assert os.listdir(small_disk / "checkpoints") == ["1"]
+    assert_loads(small_disk, [1])
+
+
+def test_a_read_only_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disk = str(small_disk.parent)
+    with Checkpoints(opened(small_disk), RUN.checkpoint) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, **trees(step))
+        checkpoints.wait()
+        mounted("-o", "remount,ro", disk)
+        before = contents(small_disk)
+        checkpoints.save(3, **trees(3))  # At once, before anything is started.
+        assert said(capsys) == failed(3, 2, "Read-only file system")
+        assert contents(small_disk) == before
+        assert_loads(small_disk, [1, 2])
+        mounted("-o", "remount,rw", disk)
+        checkpoints.save(4, **trees(4))
+    assert said(capsys) == "warning: step 4 is saved; saving works again\n"
+    assert_loads(small_disk, [2, 4])
+
+
+def test_a_disk_that_becomes_read_only_during_a_save(
+    small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(opened(small_disk), RUN.checkpoint) as checkpoints:
+        checkpoints.save(1, **trees(1))
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "_try_folder", lambda: mounted("-o", "remount,ro", str(small_disk.parent)))
+            checkpoints.save(2, **trees(2))
+        checkpoints.wait()
+        assert said(capsys) == failed(2, 1, "Read-only file system")
+        mounted("-o", "remount,rw", str(small_disk.parent))
+        checkpoints.save(3, **trees(3))
+    assert said(capsys) == "warning: step 3 is saved; saving works again\n"
+    assert_loads(small_disk, [1, 3])
+
+
+def _fails_on_mkdir(error: Exception) -> tuple[str, Callable[..., Any]]:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return "orbax.checkpoint._src.path.atomicity._create_tmp_directory", fail
+
+
+def _fails_on_rename(error: Exception) -> tuple[str, Callable[..., Any]]:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return "orbax.checkpoint._src.path.async_path.rename", fail
+
+
+@pytest.mark.parametrize("where", [_fails_on_mkdir, _fails_on_rename], ids=["first", "last"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    ],
+    ids=lambda error: errno.errorcode[error.errno],
+)
+def test_any_error_of_the_system(
+    plain_disk: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: Callable[..., Any],
+    error: OSError,
+) -> None:
+    with Checkpoints(opened(plain_disk), RUN.checkpoint) as checkpoints:
+        checkpoints.save(1, **trees(1))
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(*where(error))
+            checkpoints.save(2, **trees(2))
+            checkpoints.wait()
+        assert said(capsys) == failed(2, 1, os.strerror(error.errno))
+        checkpoints.save(3, **trees(3))
+    assert said(capsys) == "warning: step 3 is saved; saving works again\n"
+    assert sorted(os.listdir(plain_disk / "checkpoints")) == ["1", "3"]
+    assert_loads(plain_disk, [1, 3])
+
+
+@pytest.mark.parametrize("where", [_fails_on_mkdir, _fails_on_rename], ids=["first", "last"])
+def test_a_bug_is_raised(plain_disk: Path, monkeypatch: pytest.MonkeyPatch, where: Callable[..., Any]) -> None:
+    monkeypatch.setattr(*where(TypeError("a bug")))
+    with pytest.raises(TypeError, match="a bug"), Checkpoints(opened(plain_disk), RUN.checkpoint) as checkpoints:
+        checkpoints.save(1, **trees(1))
+
+
+def test_poll_says_it_as_soon_as_it_is_known(
+    plain_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(opened(plain_disk), RUN.checkpoint) as checkpoints:
+        checkpoints.poll()
+        monkeypatch.setattr(*_fails_on_rename(OSError(errno.ENOSPC, "full")))
+        checkpoints.save(1, **trees(1))
+        while checkpoints._pending is not None:
+            checkpoints.poll()
+        warning = "warning: step 1 could not be saved (No space left on device); there is no checkpoint yet; "
+        assert said(capsys).startswith(warning)
+        checkpoints.poll()
+        assert said(capsys) == ""
+
+
+def test_an_old_checkpoint_that_cannot_be_removed(
+    plain_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with Checkpoints(opened(plain_disk), RUN.checkpoint) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, **trees(step))
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", refuse)
+            checkpoints.save(3, **trees(3))
+            checkpoints.wait()
+        assert said(capsys) == "warning: step 3 is saved, but an older checkpoint could not be removed (Permission denied)\n"
+        assert checkpoints.failed is None
+        checkpoints.save(4, **trees(4))
+    assert_loads(plain_disk, [3, 4])
+
+
+def test_a_folder_that_is_gone_is_made_again(plain_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Checkpoints(opened(plain_disk), RUN.checkpoint) as checkpoints:
+        (plain_disk / "checkpoints").rmdir()
+        checkpoints.save(1, **trees(1))
+    assert said(capsys) == ""
+    assert_loads(plain_disk, [1])
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from dsv3_jax.checkpoint.orbax import Checkpoints
+from tests.checkpoint.test_failing_saves import RUN, SIZE, opened, trees
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Checkpoints(opened(Path(sys.argv[1])), RUN.checkpoint) as checkpoints:
+    checkpoints.save(1, **trees(1))
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, resource.RLIM_INFINITY))
+    checkpoints.save(2, **trees(2))
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    checkpoints.save(3, **trees(3))
+print("done")
+"""
+
+
+def started(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_write_that_fails_halfway(plain_disk: Path) -> None:
+    """Needs no mount: the system lets a process write no larger files. All that stderr says are our two lines."""
+    done = started(LIMITED, str(plain_disk))
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert done.stderr == failed(2, 1, os.strerror(errno.EFBIG)) + "warning: step 3 is saved; saving works again\n"
+    assert_loads(plain_disk, [1, 3])
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from pathlib import Path
+import orbax.checkpoint._src.path.async_path as async_path
+from dsv3_jax.checkpoint.orbax import Checkpoints
+from tests.checkpoint.test_failing_saves import RUN, opened, trees
+rename = async_path.rename
+async def killed(source, target):
+    if Path(target).name == "2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await rename(source, target)
+async_path.rename = killed
+with Checkpoints(opened(Path(sys.argv[1])), RUN.checkpoint) as checkpoints:
+    checkpoints.save(1, **trees(1))
+    checkpoints.save(2, **trees(2))
+"""
+
+
+def test_killed_inside_a_save(plain_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With all written and nothing renamed: it is no checkpoint, and goes when the run is continued."""
+    done = started(KILLED, str(plain_disk))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(os.listdir(plain_disk / "checkpoints")) == ["1", "2.orbax-checkpoint-tmp"]
+    assert_loads(plain_disk, [1])
+    run = RunDirectory.create_or_resume(str(plain_disk), RUN, resume=True)
+    with Checkpoints(run, RUN.checkpoint) as checkpoints:
+        found = checkpoints.restore_newest(**trees(0))
+        assert found is not None
+        assert found.record.step == 1
+        checkpoints.save(2, **trees(2))
+    assert "2.orbax-checkpoint-tmp was left by a save that was cut short; it is removed\n" in said(capsys)
+    assert_loads(plain_disk, [1, 2])
+
+
+def test_leaving_waits_for_the_save(plain_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is told to stop in the middle of one only has to leave."""
+    rename = async_path.rename
+
+    async def slow(*paths: Any) -> None:
+        time.sleep(0.5)
+        await rename(*paths)
+
+    monkeypatch.setattr(async_path, "rename", slow)
+    with Checkpoints(opened(plain_disk), RUN.checkpoint) as checkpoints:
+        begun = time.perf_counter()
+        checkpoints.save(1, **trees(1))
+        assert time.perf_counter() - begun < 0.5
+        assert not (plain_disk / "checkpoints" / "1").exists()
+    assert_loads(plain_disk, [1])

@@ -3,9 +3,11 @@
     python train.py                                      # configs/tiny.py: minutes on two CPU cores
     python train.py --config configs/tiny.py --run-dir runs/short --train.steps 200
     python train.py --config configs/tiny.py --run-dir runs/short --train.steps 400 --resume
+    python train.py --config configs/chat.py --init-from path/to/hf_folder --data.source chats.jsonl
     python train.py --config configs/v3_671b.py --mesh.fsdp 8 --mesh.expert 64
 
-Every field of the config can be set under its dotted name; --help lists them.
+Every field of the config can be set under its dotted name; --help lists them. SIGTERM or Ctrl-C finishes the step, saves,
+and says how to go on.
 """
 
 from __future__ import annotations
@@ -13,15 +15,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
-import statistics
 import time
 
 import jax
 
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.config.command_line import exits_with_one_line, parse_run
+from dsv3_jax.config.command_line import exits_with_one_line, how_to_resume, parse_run
 from dsv3_jax.data import TrainBatches, compressor_bits_per_byte, prepare_text
 from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.parallel.distributed import (
@@ -35,104 +35,124 @@ from dsv3_jax.parallel.distributed import (
 )
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
-from dsv3_jax.train.evaluation import Evaluator
-from dsv3_jax.train.metrics import MetricsLog, write_report
-from dsv3_jax.train.progress import ProgressBar
-from dsv3_jax.train.state import TrainState, init_state, state_shardings
+from dsv3_jax.train.evaluation import Evaluator, evaluate_sources
+from dsv3_jax.train.observer import Observer
+from dsv3_jax.train.profiling import profiled_steps
+from dsv3_jax.train.skipping import SkippedSteps, keep_batch
+from dsv3_jax.train.start import check_start, first_state, going_on
 from dsv3_jax.train.step import compile_train_step, describe_backends
+from dsv3_jax.train.stopping import StopRequest
 
 
 @exits_with_one_line
 def main() -> None:
     started = time.perf_counter()
     arguments = parse_run(description=__doc__ or "")
-    config, steps = arguments.config, arguments.config.train.steps
+    config, steps, schedules = arguments.config, arguments.config.train.steps, arguments.config.schedules
+    profiled_steps(arguments.profile, steps=steps)
     join_processes(arguments.distributed)
     first_process = is_first_process()
     require_agreement({"run_dir": arguments.run_dir, "resume": arguments.resume, **dataclasses.asdict(config)})
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
-    backends = describe_backends(config.model, mesh)
-    shardings = state_shardings(config, mesh)
+    config = going_on(config, arguments.run_dir, resume=arguments.resume)
+    notes = check_start(config, arguments.run_dir, resume=arguments.resume)
+    backends = describe_backends(config.model, mesh, documents=not config.data.cross_document_attention)
     cache_compilations(config.data.cache_dir)
 
     # Text to tokens. Whatever is wrong with the text is said before the run directory is touched.
     text = first_process_first(lambda: prepare_text(config.data, config.model, config.train))
     require_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.heldout_digest})
-    placement = BatchPlacement(mesh, config.train.batch_size, config.train.sequence_length)
-    batches = TrainBatches(config.train, config.model, text.tokens, placement.rows)
-    tokens_per_step = config.train.batch_size * config.train.sequence_length
+    placement = BatchPlacement(mesh, config.train.micro_batch, config.train.sequence_length)
+    make_batches = functools.partial(
+        TrainBatches, text.rows, config.train, schedules, across_documents=config.data.cross_document_attention
+    )
+    batches, whole_batches = make_batches(placement.rows), make_batches()  # This process's rows of them, and all.
+    place = functools.partial(jax.tree.map, placement.place)
 
+    # From here on the run directory is ours: held by the first process, and by its lock against any other.
+    held: list[RunDirectory] = []
     open_run = functools.partial(RunDirectory.create_or_resume, arguments.run_dir, config)
-    by_first_process(lambda: open_run(resume=arguments.resume, text_digest=text.digest))
+    by_first_process(lambda: held.append(open_run(resume=arguments.resume, text_digest=text.digest)))
     run = RunDirectory(arguments.run_dir)
     require_shared(run.config_file)
     if first_process:
         text.tokenizer.save(run.tokenizer_file)
-        print(f"{run.path}: {text.corpus.report}", flush=True)
+        if text.template is not None:
+            text.template.save(run.path)
+        epochs = text.epochs_in_words(schedules.rows_before(steps))
+        print(f"{run.path}: {text.corpus.report}; {epochs}", *notes, sep="\n", flush=True)
 
     with jax.set_mesh(mesh), Checkpoints(run, config.checkpoint) as checkpoints:
-        # The state: fresh, or the newest checkpoint's.
-        state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)()
-        newest = checkpoints.latest_step()
-        require_agreement({"newest checkpoint": newest})
-        first = newest or 0
-        if newest is not None:
-            saved = checkpoints.restore(newest, variables=state.variables, optimizer=state.optimizer)
-            state = TrainState(state.step + first, **saved["variables"], optimizer=saved["optimizer"])
+        state, saved = first_state(config, mesh, checkpoints)
+        first, counters = (saved.record.step, saved.record.counters) if saved else (0, {})
+        profiled = profiled_steps(arguments.profile, steps=steps, done=first)
         if first_process:
-            if newest is not None:
-                print(f"continuing after step {newest} of {steps}", flush=True)
+            if saved:
+                print(f"continuing after step {first} of {steps}", flush=True)
             count = sum(leaf.size for leaf in jax.tree.leaves(state.variables))
             print(f"{count:,} parameters in {config.model.dtype} on {describe(mesh)}; {backends}", flush=True)
 
         # The loop.
         step = compile_train_step(config, mesh)
-        evaluate = Evaluator(config.model, placement.place)
-        with MetricsLog(run, first, writes=first_process) as log, ProgressBar(first, steps, shows=first_process) as bar:
-            logged, clock = first, time.perf_counter()
-            for number, batch in enumerate(batches.iterate(first), first + 1):
-                state, metrics = step(state, *map(placement.place, batch))
-                if number == first + 1:
-                    jax.block_until_ready(state)
-                    bar.say(f"first step done {time.perf_counter() - started:.1f} s after the start")
-                log_now = number % config.train.log_every == 0 or number == steps
-                save_now = number % config.checkpoint.every == 0 or number == steps
-                if log_now or save_now:
-                    row = {"step": number, **{name: float(value) for name, value in metrics.items()}}
-                    broken = {name: value for name, value in row.items() if not math.isfinite(value)}
-                    if broken:
-                        raise ValueError(f"step {number} gave {broken}; lower optimizer.learning_rate, in another --run-dir")
-                if log_now:
-                    row["tokens"] = number * tokens_per_step
-                    row["tokens_per_second"] = (number - logged) * tokens_per_step / (time.perf_counter() - clock)
-                    if config.train.eval_every and number % config.train.eval_every == 0:
-                        row["heldout_loss"] = evaluate(state.variables, text.heldout.sample(config.train.eval_batches)).loss
-                    log.write(row)
-                    bar.show(row)
-                    logged, clock = number, time.perf_counter()
-                if save_now:
-                    checkpoints.save(number, state.variables, state.optimizer)
+        score = functools.partial(evaluate_sources, Evaluator(config.model, placement.place))
+        keep = functools.partial(keep_batch, run, whole_batches, first_process)
+        skipped = SkippedSteps(config.train.max_skipped, keep, **counters)
+        with Observer(run, config, mesh, first, profiled=profiled, started=started, writes=first_process) as observer:
+            with StopRequest(jax.process_count()) as stop:
+                for number, batch in enumerate(observer.waiting_for(batches.iterate(first)), first + 1):
+                    values = schedules.at(number - 1)
+                    observer.before_step(number)
+                    state, metrics, load = step(state, place(batch), values)
+                    observer.after_step(number, state, load)
+                    skipped.see(number, metrics["skipped"])
+                    checkpoints.poll()
+                    ends = number == steps or skipped.stuck is not None or stop.after(number)
+                    evaluates = config.train.eval_every and number % config.train.eval_every == 0
+                    if ends or evaluates or number % config.train.log_every == 0:
+                        skipped.settle()
+                        sample = functools.partial(score, state.variables, text.heldout, config.train.eval_batches)
+                        observer.log(number, metrics, values, skipped.total, sample if evaluates else None)
+                    if ends or number % config.checkpoint.every == 0:
+                        skipped.settle()
+                        with observer.paused():
+                            checkpoints.save(number, state.variables, state.optimizer, skipped.counters)
+                    if ends:
+                        break
 
-            # What it learned, beside what general compressors make of the same bytes.
-            bar.say(f"scoring {text.heldout.num_bytes:,} held-out bytes")
-        scored = evaluate(state.variables, text.heldout)
+            with observer.paused():
+                observer.draw_report()
+                checkpoints.wait()
+                if skipped.stuck is not None:
+                    raise ValueError(skipped.stuck)
+                if (taken := int(state.step)) < steps:
+                    checkpoints.require_saved()
+                    observer.say(f"{stop.reason}: stopped after step {taken} of {steps}, saved; go on with: {how_to_resume()}")
+                    return
+
+                # What it learned, beside what general compressors make of the same bytes.
+                observer.say(f"scoring {sum(windows.num_bytes for windows in text.heldout.values()):,} held-out bytes")
+                scored = score(state.variables, text.heldout).total
 
     if first_process:
-        write_report(run, log.rows)
-        compressors = compressor_bits_per_byte(text.corpus.heldout)
+        documents = [document for source in text.corpus.heldout.values() for document in source]
+        compressors = compressor_bits_per_byte(documents)
         summary = {
-            "steps": int(state.step),
-            "tokens": int(state.step) * tokens_per_step,
+            "steps": steps,
+            "tokens": schedules.tokens_before(steps),
             "seconds": time.perf_counter() - started,
-            "tokens_per_second": statistics.median(row["tokens_per_second"] for row in log.rows),
-            "final_loss": log.rows[-1]["loss"],
-            "heldout_bits_per_byte": text.heldout.bits_per_byte(scored.nats),
+            "tokens_per_second": observer.median_speed,
+            "final_loss": observer.rows[-1].get("loss"),
+            "skipped": skipped.total,
+            "heldout_loss": scored.loss,
+            "heldout_bits_per_byte": scored.bits_per_byte,
+            "mtp_acceptance": scored.acceptance,
             "gzip_bits_per_byte": compressors["gzip"],
             "xz_bits_per_byte": compressors["xz"],
         }
-        run.write_summary(summary)
         print(json.dumps(summary))
+        run.write_summary(summary)
+    checkpoints.require_saved()
     wait_for_first_process()
 
 

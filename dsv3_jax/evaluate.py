@@ -1,5 +1,6 @@
 """`python -m dsv3_jax.evaluate --checkpoint C --text FILE`: loss and bits per byte of a checkpoint on text.
 
+Of a checkpoint with MTP, also the share of the tokens drafted by its first depth that greedy verification would accept.
 The checkpoint is a run directory of train.py or a Hugging Face folder with a tokenizer.json; the text is a file, a
 .jsonl file or a folder, every byte of which is scored.
 """
@@ -48,7 +49,14 @@ def main() -> None:
     if flags.batch_size < 1:
         raise ValueError(f"--batch-size is {flags.batch_size}; it must be at least 1")
     cache_compilations(DataConfig.cache_dir)
-    windows = HeldoutWindows(documents, model.tokenizer, model.config, batch_size=flags.batch_size, sequence_length=length)
+    windows = HeldoutWindows(
+        documents,
+        model.tokenizer,
+        model.config,
+        batch_size=flags.batch_size,
+        sequence_length=length,
+        across_documents=model.across_documents,
+    )
     scored = Evaluator(model.config)(model.variables, windows)
     compressors = compressor_bits_per_byte(documents)
     result = {
@@ -59,6 +67,7 @@ def main() -> None:
         "bits_per_byte": windows.bits_per_byte(scored.nats),
         "gzip_bits_per_byte": compressors["gzip"],
         "xz_bits_per_byte": compressors["xz"],
+        "mtp_acceptance": scored.acceptance,
     }
     print(json.dumps(result))
 

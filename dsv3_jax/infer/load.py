@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, NamedTuple
-
-from etils import epath
 
 from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype
 from dsv3_jax.checkpoint.orbax import load_run
 from dsv3_jax.config import InferConfig, ModelConfig
+from dsv3_jax.config.checkpoint_model import is_hugging_face
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -26,26 +24,8 @@ class LoadedModel(NamedTuple):
     """Tokens a sequence it was trained with; for a Hugging Face folder its context, at most 4096."""
     infer: InferConfig
     """The run's defaults for sampling."""
-
-
-def is_hugging_face(path: str) -> bool:
-    """Whether `path` is a Hugging Face folder (True) or a run directory (False), told by its config.json.
-
-    Raises:
-      ValueError: if it is neither.
-    """
-    file = epath.Path(path) / "config.json"
-    if not file.exists():
-        raise ValueError(f"{path} holds no config.json; name a run directory of train.py or a Hugging Face folder")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if isinstance(config, dict) and "model_type" in config:
-        return True
-    if isinstance(config, dict) and isinstance(config.get("model"), dict):
-        return False
-    raise ValueError(f"{file} is neither a run's config nor a Hugging Face one (no model_type); name another folder")
+    across_documents: bool = True
+    """Whether attention crosses the documents of a row, as it was trained."""
 
 
 def load_model(path: str, dtype: str | None = None) -> LoadedModel:
@@ -67,5 +47,6 @@ def load_model(path: str, dtype: str | None = None) -> LoadedModel:
         length = min(config.max_position_embeddings, 4096)
         return LoadedModel(config, variables, tokenizer, f"Hugging Face checkpoint {path}", length, InferConfig())
     run, variables, step = load_run(path, dtype)
+    across = run.data.cross_document_attention
     model = dataclasses.replace(run.model, expert_backend="auto", attention_backend="auto", cache_backend="auto")
-    return LoadedModel(model, variables, tokenizer, f"run {path} at step {step}", run.train.sequence_length, run.infer)
+    return LoadedModel(model, variables, tokenizer, f"run {path} at step {step}", run.train.sequence_length, run.infer, across)

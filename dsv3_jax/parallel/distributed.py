@@ -93,11 +93,11 @@ def by_first_process(function: Callable[[], Any]) -> None:
             function()
         except Exception as error:
             expected = isinstance(error, ValueError)
-            _tell(key, ("refused " if expected else "failed ") + (str(error) or type(error).__name__))
+            tell(key, ("refused " if expected else "failed ") + (str(error) or type(error).__name__))
             raise
-        _tell(key, "done")
+        tell(key, "done")
     else:
-        outcome, _, message = _hear(key).partition(" ")
+        outcome, _, message = hear(key).partition(" ")
         if outcome == "refused":
             raise ValueError(message)
         if outcome == "failed":
@@ -173,19 +173,39 @@ def wait_for_first_process() -> None:
     by_first_process(lambda: None)
 
 
+def write_note(name: str, text: str) -> None:
+    """Leaves a note for all processes, unless there is one of that name: the first stands."""
+    try:
+        tell(f"dsv3_jax/note/{name}", text)
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+
+
+def read_note(name: str) -> str | None:
+    """The note of that name, or None."""
+    try:
+        return global_state.client.key_value_try_get(f"dsv3_jax/note/{name}")  # type: ignore[union-attr]
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return None
+
+
 def _judged_by_first_process(said: str, judge: Callable[[list[str]], None]) -> None:
     """Hands what every process says to `judge` on process 0, in order; a ValueError of its is raised on all."""
     key = f"dsv3_jax/{next(_turns)}"
     if not is_first_process():
-        _tell(f"{key}/{jax.process_index()}", said)
-    by_first_process(lambda: judge([said, *(_hear(f"{key}/{process}") for process in range(1, jax.process_count()))]))
+        tell(f"{key}/{jax.process_index()}", said)
+    by_first_process(lambda: judge([said, *(hear(f"{key}/{process}") for process in range(1, jax.process_count()))]))
 
 
-def _tell(key: str, value: str) -> None:
+def tell(key: str, value: str) -> None:
+    """Puts `value` into the store under `key`, which must be new."""
     global_state.client.key_value_set(key, value.encode(errors="backslashreplace").decode())  # type: ignore[union-attr]
 
 
-def _hear(key: str) -> str:
+def hear(key: str) -> str:
     """What another process tells under `key`; as long as it takes, for the service ends this process if that one is gone."""
     while True:
         try:
@@ -193,3 +213,8 @@ def _hear(key: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+
+
+def forget(folder: str) -> None:
+    """Removes what was told under keys that begin with `folder`, which ends with a slash."""
+    global_state.client.key_value_delete(folder)  # type: ignore[union-attr]

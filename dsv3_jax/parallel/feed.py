@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.parallel.rules import TOKENS
 
@@ -21,20 +21,22 @@ class BatchPlacement:
         self.rows = sorted({row for index in held.values() if index for row in range(*index[0].indices(batch_size))})
         """The rows of each batch that devices of this process hold."""
 
-    def place(self, array_BT: np.ndarray) -> jax.Array:
-        """A whole batch on the mesh, from this process's rows of it, or from all of its rows.
+    def place(self, array: np.ndarray) -> jax.Array:
+        """A whole batch [B, T], or micro-batches [A, B, T], on the mesh, from this process's rows of each, or all rows.
 
         Raises:
           ValueError: if the array has neither as many rows as this process holds, nor as many as the batch.
         """
-        batch_size = self._shape[0]
-        rows = list(range(batch_size)) if len(array_BT) == batch_size else self.rows
-        if array_BT.shape != (len(rows), self._shape[1]):
-            raise ValueError(f"a batch of shape {array_BT.shape} has neither the {len(self.rows)} rows of this process nor all")
+        batch_size, length = self._shape
+        leading = array.shape[:-2]
+        rows = list(range(batch_size)) if array.shape[-2] == batch_size else self.rows
+        if array.shape[-2:] != (len(rows), length):
+            raise ValueError(f"a batch of shape {array.shape} has neither the {len(self.rows)} rows of this process nor all")
         place = {row: i for i, row in enumerate(rows)}
 
         def part(index: Any) -> np.ndarray:
-            wanted = [place[row] for row in range(*index[0].indices(batch_size))]
-            return array_BT[wanted, index[1]]
+            wanted = [place[row] for row in range(*index[-2].indices(batch_size))]
+            return array[..., wanted, index[-1]]
 
-        return jax.make_array_from_callback(self._shape, self._sharding, part)
+        sharding = NamedSharding(self._sharding.mesh, PartitionSpec(*(None for _ in leading), *TOKENS))
+        return jax.make_array_from_callback((*leading, *self._shape), sharding, part)

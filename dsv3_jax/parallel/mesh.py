@@ -92,7 +92,7 @@ def check_fits(config: Config, mesh: Mesh) -> None:
     """Raises ValueError, naming both sizes, where an axis does not divide what it splits."""
     sizes, model, train = dict(mesh.shape), config.model, config.train
     splits = [
-        (BATCH_AXES, "train.batch_size", train.batch_size),
+        (BATCH_AXES, "train.batch_size" if train.micro_batch_size is None else "train.micro_batch_size", train.micro_batch),
         (("context",), "train.sequence_length", train.sequence_length),
         (("tensor",), "model.num_attention_heads", model.num_attention_heads),
         (("tensor",), "model.vocab_size", model.vocab_size),

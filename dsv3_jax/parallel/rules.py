@@ -24,6 +24,9 @@ EXPERT_FSDP_AXES = "fsdp", "context"
 TOKENS = PartitionSpec(BATCH_AXES, "context")
 """[B, T, ...]: the leading axes of every activation."""
 
+MICRO_BATCHES = PartitionSpec(None, *TOKENS)
+"""[A, B, T]: the micro-batches of a step, each split as the next."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:

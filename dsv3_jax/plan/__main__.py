@@ -18,11 +18,13 @@ from rich.table import Table
 from dsv3_jax.config import Config
 from dsv3_jax.config.checks import require
 from dsv3_jax.config.command_line import exits_with_one_line, parse_with_config
+from dsv3_jax.model.flops import flops_per_token
+from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import AXES, check_fits, make_mesh
 from dsv3_jax.plan.parameters import count_parameters
 from dsv3_jax.plan.program import GIB, Program, bound, compile_program
 from dsv3_jax.plan.reach import reach
-from dsv3_jax.plan.roofline import Chip, Roofline, flops_per_token
+from dsv3_jax.plan.roofline import Roofline
 from dsv3_jax.plan.sharding_table import Row, sharding_table, spec_text
 from dsv3_jax.plan.topology import chip_of, tpu_devices, use_cpu_devices
 
@@ -40,6 +42,8 @@ class PlanFlags:
 
     config: str = "configs/tiny.py"
     """Python file that exposes `config`, a Config; the fields below override it."""
+    init_from: str | None = None
+    """Short for --train.init-from: the checkpoint whose model the config is a function of."""
     topology: str | None = None
     """Accelerator topology to compile for, one slice of it, such as v5p:8x8x8."""
     slices: int = 1
@@ -121,6 +125,7 @@ def _program_json(config: Config, program: Program, chip: Chip | None, limits: R
         "hbm_bytes": None if chip is None else int(chip.hbm_gib * GIB),
         "fits": program.fits,
         "batch_size": train.batch_size,
+        "micro_batches": train.micro_batches,
         "sequence_length": train.sequence_length,
         "dtype": model.dtype,
         "param_dtype": model.param_dtype,
@@ -164,7 +169,8 @@ def _print_program(
     console: Console, config: Config, program: Program, chip: Chip | None, limits: Roofline | None, flags: PlanFlags
 ) -> None:
     where = f"{flags.slices} x {flags.topology}" if flags.topology else f"{flags.devices} CPU devices"
-    table = Table("a device", "GiB", title=f"training step compiled for {where} in {program.compile_seconds:.0f} s")
+    parts = f" of {config.train.micro_batches} micro-batches" if config.train.micro_batches > 1 else ""
+    table = Table("a device", "GiB", title=f"training step{parts} compiled for {where} in {program.compile_seconds:.0f} s")
     table.columns[1].justify = "right"
     temporary = program.temporary_bytes
     sizes = {

@@ -52,7 +52,13 @@ class Collective:
 
 
 def collectives(
-    hlo_text: str, mesh_axes: dict[str, int], *, slices: int = 1, ragged_rows: float = 0, open_trips: int = 1
+    hlo_text: str,
+    mesh_axes: dict[str, int],
+    *,
+    slices: int = 1,
+    ragged_rows: float = 0,
+    open_trips: int = 1,
+    outer_trips: int | None = None,
 ) -> list[Collective]:
     """The collectives of one execution, merged by kind and axis, most bytes first.
 
@@ -74,13 +80,14 @@ def collectives(
       ragged_rows: rows that a device sends to others in one ragged all-to-all. Its buffers are made for more than the
         expected traffic, so the text does not say.
       open_trips: how often a loop runs whose length depends on the data.
+      outer_trips: the same of such a loop that stands in no other, where that is known to the caller; it then counts as known.
 
     Raises:
       ValueError: where the text is for another number of devices than the mesh has.
     """
     mesh = _mesh_of_a_slice(hlo_text, mesh_axes, slices)
     computations, entry = parse(hlo_text)
-    total = _Traffic(computations, mesh, slices, ragged_rows, open_trips).tally(Frame(entry)) if entry else {}
+    total = _Traffic(computations, mesh, slices, ragged_rows, open_trips, outer_trips).tally(Frame(entry)) if entry else {}
     found = [Collective(*key, now.sent, now.runs, now.data_dependent) for key, now in total.items() if now.runs]
     return sorted(found, key=lambda one: (-one.bytes, one.kind, one.axis))
 
@@ -120,10 +127,16 @@ class _Traffic:
     """Walks a program from its entry, through the calls that lead to a collective."""
 
     def __init__(
-        self, computations: dict[str, Computation], mesh: dict[str, int], slices: int, ragged_rows: float, open_trips: int
+        self,
+        computations: dict[str, Computation],
+        mesh: dict[str, int],
+        slices: int,
+        ragged_rows: float,
+        open_trips: int,
+        outer_trips: int | None,
     ) -> None:
         self.computations, self.mesh, self.slices, self.ragged_rows = computations, mesh, slices, ragged_rows
-        self.open_trips = open_trips
+        self.open_trips, self.outer_trips = open_trips, outer_trips
         self.trips = Trips(computations)
         # The same groups stand in a program thousands of times.
         self.group = functools.cache(functools.partial(_group, mesh))
@@ -137,6 +150,8 @@ class _Traffic:
                 _add(total, self._transfer(one, frame.computation))
             elif one.opcode == "while":
                 trips = self.trips(frame, one)
+                if trips is None and frame.caller is None:
+                    trips = self.outer_trips
                 _add(total, self.tally(frame.inside(one, "body")), trips, self.open_trips)
                 _add(total, self.tally(frame.inside(one, "condition")), None if trips is None else trips + 1, self.open_trips)
             else:

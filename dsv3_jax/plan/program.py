@@ -17,8 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
+from dsv3_jax.data.batches import Batch
+from dsv3_jax.model.flops import flops_per_token
+from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.plan.collectives import Collective, collectives
-from dsv3_jax.plan.roofline import Chip, Roofline, flops_per_token, roofline
+from dsv3_jax.plan.roofline import Roofline, roofline
 from dsv3_jax.train.state import init_state, state_shardings
 from dsv3_jax.train.step import compile_train_step
 
@@ -61,13 +64,16 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
     """
     shapes = jax.eval_shape(lambda: init_state(config))
     shardings = state_shardings(config, mesh)
-    tokens_BT = jax.ShapeDtypeStruct((config.train.batch_size, config.train.sequence_length), jnp.int32)
+    train = config.train
+    shape = train.micro_batches, train.micro_batch, train.sequence_length
+    tokens, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
+    batch = Batch(tokens, tokens, weights, None if config.data.cross_document_attention else tokens)
     variables = _device_bytes((shapes.params, shapes.router), (shardings.params, shardings.router))
     moments = _device_bytes(shapes.optimizer, shardings.optimizer)
     step = compile_train_step(config, mesh)
     started = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = step.lower(shapes, tokens_BT, tokens_BT)
+        lowered = step.lower(shapes, batch, config.schedules.at(train.steps - 1))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -87,7 +93,15 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
         total,
         None if chip is None else total <= chip.hbm_gib * GIB,
         # The exchange's first round stands before its loop over rounds, and under even routing it is the only one.
-        collectives(text, dict(mesh.shape), slices=slices, ragged_rows=expected_rows_sent(config, mesh), open_trips=0),
+        collectives(
+            text,
+            dict(mesh.shape),
+            slices=slices,
+            ragged_rows=expected_rows_sent(config, mesh),
+            open_trips=0,
+            # Micro-batches are counted by a loop around everything else.
+            outer_trips=train.micro_batches if train.micro_batches > 1 else None,
+        ),
         kernels_in(text),
         seconds,
         text,
@@ -104,9 +118,8 @@ def kernels_in(text: str) -> dict[str, int]:
 
 def expected_rows_sent(config: Config, mesh: Mesh) -> float:
     """Rows that a device sends to others in one exchange, under even routing: T K (X - 1) / X for an expert axis of X."""
-    tokens = (
-        config.train.batch_size * config.train.sequence_length / math.prod(mesh.shape[a] for a in mesh.shape if a != "tensor")
-    )
+    places = math.prod(mesh.shape[axis] for axis in mesh.shape if axis != "tensor")
+    tokens = config.train.micro_batch * config.train.sequence_length / places
     away = 1 - 1 / mesh.shape["expert"]
     return tokens * config.model.num_experts_per_tok * away
 
@@ -146,8 +159,9 @@ def bound(config: Config, mesh: Mesh, program: Program, chip: Chip, slices: int)
 def least_hbm_bytes(config: Config, mesh: Mesh, program: Program) -> float:
     """Bytes that a device reads and writes at the least in a step.
 
-    The state is read and written once; each gathered weight is written once and read once in the forward pass, in the
-    recomputation and in the backward pass, and its gradient written and read once. Activations are left out.
+    The state is read and written once; for every micro-batch, each gathered weight is written once and read once in the
+    forward pass, in the recomputation and in the backward pass, and its gradient written and read once. Activations are left
+    out.
     """
     passes = 2 if config.model.remat == "none" else 3
     width = jnp.dtype(config.model.dtype).itemsize
@@ -158,7 +172,8 @@ def least_hbm_bytes(config: Config, mesh: Mesh, program: Program) -> float:
     layers = config.model.num_moe_layers + config.model.num_nextn_predict_layers
     experts = layers * config.model.n_routed_experts * one_expert / (mesh.shape["expert"] * expert_split * mesh.shape["tensor"])
     gathered = experts * expert_split + (parameters - experts) * dense_split
-    return 2.0 * (program.parameter_bytes + program.optimizer_bytes) + 2.0 * (passes + 1) * width * gathered
+    state = 2.0 * (program.parameter_bytes + program.optimizer_bytes)
+    return state + 2.0 * (passes + 1) * width * gathered * config.train.micro_batches
 
 
 def _device_bytes(shapes: Any, shardings: Any) -> int:

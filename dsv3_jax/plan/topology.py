@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.plan.roofline import CHIPS, Chip
+from dsv3_jax.parallel.chips import CHIPS, Chip
 
 # libtpu looks for a TPU host around it, and there is none.
 _NO_HOST = {

@@ -1,4 +1,4 @@
-"""AdamW as the report trains with it (section 4.2): clipping by global norm, warm-up and cosine, moments in bfloat16.
+"""AdamW as the report trains with it (section 4.2): clipping by global norm, decoupled decay, moments in bfloat16.
 
 optax stores the first moment in a dtype of choice, but not the second: `scale_by_adam` here does both.
 """
@@ -11,19 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv3_jax.config import Config, OptimizerConfig
-
-
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to the peak over `warmup_steps`, then a cosine to the final rate at `steps`.
-
-    Counted from 1, so that no step is taken at rate 0. A run no longer than the warm-up ends within it.
-    """
-    end = max(steps, config.warmup_steps + 1)
-    schedule = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, end, config.final_learning_rate
-    )
-    return lambda count: schedule(count + 1)
+from dsv3_jax.config import OptimizerConfig
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float, moment_dtype: str) -> optax.GradientTransformation:
@@ -56,12 +44,10 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """The optimizer of a run: takes gradients of the parameters, gives their updates."""
-    o = config.optimizer
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The optimizer of a run: takes gradients of the parameters, gives what a learning rate of 1 would subtract from them."""
     return optax.chain(
-        optax.clip_by_global_norm(o.clip_norm),
-        scale_by_adam(o.beta1, o.beta2, o.epsilon, o.moment_dtype),
-        optax.add_decayed_weights(o.weight_decay, decayed),
-        optax.scale_by_learning_rate(learning_rate_schedule(o, config.train.steps)),
+        optax.clip_by_global_norm(config.clip_norm),
+        scale_by_adam(config.beta1, config.beta2, config.epsilon, config.moment_dtype),
+        optax.add_decayed_weights(config.weight_decay, decayed),
     )

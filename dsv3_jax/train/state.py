@@ -55,7 +55,7 @@ def state_shardings(config: Config, mesh: Mesh | AbstractMesh) -> Any:
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: init_state(config))
     optimizer = optax.tree.map_params(
-        make_optimizer(config),
+        make_optimizer(config.optimizer),
         lambda _, sharding: sharding,
         shapes.optimizer,
         variables["params"],
@@ -69,14 +69,17 @@ def save_run_start(path: str, config: Config, variables: dict[str, Any]) -> None
     """Makes a run directory at step 0 around given variables, for train.py to continue with --resume.
 
     Raises:
-      ValueError: if `path` already holds something.
+      ValueError: if `path` already holds something, or the state cannot be saved there.
     """
     run = RunDirectory.create_or_resume(path, config, resume=False)
     with Checkpoints(run, config.checkpoint) as checkpoints:
         checkpoints.save(0, variables, state_of(config, variables).optimizer)
+    run.unlock()
+    if checkpoints.failed:
+        raise ValueError(checkpoints.failed)
 
 
 def state_of(config: Config, variables: dict[str, Any]) -> TrainState:
     """A state at step 0 around given variables."""
-    optimizer = make_optimizer(config).init(variables["params"])
+    optimizer = make_optimizer(config.optimizer).init(variables["params"])
     return TrainState(jnp.zeros([], jnp.int32), variables["params"], variables["router"], optimizer)

@@ -1,4 +1,4 @@
-"""One optimizer step, and the loss of held-out batches: the two functions a run compiles.
+"""One optimizer step, as a run compiles it.
 
 The step follows sections 2.1.2 and 4.2 of the report: gradient of the whole objective, AdamW, and then the router
 biases, moved against the load of the whole global batch.
@@ -15,16 +15,19 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ModelConfig
+from dsv3_jax.config.schedules import StepValues
+from dsv3_jax.data.batches import Batch
 from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.expert_ffn import choose_backend
-from dsv3_jax.model import DeepSeekV3, training_loss
-from dsv3_jax.model.losses import cross_entropy
+from dsv3_jax.model import training_loss
+from dsv3_jax.model.losses import Losses, depth_weights
 from dsv3_jax.model.router import max_violation, updated_bias
+from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.compilation import TPU_OPTIONS
 from dsv3_jax.parallel.exchange import choose_exchange
-from dsv3_jax.parallel.mesh import current_platform
-from dsv3_jax.parallel.rules import TOKENS
-from dsv3_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from dsv3_jax.parallel.mesh import current_mesh, current_platform
+from dsv3_jax.parallel.rules import MICRO_BATCHES
+from dsv3_jax.train.optimizer import make_optimizer
 from dsv3_jax.train.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -33,80 +36,132 @@ Metrics = dict[str, jax.Array]
 def compile_train_step(config: Config, mesh: Mesh) -> Any:
     """`train_step` as a run compiles it for a mesh; call (or lower) it under `jax.set_mesh(mesh)`.
 
-    It takes the state, whose memory it reuses, and a batch split along the mesh, and returns the state after and the
-    metrics, which are the same on every device.
+    It takes the state, whose memory it reuses, a batch split along the mesh, and the step's values, and returns the state
+    after, the metrics and the loads, which are the same on every device.
     """
-    state, batch, everywhere = state_shardings(config, mesh), NamedSharding(mesh, TOKENS), NamedSharding(mesh, PartitionSpec())
+    state, everywhere = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(train_step, config=config),
-        in_shardings=(state, batch, batch),
-        out_shardings=(state, everywhere),
+        in_shardings=(state, NamedSharding(mesh, MICRO_BATCHES), everywhere),
+        out_shardings=(state, everywhere, everywhere),
         donate_argnums=0,
         compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
     )
 
 
-def describe_backends(config: ModelConfig, mesh: Mesh) -> str:
-    """What the model's programs will compute with on the mesh, for the line printed at start."""
+def describe_backends(config: ModelConfig, mesh: Mesh, documents: bool = False) -> str:
+    """What the model's programs will compute with on the mesh, for the line printed at start.
+
+    Args:
+      config: the model.
+      mesh: where it runs.
+      documents: whether attention is to keep the documents of a row apart.
+    """
     with jax.set_mesh(mesh):
         experts = choose_backend(config.expert_backend, config.dtype, current_platform())
         widths = config.qk_head_dim, config.v_head_dim
-        attention = choose_attention(config.attention_backend, config.dtype, widths, current_platform())
+        attention = choose_attention(config.attention_backend, config.dtype, widths, current_platform(), documents)
         exchange = choose_exchange(config.expert_exchange, current_platform(), mesh.shape["expert"])
     return f"attention by {attention}, experts by {experts}" + (f", exchange {exchange}" if exchange != "local" else "")
 
 
-def train_step(state: TrainState, tokens_BT: jax.Array, target_BT: jax.Array, *, config: Config) -> tuple[TrainState, Metrics]:
+def train_step(
+    state: TrainState, batch: Batch, values: StepValues, *, config: Config
+) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
     """Takes one step; pure, for `compile_train_step`.
+
+    A loss or gradient that is not finite leaves everything but the count of steps as it was, on all devices alike.
 
     Args:
       state: the state before.
-      tokens_BT: the batch's input tokens.
-      target_BT: the tokens one further on.
+      batch: the step's micro-batches.
+      values: the learning rate and the like, of this step.
       config: the run.
 
     Returns:
-      The state after, and the step's float32 scalars: `loss` and its parts, `grad_norm` (before clipping),
-      `learning_rate`, `exchange_rounds` (the most of any layer), `max_violation`.
+      The state after; the step's float32 scalars: `loss` and its parts, `grad_norm` (before clipping), `skipped` (1 if the
+      step was, else 0), `exchange_rounds` (the most of any layer), `max_violation`; and the tokens per expert, [L, E] or [E].
     """
-
-    def objective(params: Any) -> tuple[jax.Array, Any]:
-        losses = training_loss(params, state.router, config.model, tokens_BT, target_BT, config.train.mtp_loss_weight)
-        return losses.loss, losses
-
-    grads, losses = jax.grad(objective, has_aux=True)(state.params)
-    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.params)
+    grads, losses = gradients(state, batch, values, config)
+    norm = optax.tree.norm(grads)
+    updates, optimizer = make_optimizer(config.optimizer).update(grads, state.optimizer, state.params)
+    finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
+    taken = TrainState(
+        step=state.step,
+        params=optax.apply_updates(state.params, jax.tree.map(lambda update: -values.learning_rate * update, updates)),
+        router=moved_biases(state.router, losses.load, values.bias_update_speed),
+        optimizer=optimizer,
+    )
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, state).replace(step=state.step + 1)
     metrics = {
         "loss": losses.loss,
         "main_loss": losses.main_loss,
         "mtp_loss": losses.mtp_loss,
         "balance_loss": losses.balance_loss,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": jnp.asarray(learning_rate_schedule(config.optimizer, config.train.steps)(state.step), jnp.float32),
+        "grad_norm": norm,
+        "skipped": 1 - finite.astype(jnp.float32),
         "exchange_rounds": losses.rounds.astype(jnp.float32),
         "max_violation": jnp.max(jnp.stack([max_violation(load) for load in losses.load.values()] or [jnp.float32(0)])),
     }
-    after = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        router=moved_biases(state.router, losses.load, config.train.bias_update_speed),
-        optimizer=optimizer,
-    )
-    return after, metrics
+    return after, metrics, losses.load
 
 
-def moved_biases(router: dict[str, Any], load: dict[str, jax.Array], speed: float) -> dict[str, Any]:
+def gradients(state: TrainState, batch: Batch, values: StepValues, config: Config) -> tuple[Any, Losses]:
+    """Gradient of the objective over the whole batch, accumulated over the micro-batches that are filled, and the losses."""
+    depths = range(config.model.num_nextn_predict_layers + 1)
+    num_micro_batches = batch.tokens_ABT.shape[0]
+
+    def part(batch_BT: Batch, share: Any, totals: Any) -> tuple[Any, Losses]:
+        def objective(params: Any) -> tuple[jax.Array, Losses]:
+            tokens, targets, weights, starts = batch_BT
+            losses = training_loss(
+                params,
+                state.router,
+                config.model,
+                tokens,
+                targets,
+                values.mtp_loss_weight,
+                weights,
+                starts,
+                aux_loss_alpha=values.aux_loss_alpha,
+                totals=totals,
+                share=share,
+            )
+            return losses.loss, losses
+
+        return jax.grad(objective, has_aux=True)(state.params)
+
+    if num_micro_batches == 1:
+        return part(jax.tree.map(lambda array: array[0], batch), 1.0, None)
+
+    # The weights of the whole step come first: a micro-batch's mean is then a part of the step's, whatever it holds.
+    weigh = jax.vmap(depth_weights, (0, 0, None)) if batch.starts_ABT is not None else jax.vmap(depth_weights, (0, None, None))
+    totals = [weigh(batch.weights_ABT, batch.starts_ABT, depth).sum() for depth in depths]
+    share = 1 / values.micro_batches.astype(jnp.float32)
+
+    def add(number: jax.Array, so_far: tuple[Any, Losses]) -> tuple[Any, Losses]:
+        grads, losses = part(jax.tree.map(lambda array: array[number], batch), share, totals)
+        summed, total = so_far
+        summed = jax.tree.map(lambda sum_, grad: sum_ + grad.astype(jnp.float32), summed, grads)
+        rounds = jnp.maximum(total.rounds, losses.rounds)
+        return summed, jax.tree.map(jnp.add, total, losses)._replace(rounds=rounds)
+
+    shapes = jax.eval_shape(functools.partial(part, share=share, totals=totals), jax.tree.map(lambda array: array[0], batch))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
+    start = _placed_like_params(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes[0]), config.model)
+    summed, losses = jax.lax.fori_loop(0, values.micro_batches, add, (start, zeros))
+    return jax.tree.map(lambda sum_, leaf: sum_.astype(leaf.dtype), summed, shapes[0]), losses
+
+
+def _placed_like_params(tree: Any, config: ModelConfig) -> Any:
+    """The tree, each leaf where the parameter of its name lives."""
+    mesh = current_mesh()
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, variable_shardings(config, mesh)["params"])
+
+
+def moved_biases(router: dict[str, Any], load: dict[str, jax.Array], speed: float | jax.Array) -> dict[str, Any]:
     """The router collection after the bias rule; `load` holds, per stack or MTP depth, its one bias array's loads."""
     return {
         name: jax.tree.map(lambda bias, name=name: updated_bias(bias, load[name], speed), biases)
         for name, biases in router.items()
     }
-
-
-def heldout_loss(
-    variables: dict[str, Any], tokens_BT: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, *, config: ModelConfig
-) -> jax.Array:
-    """Weighted sum over tokens of the next-token cross entropy, in nats: a float32 scalar, for `jax.jit`."""
-    features = DeepSeekV3(config).apply(variables, tokens_BT, method="features")
-    head_DV = variables["params"]["lm_head"]["kernel"]
-    return cross_entropy(features.h_BTD, head_DV, target_BT, weight_BT, config.loss_chunk)

@@ -17,8 +17,9 @@ from dsv3_jax.checkpoint.hugging_face import save_hf
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, InferConfig, TrainConfig
+from dsv3_jax.config.checkpoint_model import is_hugging_face
 from dsv3_jax.data.tokenizer import train_tokenizer
-from dsv3_jax.infer.load import is_hugging_face, load_model
+from dsv3_jax.infer.load import load_model
 from tests.model.tiny import CONFIG, random_variables
 
 MODEL = dataclasses.replace(CONFIG, vocab_size=270)

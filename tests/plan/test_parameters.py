@@ -16,9 +16,9 @@ from dsv3_jax.config.command_line import load_config
 from dsv3_jax.plan.__main__ import main
 from dsv3_jax.plan.parameters import count_parameters
 from tests.model.tiny import CONFIG, DENSE_ONLY
+from tests.shipped import SHIPPED, shipped
 
 ROOT = pathlib.Path(__file__).parents[2]
-FILES = sorted((ROOT / "configs").glob("*.py"))
 
 
 def counted(c: ModelConfig) -> dict[str, int]:
@@ -61,7 +61,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         CONFIG,
         DENSE_ONLY,
         dataclasses.replace(CONFIG, q_lora_rank=None, n_shared_experts=0),
-        *(load_config(str(f)).model for f in FILES),
+        *(shipped(name).model for name in SHIPPED),
     ],
 )
 def test_counts(config: ModelConfig) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from dsv3_jax.kernels.grouped_ffn import KERNELS
+from dsv3_jax.parallel.chips import CHIPS
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan.program import GIB, bound, compile_program, expected_rows_sent, kernels_in, least_hbm_bytes, read_refusal
-from dsv3_jax.plan.roofline import CHIPS
 from dsv3_jax.plan.topology import h100_devices, tpu_devices
 
 SMALL = Config(

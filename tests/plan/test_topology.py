@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from dsv3_jax.parallel.chips import CHIPS
 from dsv3_jax.plan import topology
-from dsv3_jax.plan.roofline import CHIPS
 
 
 def test_chips() -> None:

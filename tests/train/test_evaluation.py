@@ -1,20 +1,42 @@
-"""The Evaluator against log-probabilities taken one by one, and bits per byte."""
+"""Held-out scores against whole logits looked at one by one, bits per byte, and several sources.
+
+The acceptance of MTP drafts is also scored on meshes of eight devices.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Iterable
 
 import chex
 import jax
 import numpy as np
 import pytest
 
+from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.data import Document, HeldoutBatch, HeldoutWindows
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.train.evaluation import Evaluation, Evaluator
+from dsv3_jax.model.sharding import variable_shardings
+from dsv3_jax.parallel import exchange as exchange_module
+from dsv3_jax.parallel.feed import BatchPlacement
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.train.evaluation import (
+    Evaluation,
+    Evaluator,
+    HeldoutReport,
+    HeldoutScores,
+    SourceScores,
+    evaluate_sources,
+    heldout_scores,
+)
+from tests.intermediates import intermediate_shapes
 from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
+from tests.parallel.ragged_emulation import emulated_ragged_all_to_all
+from tests.parallel.test_dispatch import MESHES
+from tests.train.test_on_mesh import MODEL as MESH_MODEL
 
 B, T = 3, 16
 CONFIG = DENSE_ONLY  # compiles fast
@@ -36,7 +58,7 @@ def test_nats_and_tokens_are_those_of_every_scored_token() -> None:
     variables, scored = random_variables(CONFIG), batches(3)
     model = jax.jit(DeepSeekV3(CONFIG).apply)
     nats, count = 0.0, 0
-    for tokens_BT, targets_BT, weights_BT in scored:
+    for tokens_BT, targets_BT, weights_BT, _ in scored:
         logits_BTV = np.asarray(model(variables, tokens_BT).logits, np.float64)
         for b, t in zip(*np.nonzero(weights_BT), strict=True):
             row_V = logits_BTV[b, t]
@@ -47,7 +69,9 @@ def test_nats_and_tokens_are_those_of_every_scored_token() -> None:
     assert evaluation.tokens == count
     assert evaluation.nats == pytest.approx(nats, rel=1e-5)
     assert evaluation.loss == pytest.approx(nats / count, rel=1e-5)
-    assert evaluator._loss._cache_size() == 1
+    assert evaluator._score._cache_size() == 1
+    # Without MTP there are no drafts.
+    assert (evaluation.accepted, evaluation.drafted, evaluation.acceptance) == (None, None, None)
     # Batches add up, whatever feeds them.
     parts = [evaluator(variables, iter([batch])) for batch in scored]
     assert evaluation.nats == pytest.approx(math.fsum(part.nats for part in parts))
@@ -57,10 +81,14 @@ def test_nats_and_tokens_are_those_of_every_scored_token() -> None:
 def test_sums_keep_their_digits_over_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32, 2^24 + 1 is 2^24."""
     evaluator = Evaluator(CONFIG)
-    monkeypatch.setattr(evaluator, "_loss", lambda variables, tokens, targets, weights: np.float32(tokens[0, 0]))
+
+    def score(variables: dict, tokens: jax.Array, targets: jax.Array, weights: jax.Array, starts: None) -> HeldoutScores:
+        return HeldoutScores(np.float32(tokens[0, 0]), np.int32(1), np.int32(2))
+
+    monkeypatch.setattr(evaluator, "_score", score)
     ones = np.ones((1, 1), np.float32)
     parts = [HeldoutBatch(np.full((1, 1), nats), np.zeros((1, 1), np.int32), ones) for nats in (2**24, 1, 1)]
-    assert evaluator({}, parts) == Evaluation(2**24 + 2, 3)
+    assert evaluator({}, parts) == Evaluation(2**24 + 2, 3, 3, 6)
 
 
 def test_bits_per_byte_of_a_text() -> None:
@@ -80,3 +108,149 @@ def test_bits_per_byte_of_a_text() -> None:
     assert evaluation.tokens == len(ids) - 2
     assert windows.bits_per_byte(evaluation.nats) == pytest.approx(bits / len(text.encode()), rel=1e-5)
     assert len(text.encode()) > len(text)
+
+
+# --- Drafts of the MTP module ------------------------------------------------------------------------------------------
+
+# So few tokens that chance accepts an eighth of the drafts.
+DRAFTING = dataclasses.replace(MESH_MODEL, vocab_size=8, num_hidden_layers=2)
+WIDE, LONG = 8, 32
+
+
+def drafting_batches(count: int) -> list[HeldoutBatch]:
+    rng = np.random.default_rng(1)
+    made = []
+    for seed in range(count):
+        tokens_BX = random_tokens(WIDE, LONG + 1, DRAFTING, seed=seed)
+        made.append(HeldoutBatch(tokens_BX[:, :-1], tokens_BX[:, 1:], rng.integers(0, 2, (WIDE, LONG)).astype(np.float32)))
+    return made
+
+
+def looked_at(config: ModelConfig, variables: dict, batches: list[HeldoutBatch]) -> Evaluation:
+    """Every draft verified by itself, in whole logits."""
+    model = jax.jit(lambda variables, tokens_BT: DeepSeekV3(config).apply(variables, tokens_BT, mtp=True))
+    nats, tokens, accepted, drafted = 0.0, 0, 0, 0
+    for tokens_BT, targets_BT, weights_BT, _ in batches:
+        output = model(variables, tokens_BT)
+        main_BTV, draft_BTV = np.asarray(output.logits, np.float64), np.asarray(output.mtp_logits[0])
+        for b, t in zip(*np.nonzero(weights_BT), strict=True):
+            tokens += 1
+            nats += math.log(np.exp(main_BTV[b, t]).sum()) - main_BTV[b, t, targets_BT[b, t]]
+            if t > 0:  # Drafted a row earlier, for the same place in the text.
+                drafted += 1
+                accepted += int(draft_BTV[b, t - 1].argmax() == main_BTV[b, t].argmax())
+    return Evaluation(nats, tokens, accepted, drafted)
+
+
+def assert_equal(found: Evaluation, expected: Evaluation) -> None:
+    assert found[1:] == expected[1:]
+    assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_drafts_are_verified_as_greedy_decoding_would(depths: int) -> None:
+    config = dataclasses.replace(DRAFTING, num_nextn_predict_layers=depths)
+    variables, batches = random_variables(config), drafting_batches(2)
+    found, expected = Evaluator(config)(variables, batches), looked_at(config, variables, batches)
+    assert_equal(found, expected)
+    assert found.acceptance == expected.accepted / expected.drafted
+    assert 0.05 < found.acceptance < 0.3
+    # Nothing is drafted for the first row of a window.
+    assert found.drafted == sum(int(batch.weights_BT[:, 1:].sum()) for batch in batches) < found.tokens
+
+
+@pytest.mark.parametrize("name", ["fsdp, expert", "data, expert, tensor", "context, expert, tensor"])
+def test_on_a_mesh_the_same_drafts_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "ragged_all_to_all", emulated_ragged_all_to_all)
+    variables, batches = random_variables(DRAFTING), drafting_batches(1)
+    mesh = make_mesh(MeshConfig(**MESHES[name]))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(variables, variable_shardings(DRAFTING, mesh))
+        found = Evaluator(DRAFTING, BatchPlacement(mesh, WIDE, LONG).place)(placed, batches)
+    assert_equal(found, looked_at(DRAFTING, variables, batches))
+
+
+def test_a_window_of_one_token_has_no_drafts() -> None:
+    batch = HeldoutBatch(*(np.zeros((2, 1), np.int32),) * 2, np.ones((2, 1), np.float32))
+    found = Evaluator(DRAFTING)(random_variables(DRAFTING), [batch])
+    assert (found.tokens, found.accepted, found.drafted, found.acceptance) == (2, 0, 0, None)
+
+
+def test_logits_of_whole_windows_never_exist() -> None:
+    config = dataclasses.replace(DRAFTING, vocab_size=56)  # a size that nothing else has
+    score = functools.partial(heldout_scores, config=config)
+    shapes = intermediate_shapes(score, random_variables(config), *drafting_batches(1)[0])
+    assert {shape for shape in shapes if shape[-1:] == (56,) and WIDE in shape} == {(WIDE, config.loss_chunk, 56)}
+
+
+# --- Several sources ---------------------------------------------------------------------------------------------------
+
+
+def windows_of(texts: list[str], length: int = 8) -> HeldoutWindows:
+    tokenizer = train_tokenizer(["abc abd abe\n" * 9], 260, ["<bos>", "<eos>"])
+    model = dataclasses.replace(CONFIG, vocab_size=300)
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    return HeldoutWindows(documents, tokenizer, model, batch_size=2, sequence_length=length)
+
+
+def told(nats_per_token: float, accepted: float | None = None) -> Callable[..., Evaluation]:
+    """An evaluation in which every scored token costs as much, and every second token has a draft."""
+
+    def evaluate(_: dict, batches: Iterable[HeldoutBatch]) -> Evaluation:
+        tokens = sum(int(batch.weights_BT.sum()) for batch in batches)
+        drafts = (None, None) if accepted is None else (round(accepted * tokens), tokens)
+        return Evaluation(nats_per_token * tokens, tokens, *drafts)
+
+    return evaluate
+
+
+def test_sources_and_their_total() -> None:
+    """All of it: bits are summed over the bytes of both, whatever the share of each."""
+    heldout = {"prose": windows_of(["abc abd " * 40]), "code": windows_of(["ünï " * 30, "x"])}
+    costs = {"prose": 2.0, "code": 0.5}
+    by_windows = {id(windows): costs[name] for name, windows in heldout.items()}
+    found = evaluate_sources(lambda variables, windows: told(by_windows[id(windows)])(variables, windows), {}, heldout)
+    nats = {name: costs[name] * heldout[name].num_tokens for name in heldout}
+    for name, windows in heldout.items():
+        assert found.sources[name] == (costs[name], pytest.approx(nats[name] / math.log(2) / windows.num_bytes), None)
+    tokens, num_bytes = (sum(getattr(windows, of) for windows in heldout.values()) for of in ("num_tokens", "num_bytes"))
+    assert num_bytes == 320 + 30 * 6 + 1
+    assert found.total.loss == pytest.approx(sum(nats.values()) / tokens)
+    assert found.total.bits_per_byte == pytest.approx(sum(nats.values()) / math.log(2) / num_bytes)
+    assert found.row == {
+        "heldout_loss": found.total.loss,
+        "heldout_bits_per_byte": found.total.bits_per_byte,
+        "heldout_loss/prose": 2.0,
+        "heldout_bits_per_byte/prose": found.sources["prose"].bits_per_byte,
+        "heldout_loss/code": 0.5,
+        "heldout_bits_per_byte/code": found.sources["code"].bits_per_byte,
+    }
+
+
+def test_a_sample_stands_for_its_source() -> None:
+    """A long source weighs as much in the total as it has text, though no more of it is scored than of a short one."""
+    heldout = {"long": windows_of(["abc abd " * 400]), "short": windows_of(["abe " * 3])}
+    cost, accepted = {"long": 3.0, "short": 1.0}, {"long": 0.5, "short": 0.0}
+    names, seen = iter(heldout), []
+
+    def evaluate(_: dict, batches: Iterable[HeldoutBatch]) -> Evaluation:
+        name = next(names)
+        seen.append(told(cost[name], accepted[name])({}, batches))
+        return seen[-1]
+
+    found = evaluate_sources(evaluate, {}, heldout, 1)
+    assert [part.tokens < windows.num_tokens for part, windows in zip(seen, heldout.values(), strict=True)] == [True, False]
+    weights = np.array([windows.num_tokens for windows in heldout.values()])
+    assert found.total.loss == pytest.approx(np.average([3.0, 1.0], weights=weights))
+    assert found.total.acceptance == pytest.approx(np.average([seen[0].acceptance, 0.0], weights=weights))
+    whole = heldout["long"]
+    assert found.sources["long"].bits_per_byte == pytest.approx(3.0 / math.log(2) * whole.num_tokens / whole.num_bytes)
+
+
+def test_one_source_keeps_the_names_it_has_always_had() -> None:
+    windows = windows_of(["abc abd " * 40])
+    found = evaluate_sources(told(2.0, 0.25), {}, {"text": windows})
+    scores = SourceScores(2.0, windows.bits_per_byte(2.0 * windows.num_tokens), pytest.approx(0.25, abs=0.01))
+    assert found == HeldoutReport(scores, {"text": scores})
+    bits = {"heldout_bits_per_byte": found.total.bits_per_byte}
+    assert found.row == {"heldout_loss": 2.0, **bits, "mtp_acceptance": found.total.acceptance}

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the picture of a run."""
+"""metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import math
 import pathlib
 
-import matplotlib.image
 import pytest
 from etils import epath
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.train.metrics import MetricsLog, read_metrics, write_report
+from dsv3_jax.train.metrics import MetricsLog, read_metrics
 
 NAMES = ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
 
@@ -149,15 +149,61 @@ def test_tensorboard_gets_the_same(run: RunDirectory) -> None:
     assert [value for *_, value in found] == pytest.approx([value for *_, value in expected], rel=1e-6)
 
 
-@pytest.mark.parametrize("steps", [(2, 4, 6), (7,)])
-def test_report_is_a_picture(run: RunDirectory, steps: tuple[int, ...]) -> None:
-    rows = [row(step) for step in steps]
-    if len(rows) > 1:
-        rows[1]["heldout_loss"] = 3.0
-    write_report(run, rows)
-    assert run.report_file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    picture = matplotlib.image.imread(str(run.report_file))
-    assert picture.shape == (840, 1320, 4)
-    # Curves are drawn in colour; axes and text are grey.
-    coloured = (picture[..., :3].max(-1) - picture[..., :3].min(-1) > 0.2).sum()
-    assert (coloured > 500) == (len(steps) > 1)
+def test_a_full_disk_costs_no_row(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Needs no mount: /dev/full takes the place of both files."""
+    full = epath.Path("/dev/full")
+    opens = EventsWriter.__init__
+    with MetricsLog(run, 0) as log:
+        log.write(row(1))
+        log._board.flush()
+        with monkeypatch.context() as patch, open("/dev/full", "wb", buffering=0) as file:
+            patch.setattr(log, "path", full)
+            patch.setattr("dsv3_jax.train.metrics.write_whole", lambda path, text: full.write_text(text))
+            patch.setattr(log._board._writer._py_recordio_writer, "_writer", file)
+            patch.setattr(EventsWriter, "__init__", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            for step in (2, 3):
+                log.write(row(step))
+            assert log.rows == [row(1), row(2), row(3)]
+        messages = capsys.readouterr().err.splitlines()
+        reason = "cannot be written (No space left on device); the run goes on, and tries again at the next log"
+        assert messages == [f"warning: {run.path}/{name} {reason}" for name in ("metrics.jsonl", "tensorboard")]
+        assert EventsWriter.__init__ is opens
+        log.write(row(4))
+        messages = capsys.readouterr().err.splitlines()
+        assert messages == [
+            f"warning: {run.path}/{name} can be written again, and lacks nothing" for name in ("metrics.jsonl", "tensorboard")
+        ]
+    assert capsys.readouterr().err == ""
+    assert read_metrics(run) == [row(step) for step in (1, 2, 3, 4)]
+    found = {(step, name) for step, name, _ in scalars(pathlib.Path(run.tensorboard))}
+    assert found == {(step, name) for step in (1, 2, 3, 4) for name in row(step) if name != "step"}
+
+
+def test_what_failed_last_is_tried_once_more_at_the_end(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MetricsLog(run, 0) as log:
+        log.write(row(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(log, "path", epath.Path("/dev/full"))
+            log.write(row(2))
+        assert "metrics.jsonl cannot be written" in capsys.readouterr().err
+        assert read_metrics(run) == [row(1)]
+    assert "metrics.jsonl can be written again, and lacks nothing" in capsys.readouterr().err
+    assert read_metrics(run) == [row(1), row(2)]
+
+
+def test_a_continued_run_hides_the_steps_it_takes_again_from_tensorboard(run: RunDirectory) -> None:
+    for first_step in (0, 2):
+        with MetricsLog(run, first_step) as log:
+            log.write(row(first_step + 1))
+    events = []
+    for file in sorted(pathlib.Path(run.tensorboard).iterdir(), key=lambda file: file.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12 : 12 + length]))
+            data = data[12 + length + 4 :]
+    assert [event.step for event in events if event.session_log.status == SessionLog.START] == [3]

@@ -15,13 +15,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.data import Batch
 from dsv3_jax.model import DeepSeekV3, training_loss, unstack
 from dsv3_jax.model import router as router_module
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel import exchange as exchange_module
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, make_mesh
-from dsv3_jax.parallel.rules import TOKENS
+from dsv3_jax.parallel.rules import MICRO_BATCHES, TOKENS
 from dsv3_jax.train.state import TrainState, init_state, state_shardings
 from dsv3_jax.train.step import train_step
 from tests.model.tiny import CONFIG, random_variables
@@ -126,19 +127,26 @@ def train(
     """The state after `steps` steps on a mesh of as many devices as its sizes multiply to, and the metrics of each."""
     mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
     shardings, everywhere = state_shardings(run, mesh), NamedSharding(mesh, PartitionSpec())
-    batch = NamedSharding(mesh, TOKENS)
+    batch = NamedSharding(mesh, MICRO_BATCHES)
     state = jax.jit(functools.partial(init_state, run), out_shardings=shardings)()
     step = jax.jit(
         functools.partial(train_step, config=run),
-        in_shardings=(shardings, batch, batch),
-        out_shardings=(shardings, everywhere),
+        in_shardings=(shardings, batch, everywhere),
+        out_shardings=(shardings, everywhere, everywhere),
         compiler_options=quick_options,
     )
     metrics = []
     with jax.set_mesh(mesh):
-        for tokens_BT, target_BT in batches(run, steps):
+        for number, (tokens_BT, target_BT) in enumerate(batches(run, steps)):
             watch(state.variables, tokens_BT)
-            state, row = step(state, tokens_BT, target_BT)
+            rows = Batch(
+                *(
+                    array.reshape(run.train.micro_batches, run.train.micro_batch, -1)
+                    for array in (tokens_BT, target_BT, np.ones(target_BT.shape, np.float32))
+                ),
+                None,
+            )
+            state, row, _ = step(state, rows, run.schedules.at(number))
             metrics.append(row)
     return state, metrics
 
@@ -186,7 +194,10 @@ def smallest_margin(biased_BTE: jax.Array, config: ModelConfig) -> jax.Array:
 def test_eight_steps_are_those_of_one_device(sizes: str, one_device: tuple) -> None:
     wanted_state, wanted, margin = one_device
     assert margin > MARGIN, "some token chose by less: its choice may depend on rounding, so take another seed"
-    state, metrics = train(RUN, MESHES[sizes], 8)
+    # Accumulated over micro-batches of a sequence a device, where that makes more than one.
+    places = int(np.prod([MESHES[sizes].get(axis, 1) for axis in ("data", "fsdp", "expert")]))
+    accumulating = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, micro_batch_size=places))
+    state, metrics = train(accumulating, MESHES[sizes], 8)
     for found, expected in zip(metrics, wanted, strict=True):
         for name in ("loss", "main_loss", "mtp_loss", "balance_loss"):
             assert abs(float(found[name]) - float(expected[name])) < 1e-5, name

@@ -18,10 +18,13 @@ import optax
 import pytest
 
 from dsv3_jax.config import Config, OptimizerConfig, TrainConfig
-from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.train.optimizer import learning_rate_schedule
+from dsv3_jax.config.schedules import StepValues
+from dsv3_jax.data import Batch
+from dsv3_jax.model import DeepSeekV3, training_loss
+from dsv3_jax.model.losses import Losses
+from dsv3_jax.train import step as step_module
 from dsv3_jax.train.state import TrainState, state_of
-from dsv3_jax.train.step import heldout_loss, train_step
+from dsv3_jax.train.step import train_step
 from tests.model.tiny import MOE_ONLY, random_tokens, random_variables
 from tests.tolerances import TOLERANCE
 
@@ -38,11 +41,16 @@ RUN = Config(
 )
 TOKENS_BX = random_tokens(B, T + 1)
 TOKENS_BT, TARGET_BT = TOKENS_BX[:, :-1], TOKENS_BX[:, 1:]
-METRICS = {"loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "exchange_rounds", "max_violation"}
+BATCH = Batch.of(TOKENS_BT, TARGET_BT)
+METRICS = {"loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "skipped", "exchange_rounds", "max_violation"}
 
-Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]]
 # Compiling is most of the time here, and half of that is spent on code that would run faster.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def values(config: Config = RUN, step: int = 0) -> StepValues:
+    return config.schedules.at(step)
 
 
 def start(config: Config = RUN) -> TrainState:
@@ -56,9 +64,9 @@ def step() -> Step:
 
 
 @pytest.fixture(scope="module")
-def first(step: Step) -> tuple[TrainState, dict[str, jax.Array]]:
+def first(step: Step) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
     """The first step's result."""
-    return step(start(), TOKENS_BT, TARGET_BT)
+    return step(start(), BATCH, values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +102,7 @@ def expected() -> Expected:
 
 
 def test_metrics_and_gradient_are_those_of_the_objective_written_out(first: tuple, expected: Expected) -> None:
-    after, metrics = first
+    after, metrics, _ = first
     norm = math.sqrt(sum(float(np.sum(np.square(leaf, dtype=np.float64))) for leaf in jax.tree.leaves(expected.grads)))
     assert norm > 2 * RUN.optimizer.clip_norm
     assert metrics.keys() == METRICS
@@ -102,7 +110,7 @@ def test_metrics_and_gradient_are_those_of_the_objective_written_out(first: tupl
         chex.assert_shape(value, ())
         chex.assert_type(value, jnp.float32)
         assert np.isfinite(value), name
-    figures = expected.losses | {"grad_norm": norm, "learning_rate": RUN.optimizer.learning_rate / 2}
+    figures = expected.losses | {"grad_norm": norm, "skipped": 0.0}
     for name, value in figures.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
     # The first moment after one step from zero is a tenth of the clipped gradient.
@@ -113,13 +121,13 @@ def test_metrics_and_gradient_are_those_of_the_objective_written_out(first: tupl
 
 
 def test_parameters_move_by_the_updates_of_the_optimizer(first: tuple) -> None:
-    after, _ = first
+    after, _, _ = first
     before = start()
     assert int(after.step) == 1
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     # Adam's update from its own moments after the step, the decay of the matrices, and the rate of the first step.
     adam = next(part for part in after.optimizer if isinstance(part, optax.ScaleByAdamState))
-    rate = float(learning_rate_schedule(RUN.optimizer, RUN.train.steps)(0))
+    rate = RUN.optimizer.learning_rate / 2  # the first of two steps of warm-up
 
     def moved(path: tuple, old: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
         decay = 0 if path[-1].key == "scale" else RUN.optimizer.weight_decay
@@ -130,7 +138,7 @@ def test_parameters_move_by_the_updates_of_the_optimizer(first: tuple) -> None:
 
 
 def test_biases_move_by_gamma_against_the_load(first: tuple, expected: Expected) -> None:
-    after, _ = first
+    after, _, _ = first
     signs = {name: np.sign(counts - counts.mean(-1, keepdims=True)) for name, counts in expected.load.items()}
     assert {-1, 1} <= {sign for array in signs.values() for sign in array.ravel()}
     for name, biases in start().router.items():
@@ -150,8 +158,8 @@ def test_the_loss_falls_on_a_repeated_batch_the_same_to_the_bit_each_time(step: 
     runs = []
     for _ in range(2):
         state, losses = start(), []
-        for _ in range(RUN.train.steps):
-            state, metrics = step(state, TOKENS_BT, TARGET_BT)
+        for number in range(RUN.train.steps):
+            state, metrics, _ = step(state, BATCH, values(step=number))
             losses.append(float(metrics["main_loss"]))
         runs.append((state, losses))
     chex.assert_trees_all_equal(*runs)
@@ -165,7 +173,7 @@ def test_the_state_is_donated(step: Step) -> None:
     before = start()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # jax warns of donated arrays that it could not use
-        step(before, TOKENS_BT, TARGET_BT)
+        step(before, BATCH, values())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.router, before.optimizer)))
 
 
@@ -175,7 +183,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(expected: Expec
     optimizer = dataclasses.replace(RUN.optimizer, moment_dtype="bfloat16")
     config = dataclasses.replace(RUN, model=model, optimizer=optimizer)
     before = start(config)
-    after, metrics = quick_jit(functools.partial(train_step, config=config))(before, TOKENS_BT, TARGET_BT)
+    after, metrics, _ = quick_jit(functools.partial(train_step, config=config))(before, BATCH, values(config))
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(metrics["main_loss"], expected.losses["main_loss"], **TOLERANCE["bfloat16"])
@@ -184,19 +192,85 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(expected: Expec
 def test_without_an_moe_layer_nothing_is_violated() -> None:
     model = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
     config = dataclasses.replace(RUN, model=model)
-    after, metrics = quick_jit(functools.partial(train_step, config=config))(start(config), TOKENS_BT, TARGET_BT)
+    after, metrics, _ = quick_jit(functools.partial(train_step, config=config))(start(config), BATCH, values(config))
     assert (float(metrics["max_violation"]), float(metrics["mtp_loss"]), after.router) == (0, 0, {})
     assert float(metrics["loss"]) == float(metrics["main_loss"])
 
 
-def test_heldout_loss_sums_the_weighted_tokens(expected: Expected) -> None:
-    weight_BT = np.random.default_rng(3).integers(0, 2, (B, T)).astype(np.float32)
-    logits_BTV = expected.logits_BTV.astype(np.float64)
-    log_sum_BT = np.log(np.exp(logits_BTV).sum(-1))
-    loss_BT = log_sum_BT - np.take_along_axis(logits_BTV, TARGET_BT[..., None], axis=-1)[..., 0]
-    loss = quick_jit(functools.partial(heldout_loss, config=MODEL))
-    found = loss(random_variables(MODEL), TOKENS_BT, TARGET_BT, weight_BT)
-    chex.assert_shape(found, ())
-    chex.assert_type(found, jnp.float32)
-    np.testing.assert_allclose(found, np.sum(weight_BT * loss_BT), rtol=1e-5)
-    assert 0 < weight_BT.mean() < 1
+# Micro-batches.
+
+
+def with_micro_batches(size: int, filled: int) -> tuple[Config, Batch, StepValues]:
+    """The run, a batch of which only the first `filled` sequences are there, and the step's values; half the targets count."""
+    config = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, micro_batch_size=size))
+    weight_BT = np.random.default_rng(5).integers(0, 2, (B, T)).astype(np.float32)
+    weight_BT[:, -3:] = [[0, 0, 0], [1, 1, 1], [1, 0, 1], [0, 1, 0]]  # micro-batches weigh differently at every depth
+    weight_BT[filled:] = np.nan  # must not be looked at
+    arrays = (array.reshape(-1, size, T) for array in (TOKENS_BT, TARGET_BT, weight_BT))
+    tokens, targets, weights = arrays
+    weights = np.where(np.isnan(weights), 0, weights) if size == B else weights
+    return config, Batch(tokens, targets, weights, None), values(config)._replace(micro_batches=np.int32(filled // size))
+
+
+def test_accumulated_micro_batches_are_the_whole_batch() -> None:
+    config, batch, now = with_micro_batches(B, B)
+    whole = quick_jit(functools.partial(train_step, config=config))(start(config), batch, now)
+    config, batch, now = with_micro_batches(2, B)
+    parts = quick_jit(functools.partial(train_step, config=config))(start(config), batch, now)
+    chex.assert_trees_all_equal(whole[2], parts[2])
+    chex.assert_trees_all_equal(whole[0].router, parts[0].router)
+    chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5)
+    chex.assert_trees_all_close(whole[0], parts[0], rtol=1e-4, atol=2e-5)
+    changed = jax.tree.map(lambda new, old: float(jnp.abs(new - old).max()), whole[0].params, start().params)
+    assert min(jax.tree.leaves(changed)) > 5e-4
+
+
+def test_a_ramped_step_is_the_step_of_its_rows_alone_and_nothing_compiles_twice() -> None:
+    config, batch, now = with_micro_batches(1, 2)
+    batch = batch._replace(weights_ABT=np.where(np.isnan(batch.weights_ABT), 0, batch.weights_ABT))
+    step = quick_jit(functools.partial(train_step, config=config))
+    small = step(start(config), batch, now)
+    alone = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, batch_size=2))
+    rows = Batch(*(array[:2].reshape(1, 2, T) for array in batch[:3]), None)
+    expected = quick_jit(functools.partial(train_step, config=alone))(start(alone), rows, now)
+    chex.assert_trees_all_close(small[0].params, expected[0].params, rtol=1e-4, atol=2e-5)
+    chex.assert_trees_all_close(small[1], expected[1], rtol=1e-5)
+    chex.assert_trees_all_equal(small[2], expected[2])
+    for filled in (1, 2, 3, 4):
+        step(start(config), batch, now._replace(micro_batches=np.int32(filled), learning_rate=np.float32(filled)))
+    assert step._cache_size() == 1
+
+
+# What is not finite.
+
+
+@pytest.mark.parametrize("where", ["batch", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = BATCH
+    if where == "batch":
+        weights = BATCH.weights_ABT.copy()
+        weights[0, 1, 2] = np.nan
+        batch = batch._replace(weights_ABT=weights)
+    else:
+
+        def poisoned(params: Any, *args: Any, **kwargs: Any) -> Losses:
+            losses = training_loss(params, *args, **kwargs)
+            nothing = jnp.sqrt(params["norm"]["scale"][0] * 0.0)  # 0, with an infinite slope
+            return losses._replace(loss=losses.loss + nothing)
+
+        monkeypatch.setattr(step_module, "training_loss", poisoned)
+    before = start()
+    after, metrics, _ = quick_jit(functools.partial(train_step, config=RUN))(before, batch, values())
+    assert float(metrics["skipped"]) == 1
+    assert np.isfinite(metrics["loss"]) == (where == "gradient")
+    assert not np.isfinite(metrics["grad_norm"])
+    assert int(after.step) == 1
+    chex.assert_trees_all_equal(after.replace(step=before.step), before)
+
+
+def test_a_batch_without_anything_to_learn_has_no_loss() -> None:
+    batch = BATCH._replace(weights_ABT=np.zeros_like(BATCH.weights_ABT))
+    after, metrics, _ = quick_jit(functools.partial(train_step, config=RUN))(start(), batch, values())
+    assert (float(metrics["main_loss"]), float(metrics["mtp_loss"]), float(metrics["skipped"])) == (0, 0, 0)
+    assert np.isfinite(metrics["grad_norm"])
+    assert int(after.step) == 1

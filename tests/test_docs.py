@@ -16,6 +16,7 @@ from dsv3_jax.config.command_line import load_config, parse_run
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PUBLISHED = str(ROOT / "tests/fixtures/published")
 CONFIGS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py"))
 
 Options = Callable[[tuple[str, ...]], set[str]]
@@ -57,6 +58,8 @@ def problems(command: str, options: Options) -> list[str]:
     if program == ("train.py",) and not found and "--help" not in arguments:
         # What the command before it makes is not there.
         arguments = ["configs/tiny.py" if re.fullmatch(r"runs/\w+/config\.json", word) else word for word in arguments]
+        if "--init-from" in arguments:
+            arguments[arguments.index("--init-from") + 1] = PUBLISHED
         try:
             parse_run(arguments)
         except ValueError as error:
@@ -99,7 +102,7 @@ def test_commands_of_the_documents_run(document: str, options: Options, monkeypa
 @pytest.mark.parametrize("config", CONFIGS)
 def test_commands_of_the_configs_run(config: str, options: Options, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    load_config(config)
+    load_config(config, PUBLISHED)
     text = (ROOT / config).read_text(encoding="utf-8").split('"""')[1]
     found = commands(text)
     assert any(f"--config {config} " in command for command in found), f"the docstring of {config} gives no command for it"

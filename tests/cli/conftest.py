@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,13 +72,17 @@ class Done:
             assert fragment in self.stderr
 
 
-def started(folder: Path, *arguments: str) -> Done:
-    """Starts a program as its user does, in `folder`, on one plain device."""
+def plain_environment() -> dict[str, str]:
+    """The environment of a program that runs on one plain device."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "DSV3_"))}
     # Compiling is most of the time here, and half of that is spent on code that would run faster.
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+def started(folder: Path, *arguments: str) -> Done:
+    """Starts a program as its user does, in `folder`, on one plain device."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments], cwd=folder, env=plain_environment(), capture_output=True, text=True, timeout=300
     )
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -99,6 +104,21 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TRAIN = str(ROOT / "train.py"), "--config", "config.py", "--run-dir"
+
+
+def started_for_long(folder: Path, run: str, *arguments: str) -> subprocess.Popen[str]:
+    """A run of train.py without an end to wait for, once it has logged two steps; `run` is below runs/, or absolute."""
+    path = folder / "runs" / run
+    command = [sys.executable, *TRAIN, str(path), "--train.steps", "100000", *arguments]
+    child = subprocess.Popen(
+        command, cwd=folder, env=plain_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline, file = time.monotonic() + 120, path / "metrics.jsonl"
+    while not file.exists() or len(file.read_text().splitlines()) < 2:
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return child
 
 
 @pytest.fixture(scope="session")

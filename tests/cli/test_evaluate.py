@@ -16,7 +16,7 @@ from dsv3_jax.infer.load import load_model
 from dsv3_jax.train.evaluation import Evaluator
 from tests.cli.conftest import CONFIG, Done, started
 
-KEYS = {"checkpoint", "bytes", "tokens", "loss", "bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte"}
+KEYS = {"checkpoint", "bytes", "tokens", "loss", "bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte", "mtp_acceptance"}
 
 
 def test_the_figures_of_a_text_file(straight: tuple[Path, Done], workplace: Path) -> None:
@@ -39,6 +39,8 @@ def test_the_figures_of_a_text_file(straight: tuple[Path, Done], workplace: Path
     assert figures["tokens"] == scored.tokens == len(model.tokenizer.encode(text))
     assert figures["loss"] == pytest.approx(scored.loss, rel=1e-6)
     assert figures["bits_per_byte"] == pytest.approx(windows.bits_per_byte(scored.nats), rel=1e-6)
+    assert figures["mtp_acceptance"] == scored.acceptance
+    assert 0 <= figures["mtp_acceptance"] <= 1
 
 
 def test_the_held_out_documents_score_as_at_the_end_of_the_run(

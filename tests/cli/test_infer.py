@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,13 +54,25 @@ def test_the_whole_context_of_the_model_may_be_used(
     assert done.code == 0, done.stderr
 
 
-def test_a_damaged_checkpoint_is_refused_in_one_line(straight: tuple[Path, Done], workplace: Path) -> None:
+def test_of_damaged_checkpoints_the_one_before_is_used_and_the_last_refused(
+    straight: tuple[Path, Done], workplace: Path
+) -> None:
     damaged = workplace / "runs" / "damaged"
     shutil.copytree(straight[0], damaged)
-    for file in (damaged / "checkpoints" / "12" / "variables" / "d").iterdir():
-        file.write_bytes(b"")
+
+    def damage(step: str) -> None:
+        for file in (damaged / "checkpoints" / step / "variables" / "d").iterdir():
+            file.write_bytes(b"")
+
+    damage("12")
     done = started(workplace, PROGRAM, "--checkpoint", "runs/damaged")
-    done.assert_refused("runs/damaged/checkpoints/12 cannot be read", "remove it to go on from the checkpoint before")
+    assert done.code == 0, done.stderr
+    warning = done.stderr.splitlines()[0]
+    assert re.fullmatch(r"warning: .*/12 is damaged \(.*\); step 6 is used instead", warning), warning
+    damage("6")
+    done = started(workplace, PROGRAM, "--checkpoint", "runs/damaged")
+    assert (done.code, done.stdout) == (2, "")
+    assert re.match(r"error: no checkpoint is whole: .*/12 is damaged .*/6 is damaged .*; restore one", done.stderr)
 
 
 @pytest.mark.parametrize(

@@ -2,77 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import ROOT, TRAIN, Done, started
+from tests.cli.processes import running
 
 pytestmark = pytest.mark.slow
 
 # Sizes that eight devices divide.
-_RUN = "--model.q-lora-rank", "16", "--train.batch-size", "8", "--train.steps", "10", "--train.eval-every", "5"
-_SAVES = "--checkpoint.every", "4", "--checkpoint.keep", "3"
+_RUN = "--model.q-lora-rank", "16", "--train.batch-size", "8", "--train.steps", "24", "--train.eval-every", "6"
+_SAVES = "--checkpoint.every", "4", "--checkpoint.keep", "6"
 _MESH = "--mesh.fsdp", "2", "--mesh.expert", "4"
 _OTHER_MESH = "--mesh.data", "2", "--mesh.context", "2", "--mesh.tensor", "2"
 _NAMES = "loss", "main_loss", "mtp_loss", "grad_norm", "max_violation"
 
 
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return str(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def _running(folder: Path, *processes: tuple[str, ...], devices: int, slurm: bool = False) -> Iterator[list[subprocess.Popen]]:
-    """Processes of one run, each with its arguments to train.py and so many CPU devices."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "DSV3_"))}
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    port, count = _free_port(), len(processes)
-    children = []
-    for index, arguments in enumerate(processes):
-        meeting: list[str] = []
-        own = environment
-        if slurm:
-            own = environment | {
-                "JAX_COORDINATOR_PORT": port,
-                "SLURM_JOB_ID": "7",
-                "SLURM_STEP_NODELIST": "localhost",
-                "SLURM_NTASKS": str(count),
-                "SLURM_STEP_NUM_TASKS": str(count),
-                "SLURM_PROCID": str(index),
-                "SLURM_LOCALID": str(index),
-            }
-        elif count > 1:
-            meeting = ["--distributed.coordinator", f"localhost:{port}", "--distributed.num-processes", str(count)]
-            meeting += ["--distributed.process-id", str(index)]
-        command = [sys.executable, *arguments, *meeting]
-        children.append(
-            subprocess.Popen(command, cwd=folder, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        yield children
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
-
-
 def _together(folder: Path, *processes: tuple[str, ...], devices: int = 4, slurm: bool = False) -> list[Done]:
     """How the processes of a run ended. Their output is short enough for the pipes."""
-    with _running(folder, *processes, devices=devices, slurm=slurm) as children:
+    with running(folder, *processes, devices=devices, slurm=slurm) as children:
         outputs = [child.communicate(timeout=300) for child in children]
         return [Done(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
 
@@ -80,15 +33,15 @@ def _together(folder: Path, *processes: tuple[str, ...], devices: int = 4, slurm
 def _assert_trained(outcomes: list[Done]) -> None:
     assert [done.code for done in outcomes] == [0] * len(outcomes), outcomes
     assert [done.stderr for done in outcomes] == [""] * len(outcomes)
-    assert json.loads(outcomes[0].stdout.splitlines()[-1])["steps"] == 10
+    assert json.loads(outcomes[0].stdout.splitlines()[-1])["steps"] == 24
     assert [done.stdout for done in outcomes[1:]] == [""] * (len(outcomes) - 1)
 
 
 def _assert_same(run: Path, other: Path) -> None:
     rows, expected = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, other))
-    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(1, 11))
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(1, 25))
     for row, wanted in zip(rows, expected, strict=True):
-        names = [*_NAMES, *(["heldout_loss"] if row["step"] % 5 == 0 else [])]
+        names = [*_NAMES, *(["heldout_loss"] if row["step"] % 6 == 0 else [])]
         assert [row[name] for name in names] == pytest.approx([wanted[name] for name in names], abs=1e-5), row["step"]
 
 
@@ -122,7 +75,7 @@ def test_two_processes_train_as_one_and_as_one_device(workplace: Path, alone: Pa
 
 def test_each_process_writes_its_share_of_a_checkpoint(two: Path) -> None:
     for item in "variables", "optimizer":
-        shares = [two / "checkpoints" / "10" / item / f"ocdbt.process_{index}" for index in (0, 1)]
+        shares = [two / "checkpoints" / "24" / item / f"ocdbt.process_{index}" for index in (0, 1)]
         sizes = [sum(file.stat().st_size for file in share.rglob("*") if file.is_file()) for share in shares]
         assert max(sizes) < 0.7 * sum(sizes), sizes
 
@@ -135,11 +88,11 @@ def test_a_checkpoint_goes_from_two_processes_to_one_on_another_mesh_and_back(wo
     assert "continuing after step 4" in outcomes[0].stdout
     _assert_same(by_one, alone)
 
-    _copy_up_to(8, by_one, by_two)
+    _copy_up_to(4, by_one, by_two)
     arguments = (*TRAIN, str(by_two), *_RUN, *_SAVES, "--mesh.fsdp", "4", "--mesh.expert", "2", "--resume")
     outcomes = _together(workplace, arguments, arguments, slurm=True)
     _assert_trained(outcomes)
-    assert "continuing after step 8" in outcomes[0].stdout
+    assert "continuing after step 4" in outcomes[0].stdout
     _assert_same(by_two, alone)
 
 
@@ -190,7 +143,7 @@ def test_a_process_that_dies_takes_the_others_along(workplace: Path, dead: int) 
         "--checkpoint.every",
         "5",
     )
-    with _running(workplace, arguments, arguments, devices=4) as children:
+    with running(workplace, arguments, arguments, devices=4) as children:
         until = time.monotonic() + 200
         while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
             assert time.monotonic() < until
@@ -198,3 +151,24 @@ def test_a_process_that_dies_takes_the_others_along(workplace: Path, dead: int) 
             time.sleep(0.1)
         children[dead].send_signal(signal.SIGKILL)
         assert children[1 - dead].wait(timeout=120) != 0
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(workplace: Path, told: int) -> None:
+    run = workplace / "runs" / f"told_{told}"
+    arguments = (*TRAIN, str(run), *_RUN, *_MESH, "--train.steps", "100000", "--train.eval-every", "0")
+    with running(workplace, arguments, arguments, devices=4) as children:
+        until = time.monotonic() + 200
+        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+            assert time.monotonic() < until
+            assert [child.poll() for child in children] == [None, None]
+            time.sleep(0.1)
+        children[told].send_signal(signal.SIGTERM)
+        outputs = [child.communicate(timeout=120) for child in children]
+        assert [child.returncode for child in children] == [0, 0], outputs
+    reason = "SIGTERM" if told == 0 else "another process"
+    (stopped,) = (line for line in outputs[0][0].splitlines() if "stopped after step" in line)
+    assert stopped.startswith(reason)
+    step = int(stopped.partition("after step ")[2].split()[0])
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,12 @@ import train
 from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
+from dsv3_jax.config.command_line import how_to_resume
 from dsv3_jax.convert import main as convert
+from dsv3_jax.data import batches as batches_module
 from dsv3_jax.data import load_corpus, load_tokenizer
-from dsv3_jax.train.optimizer import learning_rate_schedule
 from dsv3_jax.train.state import state_of
-from tests.cli.conftest import CONFIG, TRAIN, Done, contents, started
+from tests.cli.conftest import CONFIG, TRAIN, Done, contents, started, started_for_long
 
 STEPS = CONFIG.train.steps
 TOKENS_PER_STEP = CONFIG.train.batch_size * CONFIG.train.sequence_length
@@ -33,18 +38,27 @@ LOGGED = {
     "mtp_loss",
     "balance_loss",
     "grad_norm",
+    "skipped",
     "learning_rate",
     "exchange_rounds",
     "max_violation",
     "tokens",
+    "batch_size",
     "tokens_per_second",
+    "input_wait",
+    "model_flops_per_second",
 }
+TIMED = {"tokens_per_second", "input_wait", "model_flops_per_second"}
+HELDOUT = {"heldout_loss", "heldout_bits_per_byte", "mtp_acceptance"}
 SUMMARY = {
     "steps",
     "tokens",
     "seconds",
     "tokens_per_second",
     "final_loss",
+    "skipped",
+    "heldout_loss",
+    "mtp_acceptance",
     "heldout_bits_per_byte",
     "gzip_bits_per_byte",
     "xz_bits_per_byte",
@@ -58,7 +72,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def untimed(run: Path) -> list[dict[str, float]]:
     """The logged rows without what differs from one run to the next: their speed."""
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows(run)]
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows(run)]
 
 
 def optimizer(run: Path) -> Any:
@@ -79,7 +93,9 @@ def test_a_run_leaves_everything_behind(straight: tuple[Path, Done], workplace: 
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
+        "expert_load.npz",
         "report.png",
+        "run.lock",
         "summary.json",
     }
     assert Config.from_json((run / "config.json").read_text()) == CONFIG
@@ -106,13 +122,13 @@ def test_a_run_leaves_everything_behind(straight: tuple[Path, Done], workplace: 
 def test_metrics_hold_every_logged_step(straight: tuple[Path, Done]) -> None:
     logged = rows(straight[0])
     assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
-    rate = learning_rate_schedule(CONFIG.optimizer, STEPS)
     for row in logged:
         evaluated = row["step"] % CONFIG.train.eval_every == 0
-        assert row.keys() == LOGGED | ({"heldout_loss"} if evaluated else set())
+        timed = TIMED if row["step"] > 1 else set()  # The first step compiles.
+        assert row.keys() == (LOGGED - TIMED) | timed | (HELDOUT if evaluated else set())
         assert all(math.isfinite(value) for value in row.values())
         assert row["tokens"] == row["step"] * TOKENS_PER_STEP
-        assert row["learning_rate"] == pytest.approx(float(rate(row["step"] - 1)))
+        assert row["learning_rate"] == pytest.approx(CONFIG.schedules.learning_rate(row["step"] - 1))
         parts = row["main_loss"] + CONFIG.train.mtp_loss_weight * row["mtp_loss"] + 1e-4 * row["balance_loss"]
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
     assert logged[0]["main_loss"] == pytest.approx(math.log(CONFIG.model.vocab_size), rel=0.05)
@@ -246,3 +262,95 @@ def test_a_foreign_folder_is_left_alone(called: Callable[..., Done], workplace: 
 
 def test_a_wrong_flag_ends_the_process_with_code_2(workplace: Path) -> None:
     started(workplace, *TRAIN, "runs/new", "--train.step", "3").assert_refused("the nearest is --train.steps")
+
+
+# Ending before the time, and steps that cannot be taken.
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(workplace: Path) -> None:
+    child = started_for_long(workplace, "stopped")
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, err) == (0, "")
+    found = re.search(r"SIGTERM: stopped after step (\d+) of 100000, saved; go on with: python (.*)", out)
+    assert found, out
+    step = int(found[1])
+    run = workplace / "runs" / "stopped"
+    assert load_run(str(run))[2] == step == rows(run)[-1]["step"]
+    assert (run / "report.png").exists()
+    assert not (run / "summary.json").exists()
+    done = started(workplace, *shlex.split(found[2]), "--train.steps", str(step + 2))
+    assert done.code == 0, done.stderr
+    assert f"continuing after step {step} of {step + 2}" in done.stdout
+    assert [row["step"] for row in rows(run)] == list(range(1, step + 3))
+
+
+def test_a_resumed_run_may_leave_out_what_it_was_told_once(
+    straight: tuple[Path, Done], workplace: Path, called: Callable[..., Done]
+) -> None:
+    """Steps to trace that are taken already, another size of micro-batch, other steps between held-out losses."""
+    run = workplace / "runs" / "otherwise"
+    shutil.copytree(straight[0], run)
+    flags = "--train.micro-batch-size", "2", "--profile", "2:4", "--train.eval-every", "5", "--train.log-every", "4"
+    done = called(train.main, *FLAGS, "runs/otherwise", "--resume", "--train.steps", "16", *flags)
+    assert done.code == 0, done.stderr
+    logged = {row["step"]: row for row in rows(run)}
+    assert list(logged) == [*range(1, 13), 15, 16]
+    assert "heldout_loss" in logged[15]
+    assert "heldout_loss" not in logged[16]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["--resume"], []),
+        (["--train.steps", "9", "--resume", "True", "--profile", "2:3", "--a=b"], ["--train.steps", "9", "--a=b"]),
+        (["--profile=2:3", "--data.source", "a b"], ["--data.source", "a b"]),
+    ],
+)
+def test_the_command_to_go_on_with(given: list[str], kept: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    assert shlex.split(how_to_resume()) == ["python", "train.py", *kept, "--resume"]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """Makes a weight of the loss NaN in the batches of some steps, counted from 1."""
+    make = batches_module._Steps.__getitem__
+
+    def make_bad(self: Any, index: int) -> Any:
+        batch = make(self, index)
+        weights = batch.weights_ABT.copy()
+        weights[0, 0, 0] = np.nan if bad(index + 1) else 1.0
+        return batch._replace(weights_ABT=weights)
+
+    monkeypatch.setattr(batches_module._Steps, "__getitem__", make_bad)
+
+
+def test_a_bad_batch_is_skipped_and_counted(
+    workplace: Path, called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: step in (3, 12))
+    done = called(train.main, *FLAGS, "runs/skipping", "--train.max-skipped", "2")
+    assert done.code == 0, done.stderr
+    logged = rows(workplace / "runs" / "skipping")
+    assert [row["skipped"] for row in logged] == [0, 0, *[1] * 9, 2]
+    assert ["loss" in row for row in logged] == [step not in (3, 12) for step in range(1, 13)]
+    assert json.loads(done.stdout.splitlines()[-1])["skipped"] == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_run(str(workplace / "runs" / "skipping"))[1]))
+
+
+def test_too_many_bad_batches_end_the_run_with_one_of_them_on_disk(
+    workplace: Path, called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: step >= 8)
+    done = called(train.main, *FLAGS, "runs/poisoned", "--train.max-skipped", "3")
+    assert done.code == 2
+    message = (
+        "error: the loss or gradient of 3 steps in a row, up to step 10, was not finite; none was taken; the batch of the last"
+    )
+    assert done.stderr.startswith(message), done.stderr
+    assert done.stderr.count("\n") == 1
+    with np.load(workplace / "runs" / "poisoned" / "skipped_step_10.npz") as batch:
+        assert np.isnan(batch["weights_ABT"]).sum() == 1
+        assert batch["tokens_ABT"].shape == (1, 4, 32)
+    assert load_run(str(workplace / "runs" / "poisoned"))[2] == 11  # As step 7 left it; it is seen a step later.

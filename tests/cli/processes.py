@@ -1,0 +1,55 @@
+"""Several real processes of one run of train.py, which meet over a socket."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.cli.conftest import ROOT
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(folder: Path, *processes: tuple[str, ...], devices: int, slurm: bool = False) -> Iterator[list[subprocess.Popen]]:
+    """Processes of one run, each with its arguments to train.py and so many CPU devices."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "DSV3_"))}
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    port, count = free_port(), len(processes)
+    children = []
+    for index, arguments in enumerate(processes):
+        meeting: list[str] = []
+        own = environment
+        if slurm:
+            own = environment | {
+                "JAX_COORDINATOR_PORT": port,
+                "SLURM_JOB_ID": "7",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(count),
+                "SLURM_STEP_NUM_TASKS": str(count),
+                "SLURM_PROCID": str(index),
+                "SLURM_LOCALID": str(index),
+            }
+        elif count > 1:
+            meeting = ["--distributed.coordinator", f"localhost:{port}", "--distributed.num-processes", str(count)]
+            meeting += ["--distributed.process-id", str(index)]
+        command = [sys.executable, *arguments, *meeting]
+        children.append(
+            subprocess.Popen(command, cwd=folder, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()

@@ -1,0 +1,1 @@
+"""Tests that take minutes by nature, and print what they counted."""

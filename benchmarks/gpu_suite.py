@@ -9,7 +9,7 @@ own, so that a kernel that crashes or hangs ends no other part.
 
 `of_dense` is arithmetic a second over that of a bfloat16 product of 8192 x 7168 x 4096 in the same run, `of_copy` bytes a
 second over those of a copy of 2 GiB. Model FLOPs utilisation is tokens a second times the FLOPs of a token (`flops_per_token`
-of `dsv3_jax.plan.roofline`: attention causal, the backward twice the forward), over the dense product's. A time is the median
+of `dsv3_jax.model.flops`: attention causal, the backward twice the forward), over the dense product's. A time is the median
 of five turns of as many calls as take a fifth of a second.
 """
 
@@ -42,11 +42,12 @@ from machine import machine
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from dsv3_jax.config.command_line import load_config
+from dsv3_jax.data import Batch
 from dsv3_jax.kernels.attention import attend, choose_attention
 from dsv3_jax.kernels.expert_ffn import choose_backend, expert_ffn
 from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
+from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.mesh import current_platform
-from dsv3_jax.plan.roofline import flops_per_token
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import train_step
 
@@ -456,12 +457,13 @@ def training(suite: Suite) -> Iterator[tuple[str, Callable[[], Row]]]:
         optimizer = OptimizerConfig(moment_dtype="bfloat16")
         config = Config(model=model, optimizer=optimizer, train=TrainConfig(batch_size=batch, sequence_length=length))
         tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch, length + 1)).astype(np.int32)
+        rows = Batch.of(tokens[:, :-1], tokens[:, 1:])
         step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
         state, losses = jax.jit(lambda: init_state(config))(), []
 
         def run() -> jax.Array:
             nonlocal state
-            state, metrics = step(state, tokens[:, :-1], tokens[:, 1:])
+            state, metrics, _ = step(state, rows, config.schedules.at(0))
             losses.append(metrics["loss"])
             return metrics["loss"]
 

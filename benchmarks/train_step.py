@@ -21,6 +21,7 @@ from comparison import CONFIG, both_models, fastest_experts, paired
 from machine import machine
 
 from dsv3_jax.config import Config, OptimizerConfig, TrainConfig
+from dsv3_jax.data import Batch
 from dsv3_jax.train.state import state_of
 from dsv3_jax.train.step import train_step
 
@@ -64,11 +65,12 @@ def main() -> None:
     optimizer = OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-5, warmup_steps=1, moment_dtype="float32")
     config = Config(model=CONFIG, optimizer=optimizer, train=TrainConfig(batch_size=BATCH, sequence_length=LENGTH))
     step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+    batch, values = Batch.of(tokens_BT, target_BT), config.schedules.at(0)
     state = state_of(config, variables)
 
     def ours() -> None:
         nonlocal state
-        state, _ = step(state, tokens_BT, target_BT)
+        state, _, _ = step(state, batch, values)
         jax.block_until_ready(state)
 
     result = paired(ours, theirs, repeats)

@@ -20,7 +20,7 @@ _RUN = "--model.q-lora-rank", "16", "--train.batch-size", "8", "--train.steps", 
 _SAVES = "--checkpoint.every", "4", "--checkpoint.keep", "6"
 _MESH = "--mesh.fsdp", "2", "--mesh.expert", "4"
 _OTHER_MESH = "--mesh.data", "2", "--mesh.context", "2", "--mesh.tensor", "2"
-_NAMES = "loss", "main_loss", "mtp_loss", "grad_norm", "max_violation"
+_NAMES = "loss", "main_loss", "mtp_loss", "max_violation"
 
 
 def _together(folder: Path, *processes: tuple[str, ...], devices: int = 4, slurm: bool = False) -> list[Done]:
@@ -41,8 +41,11 @@ def _assert_same(run: Path, other: Path) -> None:
     rows, expected = ([json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (run, other))
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(1, 25))
     for row, wanted in zip(rows, expected, strict=True):
-        names = [*_NAMES, *(["heldout_loss"] if row["step"] % 6 == 0 else [])]
-        assert [row[name] for name in names] == pytest.approx([wanted[name] for name in names], abs=1e-5), row["step"]
+        assert [row[name] for name in _NAMES] == pytest.approx([wanted[name] for name in _NAMES], abs=1e-5), row["step"]
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=5e-4), row["step"]
+        assert ("heldout_loss" in row) == (row["step"] % 6 == 0)
+        if "heldout_loss" in row:
+            assert row["heldout_loss"] == pytest.approx(wanted["heldout_loss"], abs=2e-3), row["step"]
 
 
 def _copy_up_to(step: int, run: Path, copy: Path) -> None:

@@ -173,5 +173,5 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(workplace: Path,
     (stopped,) = (line for line in outputs[0][0].splitlines() if "stopped after step" in line)
     assert stopped.startswith(reason)
     step = int(stopped.partition("after step ")[2].split()[0])
-    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
+    assert max(int(path.name) for path in (run / "checkpoints").iterdir()) == step
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step

@@ -44,7 +44,7 @@ def test_batches_have_the_shape_of_the_run() -> None:
 
 
 def test_steps_read_the_rows_one_after_the_other() -> None:
-    train = config(batch_size=12, micro_batch_size=4, initial_batch_size=4, batch_ramp_tokens=2000)
+    train = config(batch_size=12, micro_batch_size=4, initial_batch_size=4, batch_ramp_tokens=2000, batch_ramp_unit=4)
     rows = rows_of(flat_tokens([90, 70, 300]), 16, 3)
     schedules = Schedules(OptimizerConfig(), train, 0.0)
     batches = TrainBatches(rows, train, schedules, across_documents=False)
@@ -62,7 +62,7 @@ def test_steps_read_the_rows_one_after_the_other() -> None:
 
 
 def test_what_a_step_leaves_empty_is_padding() -> None:
-    train = config(batch_size=8, micro_batch_size=4, initial_batch_size=4, batch_ramp_tokens=2000)
+    train = config(batch_size=8, micro_batch_size=4, initial_batch_size=4, batch_ramp_tokens=2000, batch_ramp_unit=4)
     batch = batches_of([300], train, across_documents=False)[0]
     assert batch.starts_ABT is not None
     assert (batch.starts_ABT[0] >= 0).all()

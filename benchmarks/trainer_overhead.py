@@ -30,7 +30,7 @@ from dsv3_jax.data import TrainBatches, prepare_text
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.observer import Observer
-from dsv3_jax.train.start import start_state
+from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import compile_train_step
 
 
@@ -78,7 +78,7 @@ def main() -> None:
         taken: dict[str, list[tuple[float, float]]] = {"bare": [], "whole": []}
         for turn in range(flags.repeats + 1):
             for name, loop in (("bare", bare), ("whole", whole)):
-                measured = loop(start_state(config, mesh))
+                measured = loop(jax.jit(functools.partial(init_state, config))())
                 if turn:  # The first turn compiles.
                     taken[name].append(measured)
     ratios = [one[0] / other[0] for one, other in zip(taken["whole"], taken["bare"], strict=True)]

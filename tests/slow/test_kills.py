@@ -1,13 +1,14 @@
 """Runs that are killed with SIGKILL again and again, and resumed each time, end as the run that never was: to the last bit.
 
 A kill counts if it lands between two checkpoints (steps were logged after the newest) or inside a save (the folder of one
-that was not finished is left). `pytest -m slow tests/slow/test_kills.py -s` prints the counts.
+that was not finished is left). `DSV3_JAX_KILLS=20 pytest -m slow tests/slow/test_kills.py -s` makes 20 a run and prints the counts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -38,6 +39,7 @@ RUN = (
 ON_EIGHT = "--mesh.fsdp", "2", "--mesh.expert", "4"
 TIMED = "tokens_per_second", "input_wait", "model_flops_per_second"
 PATIENCE = 240
+KILLS = int(os.environ.get("DSV3_JAX_KILLS", "8"))
 
 
 def checkpoints_of(run: Path) -> tuple[list[int], bool]:
@@ -147,16 +149,17 @@ def final_state(run: Path, steps: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "how", "kills", "inside"),
+    ("name", "arguments", "how", "kills"),
     [
-        ("one_device", (), {"processes": 1, "devices": 1, "steps": 600, "every": 20}, 20, 5),
-        ("eight_devices", ON_EIGHT, {"processes": 1, "devices": 8, "steps": 600, "every": 20}, 20, 5),
-        ("two_processes", ON_EIGHT, {"processes": 2, "devices": 4, "steps": 120, "every": 10}, 5, 1),
+        ("one_device", (), {"processes": 1, "devices": 1, "every": 20}, KILLS),
+        ("eight_devices", ON_EIGHT, {"processes": 1, "devices": 8, "every": 20}, KILLS),
+        ("two_processes", ON_EIGHT, {"processes": 2, "devices": 4, "every": 10}, (KILLS + 3) // 4),
     ],
 )
 def test_a_run_killed_again_and_again_is_the_run_never_killed(
-    workplace: Path, name: str, arguments: tuple[str, ...], how: dict[str, int], kills: int, inside: int
+    workplace: Path, name: str, arguments: tuple[str, ...], how: dict[str, int], kills: int
 ) -> None:
+    how, inside = how | {"steps": how["every"] * (kills + 7)}, (kills + 3) // 4
     unbroken = Killing(workplace, f"unbroken_{name}", arguments, **how)
     unbroken.finish()
     killed = Killing(workplace, f"killed_{name}", arguments, **how)

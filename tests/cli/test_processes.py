@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -131,27 +132,22 @@ def test_what_is_wrong_ends_all_with_the_same_line(
     assert not (workplace / "runs" / "new").exists()
 
 
+def _wait_for_steps(run: Path, children: list[subprocess.Popen]) -> None:
+    """Waits until three steps are logged, with every process alive."""
+    until = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+        assert time.monotonic() < until
+        assert [child.poll() for child in children] == [None, None]
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_that_dies_takes_the_others_along(workplace: Path, dead: int) -> None:
     run = workplace / "runs" / f"dead_{dead}"
-    arguments = (
-        *TRAIN,
-        str(run),
-        *_RUN,
-        *_MESH,
-        "--train.steps",
-        "100000",
-        "--train.eval-every",
-        "0",
-        "--checkpoint.every",
-        "5",
-    )
+    endless = "--train.steps", "100000", "--train.eval-every", "0", "--checkpoint.every", "5"
+    arguments = (*TRAIN, str(run), *_RUN, *_MESH, *endless)
     with running(workplace, arguments, arguments, devices=4) as children:
-        until = time.monotonic() + 200
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
-            assert time.monotonic() < until
-            assert [child.poll() for child in children] == [None, None]
-            time.sleep(0.1)
+        _wait_for_steps(run, children)
         children[dead].send_signal(signal.SIGKILL)
         assert children[1 - dead].wait(timeout=120) != 0
 
@@ -161,11 +157,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(workplace: Path,
     run = workplace / "runs" / f"told_{told}"
     arguments = (*TRAIN, str(run), *_RUN, *_MESH, "--train.steps", "100000", "--train.eval-every", "0")
     with running(workplace, arguments, arguments, devices=4) as children:
-        until = time.monotonic() + 200
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
-            assert time.monotonic() < until
-            assert [child.poll() for child in children] == [None, None]
-            time.sleep(0.1)
+        _wait_for_steps(run, children)
         children[told].send_signal(signal.SIGTERM)
         outputs = [child.communicate(timeout=120) for child in children]
         assert [child.returncode for child in children] == [0, 0], outputs

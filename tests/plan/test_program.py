@@ -116,6 +116,27 @@ def test_on_cpu_devices() -> None:
     assert "ragged-all-to-all" not in kinds
 
 
+@pytest.mark.slow
+def test_what_micro_batches_send_is_counted_as_often_as_there_are_any() -> None:
+    """Their loop's length is an argument of the step, which the program's text does not tell."""
+    mesh = make_mesh(SMALL.mesh, jax.devices()[:4])
+    model = dataclasses.replace(SMALL.model, dtype="float32")
+
+    def sent(micro_batches: int) -> dict[tuple[str, str], int]:
+        size = SMALL.train.batch_size
+        train = dataclasses.replace(SMALL.train, batch_size=micro_batches * size, micro_batch_size=size)
+        program = compile_program(dataclasses.replace(SMALL, model=model, train=train), mesh, None)
+        assert program.collectives is not None
+        return {(one.kind, one.axis): one.count for one in program.collectives}
+
+    two, three = sent(2), sent(3)
+    assert two.keys() == three.keys()
+    exchanges = {key for key in two if key[0] == "all-to-all"}
+    assert exchanges
+    for key in exchanges:
+        assert 2 * three[key] == 3 * two[key] > 0
+
+
 def test_expected_traffic_and_bounds() -> None:
     """256 tokens a device, two choices each, half of them to the other device of two."""
     mesh = make_mesh(SMALL.mesh, jax.devices()[:4])

@@ -132,17 +132,11 @@ def past_attention_chunked(
       sequence without any token they are 0 and -inf.
     """
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    take = _slices(latent_YZC, rope_YZP) if table_BJ is None else _gathered(latent_YZC, rope_YZP, table_BJ)
-    chunk = jax.eval_shape(take, 0)[0].shape[1]
+    take, size = blocks_of(CachedLatents(latent_YZC, rope_YZP, table_BJ))
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         top, total, mixed = carry
-        latent_BZC, rope_BZP, first = take(i)
-        place_Z = first + jnp.arange(chunk)
-        # The last chunk may begin before its place, among tokens that are counted already.
-        counted_BZ = (place_Z >= i * chunk) & (place_Z < length_B[:, None])
-        # A zero weight times a NaN would still be NaN.
-        latent_BZC = jnp.where(counted_BZ[..., None], latent_BZC, 0)
+        latent_BZC, rope_BZP, counted_BZ = take(i, length_B)
         logits = einsum("BTNC,BZC->BTNZ", q_latent_BTNC, latent_BZC) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, rope_BZP)
         logits = jnp.where(counted_BZ[:, None, None], logits * scale, MASKED)
         new_top = jnp.maximum(top, logits.max(-1))
@@ -154,41 +148,64 @@ def past_attention_chunked(
     zeros = functools.partial(zeros_beside, q_latent_BTNC, dtype=jnp.float32)
     rows = q_latent_BTNC.shape[:3]
     start = zeros(rows, fill=MASKED), zeros(rows), zeros(q_latent_BTNC.shape)
-    top, total, mixed = jax.lax.fori_loop(0, (length_B.max() + chunk - 1) // chunk, step, start)
+    top, total, mixed = jax.lax.fori_loop(0, (length_B.max() + size - 1) // size, step, start)
     any_B = (length_B > 0)[:, None, None]
     total = jnp.where(any_B, total, 1)
     return mixed / total[..., None], jnp.where(any_B, top + jnp.log(total), -jnp.inf)
 
 
-_Take = Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+_Take = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def _slices(latent_BSC: jax.Array, rope_BSP: jax.Array) -> _Take:
-    """The i-th chunk of tokens of every sequence, and the place of its first."""
-    room = latent_BSC.shape[1]
+def blocks_of(cached: CachedLatents) -> tuple[_Take, int]:
+    """The cached tokens of every sequence, a block at a time.
+
+    Returns:
+      take(i, length_B), which gives the i-th block's latents [B, Z, C] and rotary keys [B, Z, P], and which of them are to be
+      counted [B, Z]: not what lies past a sequence's length (there the latents are zero), nor what the block before had. And
+      the number of tokens in a block.
+    """
+    slices, size = _rows(cached) if cached.table_BJ is None else _pages(cached)
+
+    def take(i: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        latent_BZC, rope_BZP, first = slices(i)
+        place_Z = first + jnp.arange(size)
+        # The last block may begin before its place, among tokens that are counted already.
+        counted_BZ = (place_Z >= i * size) & (place_Z < length_B[:, None])
+        # A zero weight times a NaN would still be NaN.
+        return jnp.where(counted_BZ[..., None], latent_BZC, 0), rope_BZP, counted_BZ
+
+    return take, size
+
+
+def _rows(cached: CachedLatents) -> tuple[Callable[[jax.Array], tuple], int]:
+    """The i-th block of every sequence, and the place of its first token, where each has a row."""
+    room = cached.latent_YZC.shape[1]
     size = min(CHUNK, room)
 
-    def take(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def slices(i: jax.Array) -> tuple:
         first = jnp.minimum(i * size, room - size)
-        latent_BZC, rope_BZP = (jax.lax.dynamic_slice_in_dim(a, first, size, 1) for a in (latent_BSC, rope_BSP))
+        latent_BZC, rope_BZP = (jax.lax.dynamic_slice_in_dim(pages, first, size, 1) for pages in cached[:2])
         return latent_BZC, rope_BZP, first
 
-    return take
+    return slices, size
 
 
-def _gathered(latent_YZC: jax.Array, rope_YZP: jax.Array, table_BJ: jax.Array) -> _Take:
+def _pages(cached: CachedLatents) -> tuple[Callable[[jax.Array], tuple], int]:
     """The same out of pages."""
-    B, J = table_BJ.shape
-    page_size = latent_YZC.shape[1]
-    size = min(max(CHUNK // page_size, 1), J)
+    assert cached.table_BJ is not None
+    B, J = cached.table_BJ.shape
+    num_pages, page_size = cached.latent_YZC.shape[:2]
+    count = min(max(CHUNK // page_size, 1), J)
+    table_BJ = jnp.clip(cached.table_BJ, 0, num_pages - 1)
 
-    def take(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        first = jnp.minimum(i * size, J - size)
-        pages = jax.lax.dynamic_slice_in_dim(table_BJ, first, size, 1)
-        latent_BZC, rope_BZP = (a[pages].reshape(B, size * page_size, -1) for a in (latent_YZC, rope_YZP))
+    def slices(i: jax.Array) -> tuple:
+        first = jnp.minimum(i * count, J - count)
+        at_BJ = jax.lax.dynamic_slice_in_dim(table_BJ, first, count, 1)
+        latent_BZC, rope_BZP = (pages[at_BJ].reshape(B, count * page_size, -1) for pages in cached[:2])
         return latent_BZC, rope_BZP, first * page_size
 
-    return take
+    return slices, count * page_size
 
 
 _BACKENDS: dict[str, _Past] = {

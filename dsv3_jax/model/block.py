@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
-from dsv3_jax.model.mla import MLA, Latents
+from dsv3_jax.model.mla import MLA, Latents, Places
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.rope import Rotation
 from dsv3_jax.parallel.placement import place_tokens
@@ -54,20 +54,20 @@ class Block(nn.Module):
         cache: Latents | None,
         rotation: Rotation,
         counted_BT: jax.Array | None = None,
-        length_B: jax.Array | None = None,
+        places: Places | None = None,
         starts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
         """Runs the block.
 
         Args:
           h_BTD: the residual stream.
-          cache: latents of earlier tokens, [B, S, ...], or None.
+          cache: latents of earlier tokens, or None.
           rotation: rotation of the tokens' positions.
           counted_BT: tokens that enter load and balance loss; None counts all.
-          length_B: filled rows of the cache.
+          places: where in the cache each sequence's are.
           starts_BT: where the document of each token begins, to attend within it; None attends across documents.
         """
-        attended_BTD, latents = self.self_attn(self.input_layernorm(h_BTD), rotation, cache, length_B, starts_BT)
+        attended_BTD, latents = self.self_attn(self.input_layernorm(h_BTD), rotation, cache, places, starts_BT)
         h_BTD += attended_BTD
         x_BTD = checkpoint_name(self.post_attention_layernorm(h_BTD), "ffn_input")
         output = BlockOutput(latents=latents if "latents" in self.keep else None)

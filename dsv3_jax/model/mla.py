@@ -8,6 +8,8 @@ the query into the latent space instead (cheaper for a few queries over a long c
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +20,12 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import attend, causal_attention, choose_attention
+from dsv3_jax.kernels.expanded_attention import expanded_attention
 from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
-from dsv3_jax.parallel.mesh import current_mesh, current_platform
+from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh, current_platform
 from dsv3_jax.parallel.placement import whole_weight
 from dsv3_jax.parallel.rules import RULES, TOKENS
 
@@ -36,6 +39,15 @@ class Latents(NamedTuple):
 
     c_kv: jax.Array
     k_rope: jax.Array
+
+
+class Places(NamedTuple):
+    """Where in a cache the latents of each sequence are."""
+
+    length_B: jax.Array
+    """Its tokens so far, int32."""
+    table_BJ: jax.Array | None = None
+    """The pages that hold them (`CachedLatents`); None if row b of the cache is sequence b."""
 
 
 class AbsorbedWeights(NamedTuple):
@@ -78,7 +90,7 @@ class MLA(nn.Module):
         x_BTD: jax.Array,
         rotation: Rotation,
         cache: Latents | None = None,
-        length_B: jax.Array | None = None,
+        places: Places | None = None,
         starts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Latents]:
         """Attends from every token of x to itself, to those before it, and to the cache.
@@ -86,8 +98,8 @@ class MLA(nn.Module):
         Args:
           x_BTD: the normalised residual stream.
           rotation: cos and sin of the tokens' positions.
-          cache: latents of the tokens before x, [B, S, ...]; None if x starts its sequences.
-          length_B: how many rows of the cache are filled.
+          cache: latents of the tokens before x, a row for each sequence or pages; None if x starts its sequences.
+          places: where in it each sequence's are.
           starts_BT: where the document of each token begins, to attend within it (`kernels/documents.py`); not with a cache.
 
         Returns:
@@ -96,9 +108,11 @@ class MLA(nn.Module):
         q_nope_BTNH, q_rope_BTNP = self._queries(x_BTD, rotation)
         latents = self._latents(x_BTD, rotation)
         if cache is not None:
-            assert length_B is not None
+            assert places is not None
             assert starts_BT is None
-            o_BTNW = self._cached(q_nope_BTNH, q_rope_BTNP, latents, cache, length_B)
+            cached = CachedLatents(*cache, places.table_BJ)
+            attend_over = self._expanded if expanding_pays(self.config, x_BTD.shape[1]) else self._cached
+            o_BTNW = attend_over(q_nope_BTNH, q_rope_BTNP, latents, cached, places.length_B)
         elif self.absorbed:
             o_BTNW = self._absorbed(q_nope_BTNH, q_rope_BTNP, latents, starts_BT)
         else:
@@ -144,18 +158,29 @@ class MLA(nn.Module):
         return self._out_of_latent(mixed_BTNC)
 
     def _cached(
-        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cache: Latents, length_B: jax.Array
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cached: CachedLatents, length_B: jax.Array
     ) -> jax.Array:
-        mixed_BTNC = latent_attention(
-            self._into_latent(q_nope_BTNH),
-            q_rope_BTNP,
-            *new,
-            CachedLatents(*cache),
-            length_B,
-            scale=self.config.softmax_scale,
-            backend=_cache_backend(self.config),
-        )
-        return self._out_of_latent(mixed_BTNC)
+        attend_over = functools.partial(latent_attention, scale=self.config.softmax_scale, backend=_cache_backend(self.config))
+        arguments = self._into_latent(q_nope_BTNH), q_rope_BTNP, *new, cached, length_B
+        if current_mesh() is not None:
+            attend_over = _by_sequences_and_heads(attend_over, cached)
+        return self._out_of_latent(attend_over(*arguments))
+
+    def _expanded(
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cached: CachedLatents, length_B: jax.Array
+    ) -> jax.Array:
+        config, kernel_CNX = self.config, self.kv_b_proj.kernel
+
+        def attend_over(*arguments: Any) -> jax.Array:
+            *others, kernel_CNX = arguments
+            if current_mesh() is not None:
+                axes = varying_axes(others)
+                kernel_CNX = whole_weight(varying_over(kernel_CNX, axes), KV_B_AXES, config.dtype)
+            return expanded_attention(*others, kernel_CNX.astype(config.dtype), scale=config.softmax_scale)
+
+        if current_mesh() is not None:
+            attend_over = _by_sequences_and_heads(attend_over, cached, RULES.spec(KV_B_AXES))
+        return attend_over(q_nope_BTNH, q_rope_BTNP, *new, cached, length_B, kernel_CNX)
 
     def _into_latent(self, q_nope_BTNH: jax.Array) -> jax.Array:
         return jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, self._absorbed_weights().w_uk_NHC)
@@ -167,6 +192,24 @@ class MLA(nn.Module):
         if self.has_variable("absorbed", "kv_b_proj"):
             return self.get_variable("absorbed", "kv_b_proj")
         return AbsorbedWeights.of(self.kv_b_proj.kernel.astype(self.config.dtype), self.config)
+
+
+def expanding_pays(config: ModelConfig, num_queries: int) -> bool:
+    """Whether so many queries are served faster by expanding every cached key and value than by going into the latent space.
+
+    A query pays 2 C - H - W more products for every key and head there; a key and head costs C (H + W) to expand.
+    """
+    C, expanded = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+    return num_queries * (2 * C - expanded) > C * expanded
+
+
+def _by_sequences_and_heads(attend_over: Callable[..., jax.Array], cached: CachedLatents, *more: PartitionSpec) -> Any:
+    """Attention over a cache on the current mesh: a device has its own sequences, the pages of these, and its own heads."""
+    mine, heads = PartitionSpec(BATCH_AXES), PartitionSpec(*TOKENS, "tensor")
+    pages = CachedLatents(mine, mine, None if cached.table_BJ is None else mine)
+    specs: Any = heads, heads, TOKENS, TOKENS, pages, mine, *more
+    # A kernel says nothing of the axes that its results vary over.
+    return jax.shard_map(attend_over, in_specs=specs, out_specs=heads, check_vma=False)
 
 
 def _attend_expanded(
@@ -224,6 +267,11 @@ def _attend_on_mesh(
 
 def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The variables of an unrolled model with a collection `absorbed`, so that decoding need not split W_kvb each step."""
-    layers = {name: layer["self_attn"] for name, layer in variables["params"].items() if "self_attn" in layer}
-    split = {name: AbsorbedWeights.of(attention["kv_b_proj"]["kernel"], config) for name, attention in layers.items()}
-    return variables | {"absorbed": {name: {"self_attn": {"kv_b_proj": weights}} for name, weights in split.items()}}
+
+    def split(layer: dict[str, Any]) -> dict[str, Any]:
+        if "block" in layer:  # Of an MTP depth.
+            return {"block": split(layer["block"])}
+        return {"self_attn": {"kv_b_proj": AbsorbedWeights.of(layer["self_attn"]["kv_b_proj"]["kernel"], config)}}
+
+    layers = {name: layer for name, layer in variables["params"].items() if "self_attn" in layer or "block" in layer}
+    return variables | {"absorbed": {name: split(layer) for name, layer in layers.items()}}

@@ -1,6 +1,6 @@
 """DeepSeek-V3 (arXiv 2412.19437): embedding, a dense and an MoE stack, final norm, head, and the MTP depths.
 
-`__call__` is the model over whole sequences, `decode` the model over new tokens and a latent cache, `features` what
+`__call__` is the model over whole sequences, `extend` the model over new tokens and a latent cache, `features` what
 both training and prefill start from: the states before the head, so that [B, T, V] logits need never exist.
 """
 
@@ -19,9 +19,9 @@ from flax import struct
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import BlockOutput
 from dsv3_jax.model.layers import Embedding, Linear, RMSNorm
-from dsv3_jax.model.mla import Latents
+from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.mtp import MTPDepth, rows_of_depth
-from dsv3_jax.model.rope import rotation
+from dsv3_jax.model.rope import Rotation, rotation
 from dsv3_jax.model.stack import run_scanned, run_unrolled, stack_sizes
 from dsv3_jax.parallel.mesh import without_mesh
 from dsv3_jax.parallel.placement import place_tokens, project
@@ -88,7 +88,8 @@ class DeepSeekV3(nn.Module):
         self.embed = Embedding(config)
         self.norm = RMSNorm(config, config.hidden_size)
         self.lm_head = Linear(config, (config.hidden_size, config.vocab_size), HEAD_AXES)
-        self.mtp = [MTPDepth(config) for _ in range(config.num_nextn_predict_layers)]
+        keep = ("latents",) if self.unrolled else ()
+        self.mtp = [MTPDepth(config, keep) for _ in range(config.num_nextn_predict_layers)]
 
     def __call__(
         self, tokens_BT: jax.Array, *, mtp: bool = False, hidden_states: bool = False, starts_BT: jax.Array | None = None
@@ -152,25 +153,55 @@ class DeepSeekV3(nn.Module):
     def decode(
         self, tokens_BT: jax.Array, cache: dict[str, Latents], length_B: jax.Array
     ) -> tuple[jax.Array, dict[str, Latents]]:
+        """Logits [B, T, V] of what `extend` gives states of, over a cache of a row for each sequence, and the latents."""
+        h_BTD, latents = self.extend(tokens_BT, cache, Places(length_B))
+        return self.head(h_BTD), latents
+
+    def extend(
+        self, tokens_BT: jax.Array, cache: dict[str, Latents] | None, places: Places
+    ) -> tuple[jax.Array, dict[str, Latents]]:
         """The model over T new tokens of each sequence, given the latents of those before.
 
         Args:
           tokens_BT: the new tokens, at positions length_B, length_B + 1, ...
-          cache: per layer or stack, the latents of earlier tokens, [(L,) B, S, ...].
-          length_B: filled rows of each sequence's cache.
+          cache: per layer or stack, the latents of earlier tokens: rows [(L,) B, S, ...], or pages [(L,) Y, Z, ...];
+            None if these are the first.
+          places: where in it each sequence's are.
 
         Returns:
-          Logits [B, T, V], and the latents of the new tokens, keyed and stacked as the cache, for the caller to store.
+          The states after the final norm [B, T, D], and the latents of the new tokens [(L,) B, T, ...], keyed as the cache,
+          for the caller to store.
         """
-        positions_BT = length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        turns = rotation(self.config, positions_BT)
-        h_BTD, outputs = self._stacks(self.embed(tokens_BT), cache, turns, length_B, ("latents",))
-        return self.head(self.norm(h_BTD)), {name: output.latents for name, output in outputs.items()}
+        turns = self._turns_after(places, tokens_BT)
+        h_BTD, outputs = self._stacks(self.embed(tokens_BT), cache, turns, places, ("latents",))
+        return self.norm(h_BTD), {name: output.latents for name, output in outputs.items()}
+
+    def draft(self, h_BTD: jax.Array, ahead_BT: jax.Array, cache: Latents | None, places: Places) -> tuple[jax.Array, Latents]:
+        """The first MTP depth as a drafter: over T rows of each sequence, given its latents of the rows before.
+
+        Args:
+          h_BTD: states of the tokens at positions length_B, ...: after the final norm, or what this returned for the row before
+            (section 2.2 of the report has a depth for each token ahead; one depth is recycled).
+          ahead_BT: the token after each of these.
+          cache: latents of the depth's earlier rows; None if there are none.
+          places: where in it each sequence's are.
+
+        Returns:
+          The states that `head` turns into logits of the token after the one ahead [B, T, D], and the latents [B, T, ...].
+        """
+        turns = self._turns_after(places, ahead_BT)
+        _, normed_BTD, output = self.mtp[0](
+            h_BTD, self.embed(ahead_BT), turns, jnp.ones(ahead_BT.shape, bool), cache=cache, places=places
+        )
+        return normed_BTD, output.latents
+
+    def _turns_after(self, places: Places, tokens_BT: jax.Array) -> Rotation:
+        return rotation(self.config, places.length_B[:, None] + jnp.arange(tokens_BT.shape[1]))
 
     @nn.compact
-    def _stacks(self, h_BTD, cache, turns, length_B, keep, starts_BT=None) -> tuple[jax.Array, dict[str, BlockOutput]]:  # type: ignore[no-untyped-def]
+    def _stacks(self, h_BTD, cache, turns, places, keep, starts_BT=None) -> tuple[jax.Array, dict[str, BlockOutput]]:  # type: ignore[no-untyped-def]
         run = run_unrolled if self.unrolled else run_scanned
-        shared = turns, length_B, None if starts_BT is None else starts_BT >= 0, starts_BT
+        shared = turns, places, None if starts_BT is None else starts_BT >= 0, starts_BT
         outputs: dict[str, BlockOutput] = {}
         for name, size in stack_sizes(self.config).items():
             h_BTD, more = run(self.config, name, size, h_BTD, cache, *shared, keep=keep, absorbed=self.absorbed)

@@ -14,6 +14,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.documents import has_ahead
 from dsv3_jax.model.block import Block, BlockOutput
 from dsv3_jax.model.layers import Linear, RMSNorm
+from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.rope import Rotation
 from dsv3_jax.model.stack import rematerialised
 
@@ -49,8 +50,10 @@ class MTPDepth(nn.Module):
         rotation: Rotation,
         counted_BT: jax.Array,
         starts_BT: jax.Array | None = None,
+        cache: Latents | None = None,
+        places: Places | None = None,
     ) -> tuple[jax.Array, jax.Array, BlockOutput]:
-        """One depth over a whole sequence.
+        """One depth over a whole sequence, or over some rows and a cache of those before.
 
         Args:
           h_BTD: h^{k-1}; for the first depth the main model's state after its final norm.
@@ -58,11 +61,12 @@ class MTPDepth(nn.Module):
           rotation: rotation of the rows' positions.
           counted_BT: False for the rows that have no token k ahead (`rows_of_depth`).
           starts_BT: where the document of each row begins, to attend within it; None attends across documents.
+          cache, places: the depth's latents of earlier rows, if there are any, and where each sequence's are.
 
         Returns:
           h^k for the next depth, norm(h^k) for the shared head, and what the block has to say.
         """
         # [embedding ; hidden], as in the checkpoints; eq. 21 prints the halves the other way round.
         u_BTD = self.eh_proj(jnp.concatenate([self.enorm(ahead_BTD), self.hnorm(h_BTD)], axis=-1))
-        h_BTD, output = self.block(u_BTD, None, rotation, counted_BT, None, starts_BT)
+        h_BTD, output = self.block(u_BTD, cache, rotation, counted_BT, places, starts_BT)
         return h_BTD, self.norm(h_BTD), output

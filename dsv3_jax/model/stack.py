@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block, BlockOutput
-from dsv3_jax.model.mla import Latents
+from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.rope import Rotation
 
 STACKS = "dense_layers", "moe_layers"
@@ -43,7 +43,7 @@ def run_scanned(
     h_BTD: jax.Array,
     cache: dict[str, Latents] | None,
     rotation: Rotation,
-    length_B: jax.Array | None,
+    places: Places | None,
     counted_BT: jax.Array | None = None,
     starts_BT: jax.Array | None = None,
     **block: Any,
@@ -59,7 +59,7 @@ def run_scanned(
     )
     layers = scan(config, moe=name == "moe_layers", name=name, **block)
     cache_L = None if cache is None else cache[name]
-    h_BTD, output = layers(h_BTD, cache_L, rotation, counted_BT, length_B, starts_BT)
+    h_BTD, output = layers(h_BTD, cache_L, rotation, counted_BT, places, starts_BT)
     return h_BTD, {name: output}
 
 
@@ -70,7 +70,7 @@ def run_unrolled(
     h_BTD: jax.Array,
     cache: dict[str, Latents] | None,
     rotation: Rotation,
-    length_B: jax.Array | None,
+    places: Places | None,
     counted_BT: jax.Array | None = None,
     starts_BT: jax.Array | None = None,
     **block: Any,
@@ -80,7 +80,7 @@ def run_unrolled(
     for layer in (f"{name}_{i}" for i in range(size)):
         module = rematerialised(Block, config, scanned=False)(config, moe=name == "moe_layers", name=layer, **block)
         own_cache = None if cache is None else cache[layer]
-        h_BTD, outputs[layer] = module(h_BTD, own_cache, rotation, counted_BT, length_B, starts_BT)
+        h_BTD, outputs[layer] = module(h_BTD, own_cache, rotation, counted_BT, places, starts_BT)
     return h_BTD, outputs
 
 

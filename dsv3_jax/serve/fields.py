@@ -49,7 +49,7 @@ class Fields:
         value = self.take(name)
         if value is None:
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > sys.float_info.max:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             raise self.wrong(name, value, "use a finite number")
         self._check_range(name, value, low, high)
         return float(value)

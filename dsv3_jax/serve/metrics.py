@@ -23,10 +23,8 @@ class Metrics:
         self.requests = Counter(
             "dsv3_requests", "Requests by endpoint and status; 499 hung up.", ["endpoint", "status"], registry=self._registry
         )
-        self.prompt_tokens = Counter("dsv3_prompt_tokens", "Tokens of prompts.", registry=self._registry)
-        self.cached_tokens = Counter(
-            "dsv3_cached_prompt_tokens", "Tokens of prompts that the prefix cache had.", registry=self._registry
-        )
+        self.prompt_tokens = Counter("dsv3_prompt_tokens", "Tokens of prompts that were answered.", registry=self._registry)
+        self.cached_tokens = Counter("dsv3_cached_prompt_tokens", "Those that the prefix cache had.", registry=self._registry)
         self.generated_tokens = Counter("dsv3_generated_tokens", "Tokens of completions.", registry=self._registry)
         self.first_token = Histogram(
             "dsv3_time_to_first_token_seconds", "From a request to its first token.", buckets=_TIMES, registry=self._registry

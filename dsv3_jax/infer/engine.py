@@ -124,7 +124,7 @@ class Engine:
         self._shards, self._pages_per_shard = shards, pages_per_shard
         self._requests: dict[int, Request] = {}
         self._in_flight: list[_Dispatched] = []
-        self._set_up_for: dict[int, tuple[int, int]] = {}
+        self._set_up_for: dict[int, tuple[Scheduled, int]] = {}
 
         self._runner = Runner(
             config,
@@ -337,7 +337,7 @@ class Engine:
     def _set_up(self, chunk: Chunk) -> None:
         """Tells the device how a sequence that has just got its slot is sampled."""
         sequence = chunk.sequence
-        slot, now = sequence.place[1], (id(sequence), chunk.epoch)
+        slot, now = sequence.place[1], (sequence, chunk.epoch)
         if self._set_up_for.get(slot) == now:
             return
         self._set_up_for[slot] = now

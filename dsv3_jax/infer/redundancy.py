@@ -88,7 +88,7 @@ def _taken(stack_EX: Array, source_P: Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _around(stack_EX: jax.Array, source_P: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """`_taken` of experts that are split over shards. No shard ever has room for more than its old, its new and one other's."""
+    """`_taken` of experts that are split over shards, which see one other shard's experts at a time and never all."""
     collect = _collected if source_P.ndim == 1 else jax.vmap(_collected)
     specs = sharding.spec, PartitionSpec()
     return jax.shard_map(collect, mesh=sharding.mesh, in_specs=specs, out_specs=sharding.spec)(stack_EX, source_P)

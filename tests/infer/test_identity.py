@@ -14,6 +14,7 @@ from dsv3_jax.config import MeshConfig
 from dsv3_jax.infer import Completion, Engine, SamplingParams
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.redundancy import place_copies
 from tests.model.tiny import CONFIG, random_variables
 
 MODEL = dataclasses.replace(
@@ -113,6 +114,17 @@ def test_on_meshes(variables: dict[str, Any], prompts: list[list[int]], alone: l
     sizes, options = ON_MESHES[case]
     found, _ = complete(variables, prompts, mesh=make_mesh(MeshConfig(**sizes)), **options)
     assert found == alone
+
+
+@pytest.mark.slow
+def test_redundant_experts_change_nothing(variables: dict[str, Any], prompts: list[list[int]], alone: list[list[int]]) -> None:
+    """Four more copies of experts in demand, others for each layer, the drafting depth's too."""
+    counts = np.random.default_rng(2).lognormal(0, 2, (3, MODEL.n_routed_experts))
+    slots = place_copies(counts, num_shards=4, slots_per_shard=3)
+    placement = {"moe_layers": slots[:2], "mtp_0": slots[2]}
+    mesh = make_mesh(MeshConfig(expert=4, tensor=2))
+    found, _ = complete(variables, prompts[:16], mesh=mesh, drafts=1, placement=placement)
+    assert found == alone[:16]
 
 
 def test_a_prefix_is_computed_once(variables: dict[str, Any]) -> None:

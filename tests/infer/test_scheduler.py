@@ -165,11 +165,11 @@ def test_results_after_the_end_are_ignored_and_a_second_end_does_nothing() -> No
     engine = scheduler(prefix_cache=False)
     first, second, third = submit(engine, text(6)), submit(engine, text(6, 10)), submit(engine, text(6, 20))
     engine.schedule()
-    engine.cancel(first)
+    engine.finish(first)
     assert (first.state, first.epoch, first.pages, first.slot, first.shard) == ("done", 1, [], None, None)
     assert not engine.accept(first, 0, [1])
     assert first.tokens == []
-    engine.cancel(first)
+    engine.finish(first)
     engine.finish(first)
     assert first.epoch == 1
     engine.finish(second)
@@ -182,8 +182,8 @@ def test_one_that_waits_can_be_cancelled() -> None:
     engine = scheduler(slots_per_shard=1)
     first, second, third = (submit(engine, [i] * 4) for i in range(3))
     engine.schedule()
-    engine.cancel(second)
-    engine.cancel(first)
+    engine.finish(second)
+    engine.finish(first)
     assert [chunk.sequence for chunk in engine.schedule().chunks] == [third]
 
 

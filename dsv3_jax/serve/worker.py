@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import queue
 import sys
@@ -129,6 +130,8 @@ class Worker:
         try:
             while self._obey():
                 self._tell(self._step())
+            for request in self._requests:
+                self._engine.cancel(request)
         except BaseException as error:  # Whatever it is, those who wait must hear of it, and the server must end.
             traceback.print_exc(file=sys.stderr)
             jobs = {id(choice.job): choice.job for choice in self._requests.values()}
@@ -214,8 +217,10 @@ class Worker:
 
     def _tell(self, events: list[tuple[Job, Event]]) -> None:
         assert self._loop is not None
+        # Once the loop is closed, which it is when requests were cut off, nobody listens any more.
         if events:
-            self._loop.call_soon_threadsafe(_deliver, events)
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(_deliver, events)
 
 
 def _deliver(events: list[tuple[Job, Event]]) -> None:

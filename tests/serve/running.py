@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.chat_template import ChatTemplate
@@ -24,6 +25,7 @@ from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions, serve
 from dsv3_jax.serve.server import Server
 from dsv3_jax.serve.service import Service
+from dsv3_jax.serve.token_bytes import TokenBytes
 from tests.data.test_chat_template import EOS, IDS, TEMPLATE, TOKENIZER
 from tests.model.tiny import CONFIG, random_variables
 
@@ -42,7 +44,11 @@ MODEL = dataclasses.replace(
 
 @functools.cache
 def variables() -> dict[str, Any]:
-    return jax.tree.map(jnp.asarray, random_variables(MODEL))
+    """A model that mostly writes ASCII: a decoder holds broken characters back, and there would be nothing to stream."""
+    drawn = random_variables(MODEL)
+    is_ascii = [all(byte < 128 for byte in TokenBytes(TOKENIZER)(token)) for token in range(MODEL.vocab_size)]
+    drawn["params"]["lm_head"]["kernel"] *= np.array(is_ascii)
+    return jax.tree.map(jnp.asarray, drawn)
 
 
 def make_engine(config: ModelConfig = MODEL, **options: Any) -> Engine:
@@ -53,8 +59,8 @@ def make_engine(config: ModelConfig = MODEL, **options: Any) -> Engine:
 class Served:
     """A server in a thread, and what a client needs."""
 
-    def __init__(self, server: Server, service: Service, url: str) -> None:
-        self.server, self.service, self.url = server, service, url
+    def __init__(self, server: Server, thread: threading.Thread, service: Service, url: str) -> None:
+        self.server, self.thread, self.service, self.url = server, thread, service, url
         self.http = httpx2.Client(base_url=url, timeout=120)
 
     def post(self, path: str = "/v1/completions", **body: Any) -> httpx2.Response:
@@ -95,7 +101,7 @@ def served(
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
-        yield Served(server, service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield Served(server, thread, service, f"http://127.0.0.1:{listener.getsockname()[1]}")
     finally:
         server.should_exit = True
         thread.join(30)

@@ -16,10 +16,12 @@ import pytest
 from dsv3_jax.checkpoint.hugging_face import save_hf
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.config import Config, InferConfig, TrainConfig
+from dsv3_jax.config import Config, InferConfig, MeshConfig, TrainConfig
 from dsv3_jax.config.checkpoint_model import is_hugging_face
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
+from dsv3_jax.model.sharding import variable_shardings
+from dsv3_jax.parallel.mesh import make_mesh
 from tests.model.tiny import CONFIG, random_variables
 
 MODEL = dataclasses.replace(CONFIG, vocab_size=270)
@@ -88,6 +90,17 @@ def test_dtype_is_that_of_computing_and_storing(kind: str, variables: dict[str, 
     assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "bfloat16")
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"])
     chex.assert_trees_all_equal(loaded.variables, {"params": expected, "router": variables["router"]})
+
+
+@pytest.mark.parametrize("kind", ["run", "published"])
+def test_a_mesh_holds_its_parts(kind: str, variables: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    mesh = make_mesh(MeshConfig(data=4, expert=2))
+    loaded = load_model(str(request.getfixturevalue(kind)), mesh=mesh)
+    chex.assert_trees_all_equal(loaded.variables, variables)
+    for leaf, sharding in zip(jax.tree.leaves(loaded.variables), jax.tree.leaves(variable_shardings(MODEL, mesh)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    alone = load_model(str(request.getfixturevalue(kind)), mesh=make_mesh(MeshConfig()))
+    assert all(leaf.sharding.num_devices == 1 for leaf in jax.tree.leaves(alone.variables))
 
 
 @pytest.mark.parametrize("kind", ["run", "published"])

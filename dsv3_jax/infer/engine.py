@@ -11,7 +11,6 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -20,6 +19,7 @@ from dsv3_jax.checkpoint.names import leaves
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.sampling import SamplingParams
 from dsv3_jax.infer.steps import Draw, decode, prefill
+from dsv3_jax.kernels.block_scaled import in_dtype
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 
 SMALLEST_BUCKET = 32
@@ -106,7 +106,7 @@ class Engine:
         self.config, self.tokenizer = config, tokenizer
         self._model = DeepSeekV3(config, unrolled=True)
         # Stored in the computation dtype, so that no step converts weights again.
-        params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), variables["params"])
+        params = in_dtype(variables["params"], config.dtype)
         variables = unstack({"params": params, "router": variables["router"]})
         self._variables = with_absorbed_weights(variables, config)
 
@@ -201,7 +201,7 @@ class Engine:
 def _require_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
     arrays = traverse_util.flatten_dict(variables)
     for leaf in leaves(config):
-        shape = jnp.shape(arrays[leaf.path]) if leaf.path in arrays else None
+        shape = arrays[leaf.path].shape if leaf.path in arrays else None
         if shape != leaf.shape:
             found = "missing" if shape is None else list(shape)
             name = "/".join(leaf.path)

@@ -3,10 +3,13 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Processes that tests run in, a file of tests in one of them.
+WORKERS ?= 2
 UV ?= uv
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 PIP := $(RUN) -m pip -qq --disable-pip-version-check --no-input
 READY := $(VENV)/ready
 PARITY_READY := $(VENV)/ready-parity
@@ -35,13 +38,13 @@ train: setup  ## train configs/tiny.py on real text, or continue it, and show a 
 	@$(RUN) infer.py --checkpoint runs/tiny
 
 test: lint $(if $(COMPILER_HOST),$(TPU_READY))  ## lint, types, then the default test suite; needs no torch and no TPU
-	@$(RUN) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-slow: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the tests that take minutes
-	@$(RUN) -m pytest -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
-	@$(RUN) -m pytest -m parity $(ARGS)
+	@$(PYTEST) -m parity $(ARGS)
 
 tpu-compiler: $(TPU_READY)  ## add the TPU compiler, for python -m dsv3_jax.plan --topology
 	@:

@@ -13,6 +13,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import tokenizers
 from etils import epath
@@ -95,13 +96,19 @@ class Tokenizer:
         epath.Path(path).write_text(self.to_json())
 
 
+class Decodes(Protocol):
+    """Whatever turns ids into text."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 class StreamDecoder:
     """Decodes ids as they come; the texts it returns, put together, are the text of all ids.
 
     A character whose bytes are spread over several tokens is returned when its last byte has come.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Decodes) -> None:
         self._tokenizer = tokenizer
         # The window opens with the ids returned last: some tokenizers decode a token by the one before it.
         self._window: list[int] = []

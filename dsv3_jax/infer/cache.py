@@ -1,52 +1,91 @@
 """The latent cache: for every token and layer the normalised c_kv and the rotated shared key, 576 values as published.
 
-Contiguous: each sequence of the batch owns a row of `capacity` places. Laid out per layer, for the unrolled model.
+Paged: a pool of pages of `page_size` tokens for each layer, and a table that says which pages hold a sequence. One table serves
+all layers. On a mesh pages are split like the batch, and a table's numbers are those of its own device's pages. The first MTP
+depth, where it drafts, has latents like any other layer; row i of it knows token i + 1.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.mla import Latents
+from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.stack import stack_sizes
+from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
+
+Cache = dict[str, Latents]
+"""Pages by layer (`moe_layers_0`, ..., and `mtp_0` where it drafts): c_kv [Y, Z, C], k_rope [Y, Z, P], Y pages of Z tokens."""
+
+DRAFTER = "mtp_0"
+ROWS = PartitionSpec(BATCH_AXES)
+"""Pages, and whatever has one row for each sequence."""
 
 
-@struct.dataclass
-class Cache:
-    """Latents of the tokens so far."""
-
-    layers: dict[str, Latents]
-    """By layer name (`moe_layers_0`, ...): c_kv [B, S, C] and k_rope [B, S, P]."""
-    length_B: jax.Array
-    """Filled places of each sequence, int32."""
-
-
-def empty_cache(config: ModelConfig, batch: int, capacity: int) -> Cache:
-    """A cache of `capacity` tokens for each of `batch` sequences, in the computation dtype."""
+def cached_layers(config: ModelConfig, drafting: bool) -> list[str]:
+    """The layers with a cache, bottom first."""
     names = [f"{name}_{i}" for name, size in stack_sizes(config).items() for i in range(size)]
-
-    def places(width: int) -> jax.Array:
-        return jnp.zeros((batch, capacity, width), config.dtype)
-
-    layers = {name: Latents(places(config.kv_lora_rank), places(config.qk_rope_head_dim)) for name in names}
-    return Cache(layers, jnp.zeros(batch, jnp.int32))
+    return [*names, DRAFTER] if drafting else names
 
 
-def append(cache: Cache, new: dict[str, Latents], count_B: jax.Array) -> Cache:
+def bytes_per_token(config: ModelConfig, drafting: bool) -> int:
+    """Bytes that a token takes in the cache: (C + P) values a layer."""
+    values = config.kv_lora_rank + config.qk_rope_head_dim
+    return len(cached_layers(config, drafting)) * values * jnp.dtype(config.dtype).itemsize
+
+
+def empty_cache(
+    config: ModelConfig, num_pages: int, page_size: int, *, drafting: bool = False, mesh: Mesh | None = None
+) -> Cache:
+    """A cache of zeros in the computation dtype.
+
+    Args:
+      config: the architecture.
+      num_pages: pages, of all devices together.
+      page_size: tokens in a page.
+      drafting: with a layer for the first MTP depth.
+      mesh: pages are split over its batch axes.
+    """
+
+    def make() -> Cache:
+        def pages(width: int) -> jax.Array:
+            return jnp.zeros((num_pages, page_size, width), config.dtype)
+
+        layers = cached_layers(config, drafting)
+        return {name: Latents(pages(config.kv_lora_rank), pages(config.qk_rope_head_dim)) for name in layers}
+
+    return jax.jit(make, out_shardings=None if mesh is None else NamedSharding(mesh, ROWS))()
+
+
+def num_shards(mesh: Mesh | None) -> int:
+    """In how many parts sequences and pages are split."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def append(cache: Cache, new: dict[str, Latents], places: Places) -> Cache:
     """The cache with each sequence's T new latents written behind its old ones.
 
     Args:
-      cache: the cache before; what it has no room for is dropped (sequences that have ended still pass through).
-      new: latents of the new tokens, [B, T, ...] by layer.
-      count_B: how many of the T are real; those after are written too, and overwritten by the next call.
+      cache: the cache before.
+      new: latents of the new tokens, [B, T, ...], of some layers.
+      places: pages and lengths of the sequences. What falls on a page that is none of the pool's, or past the table, is not
+        written: so do rows pass through that belong to nobody.
     """
+    write = _write if current_mesh() is None else jax.shard_map(_write, in_specs=(ROWS, ROWS, ROWS), out_specs=ROWS)
 
-    def write(old_BSX: jax.Array, new_BTX: jax.Array) -> jax.Array:
-        place_BT = cache.length_B[:, None] + jnp.arange(new_BTX.shape[1])
-        row_B1 = jnp.arange(new_BTX.shape[0])[:, None]
-        return old_BSX.at[row_B1, place_BT].set(new_BTX.astype(old_BSX.dtype), mode="drop")
+    def written(name: str) -> Latents:
+        return Latents(*(write(*pair, places) for pair in zip(cache[name], new[name], strict=True)))
 
-    return Cache(jax.tree.map(write, cache.layers, new), cache.length_B + count_B)
+    return cache | {name: written(name) for name in new}
+
+
+def _write(pages_YZX: jax.Array, new_BTX: jax.Array, places: Any) -> jax.Array:
+    num_pages, page_size = pages_YZX.shape[:2]
+    place_BT = places.length_B[:, None] + jnp.arange(new_BTX.shape[1])
+    page_BT = jnp.take_along_axis(places.table_BJ, place_BT // page_size, axis=1, mode="fill", fill_value=num_pages)
+    return pages_YZX.at[page_BT, place_BT % page_size].set(new_BTX.astype(pages_YZX.dtype), mode="drop")

@@ -1,78 +1,50 @@
 """The inference engine: prompts in, completions out.
 
-Prompts are padded to a power of two and worked on in batches; each padded shape compiles once and then serves every
-step.
+Requests share a fixed number of slots and a pool of pages (continuous batching). `scheduler.py` decides on the host who runs;
+`steps.py` holds the two programs that run on the device. The host is always a step behind: a step is dispatched before the
+tokens of the one before are read, so that the device does not wait for Python.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
+import jax
 from flax import traverse_util
+from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint.names import leaves
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.infer.sampling import SamplingParams
-from dsv3_jax.infer.steps import Draw, decode, prefill
-from dsv3_jax.kernels.block_scaled import in_dtype
-from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
+from dsv3_jax.infer.cache import bytes_per_token, num_shards
+from dsv3_jax.infer.request import Completion, Request, TextCodec, TokenLogprobs, Update
+from dsv3_jax.infer.runner import SMALLEST_CHUNK, Runner
+from dsv3_jax.infer.sampling import Sampler, SamplingParams
+from dsv3_jax.infer.scheduler import Scheduler
+from dsv3_jax.infer.sequence import Chunk
+from dsv3_jax.infer.sequence import Sequence as Scheduled
+from dsv3_jax.infer.steps import Drawn
 
-SMALLEST_BUCKET = 32
-# Places of a cache come in multiples of this: a TPU then reads it as it lies (kernels/latent_attention_tpu.py).
-PLACES = 128
 LONGEST_BY_DEFAULT = 4096
 GREEDY = SamplingParams()
 
 Prompt = str | Sequence[int]
 
 
-class TextCodec(Protocol):
-    """What the engine asks of a tokenizer."""
+class _Dispatched(NamedTuple):
+    """A program under way, and whose rows of it are awaited."""
 
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One finished completion."""
-
-    tokens: list[int]
-    """The new tokens, without the one that ended it."""
-    text: str | None
-    """The same as text; None without a tokenizer."""
-    finish_reason: Literal["stop", "length"]
-    """"stop" at an end-of-text token, "length" at max_tokens or at the end of the context."""
-
-
-class _Sequence:
-    """A prompt and what has come of it."""
-
-    def __init__(self, prompt: list[int], max_tokens: int, ends: set[int]) -> None:
-        self.prompt, self.max_tokens, self.ends = prompt, max_tokens, ends
-        self.tokens: list[int] = []
-        self.finish_reason: Literal["stop", "length"] | None = None
-
-    def accept(self, token: int) -> bool:
-        """Takes the next token; False if it was not for the sequence, which has ended."""
-        if self.finish_reason is None and token in self.ends:
-            self.finish_reason = "stop"
-        if self.finish_reason is not None:
-            return False
-        self.tokens.append(token)
-        if len(self.tokens) == self.max_tokens:
-            self.finish_reason = "length"
-        return True
+    drawn: Drawn
+    rows: list[tuple[int, Scheduled, int]]
+    """Row, sequence, and the sequence's epoch at that time."""
+    decoding: bool
 
 
 class Engine:
-    """Generates with a model on one device."""
+    """Generates with a model, on one device or on a mesh."""
 
     def __init__(
         self,
@@ -82,6 +54,13 @@ class Engine:
         *,
         max_batch: int = 8,
         max_length: int | None = None,
+        mesh: Mesh | None = None,
+        drafts: int = 0,
+        chunk: int = 512,
+        page_size: int | None = None,
+        cache_tokens: int | None = None,
+        prefix_cache: bool = True,
+        placement: Mapping[str, Any] | None = None,
     ) -> None:
         """Makes an engine.
 
@@ -89,61 +68,203 @@ class Engine:
           config: the architecture.
           variables: its `params` and `router`, as training or `load_hf` gives them.
           tokenizer: for prompts and completions as text; None deals in token ids.
-          max_batch: prompts worked on at a time.
+          max_batch: sequences decoded at a time; on a mesh rounded up to a multiple of data * fsdp * expert.
           max_length: longest prompt and completion together, in tokens; None is the model's context, at most 4096.
+          mesh: the devices, with `context` 1; None is the first one.
+          drafts: tokens that the first MTP depth drafts a step (speculative decoding); 0 decodes one token a step.
+          chunk: most tokens of a prompt worked on at a time, a power of two.
+          page_size: tokens in a page of the cache; None is 128 on a TPU and 64 elsewhere.
+          cache_tokens: tokens the cache has room for; None is `max_batch` sequences of `max_length`.
+          prefix_cache: prompts that begin alike share the pages of their beginning.
+          placement: copies of experts in demand, {"moe_layers": [L, P], "mtp_0": [P]} as `place_experts` takes them.
 
         Raises:
-          ValueError: if `max_length` exceeds the model's context, `max_batch` is below 1, or an array is not that of `config`.
+          ValueError: if one of these is out of range, the model has no MTP depth to draft with, or an array is not that of
+            `config`.
         """
-        context = config.max_position_embeddings
+        context, platform = config.max_position_embeddings, jax.default_backend()
         self.max_length = min(LONGEST_BY_DEFAULT, context) if max_length is None else max_length
         if not 2 <= self.max_length <= context:
             raise ValueError(f"max_length is {max_length}; it must lie in 2..{context} (max_position_embeddings)")
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
+        if drafts < 0 or (drafts and not config.num_nextn_predict_layers):
+            reason = "the model has no MTP depth to draft with" if drafts > 0 else "it cannot be negative"
+            raise ValueError(f"drafts is {drafts}; {reason}, use 0")
+        if chunk < SMALLEST_CHUNK or chunk & (chunk - 1):
+            raise ValueError(f"chunk is {chunk}; it must be a power of two from {SMALLEST_CHUNK}")
+        if mesh is not None and mesh.shape["context"] > 1:
+            raise ValueError(f"mesh.context is {mesh.shape['context']}; inference does not split sequences, use 1")
         _require_arrays_of(config, variables)
-        self.max_batch = max_batch
-        self.config, self.tokenizer = config, tokenizer
-        self._model = DeepSeekV3(config, unrolled=True)
-        # Stored in the computation dtype, so that no step converts weights again.
-        params = in_dtype(variables["params"], config.dtype)
-        variables = unstack({"params": params, "router": variables["router"]})
-        self._variables = with_absorbed_weights(variables, config)
 
-    def generate(self, prompts: Iterable[Prompt], params: SamplingParams = GREEDY) -> Iterator[Completion]:
-        """Completes every prompt, in order; batches of `max_batch` run together.
+        self.config, self.tokenizer, self.drafts, self.chunk = config, tokenizer, drafts, chunk
+        mesh = mesh if mesh is not None and mesh.size > 1 else None
+        shards = num_shards(mesh)
+        self.max_batch = -(-max_batch // shards) * shards
+        self.page_size = (128 if platform == "tpu" else 64) if page_size is None else page_size
+        if self.page_size < 1:
+            raise ValueError(f"page_size is {page_size}; it must be at least 1")
+        # A step writes up to 2 n + 1 places from a sequence's last token on.
+        pages_of_one = math.ceil((self.max_length + 2 * drafts + 1) / self.page_size)
+        if cache_tokens is None:
+            pages_per_shard = self.max_batch // shards * pages_of_one
+        else:
+            pages_per_shard = cache_tokens // shards // self.page_size
+        if pages_per_shard < 1:
+            raise ValueError(f"cache_tokens is {cache_tokens}; give each of {shards} parts a page of {self.page_size}, or more")
+        self._scheduler = Scheduler(
+            num_shards=shards,
+            slots_per_shard=self.max_batch // shards,
+            pages_per_shard=pages_per_shard,
+            page_size=self.page_size,
+            max_length=self.max_length,
+            chunk=chunk,
+            drafts=drafts,
+            prefix_cache=prefix_cache,
+        )
+        self._shards, self._pages_per_shard = shards, pages_per_shard
+        self._requests: dict[int, Request] = {}
+        self._in_flight: list[_Dispatched] = []
+        self._set_up_for: dict[int, tuple[Scheduled, int]] = {}
+
+        self._runner = Runner(
+            config,
+            variables,
+            slots=self.max_batch,
+            drafts=drafts,
+            pages_per_shard=pages_per_shard,
+            page_size=self.page_size,
+            pages_of_one=pages_of_one,
+            mesh=mesh,
+            placement=placement,
+        )
+        self.steps = self.step_tokens = 0
+        """Decoding steps of single sequences so far, and the tokens they gave."""
+
+    # What it is.
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens the cache has room for."""
+        return self._shards * self._pages_per_shard * self.page_size
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache, on all devices together (along `tensor` each holds a copy)."""
+        return self.cache_tokens * bytes_per_token(self.config, self.drafts > 0)
+
+    def describe(self) -> list[str]:
+        """The cache and the programs, in words."""
+        each = bytes_per_token(self.config, self.drafts > 0)
+        pages = self._shards * self._pages_per_shard
+        sizes = ", ".join(str(SMALLEST_CHUNK << i) for i in range((self.chunk // SMALLEST_CHUNK).bit_length()))
+        speculation = f", {self.drafts} drafts a step" if self.drafts else ""
+        return [
+            f"cache: {self.cache_bytes / 1e6:.1f} MB for {self.cache_tokens} tokens, {each} bytes each, in {pages} pages of "
+            f"{self.page_size}; {self.max_batch} sequences at a time{speculation}",
+            f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones",
+        ]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pages and requests of this moment, and what has happened so far."""
+        scheduler = self._scheduler
+        return {
+            "free_pages": scheduler.free_pages,
+            "cached_pages": scheduler.cached_pages,
+            "preemptions": scheduler.preemptions,
+            "steps": self.steps,
+            "step_tokens": self.step_tokens,
+        }
+
+    # Requests.
+
+    def generate(
+        self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] = GREEDY
+    ) -> Iterator[Completion]:
+        """Completes every prompt; completions come in the order of the prompts.
 
         Args:
           prompts: texts, or lists of token ids.
-          params: how completions are drawn; the i-th prompt uses seed + i.
+          params: how completions are drawn: for all (the i-th prompt then uses seed + i), or one for each.
 
         Raises:
-          ValueError: before anything is generated, for an empty prompt, one that leaves no room in the context, or what is
-            no id of the vocabulary.
+          ValueError: before anything is generated, for an empty prompt, one that leaves no room in the context or the cache,
+            what is no id of the vocabulary, and another number of params than prompts.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts is one string; pass a list of prompts")
-        sequences = [self._sequence(prompt, params) for prompt in prompts]
-        return self._completions(sequences, params)
+        prompts = list(prompts)
+        if isinstance(params, SamplingParams):
+            params = [dataclasses.replace(params, seed=(params.seed + i) % 2**32) for i in range(len(prompts))]
+        if len(params) != len(prompts):
+            raise ValueError(f"there are {len(params)} params for {len(prompts)} prompts; give one each, or one for all")
+        requests = [self._request(*each) for each in zip(prompts, params, strict=True)]
+        for request in requests:
+            self._scheduler.check(request.sequence)
+        return self._completions(requests)
+
+    def _completions(self, requests: list[Request]) -> Iterator[Completion]:
+        for request in requests:
+            self._submit(request)
+        try:
+            for request in requests:
+                while request.finish_reason is None:
+                    self.step()
+                yield request.completion
+        finally:
+            for request in requests:
+                self.cancel(request)
 
     def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[int]:
         """The tokens of one completion as they come. Raises as `generate`."""
-        sequence = self._sequence(prompt, params)
-        return (token for (token,) in self._run([sequence], params, 0) if token is not None)
+        request = self._request(prompt, params)
+        self._scheduler.check(request.sequence)
+        return (token for update in self._updates(request) for token in update.tokens)
 
-    def _completions(self, sequences: list[_Sequence], params: SamplingParams) -> Iterator[Completion]:
-        for start in range(0, len(sequences), self.max_batch):
-            batch = sequences[start : start + self.max_batch]
-            for _ in self._run(batch, params, start):
-                pass
-            for done in batch:
-                text = None if self.tokenizer is None else self.tokenizer.decode(done.tokens)
-                assert done.finish_reason is not None
-                yield Completion(done.tokens, text, done.finish_reason)
+    def stream_text(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[Update]:
+        """What each step brings for one completion, text included. Raises as `generate`."""
+        request = self._request(prompt, params)
+        self._scheduler.check(request.sequence)
+        return self._updates(request)
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams) -> _Sequence:
+    def _updates(self, request: Request) -> Iterator[Update]:
+        self._submit(request)
+        try:
+            while request.finish_reason is None:
+                yield from (update for update in self.step() if update.request is request)
+        finally:
+            self.cancel(request)
+
+    def submit(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Request:
+        """Takes a request on; `step` works on it. Raises as `generate`."""
+        request = self._request(prompt, params)
+        self._submit(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request and frees what it holds; one that has ended already stays as it is."""
+        request.cancel()
+        self._scheduler.finish(request.sequence)
+        self._requests.pop(id(request.sequence), None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do."""
+        return self._scheduler.idle and not self._in_flight
+
+    def _submit(self, request: Request) -> None:
+        self._scheduler.submit(request.sequence)
+        self._requests[id(request.sequence)] = request
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self._encode(prompt)
-        return _Sequence(ids, min(params.max_tokens, self.max_length - len(ids)), set(self.config.eos_token_ids))
+        for i in (*params.logit_bias, *params.stop_token_ids):
+            self._check_id(i)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop is {list(params.stop)}, but the engine has no tokenizer; use stop_token_ids")
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids))
+        return Request(ids, params, min(params.max_tokens, self.max_length - len(ids)), ends, self.tokenizer)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids, checked; a text begins with `bos_token_id`."""
@@ -169,33 +290,69 @@ class Engine:
                 f"{context}); shorten it" + (" or raise max_length" if self.max_length < context else "")
             )
         for i in ids:
-            if not 0 <= i < self.config.vocab_size:
-                raise ValueError(f"token id {i} is outside the vocabulary of {self.config.vocab_size}")
+            self._check_id(i)
         return ids
 
-    def _run(self, batch: list[_Sequence], params: SamplingParams, offset: int) -> Iterator[list[int | None]]:
-        """Drives a batch to its end; yields each step's new token of every sequence, None for those that have ended."""
-        rows = _bucket(len(batch), 1, self.max_batch)
-        longest = max(len(sequence.prompt) for sequence in batch)
-        places = max(len(sequence.prompt) + sequence.max_tokens for sequence in batch)
-        tokens_BT = np.zeros((rows, _bucket(longest, SMALLEST_BUCKET, self.max_length)), np.int32)
-        length_B = np.ones(rows, np.int32)
-        for i, sequence in enumerate(batch):
-            tokens_BT[i, : len(sequence.prompt)] = sequence.prompt
-            length_B[i] = len(sequence.prompt)
-        seed_B = (params.seed + offset + np.arange(rows)).astype(np.uint32)
-        draw = Draw(jnp.asarray(seed_B), jnp.float32(params.temperature), jnp.float32(params.top_p))
+    def _check_id(self, i: int) -> None:
+        if not 0 <= i < self.config.vocab_size:
+            raise ValueError(f"token id {i} is outside the vocabulary of {self.config.vocab_size}")
 
-        capacity = _bucket(places, PLACES, -(-self.max_length // PLACES) * PLACES)
-        token_B, cache = prefill(self._model, self._variables, tokens_BT, length_B, draw, capacity=capacity)
-        for remaining in reversed(range(max(sequence.max_tokens for sequence in batch))):
-            # The next step starts before this one's tokens are read, so that the device does not wait for Python.
-            ahead = decode(self._model, self._variables, token_B, cache, draw) if remaining else None
-            accepted = zip(batch, np.asarray(token_B), strict=False)
-            yield [int(token) if sequence.accept(int(token)) else None for sequence, token in accepted]
-            if ahead is None or all(sequence.finish_reason is not None for sequence in batch):
-                return
-            token_B, cache = ahead
+    # Steps.
+
+    def step(self) -> list[Update]:
+        """Dispatches the next step of everything, and gives what the one before has brought."""
+        step = self._scheduler.schedule()
+        before, self._in_flight = self._in_flight, []
+        if step.chunks:
+            for chunk in step.chunks:
+                self._set_up(chunk)
+            drawn = self._runner.prefill(step.chunks, self._reports(chunk.sequence for chunk in step.chunks))
+            last = [chunk.sequence for chunk in step.chunks if chunk.following is None]
+            self._in_flight.append(_Dispatched(drawn, [(s.place[0], s, s.epoch) for s in last], False))
+        if step.decoding:
+            drawn = self._runner.decode(step.decoding, self._reports(step.decoding))
+            self._in_flight.append(_Dispatched(drawn, [(s.place[1], s, s.epoch) for s in step.decoding], True))
+        return [update for dispatched in before for update in self._collect(dispatched)]
+
+    def _collect(self, dispatched: _Dispatched) -> Iterator[Update]:
+        """What a program has brought, for those who still wait for it."""
+        if not dispatched.rows:
+            return
+        token_BT, count_B, report = jax.device_get(dispatched.drawn)
+        for row, sequence, epoch in dispatched.rows:
+            tokens = token_BT[row, : count_B[row]].tolist()
+            tokens = tokens[: sequence.max_tokens - len(sequence.tokens)]
+            if not self._scheduler.accept(sequence, epoch, tokens):
+                continue
+            if dispatched.decoding:
+                self.steps += 1
+                self.step_tokens += len(tokens)
+            request = self._requests[id(sequence)]
+            asked = request.params.logprobs
+            told = None if asked is None else [_told(report, row, i, token, asked) for i, token in enumerate(tokens)]
+            update = request.take(tokens, told)
+            if request.finish_reason is not None:
+                self._scheduler.finish(sequence)
+                del self._requests[id(sequence)]
+            yield update
+
+    def _set_up(self, chunk: Chunk) -> None:
+        """Tells the device how a sequence that has just got its slot is sampled."""
+        sequence = chunk.sequence
+        slot, now = sequence.place[1], (sequence, chunk.epoch)
+        if self._set_up_for.get(slot) == now:
+            return
+        self._set_up_for[slot] = now
+        params = self._requests[id(sequence)].params
+        self._runner.set_up(slot, Sampler.row(params, sequence.text(0, sequence.length), self.config.vocab_size))
+
+    def _reports(self, sequences: Iterable[Scheduled]) -> bool:
+        return any(self._requests[id(sequence)].params.logprobs is not None for sequence in sequences)
+
+
+def _told(report: Any, row: int, i: int, token: int, num: int) -> TokenLogprobs:
+    top = zip(report.top_id_BTR[row, i, :num].tolist(), report.top_BTR[row, i, :num].tolist(), strict=True)
+    return TokenLogprobs(token, float(report.chosen_BT[row, i]), list(top))
 
 
 def _require_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
@@ -206,8 +363,3 @@ def _require_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
             found = "missing" if shape is None else list(shape)
             name = "/".join(leaf.path)
             raise ValueError(f"{name} is {found}, not {list(leaf.shape)}; give the config and the variables of one model")
-
-
-def _bucket(size: int, smallest: int, largest: int) -> int:
-    """`size` rounded up to a power of two within the bounds: few shapes, few compilations."""
-    return min(max(smallest, 1 << (size - 1).bit_length()), largest)

@@ -1,62 +1,221 @@
-"""The two programs of generation: prefill of whole prompts, and decoding of one more token for every sequence.
+"""The two programs of generation: prefill of a chunk of a prompt, and one step of decoding for all slots.
 
-Prefill runs materialised attention and stores the latents; decoding runs the absorbed form over the cache (section
-2.1.1 of the report). Both end by choosing a token on device, so that only ids travel to the host.
+A slot is a place for one sequence. Between steps it holds the sequence's newest token, which is not in the cache yet, and
+with speculation n drafts of the tokens after it (section 2.2 of the report). A step runs the main model over all n + 1 of
+them, keeps those drafts that stand (`acceptance.py`), draws one token more, and has the first MTP depth draft anew.
+Everything stays on the device; only ids, and log-probabilities where asked for, travel to the host.
+
+Of a token at position p all randomness is keyed by p, so that what is drawn depends on nothing else in the batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dsv3_jax.infer.cache import Cache, append, empty_cache
-from dsv3_jax.infer.sampling import sample
+from dsv3_jax.infer.acceptance import logprobs, verify
+from dsv3_jax.infer.cache import DRAFTER, Cache, append
+from dsv3_jax.infer.sampling import MOST_LOGPROBS, Sampler, Stream, distribution, draw, seen_along
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.mla import Places
 
 
 @struct.dataclass
-class Draw:
-    """How tokens are chosen."""
+class Slots:
+    """What the device knows of every slot. Axes: n drafts."""
 
-    seed_B: jax.Array
-    """One seed a sequence, uint32: its draws do not depend on what shares the batch."""
-    temperature: jax.Array
-    top_p: jax.Array
+    token_B: jax.Array
+    """The newest token, int32."""
+    length_B: jax.Array
+    """Tokens in the cache, int32."""
+    draft_Bn: jax.Array
+    """Drafts of the tokens after the newest, int32."""
+    draft_probs_BnV: jax.Array
+    """What they were drawn from, float32."""
+    sampler: Sampler
 
-    def choose(self, logits_BV: jax.Array, place_B: jax.Array) -> jax.Array:
-        """The token for position `place_B` of each sequence: [B] int32."""
-        key_B = jax.vmap(lambda seed, place: jax.random.fold_in(jax.random.key(seed), place))(self.seed_B, place_B)
-        return sample(logits_BV, key_B, self.temperature, self.top_p)
+    @classmethod
+    def empty(cls, slots: int, drafts: int, vocab_size: int) -> Slots:
+        """Slots without sequences."""
+        zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+        probs = jnp.zeros((slots, drafts, vocab_size), jnp.float32)
+        return cls(zeros(slots), zeros(slots), zeros((slots, drafts)), probs, Sampler.empty(slots, vocab_size))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+class Chunks(NamedTuple):
+    """Parts of prompts, one row for each part of the slots (of a mesh); a row of nobody has slot -1."""
+
+    tokens_BT: Any
+    """Padded on the right with any valid id."""
+    count_B: Any
+    """Tokens of the chunk, at least 1."""
+    start_B: Any
+    """Tokens of the text before it."""
+    following_B: Any
+    """The token after it; -1 if that is to be drawn, which makes the slot ready to decode."""
+    slot_B: Any
+
+
+class Report(NamedTuple):
+    """Log-probabilities of the model itself, before any of the sampler's changes."""
+
+    chosen_BT: jax.Array
+    top_BTR: jax.Array
+    top_id_BTR: jax.Array
+
+
+class Drawn(NamedTuple):
+    """What a program has for the host."""
+
+    token_BT: jax.Array
+    """New tokens of each row, of which the first `count_B` are valid."""
+    count_B: jax.Array
+    report: Report | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "first", "report"), donate_argnames=("cache", "slots"))
 def prefill(
-    model: DeepSeekV3, variables: Any, tokens_BT: jax.Array, length_B: jax.Array, draw: Draw, *, capacity: int
-) -> tuple[jax.Array, Cache]:
-    """The first new token of every prompt, and the cache of the prompts.
+    model: DeepSeekV3,
+    variables: Any,
+    cache: Cache,
+    slots: Slots,
+    chunks: Chunks,
+    table_BJ: jax.Array,
+    *,
+    first: bool,
+    report: bool = False,
+) -> tuple[Cache, Slots, Drawn]:
+    """Works through a chunk of a prompt in every row.
 
     Args:
       model: the unrolled model.
       variables: its variables, as `unstack` lays them out.
-      tokens_BT: prompts, padded on the right with any valid id.
-      length_B: tokens in each prompt, at least 1.
-      draw: how the token is chosen.
-      capacity: places in the cache for each sequence, at least T.
+      cache: the cache; given away.
+      slots: all slots; given away.
+      chunks: the chunks.
+      table_BJ: pages of each row's sequence.
+      first: no row has tokens before its chunk: attention needs no cache.
+      report: also report log-probabilities.
+
+    Returns:
+      The cache with the chunks in it; the slots, those ready whose chunk was the last; and the tokens drawn for these.
     """
-    features = model.apply(variables, tokens_BT, keep=("latents",), method="features")
-    last_BD = jnp.take_along_axis(features.h_BTD, (length_B - 1)[:, None, None], axis=1)[:, 0]
-    latents = {name: output.latents for name, output in features.outputs.items()}
-    cache = append(empty_cache(model.config, tokens_BT.shape[0], capacity), latents, length_B)
-    return draw.choose(model.apply(variables, last_BD, method="head"), length_B), cache
+    tokens_BT, count_B, start_B, following_B, slot_B = chunks
+    num_slots, n = slots.draft_Bn.shape
+    places, last = Places(start_B, table_BJ), (count_B - 1)[:, None, None]
+    h_BTD, new = model.apply(variables, tokens_BT, None if first else cache, places, method="extend")
+    cache = append(cache, new, places)
+    logits_B1V = model.apply(variables, jnp.take_along_axis(h_BTD, last, axis=1), method="head")
+    sampler = jax.tree.map(lambda rows: rows[jnp.maximum(slot_B, 0)], slots.sampler)
+    length_B = start_B + count_B
+    token_B, _ = _choose(logits_B1V, sampler, length_B, Stream.TARGET)
+    sampler = _having_seen(sampler, token_B[:, None], jnp.ones_like(token_B))
+
+    draft_Bn, probs_BnV = jnp.zeros((len(token_B), 0), jnp.int32), jnp.zeros((len(token_B), 0, logits_B1V.shape[-1]))
+    if n:
+        next_B = jnp.where(following_B >= 0, following_B, token_B)
+        ahead_BT = jnp.roll(tokens_BT, -1, axis=1).at[jnp.arange(len(next_B)), count_B - 1].set(next_B)
+        own = None if first else cache[DRAFTER]
+        normed_BTD, new_own = model.apply(variables, h_BTD, ahead_BT, own, places, method="draft")
+        cache = append(cache, {DRAFTER: new_own}, places)
+        state_B1D = jnp.take_along_axis(normed_BTD, last, axis=1)
+        after = Places(length_B, table_BJ)
+        cache, draft_Bn, probs_BnV = _drafts(model, variables, cache, state_B1D, after, sampler, n)
+
+    ready_B = (slot_B >= 0) & (following_B < 0)
+    to_B = jnp.where(ready_B, slot_B, num_slots)
+    rows = Slots(token_B, length_B, draft_Bn, probs_BnV, sampler)
+    slots = jax.tree.map(lambda old, new: old.at[to_B].set(new, mode="drop"), slots, rows)
+    drawn = Drawn(token_B[:, None], ready_B.astype(jnp.int32))
+    return cache, slots, drawn._replace(report=_report(logits_B1V, drawn.token_BT) if report else None)
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def decode(model: DeepSeekV3, variables: Any, token_B: jax.Array, cache: Cache, draw: Draw) -> tuple[jax.Array, Cache]:
-    """The token after `token_B` for every sequence, and the cache with `token_B` in it."""
-    logits_BTV, new = model.apply(variables, token_B[:, None], cache.layers, cache.length_B, method="decode")
-    cache = append(cache, new, jnp.ones_like(cache.length_B))
-    return draw.choose(logits_BTV[:, 0], cache.length_B), cache
+@functools.partial(jax.jit, static_argnames=("model", "report"), donate_argnames=("cache", "slots"))
+def decode(
+    model: DeepSeekV3,
+    variables: Any,
+    cache: Cache,
+    slots: Slots,
+    table_BJ: jax.Array,
+    active_B: jax.Array,
+    *,
+    report: bool = False,
+) -> tuple[Cache, Slots, Drawn]:
+    """One step of all slots: 1 to n + 1 new tokens for each that is active; the others stay as they are.
+
+    Args as `prefill`'s; the table's rows of slots that are not active name no page of the pool.
+    """
+    n = slots.draft_Bn.shape[1]
+    sampler, before_B = slots.sampler, jnp.where(active_B, slots.length_B, 0)
+    tokens_BT = jnp.concatenate([slots.token_B[:, None], slots.draft_Bn], axis=1)
+    places = Places(before_B, table_BJ)
+    h_BTD, new = model.apply(variables, tokens_BT, cache, places, method="extend")
+    cache = append(cache, new, places)
+    logits_BTV = model.apply(variables, h_BTD, method="head")
+    target_BTV = distribution(logits_BTV, sampler, seen_along(sampler.seen_BV, slots.draft_Bn))
+    token_BT, count_B = verify(target_BTV, slots.draft_probs_BnV, slots.draft_Bn, sampler.seed_B, before_B + 1)
+    newest_B = jnp.take_along_axis(token_BT, (count_B - 1)[:, None], axis=1)[:, 0]
+    sampler = _having_seen(sampler, token_BT, count_B)
+
+    after = Slots(newest_B, before_B + count_B, slots.draft_Bn, slots.draft_probs_BnV, sampler)
+    if n:
+        normed_BTD, new_own = model.apply(variables, h_BTD, token_BT, cache[DRAFTER], places, method="draft")
+        cache = append(cache, {DRAFTER: new_own}, places)
+        state_B1D = jnp.take_along_axis(normed_BTD, (count_B - 1)[:, None, None], axis=1)
+        cache, draft_Bn, probs_BnV = _drafts(model, variables, cache, state_B1D, Places(after.length_B, table_BJ), sampler, n)
+        after = dataclasses.replace(after, draft_Bn=draft_Bn, draft_probs_BnV=probs_BnV)
+
+    def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(active_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    drawn = Drawn(token_BT, jnp.where(active_B, count_B, 0), _report(logits_BTV, token_BT) if report else None)
+    return cache, jax.tree.map(kept, slots, after), drawn
+
+
+def _drafts(
+    model: DeepSeekV3, variables: Any, cache: Cache, state_B1D: jax.Array, places: Places, sampler: Sampler, n: int
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """n drafts after the newest token, each from the state that the one before gave; and what they were drawn from.
+
+    Args:
+      cache: its rows for drafts are written for now, and again when the tokens are known.
+      state_B1D: the depth's state in the row that knows the newest token.
+      places: the cache without that token.
+      sampler: with the newest token among the seen.
+    """
+    tokens, probs = [], []
+    for i in range(n):
+        length_B = places.length_B + i
+        logits_B1V = model.apply(variables, state_B1D, method="head")
+        token_B, probs_BV = _choose(logits_B1V, sampler, length_B + 1, Stream.DRAFT)
+        tokens.append(token_B)
+        probs.append(probs_BV)
+        if i < n - 1:
+            at = Places(length_B, places.table_BJ)
+            state_B1D, new = model.apply(variables, state_B1D, token_B[:, None], cache[DRAFTER], at, method="draft")
+            cache = append(cache, {DRAFTER: new}, at)
+            sampler = _having_seen(sampler, token_B[:, None], jnp.ones_like(token_B))
+    return cache, jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1)
+
+
+def _choose(logits_B1V: jax.Array, sampler: Sampler, place_B: jax.Array, stream: Stream) -> tuple[jax.Array, jax.Array]:
+    """A token for position `place_B` of every row, and what it was drawn from."""
+    probs_BV = distribution(logits_B1V, sampler, sampler.seen_BV[:, None])[:, 0]
+    return draw(probs_BV, sampler.seed_B, place_B, stream), probs_BV
+
+
+def _having_seen(sampler: Sampler, token_BT: jax.Array, count_B: jax.Array) -> Sampler:
+    """`sampler` with the first `count_B` tokens of each row among the seen."""
+    V = sampler.seen_BV.shape[1]
+    token_BT = jnp.where(jnp.arange(token_BT.shape[1]) < count_B[:, None], token_BT, V)
+    row_B1 = jnp.arange(len(token_BT))[:, None]
+    return dataclasses.replace(sampler, seen_BV=sampler.seen_BV.at[row_B1, token_BT].set(True, mode="drop"))
+
+
+def _report(logits_BTV: jax.Array, token_BT: jax.Array) -> Report:
+    return Report(*logprobs(logits_BTV, token_BT, min(MOST_LOGPROBS, logits_BTV.shape[-1])))

@@ -20,24 +20,24 @@ _OWN_BLOCK = 512
 
 
 def expanded_attention(
+    kernel_CNX: jax.Array,
     q_nope_BTNH: jax.Array,
     q_rope_BTNP: jax.Array,
     new_latent_BTC: jax.Array,
     new_rope_BTP: jax.Array,
     cached: CachedLatents,
     length_B: jax.Array,
-    kernel_CNX: jax.Array,
     *,
     scale: float,
 ) -> jax.Array:
     """Attention of T new tokens over the cached latents and, causally, over their own.
 
     Args:
+      kernel_CNX: W_kvb, which expands a latent to every head's key and value, [nope | v].
       q_nope_BTNH, q_rope_BTNP: queries, the second part rotated.
       new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves, not in the cache yet.
       cached: the cache. What lies past a sequence's length, and in pages of nobody, is never read as data.
       length_B: int32, tokens in each sequence's cache, from 0.
-      kernel_CNX: W_kvb, which expands a latent to every head's key and value, [nope | v].
       scale: positive factor on the logits.
 
     Returns:

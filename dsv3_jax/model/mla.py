@@ -160,7 +160,9 @@ class MLA(nn.Module):
     def _cached(
         self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cached: CachedLatents, length_B: jax.Array
     ) -> jax.Array:
-        attend_over = functools.partial(latent_attention, scale=self.config.softmax_scale, backend=_cache_backend(self.config))
+        attend_over: Any = functools.partial(
+            latent_attention, scale=self.config.softmax_scale, backend=_cache_backend(self.config)
+        )
         arguments = self._into_latent(q_nope_BTNH), q_rope_BTNP, *new, cached, length_B
         if current_mesh() is not None:
             attend_over = _by_sequences_and_heads(attend_over, cached)
@@ -171,17 +173,15 @@ class MLA(nn.Module):
     ) -> jax.Array:
         config, kernel_CNX = self.config, self.kv_b_proj.kernel
 
-        def attend_over(*arguments: Any) -> jax.Array:
-            *others, kernel_CNX = arguments
+        def attend_over(kernel_CNX: Weight, *others: Any) -> jax.Array:
             if current_mesh() is not None:
-                axes = varying_axes(others)
-                kernel_CNX = whole_weight(varying_over(kernel_CNX, axes), KV_B_AXES, config.dtype)
-            return expanded_attention(*others, kernel_CNX.astype(config.dtype), scale=config.softmax_scale)
+                kernel_CNX = whole_weight(kernel_CNX, KV_B_AXES, config.dtype)
+            return expanded_attention(kernel_CNX.astype(config.dtype), *others, scale=config.softmax_scale)
 
         if current_mesh() is not None:
             kernel_CNX, spec = splittable(kernel_CNX, KV_B_AXES)
             attend_over = _by_sequences_and_heads(attend_over, cached, spec)
-        return attend_over(q_nope_BTNH, q_rope_BTNP, *new, cached, length_B, kernel_CNX)
+        return attend_over(kernel_CNX, q_nope_BTNH, q_rope_BTNP, *new, cached, length_B)
 
     def _into_latent(self, q_nope_BTNH: jax.Array) -> jax.Array:
         return jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, self._absorbed_weights().w_uk_NHC)
@@ -204,11 +204,11 @@ def expanding_pays(config: ModelConfig, num_queries: int) -> bool:
     return num_queries * (2 * C - expanded) > C * expanded
 
 
-def _by_sequences_and_heads(attend_over: Callable[..., jax.Array], cached: CachedLatents, *more: Any) -> Any:
+def _by_sequences_and_heads(attend_over: Callable[..., jax.Array], cached: CachedLatents, *before: Any) -> Any:
     """Attention over a cache on the current mesh: a device has its own sequences, the pages of these, and its own heads."""
     mine, heads = PartitionSpec(BATCH_AXES), PartitionSpec(*TOKENS, "tensor")
-    pages = CachedLatents(mine, mine, None if cached.table_BJ is None else mine)
-    specs: Any = heads, heads, TOKENS, TOKENS, pages, mine, *more
+    pages = jax.tree.map(lambda _: mine, cached)
+    specs: Any = *before, heads, heads, TOKENS, TOKENS, pages, mine
     # A kernel says nothing of the axes that its results vary over.
     return jax.shard_map(attend_over, in_specs=specs, out_specs=heads, check_vma=False)
 

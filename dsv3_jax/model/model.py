@@ -193,6 +193,7 @@ class DeepSeekV3(nn.Module):
         _, normed_BTD, output = self.mtp[0](
             h_BTD, self.embed(ahead_BT), turns, jnp.ones(ahead_BT.shape, bool), cache=cache, places=places
         )
+        assert output.latents is not None, "drafting is for the unrolled model"
         return normed_BTD, output.latents
 
     def _turns_after(self, places: Places, tokens_BT: jax.Array) -> Rotation:

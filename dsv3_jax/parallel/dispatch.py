@@ -49,7 +49,7 @@ def routed_experts_on_mesh(
     """sum_k weight_k * Expert_{chosen_k}(x) on the current mesh, the sum in float32.
 
     Args:
-      x_BTD, chosen_BTK, weight_BTK: tokens, their experts and the weights of these, split as `TOKENS`.
+      x_BTD, chosen_BTK, weight_BTK: tokens, their experts (indices of the stacks) and the weights of these, split as `TOKENS`.
       weights: split as `WEIGHT_AXES`.
       config: gives the exchange and the size of its buffer.
       backend: of `expert_ffn`.
@@ -62,7 +62,7 @@ def routed_experts_on_mesh(
     exchange = choose_exchange(config.expert_exchange, current_platform(), mesh.shape[EXPERT_AXIS])
     region = functools.partial(
         _on_device,
-        num_experts=config.n_routed_experts,
+        num_experts=weights[0].shape[0],
         exchange=exchange,
         receive_factor=config.receive_factor,
         how=_How(backend, config.dtype),

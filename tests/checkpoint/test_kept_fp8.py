@@ -169,11 +169,13 @@ def test_logits_over_a_cache(folder: Path, whole_logits_BTV: np.ndarray, sizes: 
 
 
 @pytest.mark.slow
-def test_the_engine_takes_them_as_they_are(folder: Path) -> None:
+@pytest.mark.parametrize("sizes", [None, "expert 4, tensor 2"])
+def test_the_engine_takes_them_as_they_are(folder: Path, sizes: str | None) -> None:
     config, variables = load_hf(folder, keep_fp8=True)
     prompts = [[3, 1, 4], [2, 7]]
     expected = [c.tokens for c in Engine(config, wide(variables), max_length=16).generate(prompts)]
-    assert [c.tokens for c in Engine(config, variables, max_length=16).generate(prompts)] == expected
+    engine = Engine(config, variables, max_length=16, mesh=None if sizes is None else make_mesh(MESHES[sizes]))
+    assert [c.tokens for c in engine.generate(prompts)] == expected
 
 
 def test_variables_of_another_model_are_refused(folder: Path) -> None:

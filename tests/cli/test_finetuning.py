@@ -47,6 +47,7 @@ def chats(straight: tuple[Path, Done], workplace: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_loss_on_what_the_assistant_says_falls(chats: Path, workplace: Path, called: Callable[..., Done]) -> None:
     done = called(train.main, *FLAGS, "--run-dir", "runs/chat")
     assert done.code == 0, done.stderr

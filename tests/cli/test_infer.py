@@ -54,6 +54,7 @@ def test_the_whole_context_of_the_model_may_be_used(
     assert done.code == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_of_damaged_checkpoints_the_one_before_is_used_and_the_last_refused(
     straight: tuple[Path, Done], workplace: Path
 ) -> None:

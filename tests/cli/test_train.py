@@ -176,6 +176,7 @@ def test_a_resumed_run_ends_as_one_without_interruption_to_the_bit(straight: tup
     assert {**after, "seconds": again["seconds"]} == again
 
 
+@pytest.mark.slow
 def test_a_hugging_face_checkpoint_is_trained_further(straight: tuple[Path, Done], workplace: Path) -> None:
     """The commands of the README: what the run has learned is there at the first step."""
     for source, target in (("runs/straight", "published"), ("published", "runs/continued")):
@@ -285,6 +286,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(workplace: Path)
     assert [row["step"] for row in rows(run)] == list(range(1, step + 3))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_leave_out_what_it_was_told_once(
     straight: tuple[Path, Done], workplace: Path, called: Callable[..., Done]
 ) -> None:
@@ -326,6 +328,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     monkeypatch.setattr(batches_module._Steps, "__getitem__", make_bad)
 
 
+@pytest.mark.slow
 def test_a_bad_batch_is_skipped_and_counted(
     workplace: Path, called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:

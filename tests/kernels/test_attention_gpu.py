@@ -73,6 +73,7 @@ def test_it_is_softmax_attention(length: int, batch: int, heads: int, kv_heads: 
     assert_is_softmax_attention(hopper, draw(length, kv_heads, "bfloat16", batch=batch, heads=heads, widths=widths))
 
 
+@pytest.mark.slow
 def test_queries_of_a_part_of_the_sequence() -> None:
     """Each part of the queries against all keys, its place known only while the kernels run."""
     parts, size = 2, 100

@@ -44,7 +44,7 @@ SIZES = {
 }
 SLOW = (
     "one expert has everything", "all rows in the last expert", "rows past the last group", "no rows at all", "256 experts",
-    "one expert",
+    "one expert", "around a tile and its halves",
 )  # fmt: skip
 CASES = {case: (shape, sizes) for shape, cases in SIZES.items() for case, sizes in cases.items()}
 

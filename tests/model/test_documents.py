@@ -87,6 +87,7 @@ def assert_alike(found: Any, expected: Any) -> None:
         assert apart < 1e-5, (jax.tree_util.keystr(path), apart)
 
 
+@pytest.mark.slow
 def test_a_document_has_the_loss_and_the_gradients_that_it_has_alone() -> None:
     """And none of it reaches a token of the other one, or of the padding: their embeddings' gradients are zero.
 

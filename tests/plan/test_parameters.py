@@ -126,6 +126,7 @@ def test_bad_input_is_one_line_and_exit_2(
     assert complaint in err
 
 
+@pytest.mark.slow
 def test_devices_from_a_shell() -> None:
     """The way a user runs it: JAX has one CPU device until the program asks for more."""
     sizes = "--mesh.fsdp 2 --mesh.expert 2 --model.num_hidden_layers 2 --train.batch_size 4 --train.sequence_length 32"

@@ -66,6 +66,7 @@ def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str) -> 
     assert found["reduce-scatter", "fsdp"].bytes > 0
 
 
+@pytest.mark.slow
 def test_attention_split_along_sequence_and_heads_compiles_for_tpu(tpu_compiler: str) -> None:
     """A device's place in the sequence is known only while it runs, and the table that splash is given depends on it."""
     run = dataclasses.replace(SMALL, mesh=MeshConfig(context=2, tensor=2))
@@ -84,6 +85,7 @@ def test_a_step_compiles_for_gpus(cuda_compiler: str) -> None:
     assert set(program.kernels) == kernels
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_fit_is_an_answer(tpu_compiler: str) -> None:
     model = dataclasses.replace(SMALL.model, hidden_size=8192, moe_intermediate_size=16384)
     run = dataclasses.replace(SMALL, model=model)
@@ -137,6 +139,7 @@ def test_what_micro_batches_send_is_counted_as_often_as_there_are_any() -> None:
         assert 2 * three[key] == 3 * two[key] > 0
 
 
+@pytest.mark.slow
 def test_expected_traffic_and_bounds() -> None:
     """256 tokens a device, two choices each, half of them to the other device of two."""
     mesh = make_mesh(SMALL.mesh, jax.devices()[:4])

@@ -187,10 +187,8 @@ def smallest_margin(biased_BTE: jax.Array, config: ModelConfig) -> jax.Array:
     return jnp.minimum(groups.min(), experts.min())
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [pytest.param(sizes, marks=[] if sizes == "fsdp, expert" else pytest.mark.slow) for sizes in MESHES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
 def test_eight_steps_are_those_of_one_device(sizes: str, one_device: tuple) -> None:
     wanted_state, wanted, margin = one_device
     assert margin > MARGIN, "some token chose by less: its choice may depend on rounding, so take another seed"

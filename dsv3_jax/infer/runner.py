@@ -1,0 +1,146 @@
+"""The device's side of the engine: the model, the cache and the slots, and the programs dispatched over them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.infer.cache import ROWS, empty_cache, num_shards
+from dsv3_jax.infer.redundancy import place_experts
+from dsv3_jax.infer.sampling import Sampler, with_row
+from dsv3_jax.infer.sequence import Chunk, Sequence
+from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
+from dsv3_jax.kernels.block_scaled import in_dtype
+from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
+from dsv3_jax.model.sharding import place_variables
+
+SMALLEST_CHUNK = 16
+WHOLE = PartitionSpec()
+
+
+class Runner:
+    """Runs steps. Its arguments are placed once; between steps nothing but tables of pages travels to the device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        variables: dict[str, Any],
+        *,
+        slots: int,
+        drafts: int,
+        pages_per_shard: int,
+        page_size: int,
+        pages_of_one: int,
+        mesh: Mesh | None,
+        placement: Mapping[str, np.ndarray] | None,
+    ) -> None:
+        """Places the model, and makes an empty cache.
+
+        Args:
+          config: the architecture.
+          variables: its `params` and `router`.
+          slots: of all shards together.
+          drafts: tokens that are drafted a step.
+          pages_per_shard: pages of each shard.
+          page_size: tokens in a page.
+          pages_of_one: most pages of a sequence.
+          mesh: None for one device.
+          placement: as `place_experts` takes it; None leaves every expert where it is, once.
+        """
+        self._mesh, self._slots_count, self._pages_of_one = mesh, slots, pages_of_one
+        self._nowhere = pages_per_shard
+        self._shards = num_shards(mesh)
+        self._prefill_model = DeepSeekV3(config, unrolled=True)
+        self._decode_model = DeepSeekV3(_for_few_tokens(config, mesh), unrolled=True)
+        self._variables = _placed(config, variables, mesh, placement or {})
+        self._cache = empty_cache(config, self._shards * pages_per_shard, page_size, drafting=drafts > 0, mesh=mesh)
+        make = functools.partial(Slots.empty, slots, drafts, config.vocab_size)
+        self._slots = jax.jit(make, out_shardings=self._sharding(ROWS))()
+
+    def set_up(self, slot: int, row: Sampler) -> None:
+        """Tells how the sequence that gets a slot is sampled; `row` is one of `Sampler.row`."""
+        self._slots = _with_sampler(self._slots, *jax.device_put((np.int32(slot), row), self._sharding(WHOLE)))
+
+    def prefill(self, chunks: list[Chunk], report: bool) -> Drawn:
+        """Works through the chunks, at most one of each shard; the results' rows are the shards."""
+        longest = max(len(chunk.tokens) for chunk in chunks)
+        length = max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length())
+        tokens = np.zeros((self._shards, length), np.int32)
+        count, start, following, slot = (np.full(self._shards, value, np.int32) for value in (1, 0, -1, -1))
+        sequences: list[Sequence | None] = [None] * self._shards
+        for chunk in chunks:
+            row = chunk.sequence.place[0]
+            sequences[row] = chunk.sequence
+            tokens[row, : len(chunk.tokens)] = chunk.tokens
+            count[row], start[row], slot[row] = len(chunk.tokens), chunk.start, chunk.sequence.place[1]
+            if chunk.following is not None:
+                following[row] = chunk.following
+        arrays = self._put((Chunks(tokens, count, start, following, slot), self._table(sequences)))
+        first = all(chunk.start == 0 for chunk in chunks)
+        with self._on_mesh():
+            self._cache, self._slots, drawn = prefill(
+                self._prefill_model, self._variables, self._cache, self._slots, *arrays, first=first, report=report
+            )
+        return drawn
+
+    def decode(self, sequences: list[Sequence], report: bool) -> Drawn:
+        """One step of these sequences; the results' rows are the slots."""
+        rows: list[Sequence | None] = [None] * self._slots_count
+        for sequence in sequences:
+            rows[sequence.place[1]] = sequence
+        arrays = self._put((self._table(rows), np.array([sequence is not None for sequence in rows])))
+        with self._on_mesh():
+            self._cache, self._slots, drawn = decode(
+                self._decode_model, self._variables, self._cache, self._slots, *arrays, report=report
+            )
+        return drawn
+
+    def _table(self, rows: Many[Sequence | None]) -> np.ndarray:
+        """The pages of each row's sequence, and nowhere for the rest."""
+        table = np.full((len(rows), self._pages_of_one), self._nowhere, np.int32)
+        for row, sequence in zip(table, rows, strict=True):
+            if sequence is not None:
+                row[: len(sequence.pages)] = sequence.pages
+        return table
+
+    def _on_mesh(self) -> Any:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._sharding(ROWS))
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding | None:
+        return None if self._mesh is None else NamedSharding(self._mesh, spec)
+
+
+@functools.partial(jax.jit, donate_argnames="slots")
+def _with_sampler(slots: Slots, slot: jax.Array, row: Sampler) -> Slots:
+    return dataclasses.replace(slots, sampler=with_row(slots.sampler, slot, row))
+
+
+def _for_few_tokens(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
+    """The config of decoding: of a token or a few for each sequence all devices may see all, and one round will do."""
+    if mesh is None or config.expert_exchange != "auto":
+        return config
+    return dataclasses.replace(config, expert_exchange="ring", receive_factor=float(mesh.shape["expert"]))
+
+
+def _placed(
+    config: ModelConfig, variables: dict[str, Any], mesh: Mesh | None, placement: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """The variables as the programs take them: in the computation dtype, layer by layer, W_kvb also split in two."""
+    if mesh is not None:
+        variables = place_variables(variables, config, mesh)
+    # Stored in the computation dtype (or in 8 bits), so that no step converts weights again.
+    params = in_dtype(variables["params"], config.dtype)
+    variables = place_experts({"params": params, "router": variables["router"]}, placement)
+    return with_absorbed_weights(unstack(variables), config)

@@ -1,0 +1,301 @@
+"""Continuous batching: which sequences get a slot and pages, and what the device does next.
+
+The engine dispatches a step before it has read the results of the one before. So the scheduler plans with what is
+certain: the most places a sequence may have filled, and the fewest tokens it may have got. On a mesh, slots and pages
+come in equal shards; a sequence lives in one of them.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+from dsv3_jax.infer.pages import PagePool
+from dsv3_jax.infer.sequence import Chunk, Sequence, Step
+
+
+class Scheduler:
+    """Admits in order of arrival, prefills in chunks, decodes all that run, and preempts the youngest when pages run out.
+
+    Each round: `schedule`, dispatch, then `accept` what the dispatch before has yielded, and `finish` each sequence that
+    has its max_tokens or met a stop.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_shards: int,
+        slots_per_shard: int,
+        pages_per_shard: int,
+        page_size: int,
+        max_length: int,
+        chunk: int,
+        drafts: int,
+        prefix_cache: bool = True,
+    ) -> None:
+        """An empty schedule.
+
+        Args:
+          num_shards: equal parts of slots and pages.
+          slots_per_shard: sequences that decode at once.
+          pages_per_shard: pages of each part.
+          page_size: tokens a page.
+          max_length: longest prompt with its completion.
+          chunk: most tokens to prefill in a shard and step.
+          drafts: tokens that a decode step speculates on; it yields 1 to drafts + 1 tokens.
+          prefix_cache: whether sequences share the pages of equal beginnings.
+
+        Raises:
+          ValueError: for a size below its smallest.
+        """
+        sizes = {
+            "num_shards": num_shards,
+            "slots_per_shard": slots_per_shard,
+            "pages_per_shard": pages_per_shard,
+            "page_size": page_size,
+            "max_length": max_length,
+            "chunk": chunk,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1")
+        if drafts < 0:
+            raise ValueError(f"drafts is {drafts}; it cannot be negative (0 decodes without speculation)")
+        self._slots_per_shard, self._pages_per_shard, self._page_size = slots_per_shard, pages_per_shard, page_size
+        self._max_length, self._chunk, self._drafts, self._prefix_cache = max_length, chunk, drafts, prefix_cache
+        self._pools = [PagePool(pages_per_shard, page_size) for _ in range(num_shards)]
+        self._slots: list[Sequence | None] = [None] * (num_shards * slots_per_shard)
+        self._waiting: list[Sequence] = []
+        self._arrivals = 0
+        self._tables_changed = False
+        self.preemptions = 0
+        """How often a sequence had to give up its place for an older one."""
+
+    @property
+    def free_pages(self) -> int:
+        """Pages with nothing in them, of all shards."""
+        return sum(pool.num_free for pool in self._pools)
+
+    @property
+    def cached_pages(self) -> int:
+        """Pages that no sequence holds and the prefix cache keeps, of all shards."""
+        return sum(pool.num_kept for pool in self._pools)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence waits or has a slot."""
+        return not self._waiting and not any(self._slots)
+
+    def check(self, sequence: Sequence) -> None:
+        """Raises ValueError if there is nothing to do, or it would not fit even alone."""
+        prompt, most = len(sequence.prompt), sequence.max_tokens
+        if prompt < 1:
+            raise ValueError("the prompt is empty; give at least one token")
+        if most < 1:
+            raise ValueError(f"max_tokens is {most}; it must be at least 1")
+        if prompt + most > self._max_length:
+            raise ValueError(
+                f"{prompt} prompt tokens and max_tokens {most} are {prompt + most}, more than max_length "
+                f"{self._max_length}; shorten the prompt, lower max_tokens or raise max_length"
+            )
+        pages = self._num_pages(self._most_places(sequence))
+        if pages > self._pages_per_shard:
+            raise ValueError(
+                f"{prompt} prompt tokens and max_tokens {most} need {pages} pages of {self._page_size} tokens, more than the "
+                f"{self._pages_per_shard} there are; shorten the prompt, lower max_tokens or give the cache more pages"
+            )
+
+    def submit(self, sequence: Sequence) -> None:
+        """Puts a new sequence at the end of the waiting line. Raises as `check`."""
+        self.check(sequence)
+        assert sequence.arrival == -1, "a sequence is submitted once"
+        sequence.arrival = self._arrivals
+        self._arrivals += 1
+        self._waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence, wherever it is; results still in flight are not for it. A second call does nothing."""
+        if sequence.state == "done":
+            return
+        if sequence.state == "waiting":
+            self._waiting.remove(sequence)
+        else:
+            self._vacate(sequence)
+        sequence.epoch += 1
+        sequence.state = "done"
+
+    def schedule(self) -> Step:
+        """The next step, to be dispatched at once: its writes count as done for all that is scheduled after."""
+        # Those that run come first: what they need may cost a younger one its place, before it is given a chunk.
+        decoding = self._decoding()
+        self._admit()
+        chunks = [self._next_chunk(oldest) for oldest in map(self._oldest_prefilling, range(len(self._pools))) if oldest]
+        changed, self._tables_changed = self._tables_changed, False
+        return Step(chunks, decoding, changed)
+
+    def accept(self, sequence: Sequence, epoch: int, tokens: list[int]) -> bool:
+        """Takes what a last chunk or a decode step has yielded, up to max_tokens.
+
+        Args:
+          sequence: the sequence it was dispatched for.
+          epoch: the sequence's epoch at that time.
+          tokens: at least one.
+
+        Returns:
+          False if the sequence has lost its place since; then nothing changes.
+        """
+        if epoch != sequence.epoch:
+            return False
+        assert tokens, "a step yields at least one token"
+        # The results of a sequence arrive in the order of dispatch, its last chunk's before any decode step's.
+        if sequence.sampling:
+            sequence.sampling = False
+        else:
+            assert sequence.decodes > 0, "a result of a step that was not scheduled"
+            sequence.decodes -= 1
+        sequence.tokens += tokens[: sequence.max_tokens - len(sequence.tokens)]
+        sequence.cached = sequence.length - 1
+        self._publish(sequence)
+        return True
+
+    def _num_pages(self, places: int) -> int:
+        return -(-places // self._page_size)
+
+    def _most_places(self, sequence: Sequence) -> int:
+        """Places that a sequence can need. The device may write further, for tokens past max_tokens; that is dropped."""
+        return len(sequence.prompt) + sequence.max_tokens + 2 * self._drafts + 1
+
+    def _in_shard(self, shard: int) -> list[Sequence]:
+        first = shard * self._slots_per_shard
+        return [sequence for sequence in self._slots[first : first + self._slots_per_shard] if sequence]
+
+    def _decoding(self) -> list[Sequence]:
+        """The sequences to decode, oldest first, each with the pages that the step may write to."""
+        running = [sequence for sequence in self._slots if sequence and sequence.state == "running"]
+        decoding = []
+        for sequence in sorted(running, key=lambda sequence: sequence.arrival):
+            # One that is sure to have all its tokens, once what is in flight has arrived, needs no more steps.
+            certain = len(sequence.tokens) + sequence.decodes + sequence.sampling
+            # An older one may just have taken its place. None in the list can lose it: they are all older.
+            if sequence.state == "running" and certain < sequence.max_tokens and self._grow(sequence):
+                sequence.decodes += 1
+                decoding.append(sequence)
+        return decoding
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Gives a sequence the pages for one more decode step; False if that cost it its own place."""
+        assert sequence.shard is not None
+        pool = self._pools[sequence.shard]
+        longest = sequence.cached + (self._drafts + 1) * sequence.decodes
+        places = min(longest + 2 * self._drafts + 1, self._most_places(sequence))
+        missing = self._num_pages(places) - len(sequence.pages)
+        if missing <= 0:
+            return True
+        while missing > pool.available:
+            youngest = max(self._in_shard(sequence.shard), key=lambda other: other.arrival)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.pages += pool.allocate(missing)
+        self._tables_changed = True
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Sends a sequence back to the waiting line; it will prefill its generated tokens like a prompt."""
+        self._vacate(sequence)
+        sequence.epoch += 1
+        sequence.state = "waiting"
+        bisect.insort(self._waiting, sequence, key=lambda other: other.arrival)
+        self.preemptions += 1
+
+    def _vacate(self, sequence: Sequence) -> None:
+        # What is in flight may still write to these pages. The device works in order, so whoever gets them writes later.
+        assert sequence.shard is not None
+        assert sequence.slot is not None
+        self._pools[sequence.shard].release(sequence.pages)
+        self._slots[sequence.slot] = None
+        sequence.shard = sequence.slot = None
+        sequence.pages = []
+        sequence.cached = sequence.reused = sequence.published = sequence.decodes = 0
+        sequence.sampling = False
+        self._tables_changed = True
+
+    def _admit(self) -> None:
+        """Gives slots and pages to the oldest that wait. While one of them does not fit, nobody overtakes it."""
+        while self._waiting:
+            sequence = self._waiting[0]
+            text = sequence.text(0, sequence.length)
+            # The pages of the first decode step too, or it could be preempted before it has done anything.
+            needed = self._num_pages(len(text) + 2 * self._drafts + 2)
+            if (best := self._best_shard(text, needed)) is None:
+                return
+            del self._waiting[0]
+            self._place(sequence, *best, needed)
+
+    def _best_shard(self, text: list[int], needed: int) -> tuple[int, list[int]] | None:
+        """Where a text fits with most of it in the prefix cache, then with most room: the shard and the pages to share."""
+        merits = []
+        for shard, pool in enumerate(self._pools):
+            others = len(self._in_shard(shard))
+            if others < self._slots_per_shard:
+                found = pool.match(text)
+                # And a page for each of the others to grow, or the newcomer would soon have to give way to them.
+                if pool.fits(found, needed - len(found) + others):
+                    merits.append((len(found), pool.available, -shard, found))
+        if not merits:
+            return None
+        _, _, shard, found = max(merits)
+        return -shard, found
+
+    def _place(self, sequence: Sequence, shard: int, shared: list[int], needed: int) -> None:
+        pool = self._pools[shard]
+        pool.share(shared)
+        sequence.pages = shared + pool.allocate(needed - len(shared))
+        sequence.shard, sequence.slot = shard, self._slots.index(None, shard * self._slots_per_shard)
+        sequence.cached = sequence.reused = len(shared) * self._page_size
+        sequence.published = len(shared)
+        sequence.state = "prefilling"
+        self._slots[sequence.slot] = sequence
+        self._tables_changed = True
+
+    def _oldest_prefilling(self, shard: int) -> Sequence | None:
+        prefilling = [sequence for sequence in self._in_shard(shard) if sequence.state == "prefilling"]
+        return min(prefilling, key=lambda sequence: sequence.arrival, default=None)
+
+    def _next_chunk(self, sequence: Sequence) -> Chunk:
+        if sequence.cached == sequence.reused:
+            self._share_late(sequence)
+        start, stop = sequence.cached, min(sequence.cached + self._chunk, sequence.length)
+        following = sequence.text(stop, stop + 1)
+        sequence.cached = stop
+        if not following:
+            sequence.state, sequence.sampling = "running", True
+        self._publish(sequence)
+        return Chunk(sequence, sequence.epoch, start, sequence.text(start, stop), following[0] if following else None)
+
+    def _share_late(self, sequence: Sequence) -> None:
+        """Before the first chunk: exchanges pages for those that others have published since the admission.
+
+        So of many that arrive at once with the same beginning, only the first computes it.
+        """
+        assert sequence.shard is not None
+        pool, have = self._pools[sequence.shard], sequence.reused // self._page_size
+        found = pool.match(sequence.text(0, sequence.length))
+        if len(found) > have:
+            pool.share(found[have:])
+            pool.release(sequence.pages[have : len(found)])
+            sequence.pages[have : len(found)] = found[have:]
+            sequence.cached = sequence.reused = len(found) * self._page_size
+            sequence.published = len(found)
+            self._tables_changed = True
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Publishes the pages that are full by now, and whose following token is known."""
+        if not self._prefix_cache:
+            return
+        assert sequence.shard is not None
+        size = self._page_size
+        full = min(sequence.cached, sequence.length - 1) // size
+        for i in range(sequence.published, full):
+            before = sequence.pages[i - 1] if i else None
+            self._pools[sequence.shard].publish(sequence.pages[i], before, sequence.text(i * size, (i + 1) * size + 1))
+        sequence.published = full

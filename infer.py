@@ -1,9 +1,10 @@
-"""Completes a prompt, streaming the text as it comes; or chats; or completes a file of prompts.
+"""Completes a prompt, streaming the text as it comes; or chats; or completes a file of prompts; or serves.
 
     python infer.py --checkpoint runs/tiny --prompt "def main(" --max-tokens 64
     python infer.py --checkpoint path/to/hf_folder --prompt "..." --temperature 0.7 --top-p 0.95
     python infer.py --checkpoint path/to/hf_folder --interactive --mesh.expert 4 --mesh.tensor 2
     python infer.py --checkpoint runs/tiny --batch-file prompts.jsonl completions.jsonl
+    python infer.py --checkpoint path/to/hf_folder --serve --port 8000
 
 The checkpoint is a run directory of train.py, or a Hugging Face folder with a tokenizer.json. What it generates goes to
 stdout or the file; how, and how fast, to stderr.
@@ -12,33 +13,35 @@ stdout or the file; how, and how fast, to stderr.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
 from dsv3_jax.data.cache import digest
-from dsv3_jax.data.chat_template import ChatTemplate, load_chat_template
+from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
 from dsv3_jax.infer.batch import complete_lines, submit_lines
 from dsv3_jax.infer.chat import Conversation, converse
 from dsv3_jax.infer.completion_lines import CompletionLines
 from dsv3_jax.infer.engine import LONGEST_BY_DEFAULT
-from dsv3_jax.infer.flags import InferFlags
 from dsv3_jax.infer.load import LoadedModel, load_model
 from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
 from dsv3_jax.infer.report import Speed, opening
 from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.serve import serve
+from dsv3_jax.serve.flags import Flags
 
 
 @exits_with_one_line
 def main() -> None:
-    flags = parse_flags(InferFlags, description=__doc__)
+    flags = parse_flags(Flags, description=__doc__)
     speed = Speed()
     # What is wrong with these files shows before a large model is read.
     prompts = None if flags.batch_file is None else read_prompt_lines(flags.batch_file[0])
     is_chat = flags.interactive or (prompts is not None and prompts.need_template)
-    template = load_chat_template(flags.checkpoint) if is_chat else None
+    template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
 
     mesh = make_mesh(flags.mesh)
     model = load_model(flags.checkpoint, flags.dtype, mesh)
@@ -46,12 +49,16 @@ def main() -> None:
     params = flags.sampling(model.infer, longest=model.config.max_position_embeddings)
     prompt = model.infer.prompt if flags.prompt is None else flags.prompt
     options = flags.engine_options(model.config, mesh)
-    if prompts is None and not flags.interactive and flags.max_length is None:
+    if flags.one_shot and flags.max_length is None:
         options["max_length"] = length_for(prompt, params, model)
     engine = Engine(model.config, model.variables, model.tokenizer, **options)
     lines = opening(model, mesh, engine)
 
-    if prompts is not None:
+    if flags.serve:
+        say(*lines)
+        name = os.path.basename(os.path.normpath(flags.checkpoint))
+        sys.exit(serve(engine, name, template, flags.server))
+    elif prompts is not None:
         assert flags.batch_file is not None
         batch(prompts, flags.batch_file[1], template, params, model, engine, lines, speed)
     elif flags.interactive:

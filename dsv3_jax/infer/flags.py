@@ -71,10 +71,18 @@ class InferFlags:
     """Whether prompts that begin alike share the cache of their beginning."""
 
     def __post_init__(self) -> None:
-        modes = {"prompt": self.prompt is not None, "interactive": self.interactive, "batch-file": self.batch_file is not None}
-        given = [f"--{name}" for name, is_given in modes.items() if is_given]
+        given = [f"--{name}" for name, is_given in self.modes().items() if is_given]
         require(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
         self.sampling(InferConfig(), 1)  # Refuses what is out of range before a model is read.
+
+    def modes(self) -> dict[str, bool]:
+        """What can be done, and which of it is asked for."""
+        return {"prompt": self.prompt is not None, "interactive": self.interactive, "batch-file": self.batch_file is not None}
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether it is one prompt that is to be completed."""
+        return not any(asked for name, asked in self.modes().items() if name != "prompt")
 
     def sampling(self, of_run: InferConfig, longest: int) -> SamplingParams:
         """How completions are drawn: as was given, else as `of_run`; a chat's replies have up to `longest` tokens."""

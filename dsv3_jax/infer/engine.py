@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
@@ -359,7 +358,7 @@ def _told(report: Any, row: int, i: int, token: int, num: int) -> TokenLogprobs:
 def _require_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
     arrays = traverse_util.flatten_dict(variables)
     for leaf in leaves(config):
-        shape = jnp.shape(arrays[leaf.path]) if leaf.path in arrays else None
+        shape = arrays[leaf.path].shape if leaf.path in arrays else None
         if shape != leaf.shape:
             found = "missing" if shape is None else list(shape)
             name = "/".join(leaf.path)

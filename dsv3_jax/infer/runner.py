@@ -19,8 +19,9 @@ from dsv3_jax.infer.redundancy import place_experts
 from dsv3_jax.infer.sampling import Sampler, with_row
 from dsv3_jax.infer.sequence import Chunk, Sequence
 from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
+from dsv3_jax.kernels.block_scaled import in_dtype
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
-from dsv3_jax.model.sharding import variable_shardings
+from dsv3_jax.model.sharding import place_variables
 
 SMALLEST_CHUNK = 16
 WHOLE = PartitionSpec()
@@ -138,8 +139,8 @@ def _placed(
 ) -> dict[str, Any]:
     """The variables as the programs take them: in the computation dtype, layer by layer, W_kvb also split in two."""
     if mesh is not None:
-        variables = jax.device_put(variables, variable_shardings(config, mesh))
-    # Stored in the computation dtype, so that no step converts weights again.
-    params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), variables["params"])
+        variables = place_variables(variables, config, mesh)
+    # Stored in the computation dtype (or in 8 bits), so that no step converts weights again.
+    params = in_dtype(variables["params"], config.dtype)
     variables = place_experts({"params": params, "router": variables["router"]}, placement)
     return with_absorbed_weights(unstack(variables), config)

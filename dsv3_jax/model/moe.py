@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.block_scaled import in_dtype
 from dsv3_jax.kernels.expert_ffn import choose_backend, expert_ffn
 from dsv3_jax.kernels.permute import combine, dispatch, sort_by_expert
 from dsv3_jax.model.layers import SwiGLU, normal_init
@@ -56,8 +57,7 @@ def routed_experts(
     chosen_TK, weight_TK = (array.reshape(-1, config.num_experts_per_tok) for array in (chosen_BTK, weight_BTK))
     order, inverse, group_sizes_E = sort_by_expert(chosen_TK, weights[0].shape[0])
     rows_RD = dispatch(x_TD, order, inverse)
-    gate, up, down = (weight.astype(config.dtype) for weight in weights)
-    y_RD = expert_ffn(rows_RD, gate, up, down, group_sizes_E, backend=backend)
+    y_RD = expert_ffn(rows_RD, *in_dtype(weights, config.dtype), group_sizes_E, backend=backend)
     return combine(y_RD, weight_TK, order, inverse)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Any
 
 from jax.sharding import Mesh
-from tyro.conf import arg
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.flags import BATCH_BY_DEFAULT, InferFlags
@@ -14,16 +13,23 @@ from dsv3_jax.serve.options import ServeOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(InferFlags):
+class Flags(ServeOptions, InferFlags):
     """What infer.py is to do."""
 
     serve: bool = False
     """Answer HTTP requests as OpenAI's API does, and show a page to chat on, until SIGTERM."""
-    server: Annotated[ServeOptions, arg(name="")] = dataclasses.field(default_factory=ServeOptions)
-    """Where, and within which limits."""
+
+    def __post_init__(self) -> None:
+        InferFlags.__post_init__(self)
+        ServeOptions.__post_init__(self)
 
     def modes(self) -> dict[str, bool]:
         return super().modes() | {"serve": self.serve}
+
+    @property
+    def server(self) -> ServeOptions:
+        """Where to serve, and within which limits."""
+        return ServeOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ServeOptions)})
 
     def engine_options(self, config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         options = super().engine_options(config, mesh)

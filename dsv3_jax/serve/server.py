@@ -67,6 +67,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application(service),
+                loop="asyncio",
                 http="h11",
                 ws="none",
                 lifespan="on",

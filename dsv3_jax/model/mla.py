@@ -9,6 +9,7 @@ the query into the latent space instead (cheaper for a few queries over a long c
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh, current_platform
 from dsv3_jax.parallel.placement import whole_weight
-from dsv3_jax.parallel.rules import RULES, TOKENS
+from dsv3_jax.parallel.rules import TOKENS, current_rules
 
 KV_B_AXES = "latent", "heads", "head_dim"
 # The reference fixes it, whatever rms_norm_eps says (model of the published code; both are 1e-6 there).
@@ -61,6 +62,10 @@ class AbsorbedWeights(NamedTuple):
         """Splits the kernel of `kv_b_proj`."""
         w_uk_CNH, w_uv_CNW = jnp.split(kernel_CNX, [config.qk_nope_head_dim], axis=-1)
         return cls(w_uk_CNH.transpose(1, 2, 0), w_uv_CNW.transpose(1, 0, 2))
+
+
+ABSORBED_AXES = AbsorbedWeights(*typing.cast(Any, (("heads", "head_dim", "latent"), ("heads", "latent", "head_dim"))))
+"""Their logical axes."""
 
 
 class MLA(nn.Module):
@@ -181,7 +186,7 @@ class MLA(nn.Module):
         arguments = kernel_CNX, q_nope_BTNH, q_rope_BTNP, *new, cached, length_B
         if current_mesh() is None:
             return attend_over(*arguments)
-        return _by_sequences_and_heads(attend_over, cached, RULES.spec(KV_B_AXES))(*arguments)
+        return _by_sequences_and_heads(attend_over, cached, current_rules().spec(KV_B_AXES))(*arguments)
 
     def _into_latent(self, q_nope_BTNH: jax.Array) -> jax.Array:
         return jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, self._absorbed_weights().w_uk_NHC)
@@ -258,7 +263,7 @@ def _attend_on_mesh(
         return _attend_expanded(q_BTNX, everyone, whole, starts_BT, config, first)
 
     heads = PartitionSpec(*TOKENS, "tensor")
-    specs: Any = heads, (TOKENS, TOKENS), RULES.spec(KV_B_AXES), TOKENS
+    specs: Any = heads, (TOKENS, TOKENS), current_rules().spec(KV_B_AXES), TOKENS
     backend = _attention_backend(config, starts_BT is not None)
     # Splash says nothing of the axes its results vary over, so there the check is off, and with it the sums that JAX would
     # put where a value begins to vary; those of replicated inputs' gradients, which are all there are, the border has anyway.
@@ -269,10 +274,15 @@ def _attend_on_mesh(
 def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The variables of an unrolled model with a collection `absorbed`, so that decoding need not split W_kvb each step."""
 
-    def split(layer: dict[str, Any]) -> dict[str, Any]:
-        if "block" in layer:  # Of an MTP depth.
-            return {"block": split(layer["block"])}
-        return {"self_attn": {"kv_b_proj": AbsorbedWeights.of(layer["self_attn"]["kv_b_proj"]["kernel"], config)}}
+    return variables | {"absorbed": absorbed(variables["params"], lambda kernel: AbsorbedWeights.of(kernel, config))}
 
-    layers = {name: layer for name, layer in variables["params"].items() if "self_attn" in layer or "block" in layer}
-    return variables | {"absorbed": {name: split(layer) for name, layer in layers.items()}}
+
+def absorbed(params: dict[str, Any], split: Callable[[Any], AbsorbedWeights]) -> dict[str, Any]:
+    """That collection: what `split` makes of the kernel of `kv_b_proj` (or of what stands for it) in each layer of `params`."""
+
+    def of_layer(layer: dict[str, Any]) -> dict[str, Any]:
+        if "block" in layer:  # Of an MTP depth.
+            return {"block": of_layer(layer["block"])}
+        return {"self_attn": {"kv_b_proj": split(layer["self_attn"]["kv_b_proj"]["kernel"])}}
+
+    return {name: of_layer(layer) for name, layer in params.items() if "self_attn" in layer or "block" in layer}

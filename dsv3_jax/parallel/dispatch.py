@@ -24,7 +24,7 @@ from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 from dsv3_jax.parallel.exchange import EXCHANGES, EXPERT_AXIS, Exchange, Local, choose_exchange
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
 from dsv3_jax.parallel.placement import scattered_sum, whole_weight
-from dsv3_jax.parallel.rules import RULES, TOKENS
+from dsv3_jax.parallel.rules import TOKENS, current_rules
 
 ExpertWeights = tuple[jax.Array, jax.Array, jax.Array]
 """The routed experts' parameters, gate, up and down: [E, D, F] twice and [E, F, D]."""
@@ -67,7 +67,7 @@ def routed_experts_on_mesh(
         receive_factor=config.receive_factor,
         how=_How(backend, config.dtype),
     )
-    specs = (TOKENS, TOKENS, TOKENS, tuple(RULES.spec(axes) for axes in WEIGHT_AXES))
+    specs = (TOKENS, TOKENS, TOKENS, tuple(current_rules().spec(axes) for axes in WEIGHT_AXES))
     return jax.shard_map(region, in_specs=specs, out_specs=(TOKENS, PartitionSpec()))(x_BTD, chosen_BTK, weight_BTK, weights)
 
 

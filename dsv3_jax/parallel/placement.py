@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.parallel.mesh import current_mesh
-from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES, RULES, TOKENS
+from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES, TOKENS, current_rules
 
 
 def place_tokens(x: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ def project(x: jax.Array, kernel: jax.Array, names: tuple[str, ...], *, num_in: 
         y = _contract(x, whole_weight(varying_over(kernel, varying_axes(x)), names, x.dtype), num_in, how)
         return jax.lax.psum(y, "tensor") if "tensor" in split[:num_in] else y
 
-    specs = PartitionSpec(*TOKENS, *split[:num_in]), RULES.spec(names)
+    specs = PartitionSpec(*TOKENS, *split[:num_in]), current_rules().spec(names)
     return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(*TOKENS, *split[num_in:]))(x, kernel)
 
 
@@ -53,7 +53,7 @@ def _contract(x: jax.Array, kernel: jax.Array, num_in: int, how: dict[str, Any])
 
 
 def _along_tensor(name: str) -> str | None:
-    return "tensor" if "tensor" in getattr(RULES, name) else None
+    return "tensor" if "tensor" in getattr(current_rules(), name) else None
 
 
 def whole_weight(part: jax.Array, names: tuple[str, ...], dtype: Any) -> jax.Array:
@@ -84,4 +84,4 @@ def scattered_sum(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
 def _fsdp_splits(names: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
     """The dimensions of a weight that are split for want of room; that experts are split is no such thing."""
     splits = {FSDP_AXES, EXPERT_FSDP_AXES}
-    return [(dimension, axes) for dimension, name in enumerate(names) if (axes := getattr(RULES, name)) in splits]
+    return [(dimension, axes) for dimension, name in enumerate(names) if (axes := getattr(current_rules(), name)) in splits]

@@ -12,7 +12,7 @@ import jax
 import torch
 import transformers
 
-from dsv3_jax import ModelConfig, save_hf
+from dsv3_jax import ModelConfig, load_hf, save_hf
 from dsv3_jax.model import init_variables
 
 # 32 experts, four for a token; float32, as CPUs compute it. No MTP: transformers does not train it.
@@ -41,18 +41,26 @@ CONFIG = ModelConfig(
 )
 
 
-def both_models(folder: str) -> tuple[dict[str, Any], Callable[[str], Any]]:
-    """Our variables, and a function that loads the same weights in transformers with a given experts implementation."""
+def both_models(folder: str, checkpoint: str | None = None) -> tuple[ModelConfig, dict[str, Any], Callable[[str], Any]]:
+    """Config and variables, and a function that loads the same weights in transformers with a given experts implementation.
+
+    Args:
+      folder: where a random model of `CONFIG` is saved.
+      checkpoint: a Hugging Face folder to take in its place.
+    """
     torch.set_num_threads(os.cpu_count() or 1)
-    variables = jax.jit(lambda: init_variables(CONFIG, jax.random.key(0)))()
-    save_hf(folder, CONFIG, variables)
+    if checkpoint is None:
+        config, variables = CONFIG, jax.jit(lambda: init_variables(CONFIG, jax.random.key(0)))()
+        save_hf(folder, config, variables)
+    else:
+        folder, (config, variables) = checkpoint, load_hf(checkpoint, dtype="float32")
 
     def load(experts: str) -> Any:
         return transformers.DeepseekV3ForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=experts
         )
 
-    return variables, load
+    return config, variables, load
 
 
 def fastest_experts(

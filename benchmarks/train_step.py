@@ -37,7 +37,7 @@ def main() -> None:
     tokens_BT, target_BT = rows[:, :-1].astype(np.int32), rows[:, 1:].astype(np.int32)
 
     with tempfile.TemporaryDirectory() as folder:
-        variables, load = both_models(f"{folder}/model")
+        _, variables, load = both_models(f"{folder}/model")
 
         def torch_step(model: Any) -> Any:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "parallel": {"config", "kernels"},
     "model": {"config", "kernels", "parallel"},
     "data": {"config", "parallel"},
-    "checkpoint": {"config", "parallel", "model"},
+    "checkpoint": {"config", "kernels", "parallel", "model"},
     "train": {"config", "kernels", "parallel", "model", "data", "checkpoint"},
     "infer": {"config", "kernels", "parallel", "model", "data", "checkpoint"},
     "plan": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},

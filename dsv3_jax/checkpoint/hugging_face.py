@@ -17,8 +17,9 @@ from flax import traverse_util
 
 from dsv3_jax.checkpoint.folder import CheckpointError, find_tensors, read_config, require_no_folder
 from dsv3_jax.checkpoint.fp8 import EXPORT_CONFIG, block_size
+from dsv3_jax.checkpoint.kept_fp8 import load_block_scaled, require_fp8, stays_fp8
 from dsv3_jax.checkpoint.loading import Weights, differing_copies, load_array
-from dsv3_jax.checkpoint.names import leaves
+from dsv3_jax.checkpoint.names import Leaf, leaves
 from dsv3_jax.checkpoint.processes import all_or_none, first_alone
 from dsv3_jax.checkpoint.saving import checked_arrays, new_folder, outgoing_tensors, processes_of, write_tensors
 from dsv3_jax.checkpoint.tensor_files import shards
@@ -33,7 +34,9 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def load_hf(path: Any, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None) -> tuple[ModelConfig, Variables]:
+def load_hf(
+    path: Any, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None, *, keep_fp8: bool = False
+) -> tuple[ModelConfig, Variables]:
     """Reads a Hugging Face folder: config.json, and safetensors in one file or in many with an index.
 
     Args:
@@ -42,6 +45,8 @@ def load_hf(path: Any, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None 
         are float32 whatever it is.
       mesh: devices to shard the arrays over, as `variable_shardings` says; None puts them on one device. With several
         processes, all of the mesh's call this together, and each reads what its own devices hold.
+      keep_fp8: for inference: linear layers and experts that the file has as FP8 blocks stay so, a `BlockScaled` each in
+        place of an array, and are dequantised where they are multiplied with.
 
     Returns:
       The config, and the variables {"params": ..., "router": ...}: plain nested dicts of jax arrays.
@@ -49,11 +54,11 @@ def load_hf(path: Any, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None 
     Raises:
       CheckpointError: (a ValueError) listing all that is missing, unexpected, misshapen, of a wrong type or unreadable,
         before any array is made; or the copies of embedding and head in the MTP layers that differ from the originals.
-      ValueError: if there is no such folder or config, or the config asks for what is not supported or does not divide
-        over the mesh.
+      ValueError: if there is no such folder or config, the config asks for what is not supported or does not divide over
+        the mesh, or FP8 is to be kept where there is none.
     """
     config, weights = open_hf(path, dtype)
-    return config, load_variables(config, weights, mesh)
+    return config, load_variables(config, weights, mesh, keep_fp8=keep_fp8)
 
 
 def open_hf(path: Any, dtype: Any) -> tuple[ModelConfig, Weights]:
@@ -67,6 +72,11 @@ def open_hf(path: Any, dtype: Any) -> tuple[ModelConfig, Weights]:
     if jax.dtypes.canonicalize_dtype(config.param_dtype) != config.param_dtype:
         raise ValueError(f"dtype is {config.param_dtype}, which jax has disabled; set jax_enable_x64 or use float32")
     return config, Weights(folder, find_tensors(folder, config, block), block)
+
+
+def is_fp8(path: Any) -> bool:
+    """Whether the config.json of a Hugging Face folder names FP8 blocks. Raises as `load_hf`."""
+    return _read_model(epath.Path(path))[1] is not None
 
 
 def named_dtype(path: Any) -> str:
@@ -83,12 +93,22 @@ def _read_model(folder: epath.Path) -> tuple[ModelConfig, tuple[int, int] | None
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
-def load_variables(config: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None = None) -> Variables:
+def load_variables(
+    config: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None = None, *, keep_fp8: bool = False
+) -> Variables:
     """The second half of `load_hf`: makes the arrays of what `open_hf` found."""
+    if keep_fp8:
+        require_fp8(weights)
     shardings = {} if mesh is None else traverse_util.flatten_dict(variable_shardings(config, mesh))
     if differing := differing_copies(weights, config, mesh):
         raise CheckpointError(weights.folder, {"MTP copies that differ": differing})
-    arrays = {leaf.path: load_array(weights, leaf, leaf.dtype(config), shardings.get(leaf.path)) for leaf in leaves(config)}
+
+    def load(leaf: Leaf) -> Any:
+        if keep_fp8 and stays_fp8(weights, leaf):
+            return load_block_scaled(weights, leaf, shardings.get(leaf.path))
+        return load_array(weights, leaf, leaf.dtype(config), shardings.get(leaf.path))
+
+    arrays = {leaf.path: load(leaf) for leaf in leaves(config)}
     return {"router": {}, **traverse_util.unflatten_dict(arrays)}
 
 
@@ -118,7 +138,7 @@ def save_hf(
 
     Raises:
       ValueError: if the folder exists and is not empty, `tokenizer_from` holds no tokenizer, or (`CheckpointError`)
-        the variables are not those of `config`.
+        the variables are not those of `config`, or were loaded with `keep_fp8`.
       RuntimeError: if another of several processes failed; then nothing is kept.
     """
     processes = processes_of(variables)

@@ -44,9 +44,18 @@ class Weights:
         rows, columns = self.tensors[name].matrix_shape
         return (0, rows), (0, columns)
 
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor is FP8 blocks."""
+        return DTYPES[self.tensors[name].dtype] == FP8
+
+    def bits(self, name: str, box: Box) -> Iterator[tuple[slice, np.ndarray]]:
+        """The bits of the values in a part of an FP8 tensor, some rows at a time: (which rows of it, uint8)."""
+        assert self.is_fp8(name), name
+        return ((rows, values.view(np.uint8)) for rows, values in self._read(name, _BAND, box))
+
     def bands(self, name: str, box: Box) -> Iterator[tuple[slice, np.ndarray]]:
         """The values in a part of a tensor, some rows at a time: (which rows of it, values); FP8 made float32."""
-        if DTYPES[self.tensors[name].dtype] != FP8:
+        if not self.is_fp8(name):
             yield from self._read(name, _BAND, box)
             return
         assert self.block is not None
@@ -93,6 +102,7 @@ def read_slices(
 ) -> Iterator[tuple[Ranges, np.ndarray]]:
     """Those slices of the array of `leaf`, read from its tensors: (slice, values in `dtype`), in an order of its own.
 
+    Of FP8 tensors, uint8 gives the bits as the file has them, without their scales.
     Slices of the same tensors are filled together, and held in memory together. `slices` are what some set of devices
     holds: one process's, or, to count what each of many would read, any other.
     """
@@ -126,7 +136,7 @@ def _filled(
     for i, name in enumerate(names):
         for box, targets in reads.items():
             (top, _), (left, _) = box
-            for rows, values in weights.bands(name, box):
+            for rows, values in weights.bits(name, box) if dtype == np.uint8 else weights.bands(name, box):
                 values = values.reshape(rows.stop - rows.start, -1).astype(dtype, copy=False)
                 for (first, last), array in targets:
                     part = array.reshape(len(names), -1)[i]
@@ -155,8 +165,9 @@ def _box(leaf: Leaf, part: Ranges) -> Box:
     """Where a tensor of `leaf` holds a slice of its part of the array."""
     if not leaf.is_matrix:
         return _flat(leaf, leaf.part[:1], part[:1]), _flat(leaf, leaf.part[1:], part[1:])
-    inputs = next(n for n in range(len(part) + 1) if math.prod(leaf.part[:n]) == leaf.stored[1])
-    return _flat(leaf, leaf.part[inputs:], part[inputs:]), _flat(leaf, leaf.part[:inputs], part[:inputs])
+    return _flat(leaf, leaf.part[leaf.num_in :], part[leaf.num_in :]), _flat(
+        leaf, leaf.part[: leaf.num_in], part[: leaf.num_in]
+    )
 
 
 def _flat(leaf: Leaf, shape: tuple[int, ...], ranges: Ranges) -> tuple[int, int]:

@@ -45,6 +45,11 @@ class Leaf:
         return self.stack + self.part
 
     @property
+    def num_in(self) -> int:
+        """Of a matrix: how many of the axes of `part` are inputs, columns of the file."""
+        return next(n for n in range(len(self.part) + 1) if math.prod(self.part[:n]) == self.stored[1])
+
+    @property
     def is_bias(self) -> bool:
         """Whether it is a router bias, float32 whatever the other parameters are."""
         return self.path[0] == "router"

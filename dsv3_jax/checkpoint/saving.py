@@ -25,6 +25,7 @@ from dsv3_jax.checkpoint.names import Leaf, copies, leaves, natural_order
 from dsv3_jax.checkpoint.processes import all_or_none, first_alone, same_everywhere, take
 from dsv3_jax.checkpoint.tensor_files import Outgoing, write_file
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.block_scaled import is_block_scaled
 
 
 def checked_arrays(config: ModelConfig, variables: dict[str, Any]) -> list[tuple[Leaf, Any]]:
@@ -45,7 +46,10 @@ def checked_arrays(config: ModelConfig, variables: dict[str, Any]) -> list[tuple
         "arrays of a wrong type": [
             f"{'/'.join(path)} is {arrays[path].dtype}, not {leaf.dtype(config)}"
             for path, leaf in needed.items()
-            if path in arrays and arrays[path].dtype != leaf.dtype(config)
+            if path in arrays and arrays[path].dtype != leaf.dtype(config) and not is_block_scaled(arrays[path])
+        ],
+        "arrays in FP8, which are for inference; load the model without keep_fp8 to write it": [
+            "/".join(path) for path in needed if is_block_scaled(arrays.get(path))
         ],
     }
     if found := {kind: items for kind, items in problems.items() if items}:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
@@ -61,6 +60,7 @@ class Engine:
         page_size: int | None = None,
         cache_tokens: int | None = None,
         prefix_cache: bool = True,
+        placement: Mapping[str, Any] | None = None,
     ) -> None:
         """Makes an engine.
 
@@ -76,6 +76,7 @@ class Engine:
           page_size: tokens in a page of the cache; None is 128 on a TPU and 64 elsewhere.
           cache_tokens: tokens the cache has room for; None is `max_batch` sequences of `max_length`.
           prefix_cache: prompts that begin alike share the pages of their beginning.
+          placement: copies of experts in demand, {"moe_layers": [L, P], "mtp_0": [P]} as `place_experts` takes them.
 
         Raises:
           ValueError: if one of these is out of range, the model has no MTP depth to draft with, or an array is not that of
@@ -124,7 +125,7 @@ class Engine:
         self._shards, self._pages_per_shard = shards, pages_per_shard
         self._requests: dict[int, Request] = {}
         self._in_flight: list[_Dispatched] = []
-        self._set_up_for: dict[int, tuple[int, int]] = {}
+        self._set_up_for: dict[int, tuple[Scheduled, int]] = {}
 
         self._runner = Runner(
             config,
@@ -135,6 +136,7 @@ class Engine:
             page_size=self.page_size,
             pages_of_one=pages_of_one,
             mesh=mesh,
+            placement=placement,
         )
         self.steps = self.step_tokens = 0
         """Decoding steps of single sequences so far, and the tokens they gave."""
@@ -337,7 +339,7 @@ class Engine:
     def _set_up(self, chunk: Chunk) -> None:
         """Tells the device how a sequence that has just got its slot is sampled."""
         sequence = chunk.sequence
-        slot, now = sequence.place[1], (id(sequence), chunk.epoch)
+        slot, now = sequence.place[1], (sequence, chunk.epoch)
         if self._set_up_for.get(slot) == now:
             return
         self._set_up_for[slot] = now
@@ -356,7 +358,7 @@ def _told(report: Any, row: int, i: int, token: int, num: int) -> TokenLogprobs:
 def _require_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
     arrays = traverse_util.flatten_dict(variables)
     for leaf in leaves(config):
-        shape = jnp.shape(arrays[leaf.path]) if leaf.path in arrays else None
+        shape = arrays[leaf.path].shape if leaf.path in arrays else None
         if shape != leaf.shape:
             found = "missing" if shape is None else list(shape)
             name = "/".join(leaf.path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype
+from jax.sharding import Mesh
+
+from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, named_dtype
 from dsv3_jax.checkpoint.orbax import load_run
 from dsv3_jax.config import InferConfig, ModelConfig
 from dsv3_jax.config.checkpoint_model import is_hugging_face
@@ -28,7 +30,7 @@ class LoadedModel(NamedTuple):
     """Whether attention crosses the documents of a row, as it was trained."""
 
 
-def load_model(path: str, dtype: str | None = None) -> LoadedModel:
+def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, keep_fp8: bool | None = None) -> LoadedModel:
     """Loads config, variables and tokenizer of either kind of folder.
 
     Backends that a run names are those of the machine it was trained on; here they are "auto" again.
@@ -36,17 +38,22 @@ def load_model(path: str, dtype: str | None = None) -> LoadedModel:
     Args:
       path: the folder.
       dtype: dtype to compute and store in; None is the run's own, or that of the Hugging Face config.
+      mesh: the devices to lay the variables out over; None is the first one.
+      keep_fp8: keep the FP8 blocks of a Hugging Face folder as they are (`load_hf`); None does if it has them.
 
     Raises:
-      ValueError: naming what is missing or wrong.
+      ValueError: naming what is missing or wrong, such as FP8 to keep.
     """
     from_hugging_face = is_hugging_face(path)
     tokenizer = load_tokenizer(path)
     if from_hugging_face:
-        config, variables = load_hf(path, dtype=dtype or named_dtype(path))
+        kept = is_fp8(path) if keep_fp8 is None else keep_fp8
+        config, variables = load_hf(path, dtype=dtype or named_dtype(path), mesh=mesh, keep_fp8=kept)
         length = min(config.max_position_embeddings, 4096)
         return LoadedModel(config, variables, tokenizer, f"Hugging Face checkpoint {path}", length, InferConfig())
-    run, variables, step = load_run(path, dtype)
+    if keep_fp8:
+        raise ValueError(f"keep_fp8 is set, but {path} is a run, which holds no FP8 blocks; leave it out")
+    run, variables, step = load_run(path, dtype, mesh)
     across = run.data.cross_document_attention
     model = dataclasses.replace(run.model, expert_backend="auto", attention_backend="auto", cache_backend="auto")
     return LoadedModel(model, variables, tokenizer, f"run {path} at step {step}", run.train.sequence_length, run.infer, across)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -15,11 +15,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import ROWS, empty_cache, num_shards
+from dsv3_jax.infer.redundancy import place_experts
 from dsv3_jax.infer.sampling import Sampler, with_row
 from dsv3_jax.infer.sequence import Chunk, Sequence
 from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
+from dsv3_jax.kernels.block_scaled import in_dtype
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
-from dsv3_jax.model.sharding import variable_shardings
+from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.parallel.rules import SERVING, use_rules
 
 SMALLEST_CHUNK = 16
@@ -40,6 +42,7 @@ class Runner:
         page_size: int,
         pages_of_one: int,
         mesh: Mesh | None,
+        placement: Mapping[str, np.ndarray] | None,
     ) -> None:
         """Places the model, and makes an empty cache.
 
@@ -52,12 +55,13 @@ class Runner:
           page_size: tokens in a page.
           pages_of_one: most pages of a sequence.
           mesh: None for one device.
+          placement: as `place_experts` takes it; None leaves every expert where it is, once.
         """
         self._mesh, self._slots_count, self._pages_of_one = mesh, slots, pages_of_one
         self._nowhere = pages_per_shard
         self._shards = num_shards(mesh)
         self._prefill_model, self._decode_model = models(config, mesh)
-        self._variables = _placed(config, variables, mesh)
+        self._variables = _placed(config, variables, mesh, placement or {})
         self._cache = empty_cache(config, self._shards * pages_per_shard, page_size, drafting=drafts > 0, mesh=mesh)
         make = functools.partial(Slots.empty, slots, drafts, config.vocab_size)
         self._slots = jax.jit(make, out_shardings=self._sharding(ROWS))()
@@ -142,14 +146,17 @@ def _for_few_tokens(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
     return dataclasses.replace(config, expert_exchange="ring", receive_factor=float(mesh.shape["expert"]))
 
 
-def _placed(config: ModelConfig, variables: dict[str, Any], mesh: Mesh | None) -> dict[str, Any]:
+def _placed(
+    config: ModelConfig, variables: dict[str, Any], mesh: Mesh | None, placement: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
     if mesh is not None:
-        variables = jax.device_put(variables, variable_shardings(config, mesh, SERVING))
-    return laid_out(config, variables)
+        variables = place_variables(variables, config, mesh, SERVING)
+    return laid_out(config, variables, placement)
 
 
-def laid_out(config: ModelConfig, variables: dict[str, Any]) -> dict[str, Any]:
+def laid_out(config: ModelConfig, variables: dict[str, Any], placement: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The variables as the programs take them: in the computation dtype, layer by layer, W_kvb also split in two."""
-    # Stored in the computation dtype, so that no step converts weights again.
-    params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), variables["params"])
-    return with_absorbed_weights(unstack({"params": params, "router": variables["router"]}), config)
+    # Stored in the computation dtype (or in 8 bits), so that no step converts weights again.
+    params = in_dtype(variables["params"], config.dtype)
+    variables = place_experts({"params": params, "router": variables["router"]}, placement)
+    return with_absorbed_weights(unstack(variables), config)

@@ -123,10 +123,6 @@ class Scheduler:
         sequence.epoch += 1
         sequence.state = "done"
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence that nobody wants any more; the same as `finish`."""
-        self.finish(sequence)
-
     def schedule(self) -> Step:
         """The next step, to be dispatched at once: its writes count as done for all that is scheduled after."""
         # Those that run come first: what they need may cost a younger one its place, before it is given a chunk.
@@ -239,9 +235,11 @@ class Scheduler:
         """Where a text fits with most of it in the prefix cache, then with most room: the shard and the pages to share."""
         merits = []
         for shard, pool in enumerate(self._pools):
-            if len(self._in_shard(shard)) < self._slots_per_shard:
+            others = len(self._in_shard(shard))
+            if others < self._slots_per_shard:
                 found = pool.match(text)
-                if pool.fits(found, needed - len(found)):
+                # And a page for each of the others to grow, or the newcomer would soon have to give way to them.
+                if pool.fits(found, needed - len(found) + others):
                     merits.append((len(found), pool.available, -shard, found))
         if not merits:
             return None

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.infer.acceptance import logprobs, verify
 from dsv3_jax.infer.cache import DRAFTER, Cache, append
 from dsv3_jax.infer.sampling import MOST_LOGPROBS, Sampler, Stream, distribution, draw, seen_along
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.model.mla import Places
+from dsv3_jax.parallel.mesh import current_mesh
 
 
 @struct.dataclass
@@ -131,8 +133,8 @@ def prefill(
     to_B = jnp.where(ready_B, slot_B, num_slots)
     rows = Slots(token_B, length_B, draft_Bn, probs_BnV, sampler)
     slots = jax.tree.map(lambda old, new: old.at[to_B].set(new, mode="drop"), slots, rows)
-    drawn = Drawn(token_B[:, None], ready_B.astype(jnp.int32))
-    return cache, slots, drawn._replace(report=_report(logits_B1V, drawn.token_BT) if report else None)
+    token_BT = token_B[:, None]
+    return cache, slots, _for_hosts(token_BT, ready_B.astype(jnp.int32), logits_B1V if report else None)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "report"), donate_argnames=("cache", "slots"))
@@ -173,7 +175,7 @@ def decode(
     def kept(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(active_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-    drawn = Drawn(token_BT, jnp.where(active_B, count_B, 0), _report(logits_BTV, token_BT) if report else None)
+    drawn = _for_hosts(token_BT, jnp.where(active_B, count_B, 0), logits_BTV if report else None)
     return cache, jax.tree.map(kept, slots, after), drawn
 
 
@@ -217,5 +219,10 @@ def _having_seen(sampler: Sampler, token_BT: jax.Array, count_B: jax.Array) -> S
     return dataclasses.replace(sampler, seen_BV=sampler.seen_BV.at[row_B1, token_BT].set(True, mode="drop"))
 
 
-def _report(logits_BTV: jax.Array, token_BT: jax.Array) -> Report:
-    return Report(*logprobs(logits_BTV, token_BT, min(MOST_LOGPROBS, logits_BTV.shape[-1])))
+def _for_hosts(token_BT: jax.Array, count_B: jax.Array, logits_BTV: jax.Array | None) -> Drawn:
+    """What leaves the device, log-probabilities too if there are logits; on a mesh every process can read all of it."""
+    report = None
+    if logits_BTV is not None:
+        report = Report(*logprobs(logits_BTV, token_BT, min(MOST_LOGPROBS, logits_BTV.shape[-1])))
+    drawn = Drawn(token_BT, count_B, report)
+    return drawn if current_mesh() is None else jax.lax.with_sharding_constraint(drawn, PartitionSpec())

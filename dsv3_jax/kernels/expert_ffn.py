@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.block_scaled import BlockScaled
 from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.hopper import refusal
 from dsv3_jax.kernels.pallas_gpu import expert_ffn_pallas_gpu
@@ -56,9 +57,9 @@ def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
 
 def expert_ffn(
     x_RD: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
+    w_gate_EDF: jax.Array | BlockScaled,
+    w_up_EDF: jax.Array | BlockScaled,
+    w_down_EFD: jax.Array | BlockScaled,
     group_sizes_E: jax.Array,
     *,
     backend: str,
@@ -70,7 +71,8 @@ def expert_ffn(
 
     Args:
       x_RD: rows sorted by expert. Those past the last group may hold anything, NaN too.
-      w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, of x's dtype.
+      w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, of x's dtype or in 8 bits. Of these, "tiles" dequantises one
+        expert after the other, and only those that have rows; every other backend is given all of them in x's dtype.
       group_sizes_E: int32, rows of each expert; their sum is at most R.
       backend: a name that `choose_backend` knows.
 
@@ -83,15 +85,25 @@ def expert_ffn(
     """
     # A backend that is named was chosen for a platform that need not be the default one.
     ffn = _BACKENDS[backend if backend in _BACKENDS else choose_backend(backend, x_RD.dtype)]
+    if ffn is not expert_ffn_tiles:
+        w_gate_EDF, w_up_EDF, w_down_EFD = (_unscaled(w, x_RD.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
     _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
     return ffn(*varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
 
 
-def _check(
-    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
-) -> None:
-    arrays = {"x": x_RD, "w_gate": w_gate_EDF, "w_up": w_up_EDF, "w_down": w_down_EFD, "group_sizes": group_sizes_E}
-    floats = {a.dtype for name, a in arrays.items() if name != "group_sizes"}
+def _unscaled(weight: jax.Array | BlockScaled, dtype: Any) -> jax.Array:
+    return weight.astype(dtype) if isinstance(weight, BlockScaled) else weight
+
+
+def _check(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: Any, group_sizes_E: jax.Array) -> None:
+    arrays: dict[str, Any] = {
+        "x": x_RD,
+        "w_gate": w_gate_EDF,
+        "w_up": w_up_EDF,
+        "w_down": w_down_EFD,
+        "group_sizes": group_sizes_E,
+    }
+    floats = {a.dtype for name, a in arrays.items() if name != "group_sizes" and not isinstance(a, BlockScaled)}
     fits = x_RD.ndim == 2 and w_gate_EDF.ndim == 3 and min(x_RD.shape + w_gate_EDF.shape) >= 1
     if fits:
         E, D, F = w_gate_EDF.shape

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.block_scaled import BlockScaled, require_trainable
 from dsv3_jax.kernels.varying import zeros_beside
 
 _LARGEST_TILE = 256
@@ -94,14 +95,18 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
+Weight = jax.Array | BlockScaled
+
+
 @jax.custom_vjp
 def expert_ffn_tiles(
-    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
+    x_RD: jax.Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight, group_sizes_E: jax.Array
 ) -> jax.Array:
     """`expert_ffn` by tiles; see there."""
 
     def visit(e: jax.Array, over_tiles: Callable, y_RD: jax.Array) -> jax.Array:
-        weights = w_gate_EDF[e], w_up_EDF[e], w_down_EFD[e]
+        # Of weights in 8 bits, an expert's are wide only while it is visited.
+        weights = tuple(w_EXX[e].astype(x_RD.dtype) for w_EXX in (w_gate_EDF, w_up_EDF, w_down_EFD))
         return over_tiles(lambda tile, y_RD: tile.write(y_RD, _expert(tile.read(x_RD), *weights)[0]), y_RD)
 
     return _over_experts(visit, jnp.zeros_like(x_RD), group_sizes_E, x_RD.shape[0])
@@ -120,6 +125,7 @@ def _forward(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """As `expert_ffn_tiles`, keeping gate and up: to read them back is cheaper than two of eight products again."""
+    require_trainable((w_gate_EDF, w_up_EDF, w_down_EFD))
     num_rows, hidden = x_RD.shape[0], w_gate_EDF.shape[2]
 
     def visit(e: jax.Array, over_tiles: Callable, carry: Any) -> Any:

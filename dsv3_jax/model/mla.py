@@ -27,8 +27,8 @@ from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh, current_platform
-from dsv3_jax.parallel.placement import whole_weight
-from dsv3_jax.parallel.rules import TOKENS, current_rules
+from dsv3_jax.parallel.placement import Weight, splittable, whole_weight
+from dsv3_jax.parallel.rules import TOKENS
 
 KV_B_AXES = "latent", "heads", "head_dim"
 # The reference fixes it, whatever rms_norm_eps says (model of the published code; both are 1e-6 there).
@@ -58,9 +58,9 @@ class AbsorbedWeights(NamedTuple):
     w_uv_NCW: jax.Array
 
     @classmethod
-    def of(cls, kernel_CNX: jax.Array, config: ModelConfig) -> AbsorbedWeights:
-        """Splits the kernel of `kv_b_proj`."""
-        w_uk_CNH, w_uv_CNW = jnp.split(kernel_CNX, [config.qk_nope_head_dim], axis=-1)
+    def of(cls, kernel_CNX: Weight, config: ModelConfig) -> AbsorbedWeights:
+        """Splits the kernel of `kv_b_proj`, in the computation dtype."""
+        w_uk_CNH, w_uv_CNW = jnp.split(kernel_CNX.astype(config.dtype), [config.qk_nope_head_dim], axis=-1)
         return cls(w_uk_CNH.transpose(1, 2, 0), w_uv_CNW.transpose(1, 0, 2))
 
 
@@ -178,15 +178,15 @@ class MLA(nn.Module):
     ) -> jax.Array:
         config, kernel_CNX = self.config, self.kv_b_proj.kernel
 
-        def attend_over(kernel_CNX: jax.Array, *others: Any) -> jax.Array:
+        def attend_over(kernel_CNX: Weight, *others: Any) -> jax.Array:
             if current_mesh() is not None:
                 kernel_CNX = whole_weight(kernel_CNX, KV_B_AXES, config.dtype)
             return expanded_attention(kernel_CNX.astype(config.dtype), *others, scale=config.softmax_scale)
 
-        arguments = kernel_CNX, q_nope_BTNH, q_rope_BTNP, *new, cached, length_B
-        if current_mesh() is None:
-            return attend_over(*arguments)
-        return _by_sequences_and_heads(attend_over, cached, current_rules().spec(KV_B_AXES))(*arguments)
+        if current_mesh() is not None:
+            kernel_CNX, spec = splittable(kernel_CNX, KV_B_AXES)
+            attend_over = _by_sequences_and_heads(attend_over, cached, spec)
+        return attend_over(kernel_CNX, q_nope_BTNH, q_rope_BTNP, *new, cached, length_B)
 
     def _into_latent(self, q_nope_BTNH: jax.Array) -> jax.Array:
         return jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, self._absorbed_weights().w_uk_NHC)
@@ -197,7 +197,7 @@ class MLA(nn.Module):
     def _absorbed_weights(self) -> AbsorbedWeights:
         if self.has_variable("absorbed", "kv_b_proj"):
             return self.get_variable("absorbed", "kv_b_proj")
-        return AbsorbedWeights.of(self.kv_b_proj.kernel.astype(self.config.dtype), self.config)
+        return AbsorbedWeights.of(self.kv_b_proj.kernel, self.config)
 
 
 def expanding_pays(config: ModelConfig, num_queries: int) -> bool:
@@ -209,7 +209,7 @@ def expanding_pays(config: ModelConfig, num_queries: int) -> bool:
     return num_queries * (2 * C - expanded) > C * expanded
 
 
-def _by_sequences_and_heads(attend_over: Callable[..., jax.Array], cached: CachedLatents, *before: PartitionSpec) -> Any:
+def _by_sequences_and_heads(attend_over: Callable[..., jax.Array], cached: CachedLatents, *before: Any) -> Any:
     """Attention over a cache on the current mesh: a device has its own sequences, the pages of these, and its own heads."""
     mine, heads = PartitionSpec(BATCH_AXES), PartitionSpec(*TOKENS, "tensor")
     pages = jax.tree.map(lambda _: mine, cached)
@@ -221,7 +221,7 @@ def _by_sequences_and_heads(attend_over: Callable[..., jax.Array], cached: Cache
 def _attend_expanded(
     q_BTNX: jax.Array,
     latents: Latents,
-    kernel_CNX: jax.Array,
+    kernel_CNX: Weight,
     starts_BT: jax.Array | None,
     config: ModelConfig,
     first: jax.Array | int = 0,
@@ -247,7 +247,7 @@ def _cache_backend(config: ModelConfig) -> str:
 
 
 def _attend_on_mesh(
-    q_BTNX: jax.Array, latents: Latents, kernel_CNX: jax.Array, starts_BT: jax.Array | None, config: ModelConfig
+    q_BTNX: jax.Array, latents: Latents, kernel_CNX: Weight, starts_BT: jax.Array | None, config: ModelConfig
 ) -> jax.Array:
     """The same on the current mesh: a device has its own queries and heads, and gathers the latents of the whole sequence.
 
@@ -255,7 +255,7 @@ def _attend_on_mesh(
     """
 
     def on_device(
-        q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: jax.Array, starts_BT: jax.Array | None
+        q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: Weight, starts_BT: jax.Array | None
     ) -> jax.Array:
         whole = whole_weight(varying_over(kernel_CNX, varying_axes(q_BTNX)), KV_B_AXES, config.dtype)
         everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
@@ -263,7 +263,8 @@ def _attend_on_mesh(
         return _attend_expanded(q_BTNX, everyone, whole, starts_BT, config, first)
 
     heads = PartitionSpec(*TOKENS, "tensor")
-    specs: Any = heads, (TOKENS, TOKENS), current_rules().spec(KV_B_AXES), TOKENS
+    kernel_CNX, kernel_spec = splittable(kernel_CNX, KV_B_AXES)
+    specs: Any = heads, (TOKENS, TOKENS), kernel_spec, TOKENS
     backend = _attention_backend(config, starts_BT is not None)
     # Splash says nothing of the axes its results vary over, so there the check is off, and with it the sums that JAX would
     # put where a value begins to vary; those of replicated inputs' gradients, which are all there are, the border has anyway.
@@ -272,7 +273,11 @@ def _attend_on_mesh(
 
 
 def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The variables of an unrolled model with a collection `absorbed`, so that decoding need not split W_kvb each step."""
+    """The variables of an unrolled model with a collection `absorbed`, so that decoding need not split W_kvb each step.
+
+    These are in the computation dtype even if W_kvb is in 8 bits: every step multiplies with all of them, and they are a
+    three-hundredth of the published model.
+    """
 
     return variables | {"absorbed": absorbed(variables["params"], lambda kernel: AbsorbedWeights.of(kernel, config))}
 

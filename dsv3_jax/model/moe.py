@@ -11,16 +11,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.block_scaled import in_dtype
 from dsv3_jax.kernels.expert_ffn import choose_backend, expert_ffn
 from dsv3_jax.kernels.permute import combine, dispatch, sort_by_expert
 from dsv3_jax.model.layers import SwiGLU, normal_init
 from dsv3_jax.model.router import Router, Routing
 from dsv3_jax.parallel.dispatch import WEIGHT_AXES, ExpertWeights, routed_experts_on_mesh
 from dsv3_jax.parallel.mesh import current_mesh, current_platform
+from dsv3_jax.parallel.redundancy import Copies
 
 
 class Experts(nn.Module):
-    """The routed experts: E SwiGLUs of F hidden units, their weights stacked."""
+    """The routed experts: E SwiGLUs of F hidden units, their weights stacked.
+
+    With variables that `place_experts` made, the stack holds P >= E slots with their copies, and the choices become slots.
+    """
 
     config: ModelConfig
 
@@ -29,6 +34,9 @@ class Experts(nn.Module):
         """sum_k weight_k * Expert_{chosen_k}(x), the sum in float32: [B, T, D]; and the rounds of exchange it took."""
         c = self.config
         E, D, F = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
+        copies: Copies | None = self.get_variable("placement", "copies")
+        if copies is not None:
+            E, chosen_BTK = copies.expert_P.shape[0], copies.slots(chosen_BTK)
         shapes = (E, D, F), (E, D, F), (E, F, D)
         gate, up, down = (
             self.param(f"{name}_proj", normal_init(c, axes), shape, c.param_dtype)
@@ -47,10 +55,9 @@ def routed_experts(
 ) -> jax.Array:
     """sum_k weight_k * Expert_{chosen_k}(x) on one device: [T, D]."""
     chosen_TK, weight_TK = (array.reshape(-1, config.num_experts_per_tok) for array in (chosen_BTK, weight_BTK))
-    order, inverse, group_sizes_E = sort_by_expert(chosen_TK, config.n_routed_experts)
+    order, inverse, group_sizes_E = sort_by_expert(chosen_TK, weights[0].shape[0])
     rows_RD = dispatch(x_TD, order, inverse)
-    gate, up, down = (weight.astype(config.dtype) for weight in weights)
-    y_RD = expert_ffn(rows_RD, gate, up, down, group_sizes_E, backend=backend)
+    y_RD = expert_ffn(rows_RD, *in_dtype(weights, config.dtype), group_sizes_E, backend=backend)
     return combine(y_RD, weight_TK, order, inverse)
 
 

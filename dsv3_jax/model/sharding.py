@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model.mla import ABSORBED_AXES, absorbed
 from dsv3_jax.model.model import init_variables, logical_axes
 from dsv3_jax.model.stack import STACKS, stack_sizes
@@ -22,6 +24,27 @@ def variable_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Sh
     """
     shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     return named_shardings(logical_axes(config), shapes, mesh, rules)
+
+
+def place_variables(variables: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = RULES) -> dict[str, Any]:
+    """Variables that live elsewhere, moved to where `rules` say; those in 8 bits too. Raises as it."""
+
+    def place(variable: Any, sharding: NamedSharding) -> Any:
+        if not isinstance(variable, BlockScaled):
+            return jax.device_put(variable, sharding)
+        scale_inv = jax.device_put(variable.scale_inv, scale_sharding(sharding, variable.depth))
+        return dataclasses.replace(variable, values=jax.device_put(variable.values, sharding), scale_inv=scale_inv)
+
+    return jax.tree.map(place, variables, variable_shardings(config, mesh, rules), is_leaf=is_block_scaled)
+
+
+def scale_sharding(sharding: NamedSharding, depth: int) -> NamedSharding:
+    """Of the scales of an 8-bit weight with `depth` stack axes: split by experts as the weight is, the rest on every device.
+
+    They are a four-thousandth of its bytes. Blocks need not end where a device's part of the weight does, so what of them a
+    device needs is found out where it is needed (`parallel/placement.py`).
+    """
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:depth]))
 
 
 def unrolled_axes(config: ModelConfig) -> dict[str, Any]:

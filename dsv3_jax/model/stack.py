@@ -51,7 +51,7 @@ def run_scanned(
     """Runs stack `name` as one scan, from within a module's compact method; outputs gain a leading layer axis."""
     scan = nn.scan(
         rematerialised(Block, config, scanned=True),
-        variable_axes={"params": 0, "router": 0},
+        variable_axes={"params": 0, "router": 0, "placement": 0},
         split_rngs={"params": True},
         in_axes=(0, *(nn.broadcast,) * 4),
         length=size,

@@ -23,10 +23,10 @@ from dsv3_jax.kernels.expert_ffn import expert_ffn
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 from dsv3_jax.parallel.exchange import EXCHANGES, EXPERT_AXIS, Exchange, Local, choose_exchange
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
-from dsv3_jax.parallel.placement import scattered_sum, whole_weight
-from dsv3_jax.parallel.rules import TOKENS, current_rules
+from dsv3_jax.parallel.placement import Weight, scattered_sum, splittable, whole_weight
+from dsv3_jax.parallel.rules import TOKENS
 
-ExpertWeights = tuple[jax.Array, jax.Array, jax.Array]
+ExpertWeights = tuple[Weight, Weight, Weight]
 """The routed experts' parameters, gate, up and down: [E, D, F] twice and [E, F, D]."""
 WEIGHT_AXES = (
     ("experts", "expert_embed", "expert_mlp"),
@@ -49,7 +49,7 @@ def routed_experts_on_mesh(
     """sum_k weight_k * Expert_{chosen_k}(x) on the current mesh, the sum in float32.
 
     Args:
-      x_BTD, chosen_BTK, weight_BTK: tokens, their experts and the weights of these, split as `TOKENS`.
+      x_BTD, chosen_BTK, weight_BTK: tokens, their experts (indices of the stacks) and the weights of these, split as `TOKENS`.
       weights: split as `WEIGHT_AXES`.
       config: gives the exchange and the size of its buffer.
       backend: of `expert_ffn`.
@@ -62,13 +62,14 @@ def routed_experts_on_mesh(
     exchange = choose_exchange(config.expert_exchange, current_platform(), mesh.shape[EXPERT_AXIS])
     region = functools.partial(
         _on_device,
-        num_experts=config.n_routed_experts,
+        num_experts=weights[0].shape[0],
         exchange=exchange,
         receive_factor=config.receive_factor,
         how=_How(backend, config.dtype),
     )
-    specs = (TOKENS, TOKENS, TOKENS, tuple(current_rules().spec(axes) for axes in WEIGHT_AXES))
-    return jax.shard_map(region, in_specs=specs, out_specs=(TOKENS, PartitionSpec()))(x_BTD, chosen_BTK, weight_BTK, weights)
+    split, weight_specs = zip(*map(splittable, weights, WEIGHT_AXES), strict=True)
+    specs = TOKENS, TOKENS, TOKENS, weight_specs
+    return jax.shard_map(region, in_specs=specs, out_specs=(TOKENS, PartitionSpec()))(x_BTD, chosen_BTK, weight_BTK, split)
 
 
 def _on_device(
@@ -158,7 +159,7 @@ def _gather(weights: ExpertWeights, how: _How) -> ExpertWeights:
     return gate, up, down
 
 
-def _scatter(dwhole: ExpertWeights, weights: ExpertWeights) -> ExpertWeights:
+def _scatter(dwhole: tuple[jax.Array, ...], weights: ExpertWeights) -> ExpertWeights:
     """Their gradients, summed over the fsdp axes and split along them again, in the dtype of the parameters."""
     triples = zip(dwhole, WEIGHT_AXES, weights, strict=True)
     gate, up, down = (scattered_sum(dw, axes).astype(w.dtype) for dw, axes, w in triples)

@@ -6,15 +6,20 @@ all-reduce of zeros, at twice the traffic, wherever they span all dimensions of 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from dsv3_jax.kernels.block_scaled import BlockScaled
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.parallel.mesh import current_mesh
 from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES, TOKENS, current_rules
+
+Weight = jax.Array | BlockScaled
 
 
 def place_tokens(x: jax.Array) -> jax.Array:
@@ -22,11 +27,11 @@ def place_tokens(x: jax.Array) -> jax.Array:
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, TOKENS)
 
 
-def project(x: jax.Array, kernel: jax.Array, names: tuple[str, ...], *, num_in: int = 1, **how: Any) -> jax.Array:
+def project(x: jax.Array, kernel: Weight, names: tuple[str, ...], *, num_in: int = 1, **how: Any) -> jax.Array:
     """Contracts the last `num_in` axes of x with the first `num_in` of a dense kernel, in x's dtype.
 
-    On a mesh every device has its own tokens; the kernel is gathered along the fsdp axes in x's dtype, its gradient leaves
-    by reduce-scatter, and what `tensor` splits stays split, or is summed if it is contracted.
+    On a mesh every device has its own tokens; the kernel is gathered along the fsdp axes in x's dtype (or in its 8 bits), its
+    gradient leaves by reduce-scatter, and what `tensor` splits stays split, or is summed if it is contracted.
 
     Args:
       x: [B, T, ...] (on one device any array).
@@ -39,15 +44,16 @@ def project(x: jax.Array, kernel: jax.Array, names: tuple[str, ...], *, num_in: 
         return _contract(x, kernel, num_in, how)
     split = [_along_tensor(name) for name in names]
 
-    def on_device(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    def on_device(x: jax.Array, kernel: Weight) -> jax.Array:
         y = _contract(x, whole_weight(varying_over(kernel, varying_axes(x)), names, x.dtype), num_in, how)
         return jax.lax.psum(y, "tensor") if "tensor" in split[:num_in] else y
 
-    specs = PartitionSpec(*TOKENS, *split[:num_in]), current_rules().spec(names)
+    kernel, kernel_spec = splittable(kernel, names)
+    specs = PartitionSpec(*TOKENS, *split[:num_in]), kernel_spec
     return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(*TOKENS, *split[num_in:]))(x, kernel)
 
 
-def _contract(x: jax.Array, kernel: jax.Array, num_in: int, how: dict[str, Any]) -> jax.Array:
+def _contract(x: jax.Array, kernel: Weight, num_in: int, how: dict[str, Any]) -> jax.Array:
     axes = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())), **how)
 
@@ -56,9 +62,55 @@ def _along_tensor(name: str) -> str | None:
     return "tensor" if "tensor" in getattr(current_rules(), name) else None
 
 
-def whole_weight(part: jax.Array, names: tuple[str, ...], dtype: Any) -> jax.Array:
-    """Inside `jax.shard_map`: a weight cast to `dtype` and made whole along the fsdp axes. Its transpose sums and scatters."""
-    part = _rounded(part, dtype)
+def splittable(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
+    """A weight as it enters a region of `jax.shard_map`, and the specs that split it there as its logical axes say.
+
+    Scales of a weight in 8 bits are split as its values are. Where an edge cuts blocks, they are divided first, into blocks of
+    the same scale that end at the edge.
+    """
+    if not isinstance(weight, BlockScaled):
+        return weight, current_rules().spec(names)
+    scale_names = _scale_names(weight, names)
+    by_axis = zip(weight.block, weight.matrix_shape, scale_names[-2:], strict=True)
+    rows, columns = (_ending_at_edges(block, size, _num_parts(name)) for block, size, name in by_axis)
+    weight = weight.with_blocks((rows, columns))
+    specs: Any = {"values": current_rules().spec(names), "scale_inv": current_rules().spec(scale_names)}
+    return weight, dataclasses.replace(weight, **specs)
+
+
+def _scale_names(weight: BlockScaled, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The logical axes of its scales: those of the stack, and the first of the inputs and of the outputs."""
+    first_out = weight.depth + weight.num_in
+    more = names[weight.depth + 1 : first_out] + names[first_out + 1 :]
+    assert not any(getattr(current_rules(), name) for name in more), (
+        f"{names}: only the first input and output axis can be split"
+    )
+    return *names[: weight.depth + 1], names[first_out]
+
+
+def _ending_at_edges(block: int, size: int, parts: int) -> int:
+    """The largest block that divides `block` and each of `parts` equal parts of `size`; one part may end within a block."""
+    return block if parts == 1 else math.gcd(block, size // parts)
+
+
+def _num_parts(name: str) -> int:
+    mesh = current_mesh()
+    assert mesh is not None
+    return math.prod(mesh.shape[axis] for axis in getattr(current_rules(), name))
+
+
+def whole_weight(part: Weight, names: tuple[str, ...], dtype: Any) -> Any:
+    """Inside `jax.shard_map`: a weight cast to `dtype` and made whole along the fsdp axes. Its transpose sums and scatters.
+
+    One in 8 bits travels and stays in them.
+    """
+    if isinstance(part, BlockScaled):
+        scale_inv = _gathered(part.scale_inv, _scale_names(part, names))
+        return dataclasses.replace(part, values=_gathered(part.values, names), scale_inv=scale_inv)
+    return _gathered(_rounded(part, dtype), names)
+
+
+def _gathered(part: jax.Array, names: tuple[str, ...]) -> jax.Array:
     for dimension, axes in _fsdp_splits(names):
         for axis in reversed(axes):  # The first of them is the outermost.
             part = jax.lax.all_gather(part, axis, axis=dimension, tiled=True)

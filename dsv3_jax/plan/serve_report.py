@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import num_shards
+from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import describe, make_mesh
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
@@ -106,8 +107,10 @@ def plan_serving(model: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | 
     decode = compile_decode(model, serving, mesh, chip, arguments)
     prefill = compile_prefill(model, serving, mesh, chip, arguments)
 
+    backend = choose_backend(model.expert_backend, model.dtype, "cpu" if chip is None else "tpu")
+
     def part(compiled: Compiled, step: Step, tokens: int) -> Part:
-        done = work(model, serving, step, arguments)
+        done = work(model, serving, step, arguments, backend)
         total = compiled.total_bytes + done.unused_bytes
         fits = None if chip is None else compiled.fits is not False and total <= chip.hbm_gib * GIB
         bound = None if chip is None or compiled.collectives is None else limits(done, compiled, chip)
@@ -142,6 +145,7 @@ def _part_json(part: Part) -> dict[str, Any]:
         "flops": part.work.flops,
         "weight_bytes_read": part.work.weight_bytes,
         "cache_bytes_read": part.work.cache_bytes,
+        "weight_bytes_copied": part.work.copied_bytes,
         "tokens": part.tokens,
         "roofline_seconds": None if bound is None else bound._asdict(),
         "roofline_seconds_per_token": None if bound is None else bound.step_seconds / part.tokens,
@@ -180,9 +184,10 @@ def _print_part(console: Console, name: str, part: Part, chip: Chip | None) -> N
     if part.limits is not None and chip is not None:
         bound, done = part.limits, part.work
         ms = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in bound._asdict().items()}
+        copied = f" and {done.copied_bytes / 1e9:.1f} GB of experts made wide" if done.copied_bytes else ""
         console.print(
             f"Least time of a step: arithmetic {ms['compute_seconds']} for {done.flops / 1e12:.2f} TFLOP, HBM "
-            f"{ms['weight_seconds']} for {done.weight_bytes / 1e9:.1f} GB of weights and {ms['cache_seconds']} for "
+            f"{ms['weight_seconds']} for {done.weight_bytes / 1e9:.1f} GB of weights{copied} and {ms['cache_seconds']} for "
             f"{done.cache_bytes / 1e9:.1f} GB of cache, links {ms['link_seconds']}: {ms['step_seconds']} if all overlap, "
             f"{1e6 * bound.step_seconds / part.tokens:.1f} us for each of {part.tokens} tokens."
         )

@@ -12,15 +12,20 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from dsv3_jax.checkpoint.fp8 import EXPORT_BLOCK, scale_shape
+from dsv3_jax.checkpoint.names import Leaf, leaves
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.infer.cache import ROWS, empty_cache, num_shards
 from dsv3_jax.infer.runner import laid_out, models, on_mesh
 from dsv3_jax.infer.steps import Chunks, Slots, decode, prefill
+from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model import init_variables
-from dsv3_jax.model.sharding import unrolled_axes
+from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import SERVING, named_shardings
@@ -82,12 +87,34 @@ def abstract_arguments(config: ModelConfig, serving: Serving, mesh: Mesh | Abstr
     make_cache = functools.partial(empty_cache, config, serving.batch * serving.pages_of_one, PAGE_SIZE)
     cache = jax.eval_shape(functools.partial(make_cache, drafting=serving.drafts > 0))
     slots = jax.eval_shape(lambda: Slots.empty(serving.batch, serving.drafts, config.vocab_size))
-    return Arguments(_abstract_variables(config, mesh), *(by_rows(tree, mesh) for tree in (cache, slots)))
+    variables = _abstract_variables(config, mesh, serving.weights == "fp8")
+    return Arguments(variables, *(by_rows(tree, mesh) for tree in (cache, slots)))
 
 
-def _abstract_variables(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:
-    shapes = jax.eval_shape(lambda: laid_out(config, init_variables(config, jax.random.key(0))))
-    return jax.tree.map(_placed, shapes, named_shardings(unrolled_axes(config), shapes, mesh, SERVING))
+def _abstract_variables(config: ModelConfig, mesh: Mesh | AbstractMesh, fp8: bool) -> Any:
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    if fp8:
+        flat = traverse_util.flatten_dict(shapes)
+        shapes = traverse_util.unflatten_dict(flat | {leaf.path: _in_blocks(leaf) for leaf in leaves(config) if leaf.is_fp8})
+    shapes = jax.eval_shape(functools.partial(laid_out, config, placement={}), shapes)
+    arrays = jax.tree.map(lambda leaf: leaf.values if is_block_scaled(leaf) else leaf, shapes, is_leaf=is_block_scaled)
+
+    def place(shape: Any, sharding: NamedSharding) -> Any:
+        if not isinstance(shape, BlockScaled):
+            return _placed(shape, sharding)
+        scale_inv = _placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
+        return dataclasses.replace(shape, values=_placed(shape.values, sharding), scale_inv=scale_inv)
+
+    shardings = named_shardings(unrolled_axes(config), arrays, mesh, SERVING)
+    return jax.tree.map(place, shapes, shardings, is_leaf=is_block_scaled)
+
+
+def _in_blocks(leaf: Leaf) -> BlockScaled:
+    """What `load_hf` makes of an array that the published checkpoint has in FP8."""
+    rows, columns = scale_shape(leaf.stored)
+    values: Any = jax.ShapeDtypeStruct(leaf.shape, np.uint8)
+    scale_inv: Any = jax.ShapeDtypeStruct((*leaf.stack, columns, rows), np.float32)
+    return BlockScaled(values=values, scale_inv=scale_inv, block=EXPORT_BLOCK, num_in=leaf.num_in)
 
 
 def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:

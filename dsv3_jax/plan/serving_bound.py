@@ -30,6 +30,8 @@ class Work(NamedTuple):
     """Read from HBM: of the routed experts those that somebody visits, on average."""
     cache_bytes: float
     """Read from HBM."""
+    copied_bytes: float
+    """Written to HBM and read again: routed experts in 8 bits, all of a device's, made bfloat16 for a kernel."""
     unused_bytes: int
     """Of weights that the program does not take."""
 
@@ -39,7 +41,7 @@ class Limits(NamedTuple):
 
     compute_seconds: float
     weight_seconds: float
-    """Reading weights from HBM."""
+    """Reading weights from HBM, and writing and reading what of them is made wide."""
     cache_seconds: float
     """Reading the cache from HBM."""
     link_seconds: float
@@ -72,7 +74,7 @@ class Step:
         return cls(serving.chunk, 1 + serving.drafts, serving.start, 1)
 
 
-def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments) -> Work:
+def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments, backend: str) -> Work:
     """What one device does in a step.
 
     With t rows, S cached tokens and X devices of an expert group, and the heads and hidden units split along `tensor`:
@@ -81,12 +83,13 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
       dense         t rows each; head: `step.heads`; embedding: none, and next to no bytes
       attention     absorbed 2 N (2 C + P) a query and key, or expanded 2 N (H + P + W) and W_kvb for every cached token too
 
-    Queries attend to all of the cache and, causally, to the step's own rows.
+    Queries attend to all of the cache and, causally, to the step's own rows. Experts in 8 bits are handed to `backend` in
+    bfloat16, all of them, unless it is "tiles" (`expert_ffn`).
     """
     mesh = jax.tree.leaves(arguments.variables)[0].sharding.mesh
     own = step.rows // step.sequences
     expanded = step.start == 0 or expanding_pays(config, own)
-    flops = weight_bytes = 0.0
+    flops = weight_bytes = copied_bytes = 0.0
     unused = 0
     group_rows = step.rows * mesh.shape["expert"]
     share = config.num_experts_per_tok / config.n_routed_experts
@@ -98,13 +101,17 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
         elif "embed" in names:
             continue
         elif "experts" in names:
-            flops += 2 * values * group_rows * share
+            if names[-1] != "scale_inv":
+                flops += 2 * values * group_rows * share
             weight_bytes += size * (1 - (1 - share) ** group_rows)
+            if names[-1] == "values" and backend != "tiles":
+                copied_bytes += 2 * 2 * values
         else:
             rows = step.heads if "lm_head" in names else step.rows
             if KV_B in names and expanded:
                 rows += step.start * step.sequences
-            flops += 2 * values * rows if leaf.ndim > 1 else 0
+            if leaf.ndim > 1 and names[-1] != "scale_inv":
+                flops += 2 * values * rows
             weight_bytes += size
     layers = len(cached_layers(config, serving.drafts > 0))
     keys = step.rows * (step.start + (own + 1) / 2)
@@ -112,7 +119,7 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
     width = H + P + W if expanded else 2 * C + P
     flops += layers * keys * 2 * config.num_attention_heads / mesh.shape["tensor"] * width
     cache_bytes = step.start * step.sequences * bytes_per_token(config, serving.drafts > 0)
-    return Work(flops, weight_bytes, cache_bytes, unused)
+    return Work(flops, weight_bytes, cache_bytes, copied_bytes, unused)
 
 
 def _takes(names: list[str], *, drafting: bool, expanded: bool) -> bool:
@@ -125,6 +132,6 @@ def _takes(names: list[str], *, drafting: bool, expanded: bool) -> bool:
 def limits(work: Work, compiled: Compiled, chip: Chip) -> Limits:
     """Seconds of a step in which everything runs at its peak and overlaps; links as in `roofline`."""
     compute = work.flops / chip.bf16_flops
-    weights, cache = work.weight_bytes / chip.hbm_bytes, work.cache_bytes / chip.hbm_bytes
+    weights, cache = (work.weight_bytes + work.copied_bytes) / chip.hbm_bytes, work.cache_bytes / chip.hbm_bytes
     links = sum(one.bytes for one in compiled.collectives or []) / chip.ici_bytes
     return Limits(compute, weights, cache, links, max(compute, weights + cache, links))

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
+from dsv3_jax.kernels.block_scaled import require_trainable
 from dsv3_jax.model import init_variables
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.train.optimizer import make_optimizer
@@ -80,6 +81,11 @@ def save_run_start(path: str, config: Config, variables: dict[str, Any]) -> None
 
 
 def state_of(config: Config, variables: dict[str, Any]) -> TrainState:
-    """A state at step 0 around given variables."""
+    """A state at step 0 around given variables.
+
+    Raises:
+      ValueError: if they hold weights in FP8, which have no gradient.
+    """
+    require_trainable(variables["params"])
     optimizer = make_optimizer(config.optimizer).init(variables["params"])
     return TrainState(jnp.zeros([], jnp.int32), variables["params"], variables["router"], optimizer)

@@ -67,15 +67,33 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(engine: Engine) -> None:
     assert together == [next(engine.generate([prompt], TEN)).tokens for prompt in PROMPTS]
 
 
-def test_decode_compiles_once_for_all_steps(variables: dict[str, Any]) -> None:
+def test_decode_compiles_once_and_prefill_once_a_length(variables: dict[str, Any]) -> None:
     """One entry in jax's cache of the program: a second would be a second compilation."""
     fresh = Engine(dataclasses.replace(ENDLESS, loss_chunk=5), variables, max_batch=4)
     before = prefill._cache_size(), decode._cache_size()
     assert all(len(completion.tokens) == 25 for completion in fresh.generate(PROMPTS[:2], SamplingParams(max_tokens=25)))
     assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 1, before[1] + 1)
     # Nor does another length, way of sampling or seed make another program.
-    list(fresh.generate([PROMPTS[2][:9], PROMPTS[0]], SamplingParams(max_tokens=20, temperature=0.7, top_p=0.9, seed=3)))
+    drawn = SamplingParams(max_tokens=20, temperature=0.7, top_p=0.9, seed=3, logit_bias={3: 1.0}, repetition_penalty=1.2)
+    list(fresh.generate([PROMPTS[2][:9], PROMPTS[0]], drawn))
     assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 1, before[1] + 1)
+    list(fresh.generate([PROMPTS[2]], TEN))
+    assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 2, before[1] + 1)
+
+
+def test_only_tokens_leave_the_device(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever reads an array's values goes through `_value`; a CPU, whose memory is the host's, heeds no transfer guard."""
+    kind, read = type(jnp.ones(1)), []
+    value = kind._value
+    monkeypatch.setattr(kind, "_value", property(lambda array: read.append(array) or value.fget(array)))
+    assert float(jnp.ones(1)[0]) == 1
+    assert len(read) == 1
+    read.clear()
+    with jax.transfer_guard_device_to_host("disallow"):
+        assert len(next(engine.generate([PROMPTS[1]], TEN)).tokens) == 10
+    # The tokens of a prefill and of nine steps, and how many they are.
+    assert sorted(array.shape for array in read) == [(1,), (1, 1), *[(4,)] * 9, *[(4, 1)] * 9]
+    assert {array.dtype for array in read} == {jnp.dtype("int32")}
 
 
 def test_more_prompts_than_rows_come_in_order(engine: Engine, greedy: Greedy) -> None:
@@ -106,21 +124,17 @@ def test_max_length_is_the_context_of_an_engine(variables: dict[str, Any], greed
         short.generate([list(range(8))])
 
 
-def test_a_cache_has_room_for_what_is_asked_and_not_for_the_whole_context(variables: dict[str, Any]) -> None:
-    """A context of a million tokens, of which one row would take 100 MB a layer."""
-    config = dataclasses.replace(ENDLESS, max_position_embeddings=2**20)
-    long = Engine(config, variables, max_length=2**20)
-    params = SamplingParams(max_tokens=40)
-    seen: list[int] = []
-
-    def recorded(*args: Any, capacity: int) -> Any:
-        seen.append(capacity)
-        return prefill(*args, capacity=capacity)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsv3_jax.infer.engine.prefill", recorded)
-        assert len(list(long.stream([5, 3], params))) == 40
-    assert seen == [128]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_the_cache_takes_what_its_formula_says(variables: dict[str, Any], dtype: str, drafts: int) -> None:
+    config = dataclasses.replace(ENDLESS, num_nextn_predict_layers=1, dtype=dtype)
+    engine = Engine(config, random_variables(config), max_batch=3, max_length=50, page_size=16, drafts=drafts)
+    layers, values = config.num_hidden_layers + (drafts > 0), config.kv_lora_rank + config.qk_rope_head_dim
+    # A sequence may be 50 tokens long, and a step writes up to 2 n + 1 places further.
+    assert engine.cache_tokens == 3 * 16 * -(-(50 + 2 * drafts + 1) // 16)
+    assert engine.cache_bytes == engine.cache_tokens * layers * values * jnp.dtype(dtype).itemsize
+    assert engine.cache_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine._runner._cache))
+    assert f"for {engine.cache_tokens} tokens" in engine.describe()[0]
 
 
 def ending(tokens: list[int], index: int) -> int:
@@ -171,18 +185,25 @@ def test_draws_depend_on_the_seed_and_not_on_what_shares_the_batch(engine: Engin
     assert [completion.tokens for completion in engine.generate([[5]] * 4, params)] == same_prompt
 
 
-def test_stream_gives_tokens_as_they_come(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsv3_jax.infer import engine as module
-
-    steps = []
-    monkeypatch.setattr(module, "decode", lambda *args: steps.append(1) or decode(*args))
+def test_stream_gives_tokens_as_they_come(engine: Engine) -> None:
+    before = engine.steps
     stream = engine.stream(PROMPTS[1], TEN)
     for taken in range(10):
         next(stream)
-        # One step ahead of what was taken, but none beyond the last token.
-        assert len(steps) == min(taken + 1, 9)
+        # The first token is prefill's.
+        assert engine.steps == before + taken
     assert next(stream, None) is None
-    assert len(steps) == 9
+    assert engine.steps == before + 9
+    assert engine.idle
+
+
+def test_a_stream_that_is_left_frees_what_it_held(engine: Engine) -> None:
+    stream = engine.stream(PROMPTS[1], TEN)
+    next(stream)
+    assert not engine.idle
+    stream.close()
+    engine.step()
+    assert engine.idle
 
 
 @pytest.mark.parametrize(
@@ -222,6 +243,11 @@ def test_one_string_is_no_list_of_prompts(engine: Engine) -> None:
         ({"max_length": CONTEXT + 1}, "max_length is 65; it must lie in 2..64"),
         ({"max_length": 1}, "max_length is 1"),
         ({"max_batch": 0}, "max_batch is 0; it must be at least 1"),
+        ({"drafts": 1}, "drafts is 1; the model has no MTP depth to draft with, use 0"),
+        ({"drafts": -1}, "drafts is -1; it cannot be negative, use 0"),
+        ({"chunk": 48}, "chunk is 48; it must be a power of two from 16"),
+        ({"page_size": 0}, "page_size is 0; it must be at least 1"),
+        ({"cache_tokens": 63}, "cache_tokens is 63; give each of 1 parts a page of 64, or more"),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(variables: dict[str, Any], arguments: dict[str, int], message: str) -> None:
@@ -253,9 +279,10 @@ def test_ids_of_other_kinds_of_integers_will_do(engine: Engine) -> None:
 
 def test_weights_are_held_in_the_computation_dtype(variables: dict[str, Any]) -> None:
     engine = Engine(dataclasses.replace(ENDLESS, dtype="bfloat16"), variables)
-    assert {leaf.dtype for leaf in jax.tree.leaves(engine._variables["params"])} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(engine._runner._variables["params"])} == {jnp.dtype("bfloat16")}
     chex.assert_trees_all_equal(
-        engine._variables["router"]["moe_layers_0"], jax.tree.map(lambda leaf: leaf[0], variables["router"]["moe_layers"])
+        engine._runner._variables["router"]["moe_layers_0"],
+        jax.tree.map(lambda leaf: leaf[0], variables["router"]["moe_layers"]),
     )
 
 

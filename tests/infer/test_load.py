@@ -11,15 +11,19 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from dsv3_jax.checkpoint.hugging_face import save_hf
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.config import Config, InferConfig, TrainConfig
+from dsv3_jax.config import Config, InferConfig, MeshConfig, TrainConfig
 from dsv3_jax.config.checkpoint_model import is_hugging_face
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
+from dsv3_jax.kernels.block_scaled import BlockScaled
+from dsv3_jax.parallel.mesh import make_mesh
 from tests.model.tiny import CONFIG, random_variables
 
 MODEL = dataclasses.replace(CONFIG, vocab_size=270)
@@ -88,6 +92,32 @@ def test_dtype_is_that_of_computing_and_storing(kind: str, variables: dict[str, 
     assert (loaded.config.dtype, loaded.config.param_dtype) == ("bfloat16", "bfloat16")
     expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), variables["params"])
     chex.assert_trees_all_equal(loaded.variables, {"params": expected, "router": variables["router"]})
+
+
+def test_fp8_blocks_are_kept_unless_told_otherwise(tmp_path: Path, variables: dict[str, Any]) -> None:
+    path = str(tmp_path / "fp8")
+    save_hf(path, MODEL, variables, fp8=True)
+    TOKENIZER.save(tmp_path / "fp8" / "tokenizer.json")
+    kept, wide = load_model(path).variables, load_model(path, keep_fp8=False).variables
+    chex.assert_trees_all_equal_structs(wide, variables)
+    gate, wide_gate = (tree["params"]["moe_layers"]["mlp"]["experts"]["gate_proj"] for tree in (kept, wide))
+    assert isinstance(gate, BlockScaled)
+    chex.assert_trees_all_equal(gate.astype(jnp.float32), wide_gate)
+
+
+@pytest.mark.parametrize("kind", ["run", "published"])
+def test_there_has_to_be_fp8_to_keep(kind: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(ValueError, match=r"no FP8 blocks.*; leave .* out"):
+        load_model(str(request.getfixturevalue(kind)), keep_fp8=True)
+
+
+@pytest.mark.parametrize("kind", ["run", "published"])
+def test_on_a_mesh(kind: str, variables: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    mesh = make_mesh(MeshConfig(data=4, expert=2), jax.devices())
+    loaded = load_model(str(request.getfixturevalue(kind)), mesh=mesh)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, loaded.variables), jax.tree.map(np.asarray, variables))
+    experts = loaded.variables["params"]["moe_layers"]["mlp"]["experts"]["gate_proj"]
+    assert experts.sharding.spec == PartitionSpec(None, "expert", ("fsdp", "context"), "tensor")
 
 
 @pytest.mark.parametrize("kind", ["run", "published"])

@@ -1,4 +1,4 @@
-"""Prefill and decoding over the latent cache against the model run over the whole sequence at once."""
+"""Prefill and decoding over pages against the model run over the whole sequence at once."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ import dataclasses
 import functools
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import Cache, append, empty_cache
-from dsv3_jax.infer.sampling import sample
-from dsv3_jax.infer.steps import Draw, decode, prefill
+from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
 from dsv3_jax.model import DeepSeekV3, unstack
+from dsv3_jax.model.mla import Places, expanding_pays
 from tests.model.tiny import CONFIG as WITH_MTP
-from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
+from tests.model.tiny import random_tokens, random_variables
 from tests.tolerances import TOLERANCE
 
-CONFIG = dataclasses.replace(WITH_MTP, num_nextn_predict_layers=0)
-B, T, CAPACITY = 3, 20, 32
-LENGTH_B = np.array([5, 12, 1], np.int32)
-GREEDY = Draw(jnp.zeros(B, jnp.uint32), jnp.float32(0), jnp.float32(1))
+CONFIG = dataclasses.replace(WITH_MTP, num_nextn_predict_layers=1)
+MODEL = DeepSeekV3(CONFIG, unrolled=True)
+B, T, PAGE, PAGES = 2, 40, 4, 24
 TOKENS_BT = random_tokens(B, T)
+TABLE_BJ = np.random.default_rng(5).permutation(PAGES).reshape(B, -1).astype(np.int32)
+NOWHERE = np.full((1, TABLE_BJ.shape[1]), PAGES, np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -34,114 +33,157 @@ def variables() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(variables: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Logits of the whole sequences, and the latents of every layer."""
-    model = DeepSeekV3(CONFIG)
-
-    @jax.jit
-    def run(variables: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-        features = model.apply(variables, TOKENS_BT, method="features", keep=("latents",))
-        logits_BTV = model.apply(variables, features.h_BTD, method="head")
-        return logits_BTV, {name: output.latents for name, output in features.outputs.items()}
-
-    logits_BTV, latents = run(variables)
-    layers = [("dense_layers", 0), ("moe_layers", 0), ("moe_layers", 1)]
-    return np.asarray(logits_BTV), {f"{name}_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], latents[name]) for name, i in layers}
+def whole(variables: dict[str, Any]) -> Any:
+    """States, the depth's states and all latents of the whole sequences."""
+    return features(unstack(variables), TOKENS_BT)
 
 
-def assert_holds(cache: Cache, latents: dict[str, Any], length_B: np.ndarray) -> None:
-    """The cache holds exactly the latents of each sequence's first tokens."""
-    assert cache.layers.keys() == latents.keys()
-    np.testing.assert_array_equal(cache.length_B, length_B)
-    for name, stored in cache.layers.items():
-        for found, expected in zip(stored, latents[name], strict=True):
-            for b, length in enumerate(length_B):
-                np.testing.assert_allclose(found[b, :length], expected[b, :length], **TOLERANCE["float32"], err_msg=name)
+def head(variables: dict[str, Any], h_BTD: jax.Array) -> np.ndarray:
+    return np.asarray(DeepSeekV3(CONFIG).apply(variables, h_BTD, method="head"))
 
 
-def prefilled(variables: dict[str, Any], tokens_BT: np.ndarray, draw: Draw = GREEDY) -> tuple[jax.Array, Cache]:
-    model = DeepSeekV3(CONFIG, unrolled=True)
-    return prefill(model, unstack(variables), tokens_BT, LENGTH_B, draw, capacity=CAPACITY)
+def poisoned() -> Cache:
+    """A cache of NaN."""
+    return jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), empty_cache(CONFIG, PAGES, PAGE, drafting=True))
 
 
-def test_prefill_chooses_from_each_prompts_last_logits_and_stores_its_latents(variables: dict, whole: tuple) -> None:
-    logits_BTV, latents = whole
-    token_B, cache = prefilled(variables, TOKENS_BT)
-    np.testing.assert_array_equal(token_B, logits_BTV[np.arange(B), LENGTH_B - 1].argmax(-1))
-    chex.assert_type(token_B, jnp.int32)
-    chex.assert_tree_shape_prefix(cache.layers, (B, CAPACITY))
-    assert_holds(cache, latents, LENGTH_B)
+def rows_of(cache: Cache, name: str, b: int) -> list[np.ndarray]:
+    return [np.asarray(pages)[TABLE_BJ[b]].reshape(-1, pages.shape[-1]) for pages in cache[name]]
 
 
-def test_what_pads_a_prompt_does_not_matter(variables: dict) -> None:
-    token_B, cache = prefilled(variables, TOKENS_BT)
-    padded = np.where(np.arange(T) < LENGTH_B[:, None], TOKENS_BT, 0)
-    other_token_B, other_cache = prefilled(variables, padded)
-    np.testing.assert_array_equal(token_B, other_token_B)
-    for found, expected in zip(jax.tree.leaves(other_cache.layers), jax.tree.leaves(cache.layers), strict=True):
-        for b, length in enumerate(LENGTH_B):
-            np.testing.assert_array_equal(found[b, :length], expected[b, :length])
+def assert_holds(cache: Cache, whole: Any, length_B: list[int]) -> None:
+    """The pages hold the latents of each sequence's first tokens; the depth's do too, whose last row knows one token more."""
+    for name, output in whole.outputs.items():
+        for b, length in enumerate(length_B):
+            for found, expected in zip(rows_of(cache, name, b), output.latents, strict=True):
+                np.testing.assert_allclose(found[:length], expected[b, :length], **TOLERANCE["float32"], err_msg=name)
 
 
-def test_cached_logits_are_the_uncached_ones(variables: dict, whole: tuple) -> None:
-    """Token by token behind prompts of three lengths, with NaN wherever the cache is not filled."""
-    logits_BTV, latents = whole
-    model, separate = DeepSeekV3(CONFIG, unrolled=True), unstack(variables)
-    step = jax.jit(functools.partial(model.apply, method="decode"))
-    _, cache = prefilled(variables, TOKENS_BT)
-    for _ in range(T - int(LENGTH_B.max())):
-        at_B = np.asarray(cache.length_B)
-        unfilled = np.arange(CAPACITY) >= at_B[:, None]
-        poisoned = jax.tree.map(lambda leaf, unfilled=unfilled: jnp.where(unfilled[..., None], jnp.nan, leaf), cache.layers)
-        new_logits_BTV, new = step(separate, TOKENS_BT[np.arange(B), at_B][:, None], poisoned, cache.length_B)
-        chex.assert_shape(new_logits_BTV, (B, 1, CONFIG.vocab_size))
-        np.testing.assert_allclose(new_logits_BTV[:, 0], logits_BTV[np.arange(B), at_B], **TOLERANCE["float32"])
-        cache = append(cache, new, jnp.ones(B, jnp.int32))
-    assert_holds(cache, latents, LENGTH_B + T - LENGTH_B.max())
+features = jax.jit(functools.partial(MODEL.apply, mtp=True, keep=("latents",), method="features"))
+extend = jax.jit(functools.partial(MODEL.apply, method="extend"))
+draft = jax.jit(functools.partial(MODEL.apply, method="draft"))
 
 
-def test_several_new_tokens_at_once_are_as_good_as_one_by_one(variables: dict, whole: tuple) -> None:
-    logits_BTV, latents = whole
-    model, separate = DeepSeekV3(CONFIG, unrolled=True), unstack(variables)
-    _, cache = prefilled(variables, TOKENS_BT)
-    at_BT = LENGTH_B[:, None] + np.arange(6)
-    new_logits_BTV, new = jax.jit(functools.partial(model.apply, method="decode"))(
-        separate, np.take_along_axis(TOKENS_BT, at_BT, axis=1), cache.layers, cache.length_B
-    )
-    expected_BTV = np.take_along_axis(logits_BTV, at_BT[..., None], axis=1)
-    np.testing.assert_allclose(new_logits_BTV, expected_BTV, **TOLERANCE["float32"])
-    assert_holds(append(cache, new, jnp.full(B, 6)), latents, LENGTH_B + 6)
+@pytest.mark.parametrize("size", [1, 5, 20])
+def test_extending_in_pieces_is_the_whole_forward_pass(variables: dict, whole: Any, size: int) -> None:
+    """Over NaN wherever nothing is written yet; the second sequence runs a piece behind the first."""
+    assert not expanding_pays(CONFIG, 5)
+    assert expanding_pays(CONFIG, 20), "the last case should take the materialised form"
+    separate, cache = unstack(variables), poisoned()
+    for start in range(0, T - size + 1, size):
+        length_B = np.array([start, max(start - size, 0)], np.int32)
+        rows_BT = length_B[:, None] + np.arange(size)
+        places = Places(length_B, TABLE_BJ)
+        h_BTD, new = extend(separate, np.take_along_axis(TOKENS_BT, rows_BT, axis=1), cache, places)
+        expected = np.take_along_axis(np.asarray(whole.h_BTD), rows_BT[..., None], axis=1)
+        np.testing.assert_allclose(h_BTD, expected, **TOLERANCE["float32"])
+        # The depth sees the states, and the token ahead; the whole run's last row has none.
+        ahead_BT = np.take_along_axis(TOKENS_BT, np.minimum(rows_BT + 1, T - 1), axis=1)
+        normed_BTD, own = draft(separate, h_BTD, ahead_BT, cache["mtp_0"], places)
+        inside = rows_BT < T - 1
+        expected = np.take_along_axis(np.asarray(whole.mtp_h_BTD[0]), rows_BT[..., None], axis=1)
+        np.testing.assert_allclose(np.asarray(normed_BTD)[inside], expected[inside], **TOLERANCE["float32"])
+        cache = append(cache, {**new, "mtp_0": own}, places)
+    assert_holds(cache, whole, [T - 1, T - size])
 
 
-def test_decode_chooses_from_those_logits_and_gives_its_cache_away(variables: dict, whole: tuple) -> None:
-    logits_BTV, latents = whole
-    model, separate = DeepSeekV3(CONFIG, unrolled=True), unstack(variables)
-    _, cache = prefilled(variables, TOKENS_BT)
-    for step in range(4):
-        before = cache
-        token_B, cache = decode(model, separate, TOKENS_BT[np.arange(B), LENGTH_B + step], cache, GREEDY)
-        np.testing.assert_array_equal(token_B, logits_BTV[np.arange(B), LENGTH_B + step].argmax(-1))
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.layers))
-    assert_holds(cache, latents, LENGTH_B + 4)
+def prefilled(variables: dict[str, Any], b: int, pieces: list[int], cache: Cache, slots: Slots) -> tuple[Cache, Slots, Drawn]:
+    """Sequence b in pieces, each padded to 16 tokens; the last one makes its slot ready."""
+    start = 0
+    for i, size in enumerate(pieces):
+        tokens = np.full((1, 16), 28, np.int32)
+        tokens[0, :size] = TOKENS_BT[b, start : start + size]
+        following = TOKENS_BT[b, start + size] if i < len(pieces) - 1 else -1
+        chunks = Chunks(tokens, *(np.array([n], np.int32) for n in (size, start, following, b)))
+        cache, slots, drawn = prefill(MODEL, unstack(variables), cache, slots, chunks, TABLE_BJ[b : b + 1], first=start == 0)
+        assert int(drawn.count_B[0]) == (i == len(pieces) - 1)
+        start += size
+    return cache, slots, drawn
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE_ONLY], ids=["moe", "dense"])
-def test_programs_for_any_stack_have_the_shapes_they_say(config: ModelConfig) -> None:
-    model = DeepSeekV3(config, unrolled=True)
-    separate = unstack(random_variables(config))
-    shapes = jax.eval_shape(functools.partial(prefill, model, capacity=CAPACITY), separate, TOKENS_BT, LENGTH_B, GREEDY)
-    chex.assert_trees_all_equal_shapes_and_dtypes(shapes[1], jax.eval_shape(lambda: empty_cache(config, B, CAPACITY)))
-    after = jax.eval_shape(functools.partial(decode, model), separate, *shapes, GREEDY)
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, shapes)
+@pytest.mark.parametrize("pieces", [[13], [6, 1, 6], [1, 12]])
+def test_prefill_draws_from_the_last_logits_and_stores_latents(variables: dict, whole: Any, pieces: list[int]) -> None:
+    cache, slots, drawn = prefilled(variables, 1, pieces, poisoned(), Slots.empty(B, 1, CONFIG.vocab_size))
+    token = int(head(variables, whole.h_BTD)[1, 12].argmax())
+    assert drawn.token_BT.tolist() == [[token]]
+    assert slots.token_B.tolist() == [0, token]
+    assert slots.length_B.tolist() == [0, 13]
+    # The depth's row 12 knows the token that was drawn, and not the one of the whole run.
+    ahead = TOKENS_BT.copy()
+    ahead[1, 13] = token
+    known = features(unstack(variables), ahead)
+    assert int(slots.draft_Bn[1, 0]) == int(head(variables, known.mtp_h_BTD[0])[1, 12].argmax())
+    assert_holds(cache, known, [0, 13])
 
 
-def test_a_draw_is_told_by_the_sequences_seed_and_the_tokens_place() -> None:
-    logits_BV = jnp.asarray(np.random.default_rng(0).standard_normal((6, 200)), jnp.float32)
-    draw = Draw(jnp.array([7, 7, 8, 7, 9, 7], jnp.uint32), jnp.float32(1), jnp.float32(1))
-    place_B = jnp.array([3, 4, 3, 3, 5, 9])
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(int(s)), p) for s, p in zip(draw.seed_B, place_B, strict=True)])
-    chosen = np.asarray(draw.choose(logits_BV, place_B))
-    np.testing.assert_array_equal(chosen, sample(logits_BV, keys, draw.temperature, draw.top_p))
-    same = np.asarray(draw.choose(jnp.tile(logits_BV[:1], (6, 1)), place_B))
-    assert same[0] == same[3]
-    assert len(set(same.tolist())) > 2
+def test_a_row_of_nobody_changes_nothing(variables: dict) -> None:
+    cache, slots = empty_cache(CONFIG, PAGES, PAGE, drafting=True), Slots.empty(B, 1, CONFIG.vocab_size)
+    before = jax.tree.map(np.array, (cache, slots))
+    chunks = Chunks(np.zeros((1, 16), np.int32), *(np.array([n], np.int32) for n in (1, 0, -1, -1)))
+    after = prefill(MODEL, unstack(variables), cache, slots, chunks, NOWHERE, first=True)
+    assert int(after[2].count_B[0]) == 0
+    jax.tree.map(np.testing.assert_array_equal, before, after[:2])
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_decode_is_greedy_over_the_whole_text_whatever_was_drafted(variables: dict, drafts: int) -> None:
+    """A slot that is active and one that is not, which keeps what it has; accepted drafts only make it quicker."""
+    separate = unstack(variables)
+    cache, slots = poisoned(), Slots.empty(B, drafts, CONFIG.vocab_size)
+    if not drafts:
+        del cache["mtp_0"]
+    text = TOKENS_BT[0, :9].tolist()
+    cache, slots, drawn = prefilled(variables, 0, [9], cache, slots)
+    text.append(int(drawn.token_BT[0, 0]))
+
+    # A draft that is right, to be accepted whatever the depth would have said.
+    def following(text: list[int]) -> int:
+        padded = np.zeros((B, T), np.int32)
+        padded[0, : len(text)] = text
+        return int(head(variables, features(separate, padded).h_BTD)[0, len(text) - 1].argmax())
+
+    if drafts:
+        right = np.asarray(slots.draft_Bn).copy()
+        right[0, 0] = following(text)
+        certain = jax.nn.one_hot(right, CONFIG.vocab_size)
+        slots = dataclasses.replace(slots, draft_Bn=jnp.asarray(right), draft_probs_BnV=certain)
+    idle, counts = jax.tree.map(lambda leaf: np.array(leaf[1]), slots), []
+    for _ in range(6):
+        table = np.concatenate([TABLE_BJ[:1], NOWHERE])
+        cache, slots, drawn = decode(MODEL, separate, cache, slots, table, np.array([True, False]))
+        counts.append(int(drawn.count_B[0]))
+        for token in drawn.token_BT[0, : counts[-1]].tolist():
+            assert token == following(text)
+            text.append(token)
+        assert int(drawn.count_B[1]) == 0
+        assert int(slots.length_B[0]) == len(text) - 1
+        jax.tree.map(np.testing.assert_array_equal, idle, jax.tree.map(lambda leaf: leaf[1], slots))
+    assert counts[0] >= 1 + min(drafts, 1)
+    # The cache holds the text's latents but its last token's, the depth's among them.
+    padded = np.zeros((B, T), np.int32)
+    padded[0, : len(text)] = text
+    whole = features(separate, padded)
+    whole = whole._replace(outputs={name: output for name, output in whole.outputs.items() if name in cache})
+    assert_holds(cache, whole, [len(text) - 1, 0])
+
+
+def test_programs_give_their_cache_away(variables: dict) -> None:
+    cache, slots = empty_cache(CONFIG, PAGES, PAGE, drafting=True), Slots.empty(B, 1, CONFIG.vocab_size)
+    table = np.repeat(NOWHERE, B, axis=0)
+    decode(MODEL, unstack(variables), cache, slots, table, np.zeros(B, bool))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+
+
+def test_reported_logprobs_are_those_of_the_model(variables: dict, whole: Any) -> None:
+    slots = Slots.empty(B, 0, CONFIG.vocab_size)
+    tokens = np.full((1, 16), 28, np.int32)
+    tokens[0, :13] = TOKENS_BT[1, :13]
+    chunks = Chunks(tokens, *(np.array([n], np.int32) for n in (13, 0, -1, 1)))
+    cache = empty_cache(CONFIG, PAGES, PAGE)
+    *_, drawn = prefill(MODEL, unstack(variables), cache, slots, chunks, TABLE_BJ[1:], first=True, report=True)
+    logits = head(variables, whole.h_BTD)[1, 12].astype(np.float64)
+    expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+    assert drawn.report is not None
+    np.testing.assert_allclose(drawn.report.chosen_BT[0, 0], expected.max(), **TOLERANCE["float32"])
+    np.testing.assert_allclose(drawn.report.top_BTR[0, 0], np.sort(expected)[::-1][:20], **TOLERANCE["float32"])
+    np.testing.assert_array_equal(drawn.report.top_id_BTR[0, 0], np.argsort(-expected)[:20])

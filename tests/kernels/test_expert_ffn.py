@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.kernels import choose_backend, expert_ffn
+from dsv3_jax.kernels.block_scaled import BlockScaled
 from tests.tolerances import TOLERANCE
 
 # Group sizes by shape: rows, hidden size, expert hidden size, experts; cases of one shape are compiled once. Rows past
@@ -217,3 +219,44 @@ def test_ill_fitting_arrays_are_refused(index: int, replacement: jax.Array, name
     inputs[index] = replacement
     with pytest.raises(ValueError, match=named):
         expert_ffn(*inputs, backend="tiles")
+
+
+def in_8_bits(shape: tuple[int, ...], seed: int) -> BlockScaled:
+    """Experts' weights of about unit scale a product, in blocks of 4 x 6."""
+    rng = np.random.default_rng(seed)
+    E, inputs, outputs = shape
+    values = rng.standard_normal(shape).astype(jnp.float8_e4m3fn)
+    scale_inv = rng.uniform(0.5, 1.5, (E, -(-inputs // 4), -(-outputs // 6))) * inputs**-0.5
+    return BlockScaled(jnp.asarray(values.view(np.uint8)), jnp.asarray(scale_inv, jnp.float32), (4, 6))
+
+
+@pytest.mark.parametrize("backend", ["tiles", "ragged_dot", "reference"])
+def test_weights_in_8_bits(backend: str) -> None:
+    (_, D, F, E), _ = CASES["some"]
+    x_RD, *_, sizes_E, _ = make_inputs("some", "float32")
+    weights = in_8_bits((E, D, F), 0), in_8_bits((E, D, F), 1), in_8_bits((E, F, D), 2)
+    wide = (w.astype(jnp.float32) for w in weights)
+    expected = expert_ffn(x_RD, *wide, sizes_E, backend="reference")
+    found = jax.jit(functools.partial(expert_ffn, backend=backend))(x_RD, *weights, sizes_E)
+    chex.assert_trees_all_close(found, expected, **TOLERANCE["float32"])
+
+
+def test_tiles_widen_one_expert_at_a_time() -> None:
+    """Nowhere in the compiled program are all experts wide, by whatever name of a float."""
+    E, D, F = 6, 13, 7
+    weights = in_8_bits((E, D, F), 0), in_8_bits((E, D, F), 1), in_8_bits((E, F, D), 2)
+    x_RD, sizes_E = jnp.ones((40, D)), jnp.full(E, 5, jnp.int32)
+
+    def floats_of_all(backend: str) -> set[str]:
+        text = jax.jit(functools.partial(expert_ffn, backend=backend)).lower(x_RD, *weights, sizes_E).compile().as_text()
+        return set(re.findall(rf"\b((?:bf|f)\w+)\[{E},(?:{D},{F}|{F},{D})\]", text))
+
+    assert floats_of_all("tiles") == set()
+    assert floats_of_all("reference") > set(), "the pattern finds them where they are"
+
+
+def test_experts_in_8_bits_have_no_gradient() -> None:
+    x_RD, *_, sizes_E, _ = make_inputs("some", "float32")
+    weights = in_8_bits((6, 13, 7), 0), in_8_bits((6, 13, 7), 1), in_8_bits((6, 7, 13), 2)
+    with pytest.raises(ValueError, match="in FP8 cannot be trained"):
+        jax.grad(lambda x_RD: jnp.sum(expert_ffn(x_RD, *weights, sizes_E, backend="tiles")))(x_RD)

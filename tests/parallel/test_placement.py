@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import chex
@@ -13,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from dsv3_jax.config import MeshConfig
+from dsv3_jax.kernels.block_scaled import BlockScaled
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.placement import _rounded, place_tokens, project
 from dsv3_jax.parallel.rules import RULES, TOKENS
@@ -59,6 +61,21 @@ def test_products_and_gradients(sizes: str, kind: str) -> None:
     with jax.set_mesh(mesh):
         found = run(*arrays)
     chex.assert_trees_all_close(found, wanted, **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("sizes", MESHES)
+def test_products_with_weights_in_8_bits(sizes: str, kind: str) -> None:
+    """Their blocks, 5 x 7, end where hardly any part of a weight does, and cross heads."""
+    names, shape, num_in = KERNELS[kind]
+    x, kernel, _ = draw(shape, num_in)
+    grid = -(-math.prod(shape[:num_in]) // 5), -(-math.prod(shape[num_in:]) // 7)
+    scale_inv = jnp.asarray(np.random.default_rng(1).uniform(0.5, 1.5, grid), jnp.float32)
+    weight = BlockScaled(jnp.asarray(kernel.astype(jnp.float8_e4m3fn).view(np.uint8)), scale_inv, (5, 7), num_in)
+    wanted = project(x, weight.astype(jnp.float32), names, num_in=num_in)
+    with jax.set_mesh(make_mesh(MeshConfig(**MESHES[sizes]))):
+        found = jax.jit(functools.partial(project, names=names, num_in=num_in))(x, weight)
+    chex.assert_trees_all_close(np.asarray(found), np.asarray(wanted), **TOLERANCE["float32"])
 
 
 def test_gradients_cross_data_in_parts_and_in_float32() -> None:

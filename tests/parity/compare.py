@@ -67,10 +67,10 @@ def _padded(latents_LBSX: jax.Array, capacity: int, fill: float) -> jax.Array:
     return jnp.pad(latents_LBSX, ((0, 0), (0, 0), (0, rows), (0, 0)), constant_values=fill)
 
 
-def greedy(config: ModelConfig, variables: Variables, prompts: list[list[int]]) -> list[list[int]]:
-    """The tokens that the engine puts after each prompt, all of them decoded in one batch."""
+def greedy(config: ModelConfig, variables: Variables, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+    """The tokens that the engine (with these options) puts after each prompt, all of them decoded in one batch."""
     capacity = max(map(len, prompts)) + GREEDY_TOKENS
-    engine = Engine(config, variables, tokenizer=None, max_batch=len(prompts), max_length=capacity)
+    engine = Engine(config, variables, max_batch=len(prompts), max_length=capacity, **options)
     params = SamplingParams(max_tokens=GREEDY_TOKENS, temperature=0.0)
     return [list(completion.tokens) for completion in engine.generate(prompts, params)]
 

@@ -1,0 +1,107 @@
+"""Weights that stay in the 8 bits of their checkpoint, with a scale for each block (section 3.3.2 of the report).
+
+A weight in E4M3 is a byte a value; a block of 128 x 128 of them shares one float32, and value times scale is the weight. It
+becomes wide only where it is multiplied with: dequantised in float32 and rounded to the computation dtype, as `load_hf` does
+when it reads such a file, so the products are the same to the bit. For inference: nothing here has a gradient.
+
+The values are kept as their bits. Where a platform has no arithmetic for floats of 8 bits, XLA widens them before it so much
+as slices them: on a CPU all experts, to fetch one.
+
+Axes: I and O number the blocks along the inputs and the outputs of the matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Tree = TypeVar("Tree")
+
+
+@struct.dataclass
+class BlockScaled:
+    """A weight [stack..., inputs..., outputs...] that takes the place of an array of that shape."""
+
+    # Flax holds the shape of a parameter's first leaf to the one declared, so the values come first.
+    values: jax.Array
+    """uint8, the bits of E4M3, shaped as the weight."""
+    scale_inv: jax.Array
+    """float32 [stack..., I, O]: what the values of a block are multiplied with. The last blocks may be partial."""
+    block: tuple[int, int] = struct.field(pytree_node=False)
+    """(inputs, outputs) of a block of the matrix: all input axes in one, and all output axes."""
+    num_in: int = struct.field(pytree_node=False, default=1)
+    """How many axes are inputs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of its axes."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """uint8."""
+        return self.values.dtype
+
+    @property
+    def depth(self) -> int:
+        """How many of its axes are stack."""
+        return self.scale_inv.ndim - 2
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(inputs, outputs) of each matrix of the stack."""
+        first_out = self.depth + self.num_in
+        return math.prod(self.shape[self.depth : first_out]), math.prod(self.shape[first_out:])
+
+    def __getitem__(self, index: Any) -> BlockScaled:
+        """One weight of a stack, or some."""
+        return dataclasses.replace(self, values=self.values[index], scale_inv=self.scale_inv[index])
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The weight in `dtype`."""
+        values = jax.lax.bitcast_convert_type(self.values, jnp.float8_e4m3fn).astype(jnp.float32)
+        scales = _repeated(self.scale_inv, self.block, self.matrix_shape)
+        return (values * scales.reshape(self.shape)).astype(dtype)
+
+    def with_blocks(self, block: tuple[int, int]) -> BlockScaled:
+        """The same weight in blocks of a size that divides the present one, each with the scale of what it was a part of."""
+        times = self.block[0] // block[0], self.block[1] // block[1]
+        assert (block[0] * times[0], block[1] * times[1]) == self.block
+        inputs, outputs = self.matrix_shape
+        grid = -(-inputs // block[0]), -(-outputs // block[1])
+        return dataclasses.replace(self, scale_inv=_repeated(self.scale_inv, times, grid), block=block)
+
+
+def _repeated(scale: jax.Array, times: tuple[int, int], sizes: tuple[int, int]) -> jax.Array:
+    """[..., I, O] to [..., *sizes], each scale `times` over along the last two axes."""
+    for axis, (count, size) in enumerate(zip(times, sizes, strict=True), scale.ndim - 2):
+        if count > 1:
+            scale = jax.lax.slice_in_dim(jnp.repeat(scale, count, axis), 0, size, axis=axis)
+    return scale
+
+
+def require_trainable(weights: Any) -> None:
+    """Raises ValueError if a tree holds such a weight."""
+    for weight in jax.tree.leaves(weights, is_leaf=is_block_scaled):
+        if is_block_scaled(weight):
+            raise ValueError(f"a weight {list(weight.shape)} in FP8 cannot be trained; load the model without keep_fp8")
+
+
+def in_dtype(weights: Tree, dtype: Any) -> Tree:
+    """The weights of a tree in `dtype`, but those that are block-scaled as they are."""
+    return jax.tree.map(lambda w: w if is_block_scaled(w) else w.astype(dtype), weights, is_leaf=is_block_scaled)
+
+
+def is_block_scaled(weight: Any) -> bool:
+    """Whether it is one: a leaf of a tree of weights."""
+    return isinstance(weight, BlockScaled)

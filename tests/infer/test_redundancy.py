@@ -1,0 +1,255 @@
+"""Models with redundant experts against the same models without: equal outputs, other shards at work."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.infer.redundancy import place_experts
+from dsv3_jax.model import DeepSeekV3, ModelOutput, unstack
+from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.sharding import variable_shardings
+from dsv3_jax.parallel import exchange as exchange_module
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.redundancy import copies_of, place_copies, shard_loads
+from dsv3_jax.parallel.rules import TOKENS
+from dsv3_jax.plan.collectives import collectives
+from tests.model.tiny import CONFIG as TINY
+from tests.model.tiny import random_tokens, random_variables
+from tests.parallel.ragged_emulation import emulated_ragged_all_to_all
+from tests.tolerances import TOLERANCE
+
+CONFIG = dataclasses.replace(
+    TINY,
+    vocab_size=32,
+    hidden_size=32,
+    num_hidden_layers=2,
+    first_k_dense_replace=0,
+    num_nextn_predict_layers=1,
+    num_attention_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    moe_intermediate_size=8,
+)
+"""Two MoE layers and an MTP depth, of widths that the mesh divides."""
+MESH = MeshConfig(expert=4, tensor=2)
+E, SHARDS, SLOTS = CONFIG.n_routed_experts, 4, 3
+TOKENS_BT = random_tokens(8, 12, CONFIG)
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+Tree = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "ragged_all_to_all", emulated_ragged_all_to_all)
+
+
+@functools.cache
+def run(unrolled: bool) -> Any:
+    model = DeepSeekV3(CONFIG, unrolled=unrolled)
+    return quick_jit(lambda variables: model.apply(variables, TOKENS_BT, mtp=True, hidden_states=True))
+
+
+@functools.cache
+def plain() -> tuple[Tree, ModelOutput]:
+    """The model without copies on one device."""
+    variables = jax.tree.map(jnp.asarray, random_variables(CONFIG))
+    return variables, run(False)(variables)
+
+
+def placements_of(load: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: place_copies(counts, SHARDS, SLOTS) for name, counts in load.items()}
+
+
+def assert_same(found: ModelOutput, wanted: ModelOutput) -> None:
+    """Logits, those of the MTP depth, hidden states and routes, and all that counts logical experts."""
+    chex.assert_trees_all_equal(found.routes, wanted.routes)
+    chex.assert_trees_all_close(found.logits, wanted.logits, **TOLERANCE["float32"])
+    chex.assert_trees_all_close(found.mtp_logits, wanted.mtp_logits, **TOLERANCE["float32"])
+    chex.assert_trees_all_close(found.balance_loss, wanted.balance_loss, **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_outputs_on_one_device(unrolled: bool) -> None:
+    """Scanned stacks, each layer placed by itself, and unrolled ones; the MTP depth as well."""
+    variables, wanted = plain()
+    placed = place_experts(variables, placements_of(wanted.load))
+    assert placed["params"]["moe_layers"]["mlp"]["experts"]["up_proj"].shape[:2] == (2, SHARDS * SLOTS)
+    assert placed["params"]["mtp_0"]["block"]["mlp"]["experts"]["up_proj"].shape[0] == SHARDS * SLOTS
+    found = run(unrolled)(unstack(placed) if unrolled else placed)
+    assert_same(found, wanted)
+    for name, counts in wanted.load.items():
+        ours = (
+            np.stack([found.load[f"{name}_{i}"] for i in range(2)]) if unrolled and name == "moe_layers" else found.load[name]
+        )
+        np.testing.assert_array_equal(ours, counts)
+
+
+def test_a_wrong_copy_would_show() -> None:
+    """The comparison can fail: with two experts' weights swapped in the slots, it does."""
+    variables, wanted = plain()
+    placed = place_experts(variables, placements_of(wanted.load))
+    experts = placed["params"]["moe_layers"]["mlp"]["experts"]
+    experts["down_proj"] = experts["down_proj"].at[:, :2].set(experts["down_proj"][:, 1::-1])
+    with pytest.raises(AssertionError):
+        assert_same(run(False)(placed), wanted)
+
+
+@functools.cache
+def on_mesh() -> tuple[Any, Tree]:
+    """The variables, unrolled, split as their rules say."""
+    mesh = make_mesh(MESH)
+    return mesh, unstack(jax.device_put(plain()[0], variable_shardings(CONFIG, mesh)))
+
+
+def unrolled_load() -> dict[str, Any]:
+    load = plain()[1].load
+    return {"moe_layers_0": load["moe_layers"][0], "moe_layers_1": load["moe_layers"][1], "mtp_0": load["mtp_0"]}
+
+
+def test_outputs_on_a_mesh() -> None:
+    """Experts on four shards, their units on two; and the loads that the routes make of the shards, against the prediction."""
+    mesh, variables = on_mesh()
+    load = unrolled_load()
+    placements = placements_of(load)
+    with jax.set_mesh(mesh):
+        found = run(True)(place_experts(variables, placements))
+    assert_same(found, plain()[1])
+    for layer, name in enumerate(["moe_layers_0", "moe_layers_1"]):
+        counts, placement = np.asarray(load[name]), placements[name]
+        slot_BTK = np.asarray(copies_of(placement, E).slots(found.routes[layer]))
+        measured = np.bincount(slot_BTK.reshape(-1) // SLOTS, minlength=SHARDS)
+        before, predicted = counts.reshape(SHARDS, -1).sum(1), shard_loads(placement, counts, SHARDS)
+        assert measured.max() < before.max()
+        # Within a few of the 288 choices.
+        np.testing.assert_allclose(measured, predicted, atol=12)
+
+
+def experts_of(variables: Tree, name: str) -> Tree:
+    layer = variables["params"][name]
+    return layer.get("block", layer)["mlp"]["experts"]
+
+
+def test_every_slot_holds_its_expert_and_the_weights_stay_split() -> None:
+    mesh, variables = on_mesh()
+    placements = placements_of(unrolled_load())
+    placed = place_experts(variables, placements)
+    for name, placement in placements.items():
+        for proj, weight in experts_of(placed, name).items():
+            old = experts_of(variables, name)[proj]
+            assert weight.sharding == old.sharding
+            np.testing.assert_array_equal(weight, np.asarray(old)[placement])
+    copies = placed["placement"]["mtp_0"]["block"]["mlp"]["experts"]["copies"]
+    assert copies.slot_EC.sharding == NamedSharding(mesh, PartitionSpec())
+    # All that is not experts is not even copied.
+    assert placed["params"]["embed"]["embedding"] is variables["params"]["embed"]["embedding"]
+    assert placed["router"] == variables["router"]
+
+
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+def test_placed_anew(on_a_mesh: bool) -> None:
+    """From one placement to another, with another number of slots, as from none to it; layers not named stay."""
+    variables = on_mesh()[1] if on_a_mesh else unstack(plain()[0])
+    load = unrolled_load()
+    first = place_experts(variables, placements_of(load))
+    later = {"moe_layers_1": place_copies(np.arange(E) ** 2, SHARDS, 4)}
+    chex.assert_trees_all_equal(place_experts(first, later), place_experts(variables, placements_of(load) | later))
+
+
+def test_scanned_stacks_on_a_mesh() -> None:
+    """The stack of both layers at once gives what each by itself gives."""
+    mesh, variables = on_mesh()
+    load = plain()[1].load
+    stacked = jax.device_put(plain()[0], variable_shardings(CONFIG, mesh))
+    placed = unstack(place_experts(stacked, placements_of(load)))
+    wanted = place_experts(variables, placements_of(unrolled_load()))
+    chex.assert_trees_all_equal(placed["params"], wanted["params"])
+
+
+@functools.cache
+def layer() -> tuple[Tree, np.ndarray, np.ndarray]:
+    """An MoE layer whose experts 2 and 3, on one shard, are chosen by all; inputs [B, T, D], and its loads."""
+    config = dataclasses.replace(CONFIG, n_group=1, topk_group=1)
+    tree = jax.tree.map(jnp.asarray, {name: tree["moe_layers"]["mlp"] for name, tree in random_variables(config).items()})
+    tree = jax.tree.map(lambda leaf: leaf[0], tree)
+    bias_E = tree["router"]["gate"]["e_score_correction_bias"]
+    tree["router"]["gate"]["e_score_correction_bias"] = bias_E.at[jnp.array([2, 3])].add(10.0)
+    x_BTD = np.random.default_rng(1).standard_normal((8, 16, CONFIG.hidden_size)).astype(np.float32)
+    _, routing, _ = quick_jit(MoE(config).apply)(tree, x_BTD)
+    return tree, x_BTD, np.asarray(routing.load_E)
+
+
+def placed_layer(placement: np.ndarray) -> Tree:
+    """The layer, as a model of nothing else, in slots."""
+    tree, *_ = layer()
+    wrapped = {name: {"moe_layers_0": {"mlp": subtree}} for name, subtree in tree.items()}
+    return {
+        name: subtree["moe_layers_0"]["mlp"] for name, subtree in place_experts(wrapped, {"moe_layers_0": placement}).items()
+    }
+
+
+@functools.cache
+def program(exchange: str) -> tuple[Any, Any]:
+    config = dataclasses.replace(CONFIG, n_group=1, topk_group=1, expert_exchange=exchange, receive_factor=1.0)
+    mesh = make_mesh(MESH)
+    tokens = NamedSharding(mesh, TOKENS)
+    return mesh, quick_jit(MoE(config).apply, in_shardings=(None, tokens))
+
+
+@pytest.mark.parametrize("exchange", ["dense", "ring", "ragged"])
+def test_every_exchange_needs_fewer_rounds(exchange: str) -> None:
+    """Two of three choices go to one shard of four without copies, 2.7 times its buffer; with them, to all alike."""
+    tree, x_BTD, load_E = layer()
+    assert load_E[2:4].tolist() == [128, 128]
+    mesh, apply = program(exchange)
+    placement = place_copies(load_E, SHARDS, 4)
+    with jax.set_mesh(mesh):
+        wanted_BTD, _, before = apply(tree, x_BTD)
+        found_BTD, routing, after = apply(placed_layer(placement), x_BTD)
+    np.testing.assert_array_equal(routing.load_E, load_E)
+    chex.assert_trees_all_close(found_BTD, wanted_BTD, **TOLERANCE["float32"])
+    assert (int(before), int(after)) == (3, 2), shard_loads(placement, load_E, SHARDS)
+
+
+def test_no_other_collective() -> None:
+    """The slots of choices are found where the tokens are: the program sends what it sent without copies."""
+    tree, x_BTD, load_E = layer()
+    mesh, apply = program("dense")
+    found = []
+    with jax.set_mesh(mesh):
+        for variables in (tree, placed_layer(np.arange(E)), placed_layer(place_copies(load_E, SHARDS, SLOTS))):
+            text = apply.lower(variables, x_BTD).compile().as_text()
+            found.append({(row.kind, row.axis, row.count) for row in collectives(text, dict(mesh.shape))})
+    assert found[0] == found[1] == found[2]
+    assert {("all-to-all", "expert")} <= {(kind, axis) for kind, axis, _ in found[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "placement", "message"),
+    [
+        (
+            "lm_head",
+            np.arange(E),
+            "lm_head has no routed experts to place; those that have: moe_layers_0, moe_layers_1, mtp_0",
+        ),
+        ("moe_layers", np.arange(E), "moe_layers has no routed experts"),
+        ("mtp_1", np.arange(E), "mtp_1 has no routed experts"),
+        ("moe_layers_1", np.zeros((2, E), np.int32), r"the placement of moe_layers_1 is \[2, 8\]; give \['slots'\]"),
+        ("moe_layers_1", np.arange(E + 1), "the placement of moe_layers_1: a slot holds expert 8, but there are 8"),
+        ("mtp_0", np.zeros(E, np.int32), "the placement of mtp_0: expert 1 is in no slot"),
+        ("mtp_0", np.arange(E + 1) % E, r"mtp_0/.*: 9 slots are no multiple of mesh.expert \(4\)"),
+    ],
+)
+def test_what_cannot_be_placed(name: str, placement: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        place_experts(on_mesh()[1], {name: placement})

@@ -74,17 +74,16 @@ def splittable(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
     by_axis = zip(weight.block, weight.matrix_shape, scale_names[-2:], strict=True)
     rows, columns = (_ending_at_edges(block, size, _num_parts(name)) for block, size, name in by_axis)
     weight = weight.with_blocks((rows, columns))
-    specs: Any = {"values": current_rules().spec(names), "scale_inv": current_rules().spec(scale_names)}
+    rules = current_rules()
+    specs: Any = {"values": rules.spec(names), "scale_inv": rules.spec(scale_names)}
     return weight, dataclasses.replace(weight, **specs)
 
 
 def _scale_names(weight: BlockScaled, names: tuple[str, ...]) -> tuple[str, ...]:
     """The logical axes of its scales: those of the stack, and the first of the inputs and of the outputs."""
     first_out = weight.depth + weight.num_in
-    more = names[weight.depth + 1 : first_out] + names[first_out + 1 :]
-    assert not any(getattr(current_rules(), name) for name in more), (
-        f"{names}: only the first input and output axis can be split"
-    )
+    more, rules = names[weight.depth + 1 : first_out] + names[first_out + 1 :], current_rules()
+    assert not any(getattr(rules, name) for name in more), f"{names}: only the first input and output axis can be split"
     return *names[: weight.depth + 1], names[first_out]
 
 

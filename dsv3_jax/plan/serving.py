@@ -102,8 +102,9 @@ def _abstract_variables(config: ModelConfig, mesh: Mesh | AbstractMesh, fp8: boo
     def place(shape: Any, sharding: NamedSharding) -> Any:
         if not isinstance(shape, BlockScaled):
             return _placed(shape, sharding)
-        scale_inv = _placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
-        return dataclasses.replace(shape, values=_placed(shape.values, sharding), scale_inv=scale_inv)
+        scale_inv: Any = _placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
+        values: Any = _placed(shape.values, sharding)
+        return dataclasses.replace(shape, values=values, scale_inv=scale_inv)
 
     shardings = named_shardings(unrolled_axes(config), arrays, mesh, SERVING)
     return jax.tree.map(place, shapes, shardings, is_leaf=is_block_scaled)
@@ -118,6 +119,7 @@ def _in_blocks(leaf: Leaf) -> BlockScaled:
 
 
 def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes with one row or page for each sequence, split as the batch."""
     return jax.tree.map(lambda leaf: _placed(leaf, NamedSharding(mesh, ROWS)), tree)
 
 

@@ -87,16 +87,22 @@ def abstract_arguments(config: ModelConfig, serving: Serving, mesh: Mesh | Abstr
     make_cache = functools.partial(empty_cache, config, serving.batch * serving.pages_of_one, PAGE_SIZE)
     cache = jax.eval_shape(functools.partial(make_cache, drafting=serving.drafts > 0))
     slots = jax.eval_shape(lambda: Slots.empty(serving.batch, serving.drafts, config.vocab_size))
-    variables = _abstract_variables(config, mesh, serving.weights == "fp8")
+    variables = _placed_variables(config, mesh, serving.weights == "fp8")
     return Arguments(variables, *(by_rows(tree, mesh) for tree in (cache, slots)))
 
 
-def _abstract_variables(config: ModelConfig, mesh: Mesh | AbstractMesh, fp8: bool) -> Any:
+@functools.cache
+def _variables(config: ModelConfig, fp8: bool) -> Any:
+    """Shapes of the variables."""
     shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     if fp8:
         flat = traverse_util.flatten_dict(shapes)
         shapes = traverse_util.unflatten_dict(flat | {leaf.path: _in_blocks(leaf) for leaf in leaves(config) if leaf.is_fp8})
-    shapes = jax.eval_shape(functools.partial(laid_out, config, placement={}), shapes)
+    return jax.eval_shape(functools.partial(laid_out, config, placement={}), shapes)
+
+
+def _placed_variables(config: ModelConfig, mesh: Mesh | AbstractMesh, fp8: bool) -> Any:
+    shapes = _variables(config, fp8)
     arrays = jax.tree.map(lambda leaf: leaf.values if is_block_scaled(leaf) else leaf, shapes, is_leaf=is_block_scaled)
 
     def place(shape: Any, sharding: NamedSharding) -> Any:

@@ -124,8 +124,8 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
 
 def _takes(names: list[str], *, drafting: bool, expanded: bool) -> bool:
     """Whether a program takes a variable: W_kvb or its two parts, and of the MTP depths the first if it drafts."""
-    if any(name.startswith("mtp_") for name in names):
-        return drafting and "mtp_0" in names
+    if any(name.startswith("mtp_") for name in names) and not (drafting and "mtp_0" in names):
+        return False
     return KV_B not in names or expanded == ("absorbed" not in names)
 
 

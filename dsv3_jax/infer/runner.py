@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -22,6 +22,7 @@ from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
 from dsv3_jax.kernels.block_scaled import in_dtype
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.sharding import place_variables
+from dsv3_jax.parallel.rules import SERVING, use_rules
 
 SMALLEST_CHUNK = 16
 WHOLE = PartitionSpec()
@@ -59,8 +60,7 @@ class Runner:
         self._mesh, self._slots_count, self._pages_of_one = mesh, slots, pages_of_one
         self._nowhere = pages_per_shard
         self._shards = num_shards(mesh)
-        self._prefill_model = DeepSeekV3(config, unrolled=True)
-        self._decode_model = DeepSeekV3(_for_few_tokens(config, mesh), unrolled=True)
+        self._prefill_model, self._decode_model = models(config, mesh)
         self._variables = _placed(config, variables, mesh, placement or {})
         self._cache = empty_cache(config, self._shards * pages_per_shard, page_size, drafting=drafts > 0, mesh=mesh)
         make = functools.partial(Slots.empty, slots, drafts, config.vocab_size)
@@ -86,7 +86,7 @@ class Runner:
                 following[row] = chunk.following
         arrays = self._put((Chunks(tokens, count, start, following, slot), self._table(sequences)))
         first = all(chunk.start == 0 for chunk in chunks)
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             self._cache, self._slots, drawn = prefill(
                 self._prefill_model, self._variables, self._cache, self._slots, *arrays, first=first, report=report
             )
@@ -98,7 +98,7 @@ class Runner:
         for sequence in sequences:
             rows[sequence.place[1]] = sequence
         arrays = self._put((self._table(rows), np.array([sequence is not None for sequence in rows])))
-        with self._on_mesh():
+        with on_mesh(self._mesh):
             self._cache, self._slots, drawn = decode(
                 self._decode_model, self._variables, self._cache, self._slots, *arrays, report=report
             )
@@ -112,9 +112,6 @@ class Runner:
                 row[: len(sequence.pages)] = sequence.pages
         return table
 
-    def _on_mesh(self) -> Any:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._sharding(ROWS))
 
@@ -127,6 +124,21 @@ def _with_sampler(slots: Slots, slot: jax.Array, row: Sampler) -> Slots:
     return dataclasses.replace(slots, sampler=with_row(slots.sampler, slot, row))
 
 
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Where the programs are traced and run: on the mesh, weights laid out for generation."""
+    if mesh is None:
+        yield
+    else:
+        with jax.set_mesh(mesh), use_rules(SERVING):
+            yield
+
+
+def models(config: ModelConfig, mesh: Mesh | None) -> tuple[DeepSeekV3, DeepSeekV3]:
+    """The models that prefill and decode run."""
+    return DeepSeekV3(config, unrolled=True), DeepSeekV3(_for_few_tokens(config, mesh), unrolled=True)
+
+
 def _for_few_tokens(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
     """The config of decoding: of a token or a few for each sequence all devices may see all, and one round will do."""
     if mesh is None or config.expert_exchange != "auto":
@@ -137,9 +149,13 @@ def _for_few_tokens(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
 def _placed(
     config: ModelConfig, variables: dict[str, Any], mesh: Mesh | None, placement: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The variables as the programs take them: in the computation dtype, layer by layer, W_kvb also split in two."""
     if mesh is not None:
-        variables = place_variables(variables, config, mesh)
+        variables = place_variables(variables, config, mesh, SERVING)
+    return laid_out(config, variables, placement)
+
+
+def laid_out(config: ModelConfig, variables: dict[str, Any], placement: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The variables as the programs take them: in the computation dtype, layer by layer, W_kvb also split in two."""
     # Stored in the computation dtype (or in 8 bits), so that no step converts weights again.
     params = in_dtype(variables["params"], config.dtype)
     variables = place_experts({"params": params, "router": variables["router"]}, placement)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.parallel.mesh import current_mesh
+from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
 from dsv3_jax.parallel.placement import project
-from dsv3_jax.parallel.rules import RULES, TOKENS
+from dsv3_jax.parallel.rules import TOKENS, current_rules
 
 EMBEDDING_AXES = "vocab", "embed"
 
@@ -81,17 +81,20 @@ def _look_up(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig)
 def _look_up_on_mesh(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Each device looks its own columns up for its whole group: rows travel, not the table nor its gradient."""
 
+    rules = current_rules()
+    batch_axes = tuple(axis for axis in rules.embed if axis in BATCH_AXES)
+
     def on_device(embedding_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        tokens_BT = jax.lax.all_gather(tokens_BT, ("fsdp", "expert"), axis=0, tiled=True)
+        tokens_BT = jax.lax.all_gather(tokens_BT, batch_axes, axis=0, tiled=True)
         tokens_BT = jax.lax.all_gather(tokens_BT, "context", axis=1, tiled=True)
         row_BT = tokens_BT - jax.lax.axis_index("tensor") * embedding_VD.shape[0]
         mine_BTD = embedding_VD.at[row_BT].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         rows_BTD = jax.lax.psum(mine_BTD.astype(config.dtype), "tensor")
-        # `FSDP_AXES` split the columns with `context` innermost.
+        # Columns are split with `context` innermost.
         rows_BTD = jax.lax.all_to_all(rows_BTD, "context", 1, 2, tiled=True)
-        return jax.lax.all_to_all(rows_BTD, ("fsdp", "expert"), 0, 2, tiled=True)
+        return jax.lax.all_to_all(rows_BTD, batch_axes, 0, 2, tiled=True)
 
-    split = jax.shard_map(on_device, in_specs=(RULES.spec(EMBEDDING_AXES), TOKENS), out_specs=TOKENS)
+    split = jax.shard_map(on_device, in_specs=(rules.spec(EMBEDDING_AXES), TOKENS), out_specs=TOKENS)
     known_BT = (tokens_BT >= 0) & (tokens_BT < config.vocab_size)
     return jnp.where(known_BT[..., None], split(embedding_VD, tokens_BT), jnp.nan)
 

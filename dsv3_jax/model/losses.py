@@ -20,7 +20,7 @@ from dsv3_jax.model.model import HEAD_AXES, DeepSeekV3
 from dsv3_jax.model.mtp import rows_of_depth
 from dsv3_jax.parallel.mesh import AXES, current_mesh
 from dsv3_jax.parallel.placement import scattered_sum, whole_weight
-from dsv3_jax.parallel.rules import RULES, TOKENS
+from dsv3_jax.parallel.rules import TOKENS, current_rules
 
 
 class Losses(NamedTuple):
@@ -61,7 +61,7 @@ def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, we
         # Each device of a `tensor` group has the whole loss of their tokens: its share keeps the sum right.
         return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES)
 
-    specs = TOKENS, RULES.spec(HEAD_AXES), TOKENS, TOKENS
+    specs = TOKENS, current_rules().spec(HEAD_AXES), TOKENS, TOKENS
     return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec())(h_BTD, head_DV, target_BT, weight_BT)
 
 
@@ -81,7 +81,7 @@ def cross_entropy_and_greedy(
         # All of a `tensor` group found the same tokens; the maximum says so.
         return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES), jax.lax.pmax(greedy_BT, "tensor")
 
-    specs = TOKENS, RULES.spec(HEAD_AXES), TOKENS, TOKENS
+    specs = TOKENS, current_rules().spec(HEAD_AXES), TOKENS, TOKENS
     return jax.shard_map(on_device, in_specs=specs, out_specs=(PartitionSpec(), TOKENS))(h_BTD, head_DV, target_BT, weight_BT)
 
 

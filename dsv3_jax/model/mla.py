@@ -9,6 +9,7 @@ the query into the latent space instead (cheaper for a few queries over a long c
 from __future__ import annotations
 
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +62,10 @@ class AbsorbedWeights(NamedTuple):
         """Splits the kernel of `kv_b_proj`, in the computation dtype."""
         w_uk_CNH, w_uv_CNW = jnp.split(kernel_CNX.astype(config.dtype), [config.qk_nope_head_dim], axis=-1)
         return cls(w_uk_CNH.transpose(1, 2, 0), w_uv_CNW.transpose(1, 0, 2))
+
+
+ABSORBED_AXES = AbsorbedWeights(*typing.cast(Any, (("heads", "head_dim", "latent"), ("heads", "latent", "head_dim"))))
+"""Their logical axes."""
 
 
 class MLA(nn.Module):
@@ -274,10 +279,15 @@ def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dic
     three-hundredth of the published model.
     """
 
-    def split(layer: dict[str, Any]) -> dict[str, Any]:
-        if "block" in layer:  # Of an MTP depth.
-            return {"block": split(layer["block"])}
-        return {"self_attn": {"kv_b_proj": AbsorbedWeights.of(layer["self_attn"]["kv_b_proj"]["kernel"], config)}}
+    return variables | {"absorbed": absorbed(variables["params"], lambda kernel: AbsorbedWeights.of(kernel, config))}
 
-    layers = {name: layer for name, layer in variables["params"].items() if "self_attn" in layer or "block" in layer}
-    return variables | {"absorbed": {name: split(layer) for name, layer in layers.items()}}
+
+def absorbed(params: dict[str, Any], split: Callable[[Any], AbsorbedWeights]) -> dict[str, Any]:
+    """That collection: what `split` makes of the kernel of `kv_b_proj` (or of what stands for it) in each layer of `params`."""
+
+    def of_layer(layer: dict[str, Any]) -> dict[str, Any]:
+        if "block" in layer:  # Of an MTP depth.
+            return {"block": of_layer(layer["block"])}
+        return {"self_attn": {"kv_b_proj": split(layer["self_attn"]["kv_b_proj"]["kernel"])}}
+
+    return {name: of_layer(layer) for name, layer in params.items() if "self_attn" in layer or "block" in layer}

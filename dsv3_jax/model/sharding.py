@@ -10,22 +10,24 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
+from dsv3_jax.model.mla import ABSORBED_AXES, absorbed
 from dsv3_jax.model.model import init_variables, logical_axes
-from dsv3_jax.parallel.rules import named_shardings
+from dsv3_jax.model.stack import STACKS, stack_sizes
+from dsv3_jax.parallel.rules import RULES, ShardingRules, named_shardings
 
 
-def variable_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+def variable_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULES) -> dict[str, Any]:
     """The sharding of every variable: a tree like `init_variables`' with NamedShardings as leaves.
 
     Raises:
       ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
     """
     shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-    return named_shardings(logical_axes(config), shapes, mesh)
+    return named_shardings(logical_axes(config), shapes, mesh, rules)
 
 
-def place_variables(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """Variables that live elsewhere, moved to where `variable_shardings` says; those in 8 bits too. Raises as it."""
+def place_variables(variables: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = RULES) -> dict[str, Any]:
+    """Variables that live elsewhere, moved to where `rules` say; those in 8 bits too. Raises as it."""
 
     def place(variable: Any, sharding: NamedSharding) -> Any:
         if not isinstance(variable, BlockScaled):
@@ -33,7 +35,7 @@ def place_variables(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) 
         scale_inv = jax.device_put(variable.scale_inv, scale_sharding(sharding, variable.depth))
         return dataclasses.replace(variable, values=jax.device_put(variable.values, sharding), scale_inv=scale_inv)
 
-    return jax.tree.map(place, variables, variable_shardings(config, mesh), is_leaf=is_block_scaled)
+    return jax.tree.map(place, variables, variable_shardings(config, mesh, rules), is_leaf=is_block_scaled)
 
 
 def scale_sharding(sharding: NamedSharding, depth: int) -> NamedSharding:
@@ -43,3 +45,18 @@ def scale_sharding(sharding: NamedSharding, depth: int) -> NamedSharding:
     device needs is found out where it is needed (`parallel/placement.py`).
     """
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:depth]))
+
+
+def unrolled_axes(config: ModelConfig) -> dict[str, Any]:
+    """The logical axes of the variables of an unrolled model, with those that `with_absorbed_weights` adds."""
+
+    def unrolled(collection: dict[str, Any]) -> dict[str, Any]:
+        out = {name: tree for name, tree in collection.items() if name not in STACKS}
+        for name, size in stack_sizes(config).items():
+            if name in collection:
+                layer = jax.tree.map(lambda axes: axes[1:], collection[name], is_leaf=lambda leaf: isinstance(leaf, tuple))
+                out |= {f"{name}_{i}": layer for i in range(size)}
+        return out
+
+    axes = {collection: unrolled(tree) for collection, tree in logical_axes(config).items()}
+    return axes | {"absorbed": absorbed(axes["params"], lambda kernel: ABSORBED_AXES)}

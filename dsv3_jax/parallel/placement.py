@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.kernels.block_scaled import BlockScaled
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.parallel.mesh import current_mesh
-from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES, RULES, TOKENS
+from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES, TOKENS, current_rules
 
 Weight = jax.Array | BlockScaled
 
@@ -59,7 +59,7 @@ def _contract(x: jax.Array, kernel: Weight, num_in: int, how: dict[str, Any]) ->
 
 
 def _along_tensor(name: str) -> str | None:
-    return "tensor" if "tensor" in getattr(RULES, name) else None
+    return "tensor" if "tensor" in getattr(current_rules(), name) else None
 
 
 def splittable(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
@@ -69,20 +69,21 @@ def splittable(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
     the same scale that end at the edge.
     """
     if not isinstance(weight, BlockScaled):
-        return weight, RULES.spec(names)
+        return weight, current_rules().spec(names)
     scale_names = _scale_names(weight, names)
     by_axis = zip(weight.block, weight.matrix_shape, scale_names[-2:], strict=True)
     rows, columns = (_ending_at_edges(block, size, _num_parts(name)) for block, size, name in by_axis)
     weight = weight.with_blocks((rows, columns))
-    specs: Any = {"values": RULES.spec(names), "scale_inv": RULES.spec(scale_names)}
+    rules = current_rules()
+    specs: Any = {"values": rules.spec(names), "scale_inv": rules.spec(scale_names)}
     return weight, dataclasses.replace(weight, **specs)
 
 
 def _scale_names(weight: BlockScaled, names: tuple[str, ...]) -> tuple[str, ...]:
     """The logical axes of its scales: those of the stack, and the first of the inputs and of the outputs."""
     first_out = weight.depth + weight.num_in
-    more = names[weight.depth + 1 : first_out] + names[first_out + 1 :]
-    assert not any(getattr(RULES, name) for name in more), f"{names}: only the first input and output axis can be split"
+    more, rules = names[weight.depth + 1 : first_out] + names[first_out + 1 :], current_rules()
+    assert not any(getattr(rules, name) for name in more), f"{names}: only the first input and output axis can be split"
     return *names[: weight.depth + 1], names[first_out]
 
 
@@ -94,7 +95,7 @@ def _ending_at_edges(block: int, size: int, parts: int) -> int:
 def _num_parts(name: str) -> int:
     mesh = current_mesh()
     assert mesh is not None
-    return math.prod(mesh.shape[axis] for axis in getattr(RULES, name))
+    return math.prod(mesh.shape[axis] for axis in getattr(current_rules(), name))
 
 
 def whole_weight(part: Weight, names: tuple[str, ...], dtype: Any) -> Any:
@@ -134,4 +135,4 @@ def scattered_sum(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
 def _fsdp_splits(names: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
     """The dimensions of a weight that are split for want of room; that experts are split is no such thing."""
     splits = {FSDP_AXES, EXPERT_FSDP_AXES}
-    return [(dimension, axes) for dimension, name in enumerate(names) if (axes := getattr(RULES, name)) in splits]
+    return [(dimension, axes) for dimension, name in enumerate(names) if (axes := getattr(current_rules(), name)) in splits]

@@ -79,6 +79,18 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
+"""Those of training, where a gathered weight is used by a whole batch, and of checkpoints."""
+
+SERVING = dataclasses.replace(RULES, embed=EXPERT_FSDP_AXES, latent=EXPERT_FSDP_AXES)
+"""Those of generation: a step of a few tokens would move more weights than it reads, so dense ones are whole along `expert`."""
+
+use_rules = jax.make_user_context(RULES)
+"""`with use_rules(SERVING): ...` as `jax.set_mesh` sets the mesh; a program is traced anew under other rules."""
+
+
+def current_rules() -> ShardingRules:
+    """The rules of the program at hand."""
+    return use_rules.value
 
 
 def check_divides(shape: tuple[int, ...], spec: PartitionSpec, sizes: Mapping[str, int], where: str) -> None:

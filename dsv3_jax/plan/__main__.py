@@ -1,15 +1,17 @@
-"""`python -m dsv3_jax.plan --config C [--topology v5p:8x8x8 [--slices 2] | --devices N] [--json]`.
+"""`python -m dsv3_jax.plan --config C [--mode serve] [--topology v5p:8x8x8 [--slices 2] | --devices N] [--json]`.
 
 Without a topology: parameters by module, and where each array would live. With one, the training step is compiled for that
 machine, and its memory, its traffic and the least time it can take are printed; --devices N compiles for N CPU devices
-instead, which shows that the program exists and what it sends, not what it takes on an accelerator.
+instead, which shows that the program exists and what it sends, not what it takes on an accelerator. With --mode serve it is the
+programs of generation that are compiled (`serve_report.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+import sys
+from typing import Any, Literal
 
 from jax.sharding import AbstractMesh
 from rich.console import Console
@@ -21,15 +23,17 @@ from dsv3_jax.config.command_line import exits_with_one_line, parse_with_config
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import AXES, check_fits, make_mesh
+from dsv3_jax.plan.compiled import GIB, PROVES
 from dsv3_jax.plan.parameters import count_parameters
-from dsv3_jax.plan.program import GIB, Program, bound, compile_program
+from dsv3_jax.plan.program import Program, bound, compile_program
 from dsv3_jax.plan.reach import reach
 from dsv3_jax.plan.roofline import Roofline
+from dsv3_jax.plan.serve_report import report_serving
+from dsv3_jax.plan.serving import Serving
 from dsv3_jax.plan.sharding_table import Row, sharding_table, spec_text
 from dsv3_jax.plan.topology import chip_of, tpu_devices, use_cpu_devices
 
 _COUNTS = "parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"
-PROVES = "A compile proves that this program exists and what it takes; it does not prove that it computes the right thing."
 CPU_PROVES = (
     "Compiled for CPU devices: the traffic is that of the CPU's exchange, the memory that of the CPU's compiler, and neither "
     "says whether the program fits an accelerator."
@@ -44,6 +48,10 @@ class PlanFlags:
     """Python file that exposes `config`, a Config; the fields below override it."""
     init_from: str | None = None
     """Short for --train.init-from: the checkpoint whose model the config is a function of."""
+    mode: Literal["train", "serve"] = "train"
+    """What to compile: the training step, or prefill and decode."""
+    serve: Serving = dataclasses.field(default_factory=Serving)
+    """What is served, with --mode serve. Unless a field of the mesh is named, it is the one that takes least memory."""
     topology: str | None = None
     """Accelerator topology to compile for, one slice of it, such as v5p:8x8x8."""
     slices: int = 1
@@ -58,6 +66,11 @@ class PlanFlags:
         require(self.devices is None or self.devices >= 1, f"--devices is {self.devices}; it must be at least 1")
         require(self.topology is None or self.devices is None, "--topology and --devices exclude each other; keep one")
         require(self.slices == 1 or self.topology is not None, "--slices belongs to --topology; name the topology of one slice")
+        if self.mode == "serve":
+            require(self.topology is not None or self.devices is not None, "--mode serve takes --topology or --devices")
+            require(self.slices == 1, f"--slices is {self.slices}; slices serve each by itself, so leave it out")
+        else:
+            require(self.serve == Serving(), "--serve.* belongs to --mode serve; add that")
 
 
 @exits_with_one_line
@@ -66,6 +79,12 @@ def main() -> None:
     flags, config = parse_with_config(PlanFlags, description=__doc__ or "")
     compiled = flags.topology is not None or flags.devices is not None
     chip = None if flags.topology is None else chip_of(flags.topology)
+    if flags.mode == "serve":
+        devices = tpu_devices(flags.topology) if flags.topology else use_cpu_devices(flags.devices or 1)
+        named = any(argument.startswith("--mesh.") for argument in sys.argv[1:])
+        serving_mesh = config.mesh if named else None
+        report_serving(config.model, flags.serve, devices, serving_mesh, chip, title=flags.config, json=flags.json)
+        return
     mesh: Any = _smallest_mesh(config)
     if compiled:  # First of all: once JAX runs, it takes no further CPU devices.
         devices = tpu_devices(flags.topology, flags.slices) if flags.topology else use_cpu_devices(flags.devices or 1)

@@ -5,11 +5,8 @@ It is the very function that train.py calls (`compile_train_step`), with arrays 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
-import re
-import time
 from typing import Any
 
 import jax
@@ -20,37 +17,20 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.chips import Chip
-from dsv3_jax.plan.collectives import Collective, collectives
+from dsv3_jax.plan.compiled import Compiled, compile_for
 from dsv3_jax.plan.roofline import Roofline, roofline
 from dsv3_jax.train.state import init_state, state_shardings
 from dsv3_jax.train.step import compile_train_step
 
-GIB = 2**30
-
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Program(Compiled):
     """A compiled training step, in bytes per device."""
 
-    argument_bytes: int
-    """The state and the batch."""
     parameter_bytes: int
-    """Of those, the variables."""
+    """Of the arguments, the variables."""
     optimizer_bytes: int
     """And the optimizer's moments."""
-    temporary_bytes: int | None
-    """Everything that lives only within the step; None where the compiler gave up and did not say."""
-    total_bytes: int
-    """Argument + temporary + output - alias, or what the compiler says it would take where it does not fit."""
-    fits: bool | None
-    """Whether that is within the device's memory; None on CPU devices, which have no such limit."""
-    collectives: list[Collective] | None
-    """What a device sends in a step; None where the program did not fit, and there is none to read it off."""
-    kernels: dict[str, int]
-    """Pallas kernels in the program, by name, and how often each stands in it."""
-    compile_seconds: float
-    text: str
-    """The optimised program, as the compiler prints it."""
 
 
 def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int = 1) -> Program:
@@ -71,49 +51,20 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
     variables = _device_bytes((shapes.params, shapes.router), (shardings.params, shardings.router))
     moments = _device_bytes(shapes.optimizer, shardings.optimizer)
     step = compile_train_step(config, mesh)
-    started = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = step.lower(shapes, batch, config.schedules.at(train.steps - 1))
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            arguments = variables + moments
-            refusal = read_refusal(str(error), arguments)
-            if refusal is None:
-                raise
-            return Program(arguments, variables, moments, *refusal, False, None, {}, time.perf_counter() - started, "")
-    seconds = time.perf_counter() - started
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Program(
-        memory.argument_size_in_bytes,
-        variables,
-        moments,
-        memory.temp_size_in_bytes,
-        total,
-        None if chip is None else total <= chip.hbm_gib * GIB,
-        # The exchange's first round stands before its loop over rounds, and under even routing it is the only one.
-        collectives(
-            text,
-            dict(mesh.shape),
+        compiled = compile_for(
+            lambda: step.lower(shapes, batch, config.schedules.at(train.steps - 1)),
+            mesh,
+            chip,
+            variables + moments,
             slices=slices,
             ragged_rows=expected_rows_sent(config, mesh),
+            # The exchange's first round stands before its loop over rounds, and under even routing it is the only one.
             open_trips=0,
             # Micro-batches are counted by a loop around everything else.
             outer_trips=train.micro_batches if train.micro_batches > 1 else None,
-        ),
-        kernels_in(text),
-        seconds,
-        text,
-    )
-
-
-def kernels_in(text: str) -> dict[str, int]:
-    """Pallas kernels of a compiled program by the names they were given, without what differentiation adds to those."""
-    on_tpu = r'^\s+(?:ROOT )?%([\w\-]+)[\w.\-]* = .*custom_call_target="tpu_custom_call"'
-    on_gpu = r'custom_call_target="mosaic_gpu\w*".*op_name="[^"]*/(\w+)/\w+"'
-    found = [name for call in (on_tpu, on_gpu) for name in re.findall(call, text, re.MULTILINE)]
-    return dict(sorted(collections.Counter(re.sub(r"^(transpose_|jvp_)+", "", name).strip("_") for name in found).items()))
+        )
+    return Program(**vars(compiled), parameter_bytes=variables, optimizer_bytes=moments)
 
 
 def expected_rows_sent(config: Config, mesh: Mesh) -> float:
@@ -122,24 +73,6 @@ def expected_rows_sent(config: Config, mesh: Mesh) -> float:
     tokens = config.train.micro_batch * config.train.sequence_length / places
     away = 1 - 1 / mesh.shape["expert"]
     return tokens * config.model.num_experts_per_tok * away
-
-
-def read_refusal(message: str, argument_bytes: int) -> tuple[int | None, int] | None:
-    """What the TPU compiler's out-of-memory error says; None for any other error.
-
-    Returns:
-      The temporary bytes, if it names them, and the bytes in all. The compiler gives up early where the temporaries alone
-      are too many, and later where all together are.
-    """
-
-    def size(found: re.Match[str]) -> int:
-        return round(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
-
-    if found := re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\)", message):
-        return size(found), argument_bytes + size(found)
-    if found := re.search(r"Ran out of memory in memory space hbm\. Used ([\d.]+)([KMGT]?) of", message):
-        return None, size(found)
-    return None
 
 
 def bound(config: Config, mesh: Mesh, program: Program, chip: Chip, slices: int) -> Roofline:

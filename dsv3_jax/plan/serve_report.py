@@ -1,0 +1,193 @@
+"""`python -m dsv3_jax.plan --mode serve`: what prefill and decode take on a machine, with the weights in 16 and in 8 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_format
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from dsv3_jax.config import MeshConfig, ModelConfig
+from dsv3_jax.infer.cache import num_shards
+from dsv3_jax.kernels.expert_ffn import choose_backend
+from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.mesh import describe, make_mesh
+from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
+from dsv3_jax.plan.serving import (
+    Serving,
+    Weights,
+    abstract_arguments,
+    check_serves,
+    compile_decode,
+    compile_prefill,
+    device_bytes,
+    smallest_mesh,
+)
+from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
+
+FORMATS: tuple[Weights, ...] = ("bfloat16", "fp8")
+
+
+class Part(NamedTuple):
+    """Prefill or decode."""
+
+    compiled: Compiled
+    work: Work
+    limits: Limits | None
+    tokens: int
+    """Tokens of the whole machine in one step; of decoding, those there are without drafts."""
+    total_bytes: int
+    """Of a device, with the weights that the other program needs."""
+    fits: bool | None
+
+
+class Plan(NamedTuple):
+    """Both programs on one mesh."""
+
+    mesh: Mesh
+    weight_bytes: int
+    cache_bytes: int
+    parts: dict[str, Part]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether both programs do."""
+        known = [part.fits for part in self.parts.values()]
+        return None if None in known else all(known)
+
+
+def report_serving(
+    model: ModelConfig,
+    serving: Serving,
+    devices: list[Any],
+    mesh: MeshConfig | None,
+    chip: Chip | None,
+    *,
+    title: str,
+    json: bool,
+) -> None:
+    """Compiles prefill and decode for every format that is asked for, and prints what they take.
+
+    Args:
+      model: the architecture; it is served in bfloat16.
+      serving: what is served.
+      devices: of the machine; they need not exist.
+      mesh: None takes for each format the mesh on which a device holds fewest bytes.
+      chip: None for CPU devices.
+      title: what to call the model.
+      json: print one JSON object, and nothing else.
+
+    Raises:
+      ValueError: if the mesh does not divide what it splits, or the model cannot be served so.
+    """
+    model = model.with_dtype("bfloat16")
+    formats = FORMATS if serving.weights is None else (serving.weights,)
+    plans = {}
+    for weights in formats:
+        asked = dataclasses.replace(serving, weights=weights)
+        plans[weights] = plan_serving(model, asked, make_mesh(mesh or smallest_mesh(model, asked, len(devices)), devices), chip)
+        if not json:
+            _print(Console(), f"{title}, weights in {weights}", asked, plans[weights], chip)
+    if json:
+        sizes = {name: size for name, size in dataclasses.asdict(serving).items() if name != "weights"}
+        hbm = None if chip is None else int(chip.hbm_gib * GIB)
+        shown = {weights: _json(plan) for weights, plan in plans.items()}
+        print(json_format.dumps({"mode": "serve", "devices": len(devices), **sizes, "hbm_bytes": hbm, "weights": shown}))
+    else:
+        print(PROVES)
+
+
+def plan_serving(model: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None) -> Plan:
+    """Compiles both programs for a mesh. Raises as `report_serving`."""
+    check_serves(model, serving, dict(mesh.shape))
+    arguments, shards = abstract_arguments(model, serving, mesh), num_shards(mesh)
+    decode = compile_decode(model, serving, mesh, chip, arguments)
+    prefill = compile_prefill(model, serving, mesh, chip, arguments)
+
+    backend = choose_backend(model.expert_backend, model.dtype, "cpu" if chip is None else "tpu")
+
+    def part(compiled: Compiled, step: Step, tokens: int) -> Part:
+        done = work(model, serving, step, arguments, backend)
+        total = compiled.total_bytes + done.unused_bytes
+        fits = None if chip is None else compiled.fits is not False and total <= chip.hbm_gib * GIB
+        bound = None if chip is None or compiled.collectives is None else limits(done, compiled, chip)
+        return Part(compiled, done, bound, tokens, total, fits)
+
+    parts = {
+        "decode": part(decode, Step.of_decode(serving, shards), serving.batch),
+        "prefill": part(prefill, Step.of_prefill(serving), shards * serving.chunk),
+    }
+    return Plan(mesh, device_bytes(arguments.variables), device_bytes(arguments.cache), parts)
+
+
+def _json(plan: Plan) -> dict[str, Any]:
+    return {
+        "mesh": dict(plan.mesh.shape),
+        "weight_bytes": plan.weight_bytes,
+        "cache_bytes": plan.cache_bytes,
+        "fits": plan.fits,
+        **{name: _part_json(part) for name, part in plan.parts.items()},
+    }
+
+
+def _part_json(part: Part) -> dict[str, Any]:
+    compiled = part.compiled
+    bound = part.limits
+    return {
+        "temporary_bytes": compiled.temporary_bytes,
+        "total_bytes": part.total_bytes,
+        "fits": part.fits,
+        "kernels": compiled.kernels,
+        "collectives": None if compiled.collectives is None else [dataclasses.asdict(one) for one in compiled.collectives],
+        "flops": part.work.flops,
+        "weight_bytes_read": part.work.weight_bytes,
+        "cache_bytes_read": part.work.cache_bytes,
+        "weight_bytes_copied": part.work.copied_bytes,
+        "tokens": part.tokens,
+        "roofline_seconds": None if bound is None else bound._asdict(),
+        "roofline_seconds_per_token": None if bound is None else bound.step_seconds / part.tokens,
+        "compile_seconds": compiled.compile_seconds,
+    }
+
+
+def _print(console: Console, title: str, serving: Serving, plan: Plan, chip: Chip | None) -> None:
+    console.print(f"\n[bold]{title}[/bold], on {describe(plan.mesh)}")
+    memory = Table("GiB a device", *plan.parts)
+    parts = plan.parts.values()
+    rows: dict[str, list[Any]] = {
+        "weights": [plan.weight_bytes] * len(parts),
+        f"cache of {serving.batch} x {serving.context} tokens": [plan.cache_bytes] * len(parts),
+        "temporaries": [part.compiled.temporary_bytes for part in parts],
+        "in all, by the compiler": [part.total_bytes for part in parts],
+        "HBM a program can use": [None if chip is None else chip.hbm_gib * GIB] * len(parts),
+    }
+    for name, sizes in rows.items():
+        memory.add_row(name, *("?" if size is None else f"{size / GIB:.2f}" for size in sizes))
+    console.print(memory)
+    if plan.fits is not None:
+        console.print("It fits." if plan.fits else "[bold]It does not fit.[/bold]")
+    for name, part in plan.parts.items():
+        _print_part(console, name, part, chip)
+
+
+def _print_part(console: Console, name: str, part: Part, chip: Chip | None) -> None:
+    compiled = part.compiled
+    sent = ", ".join(
+        f"{one.kind} along {one.axis} {one.bytes / 1e6:.1f} MB in {one.count}" for one in compiled.collectives or []
+    )
+    console.print(f"{name}, compiled in {compiled.compile_seconds:.0f} s. A device sends: {sent or 'unknown'}.")
+    if compiled.kernels:
+        console.print(f"Pallas kernels: {', '.join(compiled.kernels)}.")
+    if part.limits is not None and chip is not None:
+        bound, done = part.limits, part.work
+        ms = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in bound._asdict().items()}
+        copied = f" and {done.copied_bytes / 1e9:.1f} GB of experts made wide" if done.copied_bytes else ""
+        console.print(
+            f"Least time of a step: arithmetic {ms['compute_seconds']} for {done.flops / 1e12:.2f} TFLOP, HBM "
+            f"{ms['weight_seconds']} for {done.weight_bytes / 1e9:.1f} GB of weights{copied} and {ms['cache_seconds']} for "
+            f"{done.cache_bytes / 1e9:.1f} GB of cache, links {ms['link_seconds']}: {ms['step_seconds']} if all overlap, "
+            f"{1e6 * bound.step_seconds / part.tokens:.1f} us for each of {part.tokens} tokens."
+        )

@@ -1,0 +1,214 @@
+"""The two programs of generation, prefill and decode, compiled for machines that are not there.
+
+They are the very functions that the engine runs, with arrays that have a shape and a place, and no content.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from dsv3_jax.checkpoint.fp8 import EXPORT_BLOCK, scale_shape
+from dsv3_jax.checkpoint.names import Leaf, leaves
+from dsv3_jax.config import MeshConfig, ModelConfig
+from dsv3_jax.config.checks import require
+from dsv3_jax.infer.cache import ROWS, empty_cache, num_shards
+from dsv3_jax.infer.runner import laid_out, models, on_mesh
+from dsv3_jax.infer.steps import Chunks, Slots, decode, prefill
+from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
+from dsv3_jax.model import init_variables
+from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
+from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.rules import SERVING, named_shardings
+from dsv3_jax.plan.compiled import Compiled, compile_for
+
+PAGE_SIZE = 128
+Weights = Literal["bfloat16", "fp8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """What is to be served at a time."""
+
+    batch: int = 128
+    """Sequences that are decoded together; a multiple of mesh.data * mesh.fsdp * mesh.expert."""
+    context: int = 4096
+    """Tokens of each of them, which the cache has room for."""
+    chunk: int = 4096
+    """Tokens of a prompt that prefill works through at a time, one prompt for each part of the batch."""
+    drafts: int = 0
+    """Tokens that the first MTP depth drafts a step: 0 or 1."""
+    weights: Weights | None = None
+    """What the weights are kept in, bfloat16 or fp8 (blocks, as published); None reports both."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "chunk"):
+            require(getattr(self, name) >= 1, f"--serve.{name} is {getattr(self, name)}; it must be at least 1")
+        require(self.drafts in (0, 1), f"--serve.drafts is {self.drafts}; choose 0 or 1")
+        require(
+            self.chunk <= self.context,
+            f"--serve.chunk is {self.chunk}, more than --serve.context ({self.context}); make it that at most",
+        )
+
+    @property
+    def start(self) -> int:
+        """Where the last chunk of a context begins, which costs most of all."""
+        return self.context - self.chunk
+
+    @property
+    def pages_of_one(self) -> int:
+        """Pages of a sequence, with room for what a step writes beyond the last token."""
+        return math.ceil((self.context + 2 * self.drafts + 1) / PAGE_SIZE)
+
+
+class Arguments(NamedTuple):
+    """What both programs take, as shapes that know where they live."""
+
+    variables: Any
+    cache: Any
+    slots: Any
+
+
+def abstract_arguments(config: ModelConfig, serving: Serving, mesh: Mesh | AbstractMesh) -> Arguments:
+    """Variables, cache and slots of an engine on a mesh.
+
+    Raises:
+      ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
+    """
+    make_cache = functools.partial(empty_cache, config, serving.batch * serving.pages_of_one, PAGE_SIZE)
+    cache = jax.eval_shape(functools.partial(make_cache, drafting=serving.drafts > 0))
+    slots = jax.eval_shape(lambda: Slots.empty(serving.batch, serving.drafts, config.vocab_size))
+    variables = _placed_variables(config, mesh, serving.weights == "fp8")
+    return Arguments(variables, *(by_rows(tree, mesh) for tree in (cache, slots)))
+
+
+@functools.cache
+def _variables(config: ModelConfig, fp8: bool) -> Any:
+    """Shapes of the variables."""
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    if fp8:
+        flat = traverse_util.flatten_dict(shapes)
+        shapes = traverse_util.unflatten_dict(flat | {leaf.path: _in_blocks(leaf) for leaf in leaves(config) if leaf.is_fp8})
+    return jax.eval_shape(functools.partial(laid_out, config, placement={}), shapes)
+
+
+def _placed_variables(config: ModelConfig, mesh: Mesh | AbstractMesh, fp8: bool) -> Any:
+    shapes = _variables(config, fp8)
+    arrays = jax.tree.map(lambda leaf: leaf.values if is_block_scaled(leaf) else leaf, shapes, is_leaf=is_block_scaled)
+
+    def place(shape: Any, sharding: NamedSharding) -> Any:
+        if not isinstance(shape, BlockScaled):
+            return _placed(shape, sharding)
+        scale_inv: Any = _placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
+        values: Any = _placed(shape.values, sharding)
+        return dataclasses.replace(shape, values=values, scale_inv=scale_inv)
+
+    shardings = named_shardings(unrolled_axes(config), arrays, mesh, SERVING)
+    return jax.tree.map(place, shapes, shardings, is_leaf=is_block_scaled)
+
+
+def _in_blocks(leaf: Leaf) -> BlockScaled:
+    """What `load_hf` makes of an array that the published checkpoint has in FP8."""
+    rows, columns = scale_shape(leaf.stored)
+    values: Any = jax.ShapeDtypeStruct(leaf.shape, np.uint8)
+    scale_inv: Any = jax.ShapeDtypeStruct((*leaf.stack, columns, rows), np.float32)
+    return BlockScaled(values=values, scale_inv=scale_inv, block=EXPORT_BLOCK, num_in=leaf.num_in)
+
+
+def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shapes with one row or page for each sequence, split as the batch."""
+    return jax.tree.map(lambda leaf: _placed(leaf, NamedSharding(mesh, ROWS)), tree)
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of arrays on one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def compile_prefill(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
+    """Compiles the last chunk of a context: the first one too, where a chunk holds a whole context."""
+    shards = num_shards(mesh)
+    rows = jax.ShapeDtypeStruct((shards,), jnp.int32)
+    chunks = Chunks(jax.ShapeDtypeStruct((shards, serving.chunk), jnp.int32), rows, rows, rows, rows)
+    table = jax.ShapeDtypeStruct((shards, serving.pages_of_one), jnp.int32)
+    more = by_rows((chunks, table), mesh)
+    return _compiled(
+        lambda: prefill.lower(models(config, mesh)[0], *arguments, *more, first=serving.start == 0),
+        mesh,
+        chip,
+        arguments,
+        # Under even routing a device sends all of its tokens' choices but those of its own experts.
+        ragged_rows=serving.chunk * config.num_experts_per_tok * (1 - 1 / mesh.shape["expert"]),
+    )
+
+
+def compile_decode(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
+    """Compiles one step of all sequences."""
+    table = jax.ShapeDtypeStruct((serving.batch, serving.pages_of_one), jnp.int32)
+    more = by_rows((table, jax.ShapeDtypeStruct((serving.batch,), bool)), mesh)
+    return _compiled(lambda: decode.lower(models(config, mesh)[1], *arguments, *more), mesh, chip, arguments)
+
+
+def _compiled(lower: Any, mesh: Mesh, chip: Chip | None, arguments: Arguments, **traffic: Any) -> Compiled:
+    with on_mesh(mesh):
+        # Of the exchange's rounds the first stands before the loop over more, and under even routing it is the only one.
+        return compile_for(lower, mesh, chip, device_bytes(arguments), open_trips=0, **traffic)
+
+
+def check_serves(config: ModelConfig, serving: Serving, sizes: dict[str, int]) -> None:
+    """Raises ValueError, naming both, where a mesh does not divide what it splits, or the model does not go so far."""
+    longest = config.max_position_embeddings
+    require(serving.context <= longest, f"--serve.context is {serving.context}; the model goes to {longest} tokens")
+    require(
+        serving.drafts <= config.num_nextn_predict_layers, "--serve.drafts is 1, and the model has no MTP depth; set it to 0"
+    )
+    require(sizes["context"] == 1, f"mesh.context is {sizes['context']}; generation does not split sequences, use 1")
+    shards = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
+    splits = [
+        ("--serve.batch", serving.batch, "mesh.data * mesh.fsdp * mesh.expert", shards),
+        ("model.n_routed_experts", config.n_routed_experts, "mesh.expert", sizes["expert"]),
+        ("model.num_attention_heads", config.num_attention_heads, "mesh.tensor", sizes["tensor"]),
+        ("model.vocab_size", config.vocab_size, "mesh.tensor", sizes["tensor"]),
+        ("model.moe_intermediate_size", config.moe_intermediate_size, "mesh.tensor", sizes["tensor"]),
+        ("model.intermediate_size", config.intermediate_size, "mesh.tensor", sizes["tensor"]),
+    ]
+    for name, size, axes, places in splits:
+        require(size % places == 0, f"{name} is {size}, which {axes} ({places}) does not divide; change one of them")
+
+
+def smallest_mesh(config: ModelConfig, serving: Serving, devices: int) -> MeshConfig:
+    """The mesh expert x tensor on which a device holds fewest bytes, and so reads fewest in a step.
+
+    Along `expert` dense weights are repeated, along `tensor` the cache is.
+
+    Raises:
+      ValueError: if no such mesh divides what it splits.
+    """
+    found = []
+    for tensor in range(1, devices + 1):
+        if devices % tensor == 0:
+            mesh = AbstractMesh((1, 1, devices // tensor, 1, tensor), AXES)
+            try:
+                check_serves(config, serving, dict(mesh.shape))
+                found.append((device_bytes(abstract_arguments(config, serving, mesh)), tensor))
+            except ValueError:
+                continue
+    if not found:
+        raise ValueError(
+            f"no mesh expert x tensor of {devices} devices divides --serve.batch ({serving.batch}), experts, heads and widths; "
+            "name one by --mesh.data, --mesh.expert and --mesh.tensor"
+        )
+    return MeshConfig(expert=devices // min(found)[1], tensor=min(found)[1])

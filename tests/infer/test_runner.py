@@ -1,0 +1,84 @@
+"""Generation on a mesh: where the weights live, what that spares the links, and that nothing else comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.infer import Engine, SamplingParams
+from dsv3_jax.infer import runner as runner_module
+from dsv3_jax.infer.runner import models, on_mesh
+from dsv3_jax.infer.steps import decode
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.rules import RULES
+from dsv3_jax.plan import serving as serving_module
+from dsv3_jax.plan.collectives import collectives
+from dsv3_jax.plan.serving import PAGE_SIZE, Arguments, Serving, abstract_arguments, by_rows
+from tests.model.tiny import random_variables
+from tests.train.test_on_mesh import MODEL
+
+# A dense and an MoE layer.
+SMALL = dataclasses.replace(MODEL, num_hidden_layers=2, num_nextn_predict_layers=0, eos_token_id=None)
+SHAPE = Serving(batch=8, context=24, chunk=16)
+PROMPTS = [[5], [3, 8, 21, 2], [int(i) for i in np.random.default_rng(0).integers(0, MODEL.vocab_size, 14)]]
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    return make_mesh(MeshConfig(expert=4, tensor=2))
+
+
+def test_completions_are_the_same_under_the_rules_of_training(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those of one device. The programs, which jax keeps, are traced anew for other rules."""
+    variables = random_variables(SMALL)
+
+    def complete(mesh: Mesh | None) -> list[list[int]]:
+        engine = Engine(SMALL, variables, max_batch=8, max_length=24, chunk=16, mesh=mesh)
+        return [completion.tokens for completion in engine.generate(PROMPTS, SamplingParams(max_tokens=8))]
+
+    alone = complete(None)
+    before = decode._cache_size()
+    assert complete(mesh) == alone
+    monkeypatch.setattr(runner_module, "SERVING", RULES)
+    assert complete(mesh) == alone
+    assert decode._cache_size() == before + 2
+
+
+@pytest.mark.parametrize("sizes", [{"expert": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_the_planned_arguments_are_the_engines(sizes: dict[str, int]) -> None:
+    """What `plan --mode serve` compiles for: the same tree, the same shapes, in the same places."""
+    mesh = make_mesh(MeshConfig(**sizes))
+    shape = dataclasses.replace(SHAPE, drafts=1)
+    size = {"max_batch": 8, "max_length": shape.context, "page_size": PAGE_SIZE, "drafts": 1}
+    runner = Engine(MODEL, random_variables(MODEL), mesh=mesh, **size)._runner  # type: ignore[arg-type]
+    arrays = Arguments(runner._variables, runner._cache, runner._slots)
+    planned = abstract_arguments(MODEL, shape, mesh)
+    assert jax.tree.structure(arrays) == jax.tree.structure(planned)
+    for (path, array), wanted in zip(jax.tree.leaves_with_path(arrays), jax.tree.leaves(planned), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert (array.shape, array.dtype) == (wanted.shape, wanted.dtype), name
+        assert array.sharding.is_equivalent_to(wanted.sharding, array.ndim), (name, array.sharding, wanted.sharding)
+
+
+def test_no_weight_travels_along_the_expert_axis(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the rules of training every step gathers every dense weight; under those of generation tokens alone travel."""
+
+    def gathered() -> int:
+        more = by_rows((jax.ShapeDtypeStruct((8, 1), np.int32), jax.ShapeDtypeStruct((8,), bool)), mesh)
+        with on_mesh(mesh):
+            lowered = decode.lower(models(SMALL, mesh)[1], *abstract_arguments(SMALL, SHAPE, mesh), *more)
+        found = collectives(lowered.compile().as_text(), dict(mesh.shape), open_trips=0)
+        return sum(one.bytes for one in found if one.kind == "all-gather" and "expert" in one.axis.split("+"))
+
+    tokens = gathered()
+    # To the ring's three other devices: the float32 states of two tokens, once, and a few numbers for each of their choices.
+    assert 3 * 2 * 4 * SMALL.hidden_size <= tokens < 3 * 2 * (4 * SMALL.hidden_size + 64 * SMALL.num_experts_per_tok)
+    monkeypatch.setattr(runner_module, "SERVING", RULES)
+    monkeypatch.setattr(serving_module, "SERVING", RULES)
+    dense = 4 * (2 * SMALL.vocab_size + 3 * SMALL.intermediate_size) * SMALL.hidden_size
+    assert gathered() > tokens + 3 / 4 * dense / 2

@@ -1,0 +1,133 @@
+"""The bound of a step of generation, counted by hand and against the count of training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from jax.sharding import AbstractMesh
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.flops import flops_per_token
+from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.plan.collectives import Collective
+from dsv3_jax.plan.compiled import Compiled
+from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments
+from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
+
+# Wide enough that a chunk of 8 is cheaper in expanded form, 8 (2 C - H - W) > C (H + W), and a token or two are not.
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=256,
+    num_hidden_layers=3,
+    num_nextn_predict_layers=1,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
+    q_lora_rank=128,
+    kv_lora_rank=32,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=2,
+    v_head_dim=8,
+    intermediate_size=128,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=4,
+    topk_group=2,
+    max_position_embeddings=256,
+).with_dtype("bfloat16")
+D, V, N, Q, C, H, P, W, F, E, K = 256, 64, 4, 128, 32, 4, 2, 8, 16, 8, 2
+EIGHT = (1, 1, 4, 1, 2)
+
+
+def worked(serving: Serving, step: Step, sizes: tuple[int, ...], backend: str = "pallas_tpu") -> Work:
+    return work(CONFIG, serving, step, abstract_arguments(CONFIG, serving, AbstractMesh(sizes, AXES)), backend)
+
+
+@pytest.mark.parametrize("expert", [1, 4])
+def test_a_whole_context_costs_the_forward_pass_of_training(expert: int) -> None:
+    """Of which the head sees one token. Along `expert` a device has its own chunk, and all of its dense part."""
+    serving = Serving(batch=4, context=128, chunk=128)
+    forward = 128 * flops_per_token(dataclasses.replace(CONFIG, num_nextn_predict_layers=0), 128).causal / 3
+    found = worked(serving, Step.of_prefill(serving), (1, 1, expert, 1, 1))
+    assert found.flops == pytest.approx(forward - 127 * 2 * V * D, rel=1e-12)
+    assert found.cache_bytes == 0
+
+
+def test_decode_by_hand() -> None:
+    """One of two sequences a device, all of 4 x 2 devices; half of the heads, hidden units and vocabulary on each."""
+    serving = Serving(batch=8, context=100, chunk=4)
+    step = Step.of_decode(serving, 4)
+    assert step == Step(rows=2, heads=2, start=100, sequences=2)
+    found = worked(serving, step, EIGHT)
+    whole = D * Q + D * (C + P)  # q_a and kv_a, on every device
+    halved = Q * N * (H + P) + N * C * (H + W) + N * W * D  # q_b, W_UK, W_UV and o
+    dense = 3 * D * 128 // 2
+    moe = D * E + 3 * D * F // 2  # gate and shared expert
+    rows = 3 * (whole + halved // 2) + dense + 2 * moe + V * D // 2
+    experts = 2 * 3 * (E // 4) * D * F // 2  # two layers' two experts a device, each with 8 K / E rows
+    keys = 2 * (100 + 1)
+    attention = 3 * keys * 2 * (N // 2) * (2 * C + P)
+    assert found.flops == 2 * 2 * rows + 2 * experts * 8 * K / E + attention
+    norms = (2 * D + Q + C) * 3 + D
+    biases = 2 * E * 4
+    assert found.weight_bytes == pytest.approx(2 * (rows + norms) + biases + 2 * experts * (1 - (1 - K / E) ** 8))
+    assert found.cache_bytes == 2 * 100 * 3 * (C + P) * 2
+    assert found.copied_bytes == 0
+    mtp = whole + halved // 2 + N * C * (H + W) // 2 + moe + 3 * (E // 4) * D * F // 2 + 2 * D * D + 5 * D + Q + C
+    assert found.unused_bytes == 2 * (mtp + 3 * N * C * (H + W) // 2) + E * 4
+
+
+def test_a_draft_is_one_token_more_and_one_layer_more() -> None:
+    drafting = Serving(batch=8, context=100, chunk=4, drafts=1)
+    assert Step.of_decode(drafting, 4) == Step(rows=4, heads=6, start=100, sequences=2)
+    assert Step.of_prefill(drafting) == Step(rows=4, heads=2, start=96, sequences=1)
+    found, plain = (worked(each, Step.of_decode(each, 4), EIGHT) for each in (drafting, Serving(batch=8, context=100, chunk=4)))
+    assert found.cache_bytes == plain.cache_bytes * 4 / 3
+    assert found.unused_bytes == 2 * 4 * N * C * (H + W) // 2  # W_kvb of three layers and the depth
+    block = D * Q + D * (C + P) + D * E + (Q * N * (H + P) + N * C * (H + W) + N * W * D + 3 * D * F) // 2
+    depth = 4 * (block + 2 * D * D) + 3 * (E // 4) * D * F // 2 * 16 * K / E
+    scores = (4 * 4 * 101.5 - 2 * 3 * 2 * 101) * (N // 2) * (2 * C + P)
+    assert found.flops - 2 * plain.flops == 2 * (depth + 2 * V * D // 2 + scores)
+
+
+def test_a_later_chunk_expands_what_is_cached() -> None:
+    """W_kvb for 92 tokens before a chunk of 8, and their scores and sums."""
+    late = Serving(batch=4, context=100, chunk=8)
+    first = Serving(batch=4, context=8, chunk=8)
+    sizes = (1, 1, 4, 1, 1)
+    after, alone = (worked(each, Step.of_prefill(each), sizes) for each in (late, first))
+    expanding = 92 * 2 * N * C * (H + W)
+    assert after.flops - alone.flops == 3 * (expanding + 8 * 92 * 2 * N * (H + P + W))
+    assert after.cache_bytes == 92 * 3 * (C + P) * 2
+
+
+@pytest.mark.parametrize(("backend", "copies"), [("tiles", 0), ("pallas_tpu", 4)])
+def test_weights_in_8_bits(backend: str, copies: int) -> None:
+    """A byte a value and a number a block, the same arithmetic; kernels get copies of all experts, written and read."""
+
+    def decoded(weights: Weights) -> Work:
+        serving = Serving(batch=8, context=100, chunk=4, weights=weights)
+        return worked(serving, Step.of_decode(serving, 4), (1, 1, 1, 1, 1), backend)
+
+    eight, sixteen = decoded("fp8"), decoded("bfloat16")
+    assert eight.flops == sixteen.flops
+    experts = 2 * 3 * E * D * F
+    visited = 1 - (1 - K / E) ** 2
+    q, o, rest = D * Q + Q * N * (H + P) + D * (C + P), N * W * D, 3 * D * 128 + 2 * 3 * D * F
+    scales = 3 * (2 + 1 + 2 + 2) + 3 * 2 + 2 * 3 * 2  # blocks of q_a, q_b, kv_a and o; of the dense FFN; of the shared experts
+    saved = 3 * (q + o) + rest - 4 * scales + visited * (experts - 2 * 3 * E * 2 * 4)
+    assert sixteen.weight_bytes - eight.weight_bytes == pytest.approx(saved)
+    assert eight.copied_bytes == copies * experts
+    assert sixteen.copied_bytes == 0
+
+
+def test_limits_by_hand() -> None:
+    chip = Chip(bf16_flops=1000.0, hbm_bytes=100.0, hbm_gib=1.0, ici_bytes=10.0, dcn_bytes=2.0)
+    sent = [Collective("all-gather", "expert", 30, 1, False), Collective("all-reduce", "tensor", 8, 1, False)]
+    compiled = Compiled(0, 0, 0, True, sent, {}, 1.0, "")
+    done = Work(flops=500.0, weight_bytes=120.0, cache_bytes=50.0, copied_bytes=40.0, unused_bytes=7)
+    assert limits(done, compiled, chip) == Limits(0.5, 1.6, 0.5, 3.8, 3.8)
+    assert limits(done, dataclasses.replace(compiled, collectives=[]), chip).step_seconds == pytest.approx(2.1)
+    assert limits(done._replace(flops=9000.0), compiled, chip).step_seconds == 9.0

@@ -1,0 +1,72 @@
+"""Drafts of a trained model: how many stand. A drafter that is fed the wrong token, state or position would guess worse."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.data import Batch
+from dsv3_jax.infer import Engine, SamplingParams
+from dsv3_jax.train.state import init_state
+from dsv3_jax.train.step import train_step
+from tests.model.tiny import CONFIG
+
+V, LENGTH, STEPS = 16, 24, 150
+RUN = Config(
+    model=dataclasses.replace(
+        CONFIG,
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_nextn_predict_layers=1,
+        initializer_range=0.1,
+        rms_norm_eps=1e-6,
+        rope_scaling=None,
+        eos_token_id=None,
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=10),
+    train=TrainConfig(steps=STEPS, batch_size=16, sequence_length=LENGTH, mtp_loss_weight=1.0),
+)
+
+
+def texts(rng: np.random.Generator, count: int) -> np.ndarray:
+    """[count, LENGTH + 1]: sequences that go on by one of two orders of the tokens, each told by any two of its neighbours."""
+    orders = np.stack([np.random.default_rng(seed).permutation(V) for seed in (0, 1)])
+    order, token = orders[rng.integers(0, 2, count)], rng.integers(0, V, count)
+    rows = []
+    for _ in range(LENGTH + 1):
+        rows.append(token)
+        place = (order == token[:, None]).argmax(1)
+        token = np.take_along_axis(order, ((place + 1) % V)[:, None], axis=1)[:, 0]
+    return np.stack(rows, axis=1).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[ModelConfig, dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    state = jax.jit(functools.partial(init_state, RUN))()
+    step = jax.jit(functools.partial(train_step, config=RUN), donate_argnums=0)
+    for number in range(STEPS):
+        rows = texts(rng, 16)[None]
+        weights = np.ones((1, 16, LENGTH), np.float32)
+        state, metrics, _ = step(state, Batch(rows[..., :-1], rows[..., 1:], weights, None), RUN.schedules.at(number))
+    assert float(metrics["main_loss"]) < 0.5
+    return RUN.model, state.variables
+
+
+@pytest.mark.parametrize(("drafts", "least"), [(1, 0.95), (2, 0.6)])
+def test_most_drafts_of_a_trained_model_stand(trained: tuple[ModelConfig, dict[str, Any]], drafts: int, least: float) -> None:
+    config, variables = trained
+    prompts = [row[:4].tolist() for row in texts(np.random.default_rng(1), 16)]
+    params = SamplingParams(max_tokens=19)  # One of prefill, and 18 of whole steps if all drafts stand.
+    engine = Engine(config, variables, max_length=64, drafts=drafts)
+    found = list(engine.generate(prompts, params))
+    share = (engine.step_tokens / engine.steps - 1) / drafts
+    assert share > least
+    assert found == list(Engine(config, variables, max_length=64).generate(prompts, params))

@@ -1,81 +1,117 @@
-"""Completes a prompt, streaming the text as it comes.
+"""Completes a prompt, streaming the text as it comes; or chats; or completes a file of prompts; or serves.
 
     python infer.py --checkpoint runs/tiny --prompt "def main(" --max-tokens 64
     python infer.py --checkpoint path/to/hf_folder --prompt "..." --temperature 0.7 --top-p 0.95
+    python infer.py --checkpoint path/to/hf_folder --interactive --mesh.expert 4 --mesh.tensor 2
+    python infer.py --checkpoint runs/tiny --batch-file prompts.jsonl completions.jsonl
+    python infer.py --checkpoint path/to/hf_folder --serve --port 8000
 
-The checkpoint is a run directory of train.py, or a Hugging Face folder with a tokenizer.json.
+The checkpoint is a run directory of train.py, or a Hugging Face folder with a tokenizer.json. What it generates goes to
+stdout or the file; how, and how fast, to stderr.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
-import time
-from typing import Literal
-
-import jax
 
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
-from dsv3_jax.data.tokenizer import StreamDecoder
-from dsv3_jax.infer.load import load_model
-from dsv3_jax.kernels.attention import choose_attention
-from dsv3_jax.kernels.expert_ffn import choose_backend
-from dsv3_jax.kernels.latent_attention import choose_latent_backend
+from dsv3_jax.data.cache import digest
+from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
+from dsv3_jax.infer.batch import complete_lines, submit_lines
+from dsv3_jax.infer.chat import Conversation, converse
+from dsv3_jax.infer.completion_lines import CompletionLines
+from dsv3_jax.infer.engine import LONGEST_BY_DEFAULT
+from dsv3_jax.infer.load import LoadedModel, load_model
+from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
+from dsv3_jax.infer.report import Speed, opening
 from dsv3_jax.parallel.compilation import cache_compilations
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """What to complete, and how."""
-
-    checkpoint: str
-    """Run directory of train.py, or Hugging Face folder."""
-    prompt: str | None = None
-    """Text to continue; this and the next three default to the run's `infer` group."""
-    max_tokens: int | None = None
-    """Longest completion, in tokens."""
-    temperature: float | None = None
-    """Divides the logits; 0 takes the most likely token each time."""
-    top_p: float | None = None
-    """Draws from the smallest set of most likely tokens that together have this probability."""
-    seed: int = 0
-    """Seed of the draws."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype to compute in; None is the checkpoint's own."""
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.serve import serve
+from dsv3_jax.serve.flags import Flags
 
 
 @exits_with_one_line
 def main() -> None:
-    arguments = parse_flags(Arguments, description=__doc__)
-    started = time.perf_counter()
-    model = load_model(arguments.checkpoint, arguments.dtype)
-    given = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
-    wanted = dataclasses.asdict(model.infer) | given
-    params = SamplingParams(wanted["max_tokens"], wanted["temperature"], wanted["top_p"], wanted["seed"])
+    flags = parse_flags(Flags, description=__doc__)
+    speed = Speed()
+    # What is wrong with these files shows before a large model is read.
+    prompts = None if flags.batch_file is None else read_prompt_lines(flags.batch_file[0])
+    is_chat = flags.interactive or (prompts is not None and prompts.need_template)
+    template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
+
+    mesh = make_mesh(flags.mesh)
+    model = load_model(flags.checkpoint, flags.dtype, mesh)
     cache_compilations(DataConfig.cache_dir)
-    # The cache of a completion has room for what was asked, so that a long context costs nothing by itself.
-    engine = Engine(model.config, model.variables, model.tokenizer, max_length=model.config.max_position_embeddings)
-    tokens = engine.stream(wanted["prompt"], params)
-    c = model.config
-    experts = choose_backend(c.expert_backend, c.dtype)
-    attention = choose_attention(c.attention_backend, c.dtype, (c.qk_head_dim, c.v_head_dim))
-    over_cache = choose_latent_backend(c.cache_backend, c.dtype, (c.kv_lora_rank, c.qk_rope_head_dim))
-    backends = f"attention by {attention}, over the cache by {over_cache}, experts by {experts}"
-    print(f"{model.origin}, in {model.config.dtype} on {jax.devices()[0]}; {backends}", file=sys.stderr)
+    params = flags.sampling(model.infer, longest=model.config.max_position_embeddings)
+    prompt = model.infer.prompt if flags.prompt is None else flags.prompt
+    options = flags.engine_options(model.config, mesh)
+    if flags.one_shot and flags.max_length is None:
+        options["max_length"] = length_for(prompt, params, model)
+    engine = Engine(model.config, model.variables, model.tokenizer, **options)
+    lines = opening(model, mesh, engine)
 
-    print(wanted["prompt"], end="", flush=True)
-    decoder, count = StreamDecoder(model.tokenizer), 0
-    for count, token in enumerate(tokens, 1):
-        print(decoder.feed([token]), end="", flush=True)
-        if count == 1:
-            first = time.perf_counter()
-    print(decoder.finish(), flush=True)
+    if flags.serve:
+        say(*lines)
+        name = os.path.basename(os.path.normpath(flags.checkpoint))
+        sys.exit(serve(engine, name, template, flags.server))
+    elif prompts is not None:
+        assert flags.batch_file is not None
+        batch(prompts, flags.batch_file[1], template, params, model, engine, lines, speed)
+    elif flags.interactive:
+        assert template is not None
+        say(*lines)
+        converse(Conversation(engine, template, model.tokenizer, params), speed)
+    else:
+        updates = engine.stream_text(prompt, params)
+        say(*lines)
+        print(prompt, end="", flush=True)
+        for update in updates:
+            print(update.text, end="", flush=True)
+            speed.note(len(update.tokens))
+        print(flush=True)
+    say(speed.told(engine))
 
-    if count > 1:
-        rate = (count - 1) / (time.perf_counter() - first)
-        print(f"{count} tokens; the first after {first - started:.1f} s, then {rate:.1f} tokens/s", file=sys.stderr)
+
+def batch(
+    prompts: PromptLines,
+    path: str,
+    template: ChatTemplate | None,
+    params: SamplingParams,
+    model: LoadedModel,
+    engine: Engine,
+    lines: list[str],
+    speed: Speed,
+) -> None:
+    """Completes the lines that the file at `path` does not hold yet."""
+    depends_on = {
+        "prompts": prompts.digest,
+        "checkpoint": model.origin,
+        "chat_template": template and digest(template.source),
+        "dtype": model.config.dtype,
+        "drafts": engine.drafts,
+        "max_length": engine.max_length,
+        **dataclasses.asdict(params),
+    }
+    with CompletionLines(path, depends_on, {line.index for line in prompts.lines}) as completions:
+        left = [line for line in prompts.lines if line.index not in completions.done]
+        submitted = submit_lines(engine, left, params, template, model.tokenizer)
+        say(*lines, f"{len(completions.done)} of {len(prompts.lines)} lines are in {path} already")
+        complete_lines(engine, submitted, completions, speed)
+
+
+def length_for(prompt: str, params: SamplingParams, model: LoadedModel) -> int:
+    """The engine's max_length for one completion: the usual one, or more if the completion needs it."""
+    needed = 1 + len(model.tokenizer.encode(prompt)) + params.max_tokens
+    return min(max(LONGEST_BY_DEFAULT, needed), model.config.max_position_embeddings)
+
+
+def say(*lines: str) -> None:
+    """To stderr, line by line."""
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

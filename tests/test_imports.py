@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "kernels", "parallel", "model"},
     "train": {"config", "kernels", "parallel", "model", "data", "checkpoint"},
     "infer": {"config", "kernels", "parallel", "model", "data", "checkpoint"},
+    "serve": {"config", "data", "infer"},
     "plan": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
     "evaluate": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
     "convert": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},

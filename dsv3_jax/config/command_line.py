@@ -40,7 +40,9 @@ _TYPE_NAMES = {
     bool: "True or False",
     types.NoneType: "None",
     tuple[int, ...]: "several integers",
+    tuple[str, str]: "two texts",
     tuple[str, str, str]: "three texts",
+    tuple[str, ...]: "several texts",
     tuple[tuple[str, float], ...]: "texts, each followed by a number",
     tuple[tuple[float, float], ...]: "pairs of numbers",
 }
@@ -318,14 +320,17 @@ def _type_name(hint: Any) -> str:
 
 def _build_flags(flags_type: type[Flags], values: dict[str, Any]) -> Flags:
     for field in dataclasses.fields(flags_type):  # type: ignore[arg-type]
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        require(has_default or field.name in values, f"--{field.name} is missing (--help lists all)")
+        require(_has_default(field) or field.name in values, f"--{field.name} is missing (--help lists all)")
     built = {name: value for name, value in values.items() if "." not in name}
     for name, hint in typing.get_type_hints(flags_type).items():
         inner = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
         if inner:
             built[name] = hint(**inner)
     return flags_type(**built)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _override(config: Any, overrides: dict[str, Any], path: str = "") -> Any:
@@ -346,7 +351,7 @@ def _override(config: Any, overrides: dict[str, Any], path: str = "") -> Any:
 def _print_help(flags_type: Any, flags: Any, description: str | None, config: Config | None = None) -> None:
     """Prints tyro's help, with the defaults of `flags` and `config`, and exits with 0."""
     if flags is None:
-        required = [field.name for field in dataclasses.fields(flags_type) if field.default is dataclasses.MISSING]
+        required = [field.name for field in dataclasses.fields(flags_type) if not _has_default(field)]
         flags = flags_type(**dict.fromkeys(required, tyro.MISSING))
     parts = [("flags", Annotated[flags_type, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff])]
     defaults = [flags]

@@ -138,10 +138,25 @@ class Marked:
 
 
 def load_chat_template(tokenizer: str | epath.PathLike) -> ChatTemplate:
-    """The template that lies beside a tokenizer.json, given as that file or as its folder.
+    """What `find_chat_template` finds.
 
     Raises:
       ValueError: if there is none, or it cannot be read.
+    """
+    template = find_chat_template(tokenizer)
+    if template is None:
+        raise ValueError(
+            f"{tokenizer_folder(tokenizer)} has no chat template (no chat_template.jinja, no chat_template in "
+            "tokenizer_config.json); put the checkpoint's own there"
+        )
+    return template
+
+
+def find_chat_template(tokenizer: str | epath.PathLike) -> ChatTemplate | None:
+    """The template that lies beside a tokenizer.json, given as that file or as its folder; None if there is none.
+
+    Raises:
+      ValueError: if it cannot be read.
     """
     folder = tokenizer_folder(tokenizer)
     file = folder / "chat_template.jinja"
@@ -151,12 +166,9 @@ def load_chat_template(tokenizer: str | epath.PathLike) -> ChatTemplate:
     source = tokenizer_config(tokenizer).get("chat_template")
     if isinstance(source, list):  # Several by name, of which one is meant for want of a choice.
         source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
-    require(
-        isinstance(source, str),
-        f"{folder} has no chat template (no chat_template.jinja, no chat_template in tokenizer_config.json); put the "
-        "checkpoint's own there",
-    )
-    return ChatTemplate(str(source), named, f"the chat_template of {folder / 'tokenizer_config.json'}")
+    if not isinstance(source, str):
+        return None
+    return ChatTemplate(source, named, f"the chat_template of {folder / 'tokenizer_config.json'}")
 
 
 def encode_prompt(

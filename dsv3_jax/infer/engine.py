@@ -158,10 +158,9 @@ class Engine:
         each = bytes_per_token(self.config, self.drafts > 0)
         pages = self._shards * self._pages_per_shard
         sizes = ", ".join(str(SMALLEST_CHUNK << i) for i in range((self.chunk // SMALLEST_CHUNK).bit_length()))
-        speculation = f", {self.drafts} drafts a step" if self.drafts else ""
         return [
             f"cache: {self.cache_bytes / 1e6:.1f} MB for {self.cache_tokens} tokens, {each} bytes each, in {pages} pages of "
-            f"{self.page_size}; {self.max_batch} sequences at a time{speculation}",
+            f"{self.page_size}; slots: {self.max_batch}; drafts a step: {self.drafts}",
             f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones",
         ]
 

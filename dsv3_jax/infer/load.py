@@ -38,7 +38,7 @@ def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, ke
     Args:
       path: the folder.
       dtype: dtype to compute and store in; None is the run's own, or that of the Hugging Face config.
-      mesh: the devices to lay the variables out over; None is the first one.
+      mesh: the devices to lay the variables out over; None, or a mesh of one, is the first one.
       keep_fp8: keep the FP8 blocks of a Hugging Face folder as they are (`load_hf`); None does if it has them.
 
     Raises:
@@ -46,6 +46,7 @@ def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, ke
     """
     from_hugging_face = is_hugging_face(path)
     tokenizer = load_tokenizer(path)
+    mesh = mesh if mesh is not None and mesh.size > 1 else None
     if from_hugging_face:
         kept = is_fp8(path) if keep_fp8 is None else keep_fp8
         config, variables = load_hf(path, dtype=dtype or named_dtype(path), mesh=mesh, keep_fp8=kept)

@@ -1,27 +1,45 @@
-"""infer.py on the run of train.py: the text that it streams, and what it refuses."""
+"""infer.py on the run of train.py: completions, chats, batch files, and what it refuses."""
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import infer
-from dsv3_jax import Engine, SamplingParams
+from dsv3_jax import Completion, Engine, SamplingParams
+from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
+from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.infer.flags import DRAFTS_BY_DEFAULT
 from dsv3_jax.infer.load import load_model
-from tests.cli.conftest import CONFIG, ROOT, Done, started
+from tests.cli.conftest import CONFIG, ROOT, Done, plain_environment, started
 
 PROGRAM = str(ROOT / "infer.py")
 
 
-def completed(run: Path, prompt: str, params: SamplingParams) -> tuple[str, int]:
-    """Prompt and completion as one text, and the number of new tokens, by an engine of our own."""
+def generated(run: Path, prompts: list, params: list[SamplingParams]) -> list[Completion]:
+    """Completions by an engine of our own, which speculates as infer.py does: what is drawn hangs on the drafts."""
+    return list(engine_of(run).generate(prompts, params))
+
+
+@functools.cache
+def engine_of(run: Path) -> Engine:
     model = load_model(str(run))
-    (completion,) = Engine(model.config, model.variables, model.tokenizer).generate([prompt], params)
+    return Engine(model.config, model.variables, model.tokenizer, drafts=DRAFTS_BY_DEFAULT)
+
+
+def completed(run: Path, prompt: str, params: SamplingParams) -> tuple[str, int]:
+    """Prompt and completion as one text, and the number of new tokens."""
+    (completion,) = generated(run, [prompt], [params])
     return f"{prompt}{completion.text}\n", len(completion.tokens)
 
 
@@ -30,9 +48,12 @@ def test_a_prompt_is_completed(straight: tuple[Path, Done], workplace: Path) -> 
     flags = ["--temperature", "0.8", "--top-p", "0.9", "--seed", "5", "--max-tokens", "20"]
     done = started(workplace, PROGRAM, "--checkpoint", "runs/straight", "--prompt", "import ", *flags)
     assert (done.code, done.stdout) == (0, expected), done.stderr
-    first, last = done.stderr.splitlines()
+    first, cache, programs, last = done.stderr.splitlines()
     assert first.startswith("run runs/straight at step 12, in float32 on ")
-    assert last.startswith(f"{count} tokens; the first after ")
+    assert cache.startswith("cache: ")
+    assert programs.startswith("programs: ")
+    speed = rf"{count} tokens; the first after .* s, then .* tokens/s; .* tokens a step, .*% of drafts accepted"
+    assert re.fullmatch(speed, last), last
 
 
 def test_the_runs_own_prompt_and_limits_are_the_defaults(straight: tuple[Path, Done], called: Callable[..., Done]) -> None:
@@ -52,6 +73,108 @@ def test_the_whole_context_of_the_model_may_be_used(
     monkeypatch.setattr("dsv3_jax.infer.engine.LONGEST_BY_DEFAULT", 16)
     done = called(infer.main, "--checkpoint", "runs/straight", "--prompt", "x = 1\n" * 8, "--max-tokens", "2")
     assert done.code == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same_text(straight: tuple[Path, Done], called: Callable[..., Done]) -> None:
+    expected, _ = completed(straight[0], "import ", SamplingParams(max_tokens=12))
+    mesh = ["--mesh.data", "2", "--mesh.expert", "2", "--mesh.tensor", "2"]
+    done = called(infer.main, "--checkpoint", "runs/straight", "--prompt", "import ", "--max-tokens", "12", *mesh)
+    assert (done.code, done.stdout) == (0, expected), done.stderr
+    assert "in float32 on 8 cpu devices (data 2 x expert 2 x tensor 2)" in done.stderr
+
+
+# Chats.
+
+
+@pytest.fixture(scope="module")
+def talking(straight: tuple[Path, Done], workplace: Path) -> ChatTemplate:
+    """The template of runs/talking, a copy of the run that has one."""
+    source = "{% for message in messages %}# {{ message.role }}\n{{ message.content }}\n{% endfor %}"
+    template = ChatTemplate(source, {"bos_token": "<bos>", "eos_token": "<eos>"})
+    shutil.copytree(straight[0], workplace / "runs" / "talking")
+    template.save(workplace / "runs" / "talking")
+    return template
+
+
+def test_a_chat_over_a_pipe(
+    straight: tuple[Path, Done], talking: ChatTemplate, called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = encode_prompt(talking, load_tokenizer(straight[0]), [{"role": "user", "content": "import"}])
+    (expected,) = generated(straight[0], [prompt], [SamplingParams(max_tokens=9)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("import\n/reset\nimport\n"))
+    done = called(infer.main, "--checkpoint", "runs/talking", "--interactive", "--max-tokens", "9")
+    assert (done.code, done.stdout) == (0, 2 * f"{expected.text}\n"), done.stderr
+    assert re.match(r"\d+ tokens; the first after ", done.stderr.splitlines()[-1])
+
+
+def test_a_chat_without_a_template_is_refused(
+    straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path
+) -> None:
+    done = called(infer.main, "--checkpoint", "runs/straight", "--interactive")
+    done.assert_refused("runs/straight has no chat template", "put the checkpoint's own there")
+    (workplace / "chats.in").write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+    done = called(infer.main, "--checkpoint", "runs/straight", "--batch-file", "chats.in", "chats.out")
+    done.assert_refused("runs/straight has no chat template")
+
+
+# Batch files.
+
+BATCH = "--checkpoint", "runs/straight", "--max-tokens", "40", "--temperature", "0.9", "--seed", "3"
+
+
+def test_a_batch_killed_and_begun_again_is_every_line_alone(
+    straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path
+) -> None:
+    """Drawn and greedy lines, killed once some are done."""
+    prompts = [f"def f{i}(" for i in range(40)]
+    lines: list[dict] = [{"prompt": prompt, "id": f"line {i}"} for i, prompt in enumerate(prompts)]
+    for line in lines[::3]:
+        line["temperature"] = 0
+    (workplace / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = workplace / "out.jsonl"
+    arguments = *BATCH, "--batch-file", "in.jsonl", "out.jsonl"
+    child = subprocess.Popen(
+        [sys.executable, PROGRAM, *arguments], cwd=workplace, env=plain_environment(), stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not out.exists() or b"\n" not in out.read_bytes():
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    child.kill()
+    child.communicate()
+    whole = out.read_bytes().count(b"\n")
+    assert 0 < whole < len(prompts)
+    done = called(infer.main, *arguments)
+    assert done.code == 0, done.stderr
+    assert f"{whole} of 40 lines are in out.jsonl already" in done.stderr
+    params = [SamplingParams(40, line.get("temperature", 0.9), seed=3 + i) for i, line in enumerate(lines)]
+    found = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["index"])
+    assert found == [
+        {"index": i, "id": f"line {i}", "text": one.text, "tokens": one.tokens, "finish_reason": one.finish_reason}
+        for i, one in enumerate(generated(straight[0], prompts, params))
+    ]
+    # Other settings are another batch, and so is another input.
+    called(infer.main, *arguments, "--seed", "4").assert_refused("out.jsonl was made with seed 3, not 4")
+    called(infer.main, *arguments, "--drafts", "0").assert_refused("out.jsonl was made with drafts 1, not 0")
+    (workplace / "in.jsonl").write_text(json.dumps(lines[0]))
+    called(infer.main, *arguments).assert_refused("out.jsonl was made with prompts ")
+
+
+@pytest.mark.parametrize(
+    ("lines", "fragment"),
+    [
+        ('{"prompt": "x"}\n{"prompt": "x", "top_q": 1}', 'bad.jsonl:2 has the unknown key "top_q"; the nearest is "top_p"'),
+        ('{"prompt": "x"}\n\n{"prompt": ""}\n{"prompt": [300]}', "bad.jsonl:4: token id 300 is outside the vocabulary of 300"),
+    ],
+)
+def test_a_wrong_line_ends_the_batch_before_it_begins(
+    straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path, lines: str, fragment: str
+) -> None:
+    (workplace / "bad.jsonl").write_text(lines)
+    called(infer.main, *BATCH, "--batch-file", "bad.jsonl", "bad.out").assert_refused(fragment)
+    assert not (workplace / "bad.out").exists() or not (workplace / "bad.out").stat().st_size
 
 
 @pytest.mark.slow
@@ -90,6 +213,18 @@ def test_of_damaged_checkpoints_the_one_before_is_used_and_the_last_refused(
         (["--checkpoint", "runs/straight", "--max-tokens", "0"], "max_tokens is 0; it must be at least 1"),
         (["--checkpoint", "runs/straight", "--dtype", "int8"], "--dtype is 'int8'; give"),
         (["--checkpoint", "runs/straight", "--promt", "x"], "--promt does not exist; the nearest is --prompt"),
+        (
+            ["--checkpoint", "runs/straight", "--interactive", "--prompt", "x"],
+            "--prompt and --interactive are different things",
+        ),
+        (["--checkpoint", "runs/straight", "--batch-file", "nowhere", "out"], "--batch-file nowhere does not exist"),
+        (["--checkpoint", "runs/straight", "--max-length", "65"], "max_length is 65; it must lie in 2..64"),
+        (["--checkpoint", "runs/straight", "--mesh.expert", "8"], "make these mesh axes smaller"),
+        (["--checkpoint", "runs/straight", "--mesh.tensor", "3"], "has 3 places for 8 devices"),
+        (
+            ["--checkpoint", "runs/straight", "--mesh.data", "4", "--mesh.context", "2"],
+            "mesh.context is 2; inference does not",
+        ),
     ],
 )
 def test_what_cannot_be_completed_is_refused(

@@ -121,6 +121,14 @@ def test_on_a_mesh(kind: str, variables: dict[str, Any], request: pytest.Fixture
 
 
 @pytest.mark.parametrize("kind", ["run", "published"])
+def test_a_mesh_of_one_is_the_first_device(kind: str, request: pytest.FixtureRequest) -> None:
+    path = str(request.getfixturevalue(kind))
+    loaded, plain = load_model(path, mesh=make_mesh(MeshConfig())), load_model(path)
+    shardings = [[leaf.sharding for leaf in jax.tree.leaves(model.variables)] for model in (loaded, plain)]
+    assert shardings[0] == shardings[1]
+
+
+@pytest.mark.parametrize("kind", ["run", "published"])
 def test_a_folder_without_a_tokenizer_is_refused(kind: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(kind)
     (path / "tokenizer.json").unlink()

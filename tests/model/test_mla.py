@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.mla import MLA, Latents
+from dsv3_jax.model.mla import MLA, Latents, Places
 from dsv3_jax.model.rope import rotation
 from tests import reference_model
 from tests.model.tiny import CONFIG, assert_gradient, oracle_tensors, published, random_variables
@@ -48,7 +48,7 @@ def in_pieces(config: ModelConfig, params: Any, x_BTD: np.ndarray, pieces: list[
     )
     for size in pieces:
         turns = rotation(config, jnp.arange(start, start + size)[None])
-        o_BTD, new = attend({"params": params}, x_BTD[:, start : start + size], turns, cache, np.full(B, start))
+        o_BTD, new = attend({"params": params}, x_BTD[:, start : start + size], turns, cache, Places(np.full(B, start)))
         for rows, fresh in zip(cache, new, strict=True):
             rows[:, start : start + size] = fresh
         outputs.append(np.asarray(o_BTD))

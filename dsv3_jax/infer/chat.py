@@ -1,0 +1,154 @@
+"""A conversation with a model by its chat template, and the loop of `infer.py --interactive`.
+
+Every turn renders the whole conversation anew, as the template wants it; the prefix cache of the engine knows most of it
+from the turn before. Nothing is ever cut from a conversation: one that no longer fits is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from types import FrameType
+
+from dsv3_jax.config.checks import require
+from dsv3_jax.data.chat_template import ChatTemplate, Message, encode_prompt
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.infer.engine import Engine
+from dsv3_jax.infer.report import Speed
+from dsv3_jax.infer.request import Update
+from dsv3_jax.infer.sampling import SamplingParams
+
+COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt (no TEXT: none), /quit ends"
+
+
+class Conversation:
+    """What has been said, and the model that answers."""
+
+    def __init__(self, engine: Engine, template: ChatTemplate, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        """A conversation in which nothing has been said.
+
+        Args:
+          engine: answers.
+          template: the chat template of its model.
+          tokenizer: the model's.
+          params: how replies are drawn.
+        """
+        self._engine, self._template, self._tokenizer = engine, template, tokenizer
+        # Some checkpoints close a turn by another token than a document.
+        named, size = template.special_tokens.get("eos_token"), engine.config.vocab_size
+        closing = [i for i, text in tokenizer.added_tokens.items() if text == named and i < size]
+        self._params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *closing))
+        self.system: str | None = None
+        """The system prompt."""
+        self.turns: list[Message] = []
+        """The user's and the assistant's, in turn."""
+
+    def reply(self, text: str) -> Generator[Update]:
+        """Says `text` as the user; the reply as it comes.
+
+        Both are part of the conversation once the reply has ended, be it because the iterator was closed. A reply that was
+        closed before its first character leaves no trace.
+
+        Raises:
+          ValueError: at once, if the template refuses the conversation, or its tokens leave no room for a reply.
+        """
+        said: list[Message] = [*self.turns, {"role": "user", "content": text}]
+        system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        ids = encode_prompt(self._template, self._tokenizer, system + said)
+        most = self._engine.max_length
+        require(len(ids) < most, f"the conversation's {len(ids)} tokens leave no room for a reply in max_length {most}")
+        return self._record(said, self._engine.stream_text(ids, self._params))
+
+    def _record(self, said: list[Message], updates: Iterator[Update]) -> Generator[Update]:
+        texts: list[str] = []
+        ended = False
+        try:
+            with contextlib.closing(updates):  # type: ignore[type-var]  # A generator: its end frees the engine.
+                for update in updates:
+                    texts.append(update.text)
+                    yield update
+            ended = True
+        finally:
+            if ended or any(texts):
+                self.turns = [*said, {"role": "assistant", "content": "".join(texts)}]
+
+
+def converse(conversation: Conversation, speed: Speed) -> None:
+    """Reads turns from stdin and streams the replies to stdout, until /quit or the end of the input.
+
+    Ctrl-C stops a reply; a second one, before the reply has stopped, the program. Only a terminal is prompted.
+    """
+    by_hand = sys.stdin.isatty()
+    if by_hand:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  Its presence makes `input` edit lines.
+        _say(f"{COMMANDS}; Ctrl-C stops a reply, Ctrl-D ends.")
+    while (line := _read_line(by_hand)) is not None:
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            conversation.turns = []
+        elif command == "/system":
+            conversation.system = rest.strip() or None
+        elif command.startswith("/"):
+            _say(f"there is no {command}: {COMMANDS}. Put a space before a text that opens with a slash.")
+        elif line.strip():
+            _answer(conversation, line.strip(), speed)
+
+
+def _read_line(by_hand: bool) -> str | None:
+    """The next line; None at the end of the input."""
+    while True:
+        try:
+            return input("> " if by_hand else "")
+        except EOFError:
+            if by_hand:
+                print()
+            return None
+        except KeyboardInterrupt:
+            if not by_hand:
+                raise
+            _say("\nCtrl-D or /quit ends.")
+
+
+def _answer(conversation: Conversation, text: str, speed: Speed) -> None:
+    try:
+        updates = conversation.reply(text)
+    except ValueError as error:
+        _say(f"not sent: {error}. /reset forgets the conversation; a larger --max-length holds a longer one.")
+        return
+    speed.resume()
+    update = None
+    with _interrupts() as interrupted, contextlib.closing(updates):
+        for update in updates:
+            print(update.text, end="", flush=True)
+            speed.note(len(update.tokens))
+            if interrupted():
+                break
+    print(flush=True)
+    if update is not None and update.request.finish_reason == "length":
+        _say(f"(cut after {len(update.request.tokens)} tokens, by max_tokens or max_length)")
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed. It must not break into a step, which would leave the engine in pieces."""
+    noted: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        noted.append(number)
+        signal.signal(number, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

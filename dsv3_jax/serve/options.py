@@ -1,0 +1,38 @@
+"""Where the server listens, and what it lets a client ask of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dsv3_jax.config.checks import require, require_numbers, require_positive
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """The limits hold for each request, `max_queue` for all together."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is every one of this machine."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    max_body: int = 4 * 2**20
+    """Largest body of a request, in bytes."""
+    max_choices: int = 128
+    """Most completions that one request may ask for: prompts times n."""
+    max_queue: int = 256
+    """Completions that may wait for a slot; above it a request is told to come back."""
+    timeout: float = 600.0
+    """Seconds a request may take, waiting included."""
+    read_timeout: float = 30.0
+    """Seconds a client may take to send its request."""
+    drain_timeout: float = 60.0
+    """Seconds that running requests get to finish after SIGTERM."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require(0 <= self.port < 2**16, f"port is {self.port}; it must lie in 0..65535")
+        require_positive(self, "max_body", "max_choices")
+        require(self.max_queue >= 0, f"max_queue is {self.max_queue}; it cannot be negative")
+        for name in ("timeout", "read_timeout", "drain_timeout"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}; it must be above 0 seconds")

@@ -1,0 +1,291 @@
+"""A request's body, checked and turned into prompts and sampling parameters: what OpenAI's two endpoints may be asked.
+
+Fields that OpenAI defines and this server does not support are refused by name unless they stand at a value that changes
+nothing; so is every field that nobody defines. top_k, min_p, repetition_penalty, stop_token_ids and ignore_eos are taken as
+vLLM takes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+from typing import Any, Literal
+
+from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
+from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.infer import SamplingParams
+from dsv3_jax.infer.sampling import MOST_LOGPROBS
+from dsv3_jax.serve.errors import ApiError, refuse
+from dsv3_jax.serve.fields import Fields
+
+MOST_COMPLETION_LOGPROBS = 5
+COMPLETION_TOKENS = 16
+MOST_STOPS = 4
+LARGEST_BIAS = 100
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+"""What a message may call itself, and the name that templates know it by."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What requests are held to."""
+
+    name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    bos: int | None
+    max_length: int
+    max_choices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A request, understood."""
+
+    kind: Literal["completion", "chat"]
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    """One a choice: the i-th belongs to prompt i // n."""
+    stream: bool
+    include_usage: bool
+
+    @property
+    def choices(self) -> list[tuple[list[int], SamplingParams]]:
+        """Prompt and parameters of each choice."""
+        n = len(self.params) // len(self.prompts)
+        return [(self.prompts[i // n], params) for i, params in enumerate(self.params)]
+
+    @property
+    def reports(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return self.params[0].logprobs is not None
+
+
+def read_completion(body: Any, served: Served) -> Wanted:
+    """The body of POST /v1/completions.
+
+    Raises:
+      ApiError: 404 for another model, else 400, naming the field.
+    """
+    fields = Fields(body)
+    _check_model(fields, served)
+    fields.refuse("echo", False)
+    fields.refuse("best_of", 1)
+    fields.refuse("suffix", "")
+    most = fields.integer("max_tokens", 1)
+    logprobs = fields.integer("logprobs", 0, MOST_COMPLETION_LOGPROBS)
+    prompt = fields.take("prompt")
+    asked = _Asked(fields, served)
+    fields.finish()
+    prompts = _prompts(prompt, served)
+    return asked.wanted("completion", prompts, COMPLETION_TOKENS if most is None else most, logprobs)
+
+
+def read_chat(body: Any, served: Served) -> Wanted:
+    """The body of POST /v1/chat/completions.
+
+    Raises:
+      ApiError: 404 for another model, else 400, naming the field.
+    """
+    fields = Fields(body)
+    _check_model(fields, served)
+    if served.template is None:
+        raise refuse(
+            f"the model {served.name} has no chat template, so it takes no messages; use /v1/completions",
+            "messages",
+            "no_template",
+        )
+    for name in ("tools", "functions"):
+        fields.refuse(name, [])
+    for name in ("tool_choice", "function_call"):
+        fields.refuse(name, "none")
+    fields.refuse("response_format", {"type": "text"})
+    fields.refuse("modalities", ["text"])
+    fields.refuse("parallel_tool_calls", True, False)  # Of no tools.
+    for name in ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"):
+        fields.refuse(name)
+    most, older = fields.integer("max_completion_tokens", 1), fields.integer("max_tokens", 1)
+    if None not in (most, older) and most != older:
+        raise refuse(f"max_tokens is {older}, max_completion_tokens {most}; give one of them", "max_tokens")
+    reports, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MOST_LOGPROBS)
+    if top is not None and not reports:
+        raise refuse(f"top_logprobs is {top} without logprobs; set logprobs to true", "top_logprobs")
+    messages = _messages(fields.take("messages"))
+    asked = _Asked(fields, served)
+    fields.finish()
+    try:
+        prompt = encode_prompt(served.template, served.tokenizer, messages)
+    except ValueError as error:
+        raise refuse(str(error), "messages") from error
+    return asked.wanted("chat", [prompt], most if most is not None else older, (top or 0) if reports else None)
+
+
+class _Asked:
+    """The fields that both endpoints have."""
+
+    def __init__(self, fields: Fields, served: Served) -> None:
+        self._max_length, self._max_choices = served.max_length, served.max_choices
+        self._n = fields.integer("n", 1, served.max_choices) or 1
+        self._stream = fields.flag("stream")
+        self._include_usage = _include_usage(fields, self._stream)
+        # More than 32 bits and less than 0 are folded: what matters is that the same seed gives the same draws.
+        seed = fields.integer("seed")
+        self._seed = secrets.randbits(32) if seed is None else seed
+        self._given: dict[str, Any] = {
+            "temperature": fields.number("temperature", 0, 2, 1.0),
+            "top_p": fields.number("top_p", 0, 1, 1.0),
+            "min_p": fields.number("min_p", 0, 1, 0.0),
+            "repetition_penalty": fields.number("repetition_penalty", 0, 1000, 1.0),
+            "top_k": max(fields.integer("top_k", -1) or 0, 0),  # -1 is vLLM's word for all.
+            "ignore_eos": fields.flag("ignore_eos"),
+            "stop": _stops(fields),
+            "logit_bias": _biases(fields),
+            "stop_token_ids": fields.take("stop_token_ids") or (),
+        }
+        for name in ("presence_penalty", "frequency_penalty"):
+            fields.refuse(name, 0)
+        fields.refuse("service_tier", "auto", "default")
+        fields.refuse("store", False)
+        fields.refuse("metadata", {})
+        fields.ignore("user", "safety_identifier", "prompt_cache_key")
+
+    def wanted(
+        self, kind: Literal["completion", "chat"], prompts: list[list[int]], most: int | None, logprobs: int | None
+    ) -> Wanted:
+        """Joins them with an endpoint's own; `most` None is the rest of the context."""
+        if len(prompts) * self._n > self._max_choices:
+            raise refuse(
+                f"{len(prompts)} prompts with n {self._n} are {len(prompts) * self._n} completions, more than the "
+                f"{self._max_choices} of a request; send several requests",
+                "n",
+            )
+        params = []
+        for i in range(len(prompts) * self._n):
+            tokens = self._room(len(prompts[i // self._n]), most)
+            seed = (self._seed + i) % 2**32
+            try:
+                params.append(SamplingParams(max_tokens=tokens, seed=seed, logprobs=logprobs, **self._given))
+            except ValueError as error:
+                raise refuse(str(error), str(error).split(maxsplit=1)[0]) from error
+        return Wanted(kind, prompts, params, self._stream, self._include_usage)
+
+    def _room(self, prompt: int, most: int | None) -> int:
+        """Tokens that the completion of a prompt may have."""
+        if prompt + (most or 1) > self._max_length:
+            raise refuse(
+                f"This model's maximum context length is {self._max_length} tokens; {prompt} in the prompt and "
+                f"{most or 1} for the completion are more. Shorten the prompt or lower max_tokens",
+                "prompt",
+                "context_length_exceeded",
+            )
+        return self._max_length - prompt if most is None else most
+
+
+def _check_model(fields: Fields, served: Served) -> None:
+    name = fields.text("model")
+    if name is None:
+        raise refuse(f"model is missing; this server has {served.name}", "model")
+    if name != served.name:
+        raise ApiError(
+            404, f"The model `{name:.100}` does not exist; this server has {served.name}", param="model", code="model_not_found"
+        )
+
+
+def _include_usage(fields: Fields, stream: bool) -> bool:
+    content = fields.take("stream_options")
+    if content is None:
+        return False
+    options = Fields(content, "stream_options")
+    include = options.flag("include_usage")
+    options.ignore("include_obfuscation")
+    options.finish()
+    if not stream:
+        raise refuse("stream_options is given without stream; set stream to true", "stream_options")
+    return include
+
+
+def _stops(fields: Fields) -> Any:
+    stop = fields.take("stop")
+    if isinstance(stop, list) and len(stop) > MOST_STOPS:
+        raise refuse(f"stop has {len(stop)} strings; use at most {MOST_STOPS}", "stop")
+    return () if stop is None else stop
+
+
+def _biases(fields: Fields) -> dict[int, float]:
+    biases = fields.take("logit_bias")
+    if biases is None:
+        return {}
+    if not isinstance(biases, dict):
+        raise fields.wrong("logit_bias", biases, "use an object from token id to bias")
+    found = {}
+    for token, bias in biases.items():
+        if not re.fullmatch(r"[0-9]{1,9}", token):
+            raise fields.wrong("logit_bias", token, 'its keys are token ids, such as "50"')
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not is_number or not -LARGEST_BIAS <= bias <= LARGEST_BIAS:
+            raise fields.wrong("logit_bias", bias, f"a bias is a number in -{LARGEST_BIAS}..{LARGEST_BIAS}")
+        found[int(token)] = float(bias)
+    return found
+
+
+def _prompts(prompt: Any, served: Served) -> list[list[int]]:
+    """A prompt, or several; each as text or as token ids."""
+    several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+    prompts = prompt if several else [prompt]
+    if len(prompts) > served.max_choices:
+        raise refuse(f"there are {len(prompts)} prompts; a request has at most {served.max_choices}", "prompt")
+    return [_prompt(each, served) for each in prompts]
+
+
+def _prompt(prompt: Any, served: Served) -> list[int]:
+    if isinstance(prompt, str):
+        try:
+            ids = served.tokenizer.encode(prompt)
+        except ValueError as error:
+            raise refuse(str(error), "prompt") from error
+        return ids if served.bos is None else [served.bos, *ids]
+    if not isinstance(prompt, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        raise refuse("prompt must be a string, a list of strings, a list of token ids, or a list of such lists", "prompt")
+    if not prompt:
+        raise refuse("prompt is empty; give at least one token", "prompt")
+    return prompt
+
+
+def _messages(content: Any) -> list[dict[str, str]]:
+    if not isinstance(content, list) or not content:
+        raise refuse("messages must be a list with at least one message", "messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(content)]
+
+
+def _message(content: Any, where: str) -> dict[str, str]:
+    fields = Fields(content, where)
+    role = fields.text("role")
+    if role not in ROLES:
+        raise fields.wrong("role", role, f"use one of {', '.join(ROLES)}")
+    message = {"role": ROLES[role], "content": _content(fields.take("content"), f"{where}.content")}
+    name = fields.text("name")
+    if name is not None:
+        message["name"] = name
+    fields.refuse("tool_calls", [])
+    fields.ignore("tool_call_id", "refusal", "annotations")  # A client may send back an answer as it got it.
+    for other in ("function_call", "audio"):
+        fields.refuse(other)
+    fields.finish()
+    return message
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise refuse(f"{where} must be a string, or a list of parts with text", where)
+    texts = []
+    for i, part in enumerate(content):
+        fields = Fields(part, f"{where}[{i}]")
+        kind, text = fields.text("type"), fields.text("text")
+        if kind != "text" or text is None:
+            raise fields.wrong("type", kind, "only parts of type text are supported, with their text")
+        fields.finish()
+        texts.append(text)
+    return "".join(texts)

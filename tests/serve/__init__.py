@@ -1,0 +1,1 @@
+"""Tests of `dsv3_jax.serve`."""

@@ -1,0 +1,38 @@
+"""The flags of infer.py that serve."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsv3_jax.config.command_line import parse_flags
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.serve import ServeOptions
+from dsv3_jax.serve.flags import Flags
+from tests.model.tiny import CONFIG
+
+
+def parsed(*arguments: str) -> Flags:
+    return parse_flags(Flags, ["--checkpoint", "here", *arguments])
+
+
+def test_a_server_has_its_options_and_a_batch() -> None:
+    flags = parsed("--serve", "--port", "9", "--max-queue", "3", "--timeout", "1.5")
+    assert flags.server == ServeOptions(port=9, max_queue=3, timeout=1.5)
+    mesh = make_mesh(flags.mesh)
+    sizes = [
+        parsed(*given).engine_options(CONFIG, mesh)["max_batch"]
+        for given in ((), ("--serve",), ("--serve", "--max-batch", "3"))
+    ]
+    assert sizes == [1, 8, 3]
+
+
+def test_to_serve_is_one_thing_to_do() -> None:
+    assert parsed().one_shot
+    assert not parsed("--serve").one_shot
+    with pytest.raises(ValueError, match="--interactive and --serve are different things to do"):
+        parsed("--serve", "--interactive")
+
+
+def test_options_are_refused_before_a_model_is_read() -> None:
+    with pytest.raises(ValueError, match="max_queue is -1; it cannot be negative"):
+        parsed("--serve", "--max-queue", "-1")

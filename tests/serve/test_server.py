@@ -1,0 +1,167 @@
+"""How a server begins and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import pytest
+
+from dsv3_jax.infer import Engine
+from dsv3_jax.serve import ServeOptions, serve
+from dsv3_jax.serve.service import Service
+from tests.cli.conftest import ROOT
+from tests.data.test_chat_template import TEMPLATE
+from tests.serve.running import MODEL, NAME, Served, served, variables
+
+LONG: dict[str, Any] = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+Answer = httpx2.Response | httpx2.TransportError
+
+
+@contextlib.contextmanager
+def program(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server as a program, once it listens, and its address."""
+    command = [sys.executable, "-m", "tests.serve.running", *options]
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    try:
+        line = child.stderr.readline()
+        assert line.startswith(f"serving {NAME} on http://127.0.0.1:"), line + child.stderr.read()
+        yield child, line.split()[-1]
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@contextlib.contextmanager
+def asking(server: Served) -> Iterator[list[Answer]]:
+    """A long request under way; when it has ended, its answer lies in the list."""
+    answers: list[Answer] = []
+
+    def ask() -> None:
+        try:
+            answers.append(server.post(**LONG))
+        except httpx2.TransportError as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not server.metric("dsv3_running"):
+        time.sleep(0.01)
+    yield answers
+    thread.join(60)
+
+
+def assert_cut_off(answer: Answer) -> None:
+    assert isinstance(answer, httpx2.TransportError) or answer.status_code >= 500
+
+
+def test_a_signal_drains(slow: Engine) -> None:
+    with served(slow) as server:
+        with asking(server) as answers:
+            server.server.handle_exit(signal.SIGTERM, None)
+            assert server.http.get("/health").status_code == 503
+            refused = server.post(**LONG)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert "retry-after" in refused.headers
+        (answer,) = answers
+        assert isinstance(answer, httpx2.Response)
+        assert answer.json()["usage"]["completion_tokens"] == 200
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+    assert server.server.code == 0
+
+
+def test_a_second_signal_ends_at_once(slow: Engine) -> None:
+    with served(slow) as server:
+        with asking(server) as answers:
+            started = time.monotonic()
+            server.server.handle_exit(signal.SIGTERM, None)
+            server.server.handle_exit(signal.SIGTERM, None)
+        assert time.monotonic() - started < 2
+    assert server.server.code == 1
+    assert_cut_off(answers[0])
+    assert server.service.worker.stop(5)
+
+
+def test_draining_takes_only_so_long(slow: Engine) -> None:
+    with served(slow, options=ServeOptions(drain_timeout=0.3)) as server:
+        with asking(server) as answers:
+            started = time.monotonic()
+            server.server.handle_exit(signal.SIGTERM, None)
+        assert 0.3 < time.monotonic() - started < 2.5
+    assert server.server.code == 1
+    assert_cut_off(answers[0])
+    assert server.service.worker.stop(5)
+
+
+def test_an_engine_that_fails_ends_the_server(slow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(slow) as server:
+        with asking(server) as answers:
+            with monkeypatch.context() as patch:
+                patch.setattr(slow, "step", lambda: 1 / 0)
+                server.thread.join(5)
+                assert not server.thread.is_alive()
+        for request in list(slow._requests.values()):
+            slow.cancel(request)
+    assert server.server.code == 1
+    (answer,) = answers
+    assert isinstance(answer, httpx2.Response)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")
+
+
+def test_the_program_drains_at_sigterm_and_ends_at_a_second() -> None:
+    """Both at once: 64 answers in four slots take seconds, which the second signal does not wait for."""
+    with program("drain_timeout=60") as (child, url):
+        http = httpx2.Client(base_url=url, timeout=60)
+        assert http.get("/health").status_code == 200
+        with http.stream("POST", "/v1/completions", json={"model": NAME, "n": 64, "stream": True, **LONG}) as answer:
+            next(answer.iter_lines())
+            child.send_signal(signal.SIGTERM)
+            while http.get("/health").status_code != 503:
+                time.sleep(0.01)
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(10) == 1
+
+
+def test_an_address_in_use_is_refused(engine: Engine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ValueError, match=rf"cannot listen on port {port} of 127\.0\.0\.1 \(.*\); use another --port or --host"
+        ):
+            serve(engine, NAME, TEMPLATE, ServeOptions(port=port))
+
+
+def test_what_cannot_be_served_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="a server needs a Tokenizer"):
+        Service(Engine(MODEL, variables()), NAME, None, ServeOptions())
+    with pytest.raises(ValueError, match="the model's name is empty"):
+        Service(engine, "", None, ServeOptions())
+    monkeypatch.setenv("DSV3_JAX_API_KEY", "")
+    with pytest.raises(ValueError, match="the API key is empty; give it characters, or unset DSV3_JAX_API_KEY"):
+        serve(engine, NAME)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("port", 70000, r"port is 70000; it must lie in 0\.\.65535"),
+        ("max_body", 0, "max_body is 0; it must be at least 1"),
+        ("max_queue", -1, "max_queue is -1; it cannot be negative"),
+        ("timeout", 0, "timeout is 0; it must be above 0 seconds"),
+        ("drain_timeout", float("nan"), "drain_timeout is nan; use a finite number"),
+    ],
+)
+def test_options_out_of_range_are_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServeOptions(**{field: value})

@@ -11,8 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
-from dsv3_jax.model.layers import Embedding, Linear, RMSNorm, SwiGLU
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.model.layers import EMBEDDING_AXES, Embedding, Linear, RMSNorm, SwiGLU
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.rules import RULES, SERVING, TOKENS, ShardingRules, use_rules
 from tests.model.tiny import CONFIG, assert_gradient
 from tests.tolerances import TOLERANCE
 
@@ -127,6 +131,20 @@ def test_an_id_outside_the_table_is_nan_and_never_another_row(dtype: str) -> Non
     is_nan_BT = np.isnan(np.float32(found_BTD)).all(-1)
     chex.assert_trees_all_equal(is_nan_BT, np.array([[False, True, False, True, True, True, False]]))
     chex.assert_trees_all_equal(found_BTD[0, [0, 2, 6]], variables["params"]["embedding"][np.array([0, V - 1, 7])])
+
+
+@pytest.mark.parametrize("rules", [RULES, SERVING])
+def test_rows_looked_up_on_a_mesh(rules: ShardingRules) -> None:
+    """Columns split over fsdp, and expert or not; rows over tensor."""
+    config = dataclasses.replace(CONFIG, vocab_size=12, hidden_size=16)
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    variables = {"params": {"embedding": normal(12, 16)}}
+    tokens_BT = np.arange(24).reshape(8, 3) % 13
+    shardings = {"params": {"embedding": NamedSharding(mesh, rules.spec(EMBEDDING_AXES))}}, NamedSharding(mesh, TOKENS)
+    with jax.set_mesh(mesh), use_rules(rules):
+        found_BTD = jax.jit(Embedding(config).apply, in_shardings=shardings)(variables, tokens_BT)
+    table = np.concatenate([variables["params"]["embedding"], np.full((1, 16), np.nan, np.float32)])
+    np.testing.assert_array_equal(found_BTD, table[tokens_BT])
 
 
 # --- SwiGLU ----------------------------------------------------------------------------------------------------------

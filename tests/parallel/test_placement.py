@@ -17,7 +17,7 @@ from dsv3_jax.config import MeshConfig
 from dsv3_jax.kernels.block_scaled import BlockScaled
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.placement import _rounded, place_tokens, project
-from dsv3_jax.parallel.rules import RULES, TOKENS
+from dsv3_jax.parallel.rules import RULES, SERVING, TOKENS, use_rules
 from dsv3_jax.plan.collectives import collectives
 from tests.parallel.test_dispatch import MESHES
 from tests.tolerances import TOLERANCE
@@ -61,6 +61,20 @@ def test_products_and_gradients(sizes: str, kind: str) -> None:
     with jax.set_mesh(mesh):
         found = run(*arrays)
     chex.assert_trees_all_close(found, wanted, **TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_products_under_the_rules_of_generation(kind: str) -> None:
+    """Weights are whole along `expert`, so that only `fsdp` gathers them; the products are the same."""
+    names, shape, num_in = KERNELS[kind]
+    x, kernel, _ = draw(shape, num_in)
+    mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
+    shardings = NamedSharding(mesh, TOKENS), NamedSharding(mesh, SERVING.spec(names))
+    run = jax.jit(functools.partial(project, names=names, num_in=num_in), in_shardings=shardings)
+    with jax.set_mesh(mesh), use_rules(SERVING):
+        found, text = run(x, kernel), run.lower(x, kernel).compile().as_text()
+    chex.assert_trees_all_close(np.asarray(found), np.asarray(project(x, kernel, names, num_in=num_in)), **TOLERANCE["float32"])
+    assert {one.axis for one in collectives(text, dict(mesh.shape)) if one.kind == "all-gather"} == {"fsdp"}
 
 
 @pytest.mark.parametrize("kind", KERNELS)

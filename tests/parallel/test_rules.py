@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.rules import RULES, ShardingRules, named_shardings
+from dsv3_jax.parallel.rules import RULES, SERVING, ShardingRules, current_rules, named_shardings, use_rules
 
 MESH = AbstractMesh((2, 2, 4, 1, 2), AXES)
 
@@ -21,6 +21,34 @@ def test_specs() -> None:
     assert RULES.spec(("experts", "expert_embed", "expert_mlp")) == PartitionSpec("expert", ("fsdp", "context"), "tensor")
     assert RULES.spec(("norm",)) == PartitionSpec(None)
     assert RULES.spec(()) == PartitionSpec()
+
+
+def test_the_rules_of_generation_split_dense_weights_less_and_experts_alike() -> None:
+    assert SERVING.spec(("embed", "mlp")) == PartitionSpec(("fsdp", "context"), "tensor")
+    assert SERVING.spec(("latent", "heads", "head_dim")) == PartitionSpec(("fsdp", "context"), "tensor", None)
+    for axes in (("experts", "expert_embed", "expert_mlp"), ("experts", "expert_mlp", "expert_embed")):
+        assert SERVING.spec(axes) == RULES.spec(axes)
+
+
+def test_a_program_is_traced_anew_under_other_rules() -> None:
+    """And again under the first ones it is what it was; within them, within a loop, too."""
+    traced = []
+
+    @jax.jit
+    def run(x: jax.Array) -> jax.Array:
+        def body(i: jax.Array, x: jax.Array) -> jax.Array:
+            traced.append(current_rules())
+            return x + (current_rules() == SERVING)
+
+        return jax.lax.fori_loop(0, 3, body, x)
+
+    assert current_rules() == RULES
+    for _ in range(2):
+        assert run(np.float32(0)) == 0
+        with use_rules(SERVING):
+            assert run(np.float32(0)) == 3
+    assert current_rules() == RULES
+    assert set(traced) == {RULES, SERVING}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ tokens of the one before are read, so that the device does not wait for Python.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,7 +113,8 @@ class Engine:
             pages_per_shard = cache_tokens // shards // self.page_size
         if pages_per_shard < 1:
             raise ValueError(f"cache_tokens is {cache_tokens}; give each of {shards} parts a page of {self.page_size}, or more")
-        self._scheduler = Scheduler(
+        self._new_scheduler = functools.partial(
+            Scheduler,
             num_shards=shards,
             slots_per_shard=self.max_batch // shards,
             pages_per_shard=pages_per_shard,
@@ -122,6 +124,7 @@ class Engine:
             drafts=drafts,
             prefix_cache=prefix_cache,
         )
+        self._scheduler = self._new_scheduler()
         self._shards, self._pages_per_shard = shards, pages_per_shard
         self._requests: dict[int, Request] = {}
         self._in_flight: list[_Dispatched] = []
@@ -229,9 +232,15 @@ class Engine:
 
     def _updates(self, request: Request) -> Iterator[Update]:
         self._submit(request)
+        told = request.progress
         try:
-            while request.finish_reason is None:
-                yield from (update for update in self.step() if update.request is request)
+            # Not from what `step` gives: whoever else steps the engine may have had what is for this one.
+            while request.finish_reason is None or request.progress != told:
+                if request.progress == told:
+                    self.step()
+                else:
+                    update, told = request.since(told), request.progress
+                    yield update
         finally:
             self.cancel(request)
 
@@ -299,7 +308,28 @@ class Engine:
     # Steps.
 
     def step(self) -> list[Update]:
-        """Dispatches the next step of everything, and gives what the one before has brought."""
+        """Dispatches the next step of everything, and gives what the one before has brought.
+
+        One that is broken off, by Ctrl-C or for want of memory say, ends all requests as "cancelled" and empties the cache: how
+        far it came cannot be known. What is submitted later finds the engine as new.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self._start_over()
+            raise
+
+    def _start_over(self) -> None:
+        for request in self._requests.values():
+            request.cancel()
+            request.sequence.state = "done"
+        preemptions = self._scheduler.preemptions
+        self._scheduler = self._new_scheduler()
+        self._scheduler.preemptions = preemptions
+        self._requests, self._in_flight, self._set_up_for = {}, [], {}
+        self._runner.clear()
+
+    def _step(self) -> list[Update]:
         step = self._scheduler.schedule()
         before, self._in_flight = self._in_flight, []
         if step.chunks:

@@ -76,6 +76,16 @@ class Request:
         text = None if self._decoder is None else "".join(self._text)
         return Completion(self.tokens, text, self.finish_reason, self.logprobs)
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many tokens and how many pieces of text there are. It changes with every `take`."""
+        return len(self.tokens), len(self._text)
+
+    def since(self, progress: tuple[int, int]) -> Update:
+        """What has come since `progress` was that."""
+        tokens, texts = progress
+        return Update(self, self.tokens[tokens:], "".join(self._text[texts:]))
+
     def take(self, tokens: Ids[int], logprobs: Ids[TokenLogprobs] | None) -> Update:
         """Takes the next tokens, as far as they are for it."""
         first, text = len(self.tokens), ""

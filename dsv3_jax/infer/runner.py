@@ -62,9 +62,16 @@ class Runner:
         self._shards = num_shards(mesh)
         self._prefill_model, self._decode_model = models(config, mesh)
         self._variables = _placed(config, variables, mesh, placement or {})
-        self._cache = empty_cache(config, self._shards * pages_per_shard, page_size, drafting=drafts > 0, mesh=mesh)
+        pages = self._shards * pages_per_shard
+        self._empty_cache = functools.partial(empty_cache, config, pages, page_size, drafting=drafts > 0, mesh=mesh)
         make = functools.partial(Slots.empty, slots, drafts, config.vocab_size)
-        self._slots = jax.jit(make, out_shardings=self._sharding(ROWS))()
+        self._empty_slots = jax.jit(make, out_shardings=self._sharding(ROWS))
+        self._cache, self._slots = self._empty_cache(), self._empty_slots()
+
+    def clear(self) -> None:
+        """Empties the cache and the slots, whatever has become of them."""
+        self._cache = {}  # Two caches may not fit.
+        self._cache, self._slots = self._empty_cache(), self._empty_slots()
 
     def set_up(self, slot: int, row: Sampler) -> None:
         """Tells how the sequence that gets a slot is sampled; `row` is one of `Sampler.row`."""

@@ -197,6 +197,36 @@ def test_stream_gives_tokens_as_they_come(engine: Engine) -> None:
     assert engine.idle
 
 
+def test_streams_that_take_turns_each_get_all_of_theirs(engine: Engine) -> None:
+    alone = [list(engine.stream(prompt, TEN)) for prompt in PROMPTS]
+    in_turn = zip(*(engine.stream(prompt, TEN) for prompt in PROMPTS), strict=True)
+    assert [list(tokens) for tokens in zip(*in_turn, strict=True)] == alone
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_a_step_that_is_broken_off_ends_all_and_leaves_nothing_behind(
+    variables: dict[str, Any], greedy: Greedy, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    """Its pages, published when the step was planned, hold nothing; arrays that were given away are gone."""
+    engine = Engine(ENDLESS, variables, max_batch=2, page_size=4)
+
+    def breaks(*_: Any, **__: Any) -> None:
+        jax.tree.map(lambda leaf: leaf.delete(), engine._runner._cache)
+        raise KeyboardInterrupt
+
+    requests = [engine.submit(prompt, TEN) for prompt in PROMPTS]
+    with monkeypatch.context() as broken:
+        broken.setattr(engine._runner, program, breaks)
+        with pytest.raises(KeyboardInterrupt):
+            while not engine.idle:
+                engine.step()
+    assert engine.idle
+    assert {request.finish_reason for request in requests} == {"cancelled"}
+    for request in requests:
+        engine.cancel(request)
+    assert [each.tokens for each in engine.generate(PROMPTS, TEN)] == [greedy(prompt, 10) for prompt in PROMPTS]
+
+
 def test_a_stream_that_is_left_frees_what_it_held(engine: Engine) -> None:
     stream = engine.stream(PROMPTS[1], TEN)
     next(stream)

@@ -69,9 +69,16 @@ class BlockScaled:
 
     def astype(self, dtype: Any) -> jax.Array:
         """The weight in `dtype`."""
-        values = jax.lax.bitcast_convert_type(self.values, jnp.float8_e4m3fn).astype(jnp.float32)
-        scales = _repeated(self.scale_inv, self.block, self.matrix_shape)
-        return (values * scales.reshape(self.shape)).astype(dtype)
+        (rows, columns), (height, width) = self.matrix_shape, self.block
+        if rows % height:
+            scales = _repeated(self.scale_inv, self.block, (rows, columns)).reshape(self.shape)
+            return _scaled(self.values, scales, dtype)
+        outputs = self.shape[self.depth + self.num_in :]
+        blocks = *self.shape[: self.depth], rows // height
+        scales = _repeated(self.scale_inv, (1, width), (rows // height, columns)).reshape(*blocks, 1, *outputs)
+        # XLA on a TPU multiplies in one pass in this shape alone; left to choose, it first writes a scale for each value.
+        values = jax.lax.optimization_barrier(self.values.reshape(*blocks, height, *outputs))
+        return jax.lax.optimization_barrier(_scaled(values, scales, dtype)).reshape(self.shape)
 
     def with_blocks(self, block: tuple[int, int]) -> BlockScaled:
         """The same weight in blocks of a size that divides the present one, each with the scale of what it was a part of."""
@@ -80,6 +87,10 @@ class BlockScaled:
         inputs, outputs = self.matrix_shape
         grid = -(-inputs // block[0]), -(-outputs // block[1])
         return dataclasses.replace(self, scale_inv=_repeated(self.scale_inv, times, grid), block=block)
+
+
+def _scaled(values: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
+    return (jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn).astype(jnp.float32) * scales).astype(dtype)
 
 
 def _repeated(scale: jax.Array, times: tuple[int, int], sizes: tuple[int, int]) -> jax.Array:

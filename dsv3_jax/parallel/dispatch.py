@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.expert_ffn import expert_ffn
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
-from dsv3_jax.parallel.exchange import EXCHANGES, EXPERT_AXIS, Exchange, Local, choose_exchange
+from dsv3_jax.parallel.exchange import EXCHANGES, EXPERT_AXIS, Exchange, choose_exchange
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
 from dsv3_jax.parallel.placement import Weight, scattered_sum, splittable, whole_weight
 from dsv3_jax.parallel.rules import TOKENS
@@ -111,10 +111,11 @@ def _weighted_sums(
 def _over_rounds(one_round: Callable[[jax.Array, Any], Any], start: Any, plan: Exchange, rounds: jax.Array) -> Any:
     """Folds `one_round(r, carry)` over the rounds. The first, mostly the only one, stands outside of the loop.
 
-    There the compiler can compute other things, the shared expert above all, while rows travel.
+    There the compiler can compute other things, the shared expert above all, while rows travel. Where one round is sure to
+    do there is no loop, whose body would be compiled for nothing.
     """
     first = one_round(zeros_beside(rounds, (), jnp.int32), start)
-    return first if isinstance(plan, Local) else jax.lax.fori_loop(1, rounds, one_round, first)
+    return first if plan.fits_one_round() else jax.lax.fori_loop(1, rounds, one_round, first)
 
 
 def _forward(

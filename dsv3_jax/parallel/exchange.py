@@ -58,6 +58,10 @@ class Exchange(abc.ABC):
     def rounds(self) -> jax.Array:
         """Rounds that this expert group needs, an int32 scalar."""
 
+    def fits_one_round(self) -> bool:
+        """Whether there is room for every choice at once, wherever they go."""
+        return False
+
     @abc.abstractmethod
     def group_sizes(self, r: jax.Array) -> jax.Array:
         """Rows of each local expert in round r, int32 [e]."""
@@ -93,6 +97,9 @@ class Local(Exchange):
 
     def rounds(self) -> jax.Array:
         return zeros_beside(self.sorted.order, (), jnp.int32, 1)
+
+    def fits_one_round(self) -> bool:
+        return True
 
     def group_sizes(self, r: jax.Array) -> jax.Array:
         return self.sorted.group_sizes_E
@@ -277,6 +284,9 @@ class Ring(Exchange):
     def rounds(self) -> jax.Array:
         mine = self.sorted.group_sizes_E[:-1].sum()
         return _ceil_divide(jax.lax.all_gather(mine, EXPERT_AXIS).max(), self.num_rows)
+
+    def fits_one_round(self) -> bool:
+        return self.num_rows >= self.sorted.order.size
 
     def group_sizes(self, r: jax.Array) -> jax.Array:
         sizes_e = self.sorted.group_sizes_E[:-1]

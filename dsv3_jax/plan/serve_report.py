@@ -12,7 +12,6 @@ from rich.table import Table
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import num_shards
-from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import describe, make_mesh
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
@@ -107,10 +106,8 @@ def plan_serving(model: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | 
     decode = compile_decode(model, serving, mesh, chip, arguments)
     prefill = compile_prefill(model, serving, mesh, chip, arguments)
 
-    backend = choose_backend(model.expert_backend, model.dtype, "cpu" if chip is None else "tpu")
-
     def part(compiled: Compiled, step: Step, tokens: int) -> Part:
-        done = work(model, serving, step, arguments, backend)
+        done = work(model, serving, step, arguments)
         total = compiled.total_bytes + done.unused_bytes
         fits = None if chip is None else compiled.fits is not False and total <= chip.hbm_gib * GIB
         bound = None if chip is None or compiled.collectives is None else limits(done, compiled, chip)

@@ -31,7 +31,7 @@ class Work(NamedTuple):
     cache_bytes: float
     """Read from HBM."""
     copied_bytes: float
-    """Written to HBM and read again: routed experts in 8 bits, all of a device's, made bfloat16 for a kernel."""
+    """Written to HBM and read again: experts in 8 bits, made bfloat16 for a kernel."""
     unused_bytes: int
     """Of weights that the program does not take."""
 
@@ -74,7 +74,7 @@ class Step:
         return cls(serving.chunk, 1 + serving.drafts, serving.start, 1)
 
 
-def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments, backend: str) -> Work:
+def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments) -> Work:
     """What one device does in a step.
 
     With t rows, S cached tokens and X devices of an expert group, and the heads and hidden units split along `tensor`:
@@ -83,8 +83,8 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
       dense         t rows each; head: `step.heads`; embedding: none, and next to no bytes
       attention     absorbed 2 N (2 C + P) a query and key, or expanded 2 N (H + P + W) and W_kvb for every cached token too
 
-    Queries attend to all of the cache and, causally, to the step's own rows. Experts in 8 bits are handed to `backend` in
-    bfloat16, all of them, unless it is "tiles" (`expert_ffn`).
+    Queries attend to all of the cache and, causally, to the step's own rows. Experts in 8 bits are all written
+    to memory in bfloat16 and read again, as kernels take them; of other weights XLA can keep such copies on the chip.
     """
     mesh = jax.tree.leaves(arguments.variables)[0].sharding.mesh
     own = step.rows // step.sequences
@@ -93,26 +93,26 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
     unused = 0
     group_rows = step.rows * mesh.shape["expert"]
     share = config.num_experts_per_tok / config.n_routed_experts
+    visited = 1 - (1 - share) ** group_rows
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments.variables):
         names = [jax.tree_util.keystr((key,), simple=True) for key in path]
         values, size = math.prod(leaf.sharding.shard_shape(leaf.shape)), device_bytes(leaf)
         if not _takes(names, drafting=serving.drafts > 0, expanded=expanded):
             unused += size
-        elif "embed" in names:
             continue
-        elif "experts" in names:
-            if names[-1] != "scale_inv":
-                flops += 2 * values * group_rows * share
-            weight_bytes += size * (1 - (1 - share) ** group_rows)
-            if names[-1] == "values" and backend != "tiles":
-                copied_bytes += 2 * 2 * values
+        if "embed" in names:
+            continue
+        if "experts" in names:
+            rows = group_rows * share
+        elif KV_B in names and expanded:
+            rows = step.rows + step.start * step.sequences
         else:
             rows = step.heads if "lm_head" in names else step.rows
-            if KV_B in names and expanded:
-                rows += step.start * step.sequences
-            if leaf.ndim > 1 and names[-1] != "scale_inv":
-                flops += 2 * values * rows
-            weight_bytes += size
+        if leaf.ndim > 1 and names[-1] != "scale_inv":
+            flops += 2 * values * rows
+        weight_bytes += size * (visited if "experts" in names else 1)
+        if "experts" in names and names[-1] == "values":  # Of a weight in 8 bits.
+            copied_bytes += 2 * 2 * values
     layers = len(cached_layers(config, serving.drafts > 0))
     keys = step.rows * (step.start + (own + 1) / 2)
     C, H, P, W = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim

@@ -23,7 +23,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.infer.cache import bytes_per_token, num_shards
 from dsv3_jax.infer.request import Completion, Request, TextCodec, TokenLogprobs, Update
-from dsv3_jax.infer.runner import SMALLEST_CHUNK, Runner
+from dsv3_jax.infer.runner import SMALLEST_CHUNK, Runner, chunk_sizes
 from dsv3_jax.infer.sampling import Sampler, SamplingParams
 from dsv3_jax.infer.scheduler import Scheduler
 from dsv3_jax.infer.sequence import Chunk
@@ -157,11 +157,12 @@ class Engine:
         """The cache and the programs, in words."""
         each = bytes_per_token(self.config, self.drafts > 0)
         pages = self._shards * self._pages_per_shard
-        sizes = ", ".join(str(SMALLEST_CHUNK << i) for i in range((self.chunk // SMALLEST_CHUNK).bit_length()))
+        sizes = ", ".join(map(str, chunk_sizes(min(self.chunk, self.max_length - 1))))
         return [
             f"cache: {self.cache_bytes / 1e6:.1f} MB for {self.cache_tokens} tokens, {each} bytes each, in {pages} pages of "
             f"{self.page_size}; slots: {self.max_batch}; drafts a step: {self.drafts}",
-            f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones",
+            f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones; once "
+            "more for log-probabilities",
         ]
 
     @property
@@ -329,6 +330,8 @@ class Engine:
     def _step(self) -> list[Update]:
         step = self._scheduler.schedule()
         before, self._in_flight = self._in_flight, []
+        if step.tables_changed:
+            self._runner.forget_tables()
         if step.chunks:
             for chunk in step.chunks:
                 self._set_up(chunk)

@@ -135,6 +135,8 @@ def test_the_cache_takes_what_its_formula_says(variables: dict[str, Any], dtype:
     assert engine.cache_bytes == engine.cache_tokens * layers * values * jnp.dtype(dtype).itemsize
     assert engine.cache_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine._runner._cache))
     assert f"for {engine.cache_tokens} tokens" in engine.describe()[0]
+    # Of up to 49 tokens of a prompt.
+    assert "to prefill 16, 32, 64 tokens" in engine.describe()[1]
 
 
 def ending(tokens: list[int], index: int) -> int:

@@ -161,8 +161,8 @@ class Engine:
         return [
             f"cache: {self.cache_bytes / 1e6:.1f} MB for {self.cache_tokens} tokens, {each} bytes each, in {pages} pages of "
             f"{self.page_size}; slots: {self.max_batch}; drafts a step: {self.drafts}",
-            f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones; once "
-            "more for log-probabilities",
+            f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones; "
+            "as many again with log-probabilities",
         ]
 
     @property

@@ -23,7 +23,7 @@ from dsv3_jax.data.cache import digest
 from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
 from dsv3_jax.infer.batch import complete_lines, submit_lines
 from dsv3_jax.infer.chat import Conversation, converse
-from dsv3_jax.infer.completion_lines import CompletionLines
+from dsv3_jax.infer.completion_lines import CompletionLines, require_place
 from dsv3_jax.infer.engine import LONGEST_BY_DEFAULT
 from dsv3_jax.infer.load import LoadedModel, load_model
 from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
@@ -40,6 +40,8 @@ def main() -> None:
     speed = Speed()
     # What is wrong with these files shows before a large model is read.
     prompts = None if flags.batch_file is None else read_prompt_lines(flags.batch_file[0])
+    if flags.batch_file is not None:
+        require_place(flags.batch_file[1], prompts=flags.batch_file[0])
     is_chat = flags.interactive or (prompts is not None and prompts.need_template)
     template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
 

@@ -39,8 +39,7 @@ class CompletionLines:
         self._path = pathlib.Path(path).expanduser()
         self._settings_path = pathlib.Path(f"{self._path}.settings.json")
         self._settings = json.loads(json.dumps(settings))
-        require(self._path.parent.is_dir(), f"{self._path.parent} does not exist; make the folder for {self._path.name}")
-        require(not self._path.is_dir(), f"{path} is a folder; name a file for the completions")
+        require_place(path)
         is_new = not self._path.exists() or not self._path.stat().st_size
         if not is_new:
             self._require_same_settings()
@@ -108,6 +107,15 @@ class CompletionLines:
         is_one = isinstance(index, int) and index in indices
         require(is_one, f"{self._path}:{number} is no completion of this batch; restore the file, or delete it to begin anew")
         return index
+
+
+def require_place(path: str, prompts: str | None = None) -> None:
+    """Raises ValueError where no file of completions can be, or where the file of `prompts` is."""
+    place = pathlib.Path(path).expanduser()
+    require(place.parent.is_dir(), f"{place.parent} does not exist; make the folder for {place.name}")
+    require(not place.is_dir(), f"{path} is a folder; name a file for the completions")
+    is_same = prompts is not None and place.exists() and place.samefile(pathlib.Path(prompts).expanduser())
+    require(not is_same, f"{path} holds the prompts; name another file for the completions")
 
 
 def _write_whole(path: pathlib.Path, text: str) -> None:

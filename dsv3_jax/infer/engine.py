@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint.names import leaves
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.checks import require
 from dsv3_jax.infer.cache import bytes_per_token, num_shards
 from dsv3_jax.infer.request import Completion, Request, TextCodec, TokenLogprobs, Update
-from dsv3_jax.infer.runner import SMALLEST_CHUNK, Runner
+from dsv3_jax.infer.runner import SMALLEST_CHUNK, Runner, chunk_sizes
 from dsv3_jax.infer.sampling import Sampler, SamplingParams
 from dsv3_jax.infer.scheduler import Scheduler
 from dsv3_jax.infer.sequence import Chunk
@@ -83,17 +84,15 @@ class Engine:
           ValueError: if one of these is out of range, the model has no MTP depth to draft with, or an array is not that of
             `config`.
         """
+        for name, size in {"max_length": max_length, "cache_tokens": cache_tokens}.items():
+            _require_integer(name, size)
+        require_sizes(max_batch=max_batch, drafts=drafts, chunk=chunk, page_size=page_size)
         context, platform = config.max_position_embeddings, jax.default_backend()
         self.max_length = min(LONGEST_BY_DEFAULT, context) if max_length is None else max_length
         if not 2 <= self.max_length <= context:
             raise ValueError(f"max_length is {max_length}; it must lie in 2..{context} (max_position_embeddings)")
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
-        if drafts < 0 or (drafts and not config.num_nextn_predict_layers):
-            reason = "the model has no MTP depth to draft with" if drafts > 0 else "it cannot be negative"
-            raise ValueError(f"drafts is {drafts}; {reason}, use 0")
-        if chunk < SMALLEST_CHUNK or chunk & (chunk - 1):
-            raise ValueError(f"chunk is {chunk}; it must be a power of two from {SMALLEST_CHUNK}")
+        if drafts and not config.num_nextn_predict_layers:
+            raise ValueError(f"drafts is {drafts}; the model has no MTP depth to draft with, use 0")
         if mesh is not None and mesh.shape["context"] > 1:
             raise ValueError(f"mesh.context is {mesh.shape['context']}; inference does not split sequences, use 1")
         _require_arrays_of(config, variables)
@@ -103,8 +102,6 @@ class Engine:
         shards = num_shards(mesh)
         self.max_batch = -(-max_batch // shards) * shards
         self.page_size = (128 if platform == "tpu" else 64) if page_size is None else page_size
-        if self.page_size < 1:
-            raise ValueError(f"page_size is {page_size}; it must be at least 1")
         # A step writes up to 2 n + 1 places from a sequence's last token on.
         pages_of_one = math.ceil((self.max_length + 2 * drafts + 1) / self.page_size)
         if cache_tokens is None:
@@ -160,11 +157,12 @@ class Engine:
         """The cache and the programs, in words."""
         each = bytes_per_token(self.config, self.drafts > 0)
         pages = self._shards * self._pages_per_shard
-        sizes = ", ".join(str(SMALLEST_CHUNK << i) for i in range((self.chunk // SMALLEST_CHUNK).bit_length()))
+        sizes = ", ".join(map(str, chunk_sizes(min(self.chunk, self.max_length - 1))))
         return [
             f"cache: {self.cache_bytes / 1e6:.1f} MB for {self.cache_tokens} tokens, {each} bytes each, in {pages} pages of "
             f"{self.page_size}; slots: {self.max_batch}; drafts a step: {self.drafts}",
-            f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones",
+            f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones; once "
+            "more for log-probabilities",
         ]
 
     @property
@@ -332,6 +330,8 @@ class Engine:
     def _step(self) -> list[Update]:
         step = self._scheduler.schedule()
         before, self._in_flight = self._in_flight, []
+        if step.tables_changed:
+            self._runner.forget_tables()
         if step.chunks:
             for chunk in step.chunks:
                 self._set_up(chunk)
@@ -377,6 +377,23 @@ class Engine:
 
     def _reports(self, sequences: Iterable[Scheduled]) -> bool:
         return any(self._requests[id(sequence)].params.logprobs is not None for sequence in sequences)
+
+
+def require_sizes(*, max_batch: int | None, drafts: int | None, chunk: int, page_size: int | None) -> None:
+    """Raises ValueError for what is wrong with any model. None is what the engine, or the command line, chooses."""
+    given = {"max_batch": max_batch, "drafts": drafts, "chunk": chunk, "page_size": page_size}
+    for name, size in given.items():
+        _require_integer(name, size)
+    require(max_batch is None or max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
+    require(drafts is None or drafts >= 0, f"drafts is {drafts}; it cannot be negative, use 0")
+    is_power = chunk >= SMALLEST_CHUNK and not chunk & (chunk - 1)
+    require(is_power, f"chunk is {chunk}; it must be a power of two from {SMALLEST_CHUNK}")
+    require(page_size is None or page_size >= 1, f"page_size is {page_size}; it must be at least 1")
+
+
+def _require_integer(name: str, size: int | None) -> None:
+    is_integer = isinstance(size, int) and not isinstance(size, bool)
+    require(size is None or is_integer, f"{name} is {size!r}; use an integer")
 
 
 def _told(report: Any, row: int, i: int, token: int, num: int) -> TokenLogprobs:

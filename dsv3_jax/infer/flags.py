@@ -10,6 +10,7 @@ from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config import InferConfig, MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
+from dsv3_jax.infer.engine import require_sizes
 from dsv3_jax.infer.sampling import SamplingParams
 
 DRAFTS_BY_DEFAULT = 1
@@ -73,7 +74,9 @@ class InferFlags:
     def __post_init__(self) -> None:
         given = [f"--{name}" for name, is_given in self.modes().items() if is_given]
         require(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
-        self.sampling(InferConfig(), 1)  # Refuses what is out of range before a model is read.
+        # What is out of range is refused before a model is read.
+        self.sampling(InferConfig(), 1)
+        require_sizes(max_batch=self.max_batch, drafts=self.drafts, chunk=self.chunk, page_size=self.page_size)
 
     def modes(self) -> dict[str, bool]:
         """What can be done, and which of it is asked for."""

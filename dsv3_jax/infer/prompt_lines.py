@@ -130,9 +130,9 @@ def _sampling(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of `SamplingParams`; the values of each are checked by that class."""
     fields = {name: values[name] for name in SAMPLING if name in values}
     biases = fields.get("logit_bias")
-    if isinstance(biases, dict):  # The keys of JSON are texts.
-        fields["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in biases.items()}
     try:
+        if isinstance(biases, dict):  # The keys of JSON are texts.
+            fields["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in biases.items()}
         SamplingParams(**fields)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error

@@ -65,13 +65,21 @@ class Runner:
         pages = self._shards * pages_per_shard
         self._empty_cache = functools.partial(empty_cache, config, pages, page_size, drafting=drafts > 0, mesh=mesh)
         make = functools.partial(Slots.empty, slots, drafts, config.vocab_size)
+        self._decoding: tuple[int, ...] | None = None
+        self._tables: tuple = ()
+        """What the device has of pages: of the sequences in these slots."""
         self._empty_slots = jax.jit(make, out_shardings=self._sharding(ROWS))
         self._cache, self._slots = self._empty_cache(), self._empty_slots()
 
     def clear(self) -> None:
         """Empties the cache and the slots, whatever has become of them."""
+        self.forget_tables()
         self._cache = {}  # Two caches may not fit.
         self._cache, self._slots = self._empty_cache(), self._empty_slots()
+
+    def forget_tables(self) -> None:
+        """Has the pages of all sequences sent to the device anew."""
+        self._decoding, self._tables = None, ()
 
     def set_up(self, slot: int, row: Sampler) -> None:
         """Tells how the sequence that gets a slot is sampled; `row` is one of `Sampler.row`."""
@@ -80,7 +88,7 @@ class Runner:
     def prefill(self, chunks: list[Chunk], report: bool) -> Drawn:
         """Works through the chunks, at most one of each shard; the results' rows are the shards."""
         longest = max(len(chunk.tokens) for chunk in chunks)
-        length = max(SMALLEST_CHUNK, 1 << (longest - 1).bit_length())
+        length = chunk_sizes(longest)[-1]
         tokens = np.zeros((self._shards, length), np.int32)
         count, start, following, slot = (np.full(self._shards, value, np.int32) for value in (1, 0, -1, -1))
         sequences: list[Sequence | None] = [None] * self._shards
@@ -101,13 +109,16 @@ class Runner:
 
     def decode(self, sequences: list[Sequence], report: bool) -> Drawn:
         """One step of these sequences; the results' rows are the slots."""
-        rows: list[Sequence | None] = [None] * self._slots_count
-        for sequence in sequences:
-            rows[sequence.place[1]] = sequence
-        arrays = self._put((self._table(rows), np.array([sequence is not None for sequence in rows])))
+        slots = tuple(sequence.place[1] for sequence in sequences)
+        if slots != self._decoding:
+            rows: list[Sequence | None] = [None] * self._slots_count
+            for slot, sequence in zip(slots, sequences, strict=True):
+                rows[slot] = sequence
+            self._tables = self._put((self._table(rows), np.array([sequence is not None for sequence in rows])))
+            self._decoding = slots
         with on_mesh(self._mesh):
             self._cache, self._slots, drawn = decode(
-                self._decode_model, self._variables, self._cache, self._slots, *arrays, report=report
+                self._decode_model, self._variables, self._cache, self._slots, *self._tables, report=report
             )
         return drawn
 
@@ -124,6 +135,14 @@ class Runner:
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding | None:
         return None if self._mesh is None else NamedSharding(self._mesh, spec)
+
+
+def chunk_sizes(longest: int) -> list[int]:
+    """What chunks of up to `longest` tokens are padded to."""
+    sizes = [SMALLEST_CHUNK]
+    while sizes[-1] < longest:
+        sizes.append(2 * sizes[-1])
+    return sizes
 
 
 @functools.partial(jax.jit, donate_argnames="slots")

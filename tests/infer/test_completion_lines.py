@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsv3_jax.infer import Completion, SamplingParams
-from dsv3_jax.infer.completion_lines import CompletionLines
+from dsv3_jax.infer.completion_lines import CompletionLines, require_place
 from dsv3_jax.infer.prompt_lines import PromptLine
 from dsv3_jax.infer.request import TokenLogprobs
 
@@ -111,3 +111,13 @@ def test_where_no_file_can_be_is_refused(tmp_path: Path) -> None:
 def test_what_a_completion_depends_on_can_be_written_down() -> None:
     """Every field of SamplingParams is of JSON's types, or becomes one."""
     assert json.loads(json.dumps(vars(SamplingParams(stop="x", logit_bias={1: 2.0}))))["stop"] == ["x"]
+
+
+def test_the_file_of_the_prompts_is_no_place_for_completions(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"prompts.jsonl holds the prompts; name another file"):
+        require_place(str(tmp_path / "." / "prompts.jsonl"), prompts=str(prompts))
+    require_place(str(tmp_path / "completions.jsonl"), prompts=str(prompts))
+    with pytest.raises(ValueError, match=r"nowhere does not exist; make the folder for completions.jsonl"):
+        require_place(str(tmp_path / "nowhere" / "completions.jsonl"))

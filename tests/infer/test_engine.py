@@ -135,6 +135,8 @@ def test_the_cache_takes_what_its_formula_says(variables: dict[str, Any], dtype:
     assert engine.cache_bytes == engine.cache_tokens * layers * values * jnp.dtype(dtype).itemsize
     assert engine.cache_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(engine._runner._cache))
     assert f"for {engine.cache_tokens} tokens" in engine.describe()[0]
+    # Of up to 49 tokens of a prompt.
+    assert "to prefill 16, 32, 64 tokens" in engine.describe()[1]
 
 
 def ending(tokens: list[int], index: int) -> int:
@@ -217,9 +219,10 @@ def test_a_step_that_is_broken_off_ends_all_and_leaves_nothing_behind(
     requests = [engine.submit(prompt, TEN) for prompt in PROMPTS]
     with monkeypatch.context() as broken:
         broken.setattr(engine._runner, program, breaks)
+        if program == "decode":
+            engine.step()
         with pytest.raises(KeyboardInterrupt):
-            while not engine.idle:
-                engine.step()
+            engine.step()
     assert engine.idle
     assert {request.finish_reason for request in requests} == {"cancelled"}
     for request in requests:
@@ -275,6 +278,9 @@ def test_one_string_is_no_list_of_prompts(engine: Engine) -> None:
         ({"max_batch": 0}, "max_batch is 0; it must be at least 1"),
         ({"drafts": 1}, "drafts is 1; the model has no MTP depth to draft with, use 0"),
         ({"drafts": -1}, "drafts is -1; it cannot be negative, use 0"),
+        ({"drafts": True}, "drafts is True; use an integer"),
+        ({"cache_tokens": 1e3}, "cache_tokens is 1000.0; use an integer"),
+        ({"max_batch": 2.5}, "max_batch is 2.5; use an integer"),
         ({"chunk": 48}, "chunk is 48; it must be a power of two from 16"),
         ({"page_size": 0}, "page_size is 0; it must be at least 1"),
         ({"cache_tokens": 63}, "cache_tokens is 63; give each of 1 parts a page of 64, or more"),

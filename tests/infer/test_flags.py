@@ -92,3 +92,10 @@ def test_contradictions_are_refused(arguments: str, message: str) -> None:
 def test_the_runs_group_and_the_flags_have_the_same_names() -> None:
     own = {field.name for field in dataclasses.fields(InferFlags)}
     assert {field.name for field in dataclasses.fields(InferConfig)} <= own
+
+
+@pytest.mark.parametrize("flags", [["--max-batch", "0"], ["--drafts", "-1"], ["--chunk", "48"], ["--page-size", "0"]])
+def test_sizes_that_no_model_can_have_are_refused_before_one_is_read(flags: list[str]) -> None:
+    name = flags[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(ValueError, match=f"{name} is {flags[1]}; it "):
+        parsed(*flags)

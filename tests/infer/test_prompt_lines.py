@@ -87,6 +87,7 @@ def test_messages_go_through_the_template(tmp_path: Path) -> None:
         ({"prompt": "x", "stop": ["a", 1]}, "stop is ['a', 1]"),
         ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias has the token 'a'"),
         ({"prompt": "x", "logit_bias": [1]}, "logit_bias is [1]"),
+        ({"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "Exceeds the limit"),
         ({"prompt": "x", "logprobs": 21}, "logprobs is 21"),
     ],
 )

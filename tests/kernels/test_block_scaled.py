@@ -21,6 +21,9 @@ CASES = {
     "heads out of a latent": ((10, 3, 7), 0, 1, (4, 6)),
     "heads contracted, of two layers": ((2, 3, 7, 10), 1, 2, (6, 4)),
     "experts of two layers": ((2, 3, 10, 14), 2, 1, (6, 4)),
+    "whole rows of blocks, heads contracted, of two layers": ((2, 3, 8, 10), 1, 2, (6, 4)),
+    "whole rows of blocks, heads out of a latent": ((12, 3, 7), 0, 1, (4, 6)),
+    "whole rows of blocks, experts of two layers": ((2, 3, 12, 14), 2, 1, (6, 4)),
     "one block": ((3, 5), 0, 1, (128, 128)),
     "no blocks": ((3, 5), 0, 1, (1, 1)),
 }

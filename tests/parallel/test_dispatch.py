@@ -112,6 +112,20 @@ def test_all_tokens_to_one_expert_take_more_rounds_and_lose_nothing(exchange: st
     assert rounds == 4
 
 
+def test_a_ring_with_room_for_every_choice_has_no_loop_over_rounds() -> None:
+    """As in decoding, and then all of them may be the same expert's."""
+    chosen = np.full((B, T, K), 5, np.int32)
+    assert check("fsdp, expert", "ring", 4.0, chosen) == 1
+
+    def loops(factor: float) -> int:
+        program, mesh = on_mesh("fsdp, expert", "ring", factor)
+        with jax.set_mesh(mesh):
+            return program.lower(*inputs(), chosen).as_text().count("stablehlo.while")
+
+    # Forward and backward, each with the backend's own loops in it.
+    assert loops(4.0) < loops(2.0) - 2
+
+
 @pytest.mark.parametrize("exchange", ["ragged", "dense", "ring"])
 @hypothesis.given(seed=strategies.integers(0, 2**32 - 1), skew=strategies.floats(0.02, 20))
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)

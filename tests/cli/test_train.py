@@ -342,6 +342,7 @@ def test_a_bad_batch_is_skipped_and_counted(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(load_run(str(workplace / "runs" / "skipping"))[1]))
 
 
+@pytest.mark.slow
 def test_too_many_bad_batches_end_the_run_with_one_of_them_on_disk(
     workplace: Path, called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ def mesh() -> Mesh:
     return make_mesh(MeshConfig(expert=4, tensor=2))
 
 
+@pytest.mark.slow
 def test_completions_are_the_same_under_the_rules_of_training(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """And those of one device. The programs, which jax keeps, are traced anew for other rules."""
     variables = random_variables(SMALL)

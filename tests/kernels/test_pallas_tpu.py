@@ -50,7 +50,13 @@ def test_kernels_match_reference(case: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [("some", "float32"), ("rows past the last group", "bfloat16"), ("no rows at all", "float32"), ("one expert", "float32")],
+    [
+        ("some", "float32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("rows past the last group", "bfloat16"), ("no rows at all", "float32"), ("one expert", "float32"))
+        ),
+    ],
 )
 def test_no_race_and_nothing_read_before_it_is_written(case: str, dtype: str, capfd: pytest.CaptureFixture) -> None:
     found = pallas(*make_inputs(case, dtype), how=SMALL._replace(interpret=TWO_CORES))
@@ -195,7 +201,13 @@ PUBLISHED = 8192, 7168, 2048, 8, "float32"
 """Where the blocks of the table have to shrink to fit."""
 
 
-@pytest.mark.parametrize(("chip", "shape_of"), [*((chip, shape) for chip in TPUS for shape in SHAPES), ("tpu7x", PUBLISHED)])
+@pytest.mark.parametrize(
+    ("chip", "shape_of"),
+    [
+        *((chip, shape) for chip in TPUS for shape in SHAPES),
+        pytest.param("tpu7x", PUBLISHED, marks=pytest.mark.slow),
+    ],
+)
 def test_compiles_for_tpus(chip: str, shape_of: tuple[int, int, int, int, str], tpu_compiler: str) -> None:
     """Values and gradients, by the backend that the platform chooses, with every kernel named in the program."""
     R, D, F, E, dtype = shape_of

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.model.block import Block, BlockOutput
-from dsv3_jax.model.mla import Latents
+from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.rope import rotation
 from tests import reference_model
 from tests.model.tiny import CONFIG, oracle_tensors, published, random_variables
@@ -69,6 +69,6 @@ def test_cached_block_is_the_uncached_one() -> None:
     whole_BTD, output = run(layer, h_BTD, None, turns)
     cache = Latents(*(np.where(np.arange(T)[:, None] < T - 1, part, np.nan) for part in output.latents))
     last = jax.tree.map(lambda part: part[:, -1:], turns)
-    found_BTD, alone = run(layer, h_BTD[:, -1:], cache, last, None, np.full(B, T - 1))
+    found_BTD, alone = run(layer, h_BTD[:, -1:], cache, last, None, Places(np.full(B, T - 1)))
     chex.assert_trees_all_close(found_BTD, whole_BTD[:, -1:], **TOLERANCE["float32"])
     chex.assert_trees_all_close(alone.latents, jax.tree.map(lambda part: part[:, -1:], output.latents), **TOLERANCE["float32"])

@@ -115,9 +115,8 @@ def test_a_document_has_the_loss_and_the_gradients_that_it_has_alone() -> None:
     assert embedding_VD[10:].any()
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"context": 2, "expert": 2, "tensor": 2}, pytest.param({"context": 4, "fsdp": 2}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"context": 2, "expert": 2, "tensor": 2}, {"context": 4, "fsdp": 2}])
 def test_losses_loads_and_gradients_on_a_mesh_are_those_of_one_device(sizes: dict[str, int]) -> None:
     """Rows of other documents each, one of padding alone; documents, and what depths join, lie across devices."""
     B, length = 4, 16

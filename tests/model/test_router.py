@@ -253,6 +253,7 @@ def skewed_state() -> TrainState:
     return state_of(SKEWED, jax.tree.map(jnp.asarray, variables))
 
 
+@pytest.mark.slow
 def test_bias_rule_evens_out_a_skewed_router_in_training(capsys: pytest.CaptureFixture) -> None:
     """200 steps of the real training step at the published gamma; without the rule, the router stays as skewed as it was."""
     step = jax.jit(functools.partial(train_step, config=SKEWED))

@@ -159,6 +159,7 @@ def test_drafts_are_verified_as_greedy_decoding_would(depths: int) -> None:
     assert found.drafted == sum(int(batch.weights_BT[:, 1:].sum()) for batch in batches) < found.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp, expert", "data, expert, tensor", "context, expert, tensor"])
 def test_on_a_mesh_the_same_drafts_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange_module, "ragged_all_to_all", emulated_ragged_all_to_all)

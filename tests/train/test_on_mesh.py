@@ -218,7 +218,8 @@ def same_biases(state: TrainState, wanted: TrainState) -> bool:
     return all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (state.router, wanted.router)), strict=True))
 
 
-@pytest.mark.parametrize("sizes", [BY_AXIS[0], pytest.param(BY_AXIS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", BY_AXIS)
 def test_biases_and_metrics_are_equal_everywhere_and_those_of_one_device(sizes: dict[str, int]) -> None:
     wanted, wanted_metrics = train(ONE_LAYER, {"fsdp": 1}, 20)
     state, metrics = train(ONE_LAYER, sizes, 20)

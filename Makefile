@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Processes that tests run in, a file of tests in one of them.
+# Processes that the default suite runs in, a file of tests in one of them.
 WORKERS ?= 2
 UV ?= uv
 
@@ -41,7 +41,7 @@ test: lint $(if $(COMPILER_HOST),$(TPU_READY))  ## lint, types, then the default
 	@$(PYTEST) $(ARGS)
 
 test-slow: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the tests that take minutes
-	@$(PYTEST) -m slow $(ARGS)
+	@$(RUN) -m pytest -m slow $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
 	@$(PYTEST) -m parity $(ARGS)

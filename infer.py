@@ -18,16 +18,19 @@ import sys
 
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config import DataConfig
+from dsv3_jax.config.checkpoint_model import read_model
 from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
 from dsv3_jax.data.cache import digest
 from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
+from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.infer.batch import complete_lines, submit_lines
 from dsv3_jax.infer.chat import Conversation, converse
 from dsv3_jax.infer.completion_lines import CompletionLines, require_place
-from dsv3_jax.infer.engine import LONGEST_BY_DEFAULT
 from dsv3_jax.infer.load import LoadedModel, load_model
+from dsv3_jax.infer.prompt import prompt_ids
 from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
 from dsv3_jax.infer.report import Speed, opening
+from dsv3_jax.infer.sizes import LONGEST_BY_DEFAULT, Sizes
 from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.serve import serve
@@ -38,22 +41,27 @@ from dsv3_jax.serve.flags import Flags
 def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
     speed = Speed()
-    # What is wrong with these files shows before a large model is read.
+    # What is wrong with any of this shows before a large model is read.
     prompts = None if flags.batch_file is None else read_prompt_lines(flags.batch_file[0])
     if flags.batch_file is not None:
         require_place(flags.batch_file[1], prompts=flags.batch_file[0])
     is_chat = flags.interactive or (prompts is not None and prompts.need_template)
     template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
 
-    mesh = make_mesh(flags.mesh)
+    mesh, config = make_mesh(flags.mesh), read_model(flags.checkpoint)
+    sizes = flags.sizes(config)
+    checked = Sizes.of(config, mesh, **sizes)
+    if flags.prompt is not None:
+        longest = config.max_position_embeddings if flags.max_length is None else checked.max_length
+        prompt_ids(flags.prompt, config, longest, load_tokenizer(flags.checkpoint))
+
     model = load_model(flags.checkpoint, flags.dtype, mesh)
     cache_compilations(DataConfig.cache_dir)
-    params = flags.sampling(model.infer, longest=model.config.max_position_embeddings)
+    params = flags.sampling(model.infer, longest=config.max_position_embeddings)
     prompt = model.infer.prompt if flags.prompt is None else flags.prompt
-    options = flags.engine_options(model.config, mesh)
     if flags.one_shot and flags.max_length is None:
-        options["max_length"] = length_for(prompt, params, model)
-    engine = Engine(model.config, model.variables, model.tokenizer, **options)
+        sizes["max_length"] = length_for(prompt, params, model)
+    engine = Engine(model.config, model.variables, model.tokenizer, mesh=mesh, prefix_cache=flags.prefix_cache, **sizes)
     lines = opening(model, mesh, engine)
 
     if flags.serve:
@@ -94,8 +102,8 @@ def batch(
         "checkpoint": model.origin,
         "chat_template": template and digest(template.source),
         "dtype": model.config.dtype,
-        "drafts": engine.drafts,
-        "max_length": engine.max_length,
+        "drafts": engine.sizes.drafts,
+        "max_length": engine.sizes.max_length,
         **dataclasses.asdict(params),
     }
     with CompletionLines(path, depends_on, {line.index for line in prompts.lines}) as completions:

@@ -33,7 +33,7 @@ from dsv3_jax import Engine
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
-from dsv3_jax.infer.runner import SMALLEST_CHUNK
+from dsv3_jax.infer.sizes import SMALLEST_CHUNK
 from dsv3_jax.model import init_variables
 from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.serve import ServeOptions, serve

@@ -21,8 +21,8 @@ def is_hugging_face(path: str) -> bool:
     return "model_type" in _read(path)
 
 
-def model_to_train(path: str) -> ModelConfig:
-    """The model of either kind of folder, as a run that starts from it takes it: float32 parameters, backends by themselves.
+def read_model(path: str) -> ModelConfig:
+    """The model of either kind of folder; backends that a run names, which are those of its machine, are "auto" again.
 
     Raises:
       ValueError: if it is neither, or a model that is not implemented.
@@ -32,9 +32,12 @@ def model_to_train(path: str) -> ModelConfig:
         model = ModelConfig.from_hf(content) if "model_type" in content else Config.from_json(json.dumps(content)).model
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{epath.Path(path) / 'config.json'}: {error}") from error
-    return dataclasses.replace(
-        model, param_dtype="float32", expert_backend="auto", attention_backend="auto", cache_backend="auto"
-    )
+    return dataclasses.replace(model, expert_backend="auto", attention_backend="auto", cache_backend="auto")
+
+
+def model_to_train(path: str) -> ModelConfig:
+    """The same as a run that starts from it takes it: with float32 parameters. Raises as `read_model`."""
+    return dataclasses.replace(read_model(path), param_dtype="float32")
 
 
 def _read(path: str) -> dict[str, Any]:

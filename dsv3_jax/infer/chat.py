@@ -58,7 +58,7 @@ class Conversation:
         said: list[Message] = [*self.turns, {"role": "user", "content": text}]
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         ids = encode_prompt(self._template, self._tokenizer, system + said)
-        most = self._engine.max_length
+        most = self._engine.sizes.max_length
         require(len(ids) < most, f"the conversation's {len(ids)} tokens leave no room for a reply in max_length {most}")
         return self._record(said, self._engine.stream_text(ids, self._params))
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,20 +18,18 @@ from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint.names import leaves
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.checks import require
-from dsv3_jax.infer.cache import bytes_per_token, num_shards
+from dsv3_jax.infer.cache import bytes_per_token
+from dsv3_jax.infer.prompt import Prompt, prompt_ids, require_id
 from dsv3_jax.infer.request import Completion, Request, TextCodec, TokenLogprobs, Update
-from dsv3_jax.infer.runner import SMALLEST_CHUNK, Runner, chunk_sizes
+from dsv3_jax.infer.runner import Runner
 from dsv3_jax.infer.sampling import Sampler, SamplingParams
 from dsv3_jax.infer.scheduler import Scheduler
 from dsv3_jax.infer.sequence import Chunk
 from dsv3_jax.infer.sequence import Sequence as Scheduled
+from dsv3_jax.infer.sizes import Sizes, chunk_sizes
 from dsv3_jax.infer.steps import Drawn
 
-LONGEST_BY_DEFAULT = 4096
 GREEDY = SamplingParams()
-
-Prompt = str | Sequence[int]
 
 
 class _Dispatched(NamedTuple):
@@ -84,84 +80,43 @@ class Engine:
           ValueError: if one of these is out of range, the model has no MTP depth to draft with, or an array is not that of
             `config`.
         """
-        for name, size in {"max_length": max_length, "cache_tokens": cache_tokens}.items():
-            _require_integer(name, size)
-        require_sizes(max_batch=max_batch, drafts=drafts, chunk=chunk, page_size=page_size)
-        context, platform = config.max_position_embeddings, jax.default_backend()
-        self.max_length = min(LONGEST_BY_DEFAULT, context) if max_length is None else max_length
-        if not 2 <= self.max_length <= context:
-            raise ValueError(f"max_length is {max_length}; it must lie in 2..{context} (max_position_embeddings)")
-        if drafts and not config.num_nextn_predict_layers:
-            raise ValueError(f"drafts is {drafts}; the model has no MTP depth to draft with, use 0")
-        if mesh is not None and mesh.shape["context"] > 1:
-            raise ValueError(f"mesh.context is {mesh.shape['context']}; inference does not split sequences, use 1")
-        _require_arrays_of(config, variables)
-
-        self.config, self.tokenizer, self.drafts, self.chunk = config, tokenizer, drafts, chunk
-        mesh = mesh if mesh is not None and mesh.size > 1 else None
-        shards = num_shards(mesh)
-        self.max_batch = -(-max_batch // shards) * shards
-        self.page_size = (128 if platform == "tpu" else 64) if page_size is None else page_size
-        # A step writes up to 2 n + 1 places from a sequence's last token on.
-        pages_of_one = math.ceil((self.max_length + 2 * drafts + 1) / self.page_size)
-        if cache_tokens is None:
-            pages_per_shard = self.max_batch // shards * pages_of_one
-        else:
-            pages_per_shard = cache_tokens // shards // self.page_size
-        if pages_per_shard < 1:
-            raise ValueError(f"cache_tokens is {cache_tokens}; give each of {shards} parts a page of {self.page_size}, or more")
-        self._new_scheduler = functools.partial(
-            Scheduler,
-            num_shards=shards,
-            slots_per_shard=self.max_batch // shards,
-            pages_per_shard=pages_per_shard,
-            page_size=self.page_size,
-            max_length=self.max_length,
-            chunk=chunk,
+        self.sizes = Sizes.of(
+            config,
+            mesh,
+            max_batch=max_batch,
+            max_length=max_length,
             drafts=drafts,
-            prefix_cache=prefix_cache,
+            chunk=chunk,
+            page_size=page_size,
+            cache_tokens=cache_tokens,
         )
+        _require_arrays_of(config, variables)
+        self.config, self.tokenizer = config, tokenizer
+        self._new_scheduler = functools.partial(Scheduler, self.sizes, prefix_cache=prefix_cache)
         self._scheduler = self._new_scheduler()
-        self._shards, self._pages_per_shard = shards, pages_per_shard
         self._requests: dict[int, Request] = {}
         self._in_flight: list[_Dispatched] = []
         self._set_up_for: dict[int, tuple[Scheduled, int]] = {}
-
-        self._runner = Runner(
-            config,
-            variables,
-            slots=self.max_batch,
-            drafts=drafts,
-            pages_per_shard=pages_per_shard,
-            page_size=self.page_size,
-            pages_of_one=pages_of_one,
-            mesh=mesh,
-            placement=placement,
-        )
+        self._runner = Runner(config, variables, self.sizes, mesh if mesh is not None and mesh.size > 1 else None, placement)
         self.steps = self.step_tokens = 0
         """Decoding steps of single sequences so far, and the tokens they gave."""
 
     # What it is.
 
     @property
-    def cache_tokens(self) -> int:
-        """Tokens the cache has room for."""
-        return self._shards * self._pages_per_shard * self.page_size
-
-    @property
     def cache_bytes(self) -> int:
         """Bytes of the cache, on all devices together (along `tensor` each holds a copy)."""
-        return self.cache_tokens * bytes_per_token(self.config, self.drafts > 0)
+        return self.sizes.cache_tokens * bytes_per_token(self.config, self.sizes.drafts > 0)
 
     def describe(self) -> list[str]:
         """The cache and the programs, in words."""
-        each = bytes_per_token(self.config, self.drafts > 0)
-        pages = self._shards * self._pages_per_shard
-        sizes = ", ".join(map(str, chunk_sizes(min(self.chunk, self.max_length - 1))))
+        sizes = self.sizes
+        each = bytes_per_token(self.config, sizes.drafts > 0)
+        chunks = ", ".join(map(str, chunk_sizes(min(sizes.chunk, sizes.max_length - 1))))
         return [
-            f"cache: {self.cache_bytes / 1e6:.1f} MB for {self.cache_tokens} tokens, {each} bytes each, in {pages} pages of "
-            f"{self.page_size}; slots: {self.max_batch}; drafts a step: {self.drafts}",
-            f"programs: one to decode; to prefill {sizes} tokens, two each: for a prompt's first chunk and for later ones; "
+            f"cache: {self.cache_bytes / 1e6:.1f} MB for {sizes.cache_tokens} tokens, {each} bytes each, in {sizes.pages} "
+            f"pages of {sizes.page_size}; slots: {sizes.slots}; drafts a step: {sizes.drafts}",
+            f"programs: one to decode; to prefill {chunks} tokens, two each: for a prompt's first chunk and for later ones; "
             "as many again with log-probabilities",
         ]
 
@@ -264,44 +219,13 @@ class Engine:
         self._requests[id(request.sequence)] = request
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self._encode(prompt)
+        ids = prompt_ids(prompt, self.config, self.sizes.max_length, self.tokenizer)
         for i in (*params.logit_bias, *params.stop_token_ids):
-            self._check_id(i)
+            require_id(i, self.config)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {list(params.stop)}, but the engine has no tokenizer; use stop_token_ids")
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids))
-        return Request(ids, params, min(params.max_tokens, self.max_length - len(ids)), ends, self.tokenizer)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids, checked; a text begins with `bos_token_id`."""
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the prompt is text, but the engine has no tokenizer; pass token ids, or a tokenizer")
-            bos = self.config.bos_token_id
-            ids = ([] if bos is None else [bos]) + self.tokenizer.encode(prompt)
-        else:
-            try:
-                ids = [operator.index(i) for i in prompt]
-            except TypeError:
-                raise ValueError(
-                    f"the prompt {prompt!r:.100} is neither text nor a list of token ids, which are integers; pass a list of "
-                    "such prompts"
-                ) from None
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(ids) >= self.max_length:
-            context = self.config.max_position_embeddings
-            raise ValueError(
-                f"the prompt's {len(ids)} tokens leave no room in max_length {self.max_length} (the model's context is "
-                f"{context}); shorten it" + (" or raise max_length" if self.max_length < context else "")
-            )
-        for i in ids:
-            self._check_id(i)
-        return ids
-
-    def _check_id(self, i: int) -> None:
-        if not 0 <= i < self.config.vocab_size:
-            raise ValueError(f"token id {i} is outside the vocabulary of {self.config.vocab_size}")
+        return Request(ids, params, min(params.max_tokens, self.sizes.max_length - len(ids)), ends, self.tokenizer)
 
     # Steps.
 
@@ -377,23 +301,6 @@ class Engine:
 
     def _reports(self, sequences: Iterable[Scheduled]) -> bool:
         return any(self._requests[id(sequence)].params.logprobs is not None for sequence in sequences)
-
-
-def require_sizes(*, max_batch: int | None, drafts: int | None, chunk: int, page_size: int | None) -> None:
-    """Raises ValueError for what is wrong with any model. None is what the engine, or the command line, chooses."""
-    given = {"max_batch": max_batch, "drafts": drafts, "chunk": chunk, "page_size": page_size}
-    for name, size in given.items():
-        _require_integer(name, size)
-    require(max_batch is None or max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
-    require(drafts is None or drafts >= 0, f"drafts is {drafts}; it cannot be negative, use 0")
-    is_power = chunk >= SMALLEST_CHUNK and not chunk & (chunk - 1)
-    require(is_power, f"chunk is {chunk}; it must be a power of two from {SMALLEST_CHUNK}")
-    require(page_size is None or page_size >= 1, f"page_size is {page_size}; it must be at least 1")
-
-
-def _require_integer(name: str, size: int | None) -> None:
-    is_integer = isinstance(size, int) and not isinstance(size, bool)
-    require(size is None or is_integer, f"{name} is {size!r}; use an integer")
 
 
 def _told(report: Any, row: int, i: int, token: int, num: int) -> TokenLogprobs:

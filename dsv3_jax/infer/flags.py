@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from jax.sharding import Mesh
 from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config import InferConfig, MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.infer.engine import require_sizes
 from dsv3_jax.infer.sampling import SamplingParams
+from dsv3_jax.infer.sizes import require_sizes
 
 DRAFTS_BY_DEFAULT = 1
 """Of a model that can draft."""
@@ -76,7 +75,14 @@ class InferFlags:
         require(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
         # What is out of range is refused before a model is read.
         self.sampling(InferConfig(), 1)
-        require_sizes(max_batch=self.max_batch, drafts=self.drafts, chunk=self.chunk, page_size=self.page_size)
+        require_sizes(
+            max_batch=self.max_batch,
+            max_length=self.max_length,
+            drafts=self.drafts,
+            chunk=self.chunk,
+            page_size=self.page_size,
+            cache_tokens=self.cache_tokens,
+        )
 
     def modes(self) -> dict[str, bool]:
         """What can be done, and which of it is asked for."""
@@ -97,17 +103,15 @@ class InferFlags:
         del wanted["prompt"]
         return SamplingParams(**wanted)
 
-    def engine_options(self, config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-        """The engine's options, `max_length` as it was given."""
+    def sizes(self, config: ModelConfig) -> dict[str, Any]:
+        """What `Sizes.of` takes."""
         of_many = 1 if self.batch_file is None else BATCH_BY_DEFAULT
         can_draft = config.num_nextn_predict_layers > 0
         return {
             "max_batch": of_many if self.max_batch is None else self.max_batch,
             "max_length": self.max_length,
-            "mesh": mesh,
             "drafts": (DRAFTS_BY_DEFAULT if can_draft else 0) if self.drafts is None else self.drafts,
             "chunk": self.chunk,
             "page_size": self.page_size,
             "cache_tokens": self.cache_tokens,
-            "prefix_cache": self.prefix_cache,
         }

@@ -21,7 +21,7 @@ from dsv3_jax.data.cache import digest
 from dsv3_jax.data.chat_template import ChatTemplate, Message, encode_prompt
 from dsv3_jax.data.sources import paired
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.infer.engine import Prompt
+from dsv3_jax.infer.prompt import Prompt
 from dsv3_jax.infer.sampling import SamplingParams
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))

@@ -71,6 +71,6 @@ def speculation(engine: Engine) -> str:
     Of a step's tokens all but one are accepted drafts, so that the share comes from the same two counts.
     """
     steps, tokens = engine.counts["steps"], engine.counts["step_tokens"]
-    if not engine.drafts or not steps:
+    if not engine.sizes.drafts or not steps:
         return ""
-    return f"; {tokens / steps:.2f} tokens a step, {(tokens - steps) / (steps * engine.drafts):.0%} of drafts accepted"
+    return f"; {tokens / steps:.2f} tokens a step, {(tokens - steps) / (steps * engine.sizes.drafts):.0%} of drafts accepted"

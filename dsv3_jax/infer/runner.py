@@ -14,17 +14,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.infer.cache import ROWS, empty_cache, num_shards
+from dsv3_jax.infer.cache import ROWS, empty_cache
 from dsv3_jax.infer.redundancy import place_experts
 from dsv3_jax.infer.sampling import Sampler, with_row
 from dsv3_jax.infer.sequence import Chunk, Sequence
+from dsv3_jax.infer.sizes import Sizes, chunk_sizes
 from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
 from dsv3_jax.kernels.block_scaled import in_dtype
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.parallel.rules import SERVING, use_rules
 
-SMALLEST_CHUNK = 16
 WHOLE = PartitionSpec()
 
 
@@ -35,40 +35,29 @@ class Runner:
         self,
         config: ModelConfig,
         variables: dict[str, Any],
-        *,
-        slots: int,
-        drafts: int,
-        pages_per_shard: int,
-        page_size: int,
-        pages_of_one: int,
-        mesh: Mesh | None,
-        placement: Mapping[str, np.ndarray] | None,
+        sizes: Sizes,
+        mesh: Mesh | None = None,
+        placement: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Places the model, and makes an empty cache.
 
         Args:
           config: the architecture.
           variables: its `params` and `router`.
-          slots: of all shards together.
-          drafts: tokens that are drafted a step.
-          pages_per_shard: pages of each shard.
-          page_size: tokens in a page.
-          pages_of_one: most pages of a sequence.
+          sizes: of the engine.
           mesh: None for one device.
           placement: as `place_experts` takes it; None leaves every expert where it is, once.
         """
-        self._mesh, self._slots_count, self._pages_of_one = mesh, slots, pages_of_one
-        self._nowhere = pages_per_shard
-        self._shards = num_shards(mesh)
+        self._mesh, self._sizes = mesh, sizes
         self._prefill_model, self._decode_model = models(config, mesh)
         self._variables = _placed(config, variables, mesh, placement or {})
-        pages = self._shards * pages_per_shard
-        self._empty_cache = functools.partial(empty_cache, config, pages, page_size, drafting=drafts > 0, mesh=mesh)
-        make = functools.partial(Slots.empty, slots, drafts, config.vocab_size)
+        drafting = sizes.drafts > 0
+        self._empty_cache = functools.partial(empty_cache, config, sizes.pages, sizes.page_size, drafting=drafting, mesh=mesh)
+        make = functools.partial(Slots.empty, sizes.slots, sizes.drafts, config.vocab_size)
+        self._empty_slots = jax.jit(make, out_shardings=self._sharding(ROWS))
         self._decoding: tuple[int, ...] | None = None
         self._tables: tuple = ()
         """What the device has of pages: of the sequences in these slots."""
-        self._empty_slots = jax.jit(make, out_shardings=self._sharding(ROWS))
         self._cache, self._slots = self._empty_cache(), self._empty_slots()
 
     def clear(self) -> None:
@@ -89,9 +78,9 @@ class Runner:
         """Works through the chunks, at most one of each shard; the results' rows are the shards."""
         longest = max(len(chunk.tokens) for chunk in chunks)
         length = chunk_sizes(longest)[-1]
-        tokens = np.zeros((self._shards, length), np.int32)
-        count, start, following, slot = (np.full(self._shards, value, np.int32) for value in (1, 0, -1, -1))
-        sequences: list[Sequence | None] = [None] * self._shards
+        tokens = np.zeros((self._sizes.num_shards, length), np.int32)
+        count, start, following, slot = (np.full(self._sizes.num_shards, value, np.int32) for value in (1, 0, -1, -1))
+        sequences: list[Sequence | None] = [None] * self._sizes.num_shards
         for chunk in chunks:
             row = chunk.sequence.place[0]
             sequences[row] = chunk.sequence
@@ -111,7 +100,7 @@ class Runner:
         """One step of these sequences; the results' rows are the slots."""
         slots = tuple(sequence.place[1] for sequence in sequences)
         if slots != self._decoding:
-            rows: list[Sequence | None] = [None] * self._slots_count
+            rows: list[Sequence | None] = [None] * self._sizes.slots
             for slot, sequence in zip(slots, sequences, strict=True):
                 rows[slot] = sequence
             self._tables = self._put((self._table(rows), np.array([sequence is not None for sequence in rows])))
@@ -124,7 +113,7 @@ class Runner:
 
     def _table(self, rows: Many[Sequence | None]) -> np.ndarray:
         """The pages of each row's sequence, and nowhere for the rest."""
-        table = np.full((len(rows), self._pages_of_one), self._nowhere, np.int32)
+        table = np.full((len(rows), self._sizes.pages_of_one), self._sizes.pages_per_shard, np.int32)
         for row, sequence in zip(table, rows, strict=True):
             if sequence is not None:
                 row[: len(sequence.pages)] = sequence.pages
@@ -135,14 +124,6 @@ class Runner:
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding | None:
         return None if self._mesh is None else NamedSharding(self._mesh, spec)
-
-
-def chunk_sizes(longest: int) -> list[int]:
-    """What chunks of up to `longest` tokens are padded to."""
-    sizes = [SMALLEST_CHUNK]
-    while sizes[-1] < longest:
-        sizes.append(2 * sizes[-1])
-    return sizes
 
 
 @functools.partial(jax.jit, donate_argnames="slots")

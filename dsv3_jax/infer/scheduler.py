@@ -11,6 +11,7 @@ import bisect
 
 from dsv3_jax.infer.pages import PagePool
 from dsv3_jax.infer.sequence import Chunk, Sequence, Step
+from dsv3_jax.infer.sizes import Sizes
 
 
 class Scheduler:
@@ -20,50 +21,11 @@ class Scheduler:
     has its max_tokens or met a stop.
     """
 
-    def __init__(
-        self,
-        *,
-        num_shards: int,
-        slots_per_shard: int,
-        pages_per_shard: int,
-        page_size: int,
-        max_length: int,
-        chunk: int,
-        drafts: int,
-        prefix_cache: bool = True,
-    ) -> None:
-        """An empty schedule.
-
-        Args:
-          num_shards: equal parts of slots and pages.
-          slots_per_shard: sequences that decode at once.
-          pages_per_shard: pages of each part.
-          page_size: tokens a page.
-          max_length: longest prompt with its completion.
-          chunk: most tokens to prefill in a shard and step.
-          drafts: tokens that a decode step speculates on; it yields 1 to drafts + 1 tokens.
-          prefix_cache: whether sequences share the pages of equal beginnings.
-
-        Raises:
-          ValueError: for a size below its smallest.
-        """
-        sizes = {
-            "num_shards": num_shards,
-            "slots_per_shard": slots_per_shard,
-            "pages_per_shard": pages_per_shard,
-            "page_size": page_size,
-            "max_length": max_length,
-            "chunk": chunk,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        if drafts < 0:
-            raise ValueError(f"drafts is {drafts}; it cannot be negative (0 decodes without speculation)")
-        self._slots_per_shard, self._pages_per_shard, self._page_size = slots_per_shard, pages_per_shard, page_size
-        self._max_length, self._chunk, self._drafts, self._prefix_cache = max_length, chunk, drafts, prefix_cache
-        self._pools = [PagePool(pages_per_shard, page_size) for _ in range(num_shards)]
-        self._slots: list[Sequence | None] = [None] * (num_shards * slots_per_shard)
+    def __init__(self, sizes: Sizes, *, prefix_cache: bool = True) -> None:
+        """An empty schedule; `prefix_cache`: whether sequences share the pages of equal beginnings."""
+        self._sizes, self._prefix_cache = sizes, prefix_cache
+        self._pools = [PagePool(sizes.pages_per_shard, sizes.page_size) for _ in range(sizes.num_shards)]
+        self._slots: list[Sequence | None] = [None] * sizes.slots
         self._waiting: list[Sequence] = []
         self._arrivals = 0
         self._tables_changed = False
@@ -92,16 +54,16 @@ class Scheduler:
             raise ValueError("the prompt is empty; give at least one token")
         if most < 1:
             raise ValueError(f"max_tokens is {most}; it must be at least 1")
-        if prompt + most > self._max_length:
+        if prompt + most > self._sizes.max_length:
             raise ValueError(
                 f"{prompt} prompt tokens and max_tokens {most} are {prompt + most}, more than max_length "
-                f"{self._max_length}; shorten the prompt, lower max_tokens or raise max_length"
+                f"{self._sizes.max_length}; shorten the prompt, lower max_tokens or raise max_length"
             )
-        pages = self._num_pages(self._most_places(sequence))
-        if pages > self._pages_per_shard:
+        pages, room = self._num_pages(self._most_places(sequence)), self._sizes.pages_per_shard
+        if pages > room:
             raise ValueError(
-                f"{prompt} prompt tokens and max_tokens {most} need {pages} pages of {self._page_size} tokens, more than the "
-                f"{self._pages_per_shard} there are; shorten the prompt, lower max_tokens or give the cache more pages"
+                f"{prompt} prompt tokens and max_tokens {most} need {pages} pages of {self._sizes.page_size} tokens, more than "
+                f"the {room} there are; shorten the prompt, lower max_tokens or give the cache more pages"
             )
 
     def submit(self, sequence: Sequence) -> None:
@@ -158,15 +120,15 @@ class Scheduler:
         return True
 
     def _num_pages(self, places: int) -> int:
-        return -(-places // self._page_size)
+        return -(-places // self._sizes.page_size)
 
     def _most_places(self, sequence: Sequence) -> int:
         """Places that a sequence can need. The device may write further, for tokens past max_tokens; that is dropped."""
-        return len(sequence.prompt) + sequence.max_tokens + 2 * self._drafts + 1
+        return len(sequence.prompt) + sequence.max_tokens + 2 * self._sizes.drafts + 1
 
     def _in_shard(self, shard: int) -> list[Sequence]:
-        first = shard * self._slots_per_shard
-        return [sequence for sequence in self._slots[first : first + self._slots_per_shard] if sequence]
+        first = shard * self._sizes.slots_per_shard
+        return [sequence for sequence in self._slots[first : first + self._sizes.slots_per_shard] if sequence]
 
     def _decoding(self) -> list[Sequence]:
         """The sequences to decode, oldest first, each with the pages that the step may write to."""
@@ -185,8 +147,8 @@ class Scheduler:
         """Gives a sequence the pages for one more decode step; False if that cost it its own place."""
         assert sequence.shard is not None
         pool = self._pools[sequence.shard]
-        longest = sequence.cached + (self._drafts + 1) * sequence.decodes
-        places = min(longest + 2 * self._drafts + 1, self._most_places(sequence))
+        longest = sequence.cached + (self._sizes.drafts + 1) * sequence.decodes
+        places = min(longest + 2 * self._sizes.drafts + 1, self._most_places(sequence))
         missing = self._num_pages(places) - len(sequence.pages)
         if missing <= 0:
             return True
@@ -225,7 +187,7 @@ class Scheduler:
             sequence = self._waiting[0]
             text = sequence.text(0, sequence.length)
             # The pages of the first decode step too, or it could be preempted before it has done anything.
-            needed = self._num_pages(len(text) + 2 * self._drafts + 2)
+            needed = self._num_pages(len(text) + 2 * self._sizes.drafts + 2)
             if (best := self._best_shard(text, needed)) is None:
                 return
             del self._waiting[0]
@@ -236,7 +198,7 @@ class Scheduler:
         merits = []
         for shard, pool in enumerate(self._pools):
             others = len(self._in_shard(shard))
-            if others < self._slots_per_shard:
+            if others < self._sizes.slots_per_shard:
                 found = pool.match(text)
                 # And a page for each of the others to grow, or the newcomer would soon have to give way to them.
                 if pool.fits(found, needed - len(found) + others):
@@ -250,8 +212,8 @@ class Scheduler:
         pool = self._pools[shard]
         pool.share(shared)
         sequence.pages = shared + pool.allocate(needed - len(shared))
-        sequence.shard, sequence.slot = shard, self._slots.index(None, shard * self._slots_per_shard)
-        sequence.cached = sequence.reused = len(shared) * self._page_size
+        sequence.shard, sequence.slot = shard, self._slots.index(None, shard * self._sizes.slots_per_shard)
+        sequence.cached = sequence.reused = len(shared) * self._sizes.page_size
         sequence.published = len(shared)
         sequence.state = "prefilling"
         self._slots[sequence.slot] = sequence
@@ -264,7 +226,7 @@ class Scheduler:
     def _next_chunk(self, sequence: Sequence) -> Chunk:
         if sequence.cached == sequence.reused:
             self._share_late(sequence)
-        start, stop = sequence.cached, min(sequence.cached + self._chunk, sequence.length)
+        start, stop = sequence.cached, min(sequence.cached + self._sizes.chunk, sequence.length)
         following = sequence.text(stop, stop + 1)
         sequence.cached = stop
         if not following:
@@ -278,13 +240,13 @@ class Scheduler:
         So of many that arrive at once with the same beginning, only the first computes it.
         """
         assert sequence.shard is not None
-        pool, have = self._pools[sequence.shard], sequence.reused // self._page_size
+        pool, have = self._pools[sequence.shard], sequence.reused // self._sizes.page_size
         found = pool.match(sequence.text(0, sequence.length))
         if len(found) > have:
             pool.share(found[have:])
             pool.release(sequence.pages[have : len(found)])
             sequence.pages[have : len(found)] = found[have:]
-            sequence.cached = sequence.reused = len(found) * self._page_size
+            sequence.cached = sequence.reused = len(found) * self._sizes.page_size
             sequence.published = len(found)
             self._tables_changed = True
 
@@ -293,7 +255,7 @@ class Scheduler:
         if not self._prefix_cache:
             return
         assert sequence.shard is not None
-        size = self._page_size
+        size = self._sizes.page_size
         full = min(sequence.cached, sequence.length - 1) // size
         for i in range(sequence.published, full):
             before = sequence.pages[i - 1] if i else None

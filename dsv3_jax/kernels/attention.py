@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from dsv3_jax.kernels import attention_gpu, hopper, splash
 from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.documents import first_seen
+from dsv3_jax.kernels.online_softmax import MASKED, Running
 from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 
 _CHOICE = Choice(
@@ -71,10 +72,6 @@ def attend(
             raise ValueError(f"attention by 'pallas_gpu' {_ACROSS_DOCUMENTS}; use attention_backend chunked")
         return attention_gpu.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
     return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first, starts_BT=starts_BT)
-
-
-# Finite, so that a fully masked row stays free of NaN.
-MASKED = -1e30
 
 
 def causal_attention(
@@ -164,26 +161,18 @@ def _attend_forward(
     def query_tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         q_i = _take(q_BMUTX, i, tile, 3)
 
-        def key_tile(j: jax.Array, carry: tuple) -> tuple:
-            top, total, mix = carry
+        def key_tile(j: jax.Array, running: Running) -> Running:
             logits = jnp.einsum("BMUAX,BMZX->BMUAZ", q_i, _take(k_BMSX, j, tile, 2), preferred_element_type=jnp.float32)
             seen = _seen(first, starts_BT, i, j, tile)
             logits = jnp.where(seen if starts_BT is None else seen[:, None, None], logits * scale, MASKED)
-            new_top = jnp.maximum(top, logits.max(-1))
-            p = jnp.exp(logits - new_top[..., None])
-            shrink = jnp.exp(top - new_top)
-            v_j = _take(v_BMSW, j, tile, 2)
-            mixed = jnp.einsum("BMUAZ,BMZW->BMUAW", p.astype(v_j.dtype), v_j, preferred_element_type=jnp.float32)
-            return new_top, total * shrink + p.sum(-1), mix * shrink[..., None] + mixed
+            return running.fold(logits, _take(v_BMSW, j, tile, 2), "BMUAZ,BMZW->BMUAW")
 
-        rows = (B, M, U, tile)
-        zeros = functools.partial(zeros_beside, q_BMUTX, dtype=jnp.float32)
-        start = zeros(rows, fill=MASKED), zeros(rows), zeros((*rows, W))
+        start = Running.of_nothing(q_BMUTX, (B, M, U, tile), W)
         # From the first key of a document; up to the tile of the last query's own key.
         begin = 0 if starts_BT is None else _earliest(starts_BT, tile)[i] // tile
         end = jnp.minimum((first + (i + 1) * tile - 1) // tile + 1, S // tile)
-        top, total, mix = jax.lax.fori_loop(begin, end, key_tile, start)
-        return (mix / total[..., None]).astype(v_BMSW.dtype), top + jnp.log(total)
+        top, total, mixed = jax.lax.fori_loop(begin, end, key_tile, start)
+        return (mixed / total[..., None]).astype(v_BMSW.dtype), top + jnp.log(total)
 
     o, lse = jax.lax.map(query_tile, jnp.arange(T // tile))
     o_BMUTW = jnp.moveaxis(o, 0, 3).reshape(B, M, U, T, W)

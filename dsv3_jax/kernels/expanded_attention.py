@@ -12,9 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.attention import MASKED
 from dsv3_jax.kernels.latent_attention import CachedLatents, blocks_of
-from dsv3_jax.kernels.varying import zeros_beside
+from dsv3_jax.kernels.online_softmax import MASKED, Running
 
 _OWN_BLOCK = 512
 
@@ -46,32 +45,26 @@ def expanded_attention(
     T, H = q_nope_BTNH.shape[1], q_nope_BTNH.shape[-1]
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def fold(carry: tuple, latent_BZC: jax.Array, rope_BZP: jax.Array, seen_BTZ: jax.Array) -> tuple:
-        top, total, mixed = carry
+    def fold(running: Running, latent_BZC: jax.Array, rope_BZP: jax.Array, seen_BTZ: jax.Array) -> Running:
         k_BZNH, v_BZNW = jnp.split(jnp.einsum("BZC,CNX->BZNX", latent_BZC, kernel_CNX), [H], axis=-1)
         logits = einsum("BTNH,BZNH->BTNZ", q_nope_BTNH, k_BZNH) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, rope_BZP)
         logits = jnp.where(seen_BTZ[:, :, None], logits * scale, MASKED)
-        new_top = jnp.maximum(top, logits.max(-1))
-        p = jnp.exp(logits - new_top[..., None])
-        shrink = jnp.exp(top - new_top)
-        more = einsum("BTNZ,BZNW->BTNW", p.astype(v_BZNW.dtype), v_BZNW)
-        return new_top, total * shrink + p.sum(-1), mixed * shrink[..., None] + more
+        return running.fold(logits, v_BZNW, "BTNZ,BZNW->BTNW")
 
-    zeros = functools.partial(zeros_beside, q_nope_BTNH, dtype=jnp.float32)
     rows = q_nope_BTNH.shape[:3]
-    carry = zeros(rows, fill=MASKED), zeros(rows), zeros((*rows, kernel_CNX.shape[2] - H))
+    running = Running.of_nothing(q_nope_BTNH, rows, kernel_CNX.shape[2] - H)
     # The queries' own tokens first: each sees itself, so that no row is ever without a logit.
     for first in range(0, T, _OWN_BLOCK):
         own = slice(first, first + _OWN_BLOCK)
         causal_TZ = jnp.arange(T)[:, None] >= jnp.arange(T)[own]
         seen_BTZ = jnp.broadcast_to(causal_TZ, (rows[0], *causal_TZ.shape))
-        carry = fold(carry, new_latent_BTC[:, own], new_rope_BTP[:, own], seen_BTZ)
+        running = fold(running, new_latent_BTC[:, own], new_rope_BTP[:, own], seen_BTZ)
 
     take, size = blocks_of(cached)
 
-    def step(i: jax.Array, carry: tuple) -> tuple:
+    def step(i: jax.Array, running: Running) -> Running:
         latent_BZC, rope_BZP, counted_BZ = take(i, length_B)
-        return fold(carry, latent_BZC, rope_BZP, jnp.broadcast_to(counted_BZ[:, None], (*rows[:2], size)))
+        return fold(running, latent_BZC, rope_BZP, jnp.broadcast_to(counted_BZ[:, None], (*rows[:2], size)))
 
-    _, total, mixed = jax.lax.fori_loop(0, (length_B.max() + size - 1) // size, step, carry)
+    _, total, mixed = jax.lax.fori_loop(0, (length_B.max() + size - 1) // size, step, running)
     return (mixed / total[..., None]).astype(new_latent_BTC.dtype)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels import hopper, latent_attention_gpu
-from dsv3_jax.kernels.attention import MASKED
 from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
-from dsv3_jax.kernels.varying import varying_alike, zeros_beside
+from dsv3_jax.kernels.online_softmax import MASKED, Running
+from dsv3_jax.kernels.varying import varying_alike
 
 # Tokens that the chunked walk takes at a time, in whole pages.
 CHUNK = 512
@@ -134,20 +134,13 @@ def past_attention_chunked(
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     take, size = blocks_of(CachedLatents(latent_YZC, rope_YZP, table_BJ))
 
-    def step(i: jax.Array, carry: tuple) -> tuple:
-        top, total, mixed = carry
+    def step(i: jax.Array, running: Running) -> Running:
         latent_BZC, rope_BZP, counted_BZ = take(i, length_B)
         logits = einsum("BTNC,BZC->BTNZ", q_latent_BTNC, latent_BZC) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, rope_BZP)
         logits = jnp.where(counted_BZ[:, None, None], logits * scale, MASKED)
-        new_top = jnp.maximum(top, logits.max(-1))
-        p = jnp.exp(logits - new_top[..., None])
-        shrink = jnp.exp(top - new_top)
-        more = einsum("BTNZ,BZC->BTNC", p.astype(latent_BZC.dtype), latent_BZC)
-        return new_top, total * shrink + p.sum(-1), mixed * shrink[..., None] + more
+        return running.fold(logits, latent_BZC, "BTNZ,BZC->BTNC")
 
-    zeros = functools.partial(zeros_beside, q_latent_BTNC, dtype=jnp.float32)
-    rows = q_latent_BTNC.shape[:3]
-    start = zeros(rows, fill=MASKED), zeros(rows), zeros(q_latent_BTNC.shape)
+    start = Running.of_nothing(q_latent_BTNC, q_latent_BTNC.shape[:3], q_latent_BTNC.shape[3])
     top, total, mixed = jax.lax.fori_loop(0, (length_B.max() + size - 1) // size, step, start)
     any_B = (length_B > 0)[:, None, None]
     total = jnp.where(any_B, total, 1)

@@ -23,7 +23,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.kernels import hopper
-from dsv3_jax.kernels.attention import MASKED
 from dsv3_jax.kernels.hopper import (
     COLUMNS,
     FETCHING,
@@ -39,6 +38,7 @@ from dsv3_jax.kernels.hopper import (
     turned,
     write,
 )
+from dsv3_jax.kernels.online_softmax import MASKED
 from dsv3_jax.kernels.varying import varying_axes, varying_over
 
 BLOCK = 64

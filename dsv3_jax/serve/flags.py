@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jax.sharding import Mesh
-
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.flags import BATCH_BY_DEFAULT, InferFlags
 from dsv3_jax.serve.options import ServeOptions
@@ -31,6 +29,6 @@ class Flags(ServeOptions, InferFlags):
         """Where to serve, and within which limits."""
         return ServeOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ServeOptions)})
 
-    def engine_options(self, config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-        options = super().engine_options(config, mesh)
-        return options | {"max_batch": BATCH_BY_DEFAULT} if self.serve and self.max_batch is None else options
+    def sizes(self, config: ModelConfig) -> dict[str, Any]:
+        sizes = super().sizes(config)
+        return sizes | {"max_batch": BATCH_BY_DEFAULT} if self.serve and self.max_batch is None else sizes

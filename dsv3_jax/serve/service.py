@@ -43,14 +43,14 @@ class Service:
         self.options, self.api_key = options, api_key
         self.created = int(time.time())
         self.served = Served(
-            name, engine.tokenizer, template, engine.config.bos_token_id, engine.max_length, options.max_choices
+            name, engine.tokenizer, template, engine.config.bos_token_id, engine.sizes.max_length, options.max_choices
         )
         self.token_bytes = TokenBytes(engine.tokenizer)
         self.worker = Worker(engine)
-        self.metrics = Metrics(engine.cache_tokens // engine.page_size, lambda: self.worker.counts)
+        self.metrics = Metrics(engine.sizes.pages, lambda: self.worker.counts)
         self.draining = False
         """Takes nothing new."""
-        self._most_open = engine.max_batch + options.max_queue
+        self._most_open = engine.sizes.slots + options.max_queue
         self._open_choices = 0
         self._open_requests = 0
 

@@ -70,7 +70,7 @@ def test_a_prompt_longer_than_the_context_ends_the_process_with_code_2(straight:
 def test_the_whole_context_of_the_model_may_be_used(
     straight: tuple[Path, Done], called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv3_jax.infer.engine.LONGEST_BY_DEFAULT", 16)
+    monkeypatch.setattr("dsv3_jax.infer.sizes.LONGEST_BY_DEFAULT", 16)
     done = called(infer.main, "--checkpoint", "runs/straight", "--prompt", "x = 1\n" * 8, "--max-tokens", "2")
     assert done.code == 0, done.stderr
 
@@ -202,6 +202,28 @@ def test_of_damaged_checkpoints_the_one_before_is_used_and_the_last_refused(
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
+        (["--max-length", "65"], "max_length is 65; it must lie in 2..64"),
+        (["--max-length", "4", "--prompt", "x = 1\n" * 8], "leave no room in max_length 4"),
+        (["--prompt", "x = 1\n" * 50], "tokens leave no room in max_length 64 (the model's context is 64); shorten it"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--cache-tokens", "3"], "cache_tokens is 3, and in pages of 64"),
+        (["--mesh.data", "4", "--mesh.context", "2"], "mesh.context is 2; inference does not"),
+    ],
+)
+def test_what_no_engine_takes_is_refused_before_weights_are_read(
+    straight: tuple[Path, Done],
+    called: Callable[..., Done],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    fragment: str,
+) -> None:
+    monkeypatch.delattr("infer.load_model")
+    called(infer.main, "--checkpoint", "runs/straight", *arguments).assert_refused(fragment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
         (
             ["--checkpoint", "nowhere"],
             "nowhere holds no config.json; name a run directory of train.py or a Hugging Face folder",
@@ -218,13 +240,8 @@ def test_of_damaged_checkpoints_the_one_before_is_used_and_the_last_refused(
             "--prompt and --interactive are different things",
         ),
         (["--checkpoint", "runs/straight", "--batch-file", "nowhere", "out"], "--batch-file nowhere does not exist"),
-        (["--checkpoint", "runs/straight", "--max-length", "65"], "max_length is 65; it must lie in 2..64"),
         (["--checkpoint", "runs/straight", "--mesh.expert", "8"], "make these mesh axes smaller"),
         (["--checkpoint", "runs/straight", "--mesh.tensor", "3"], "has 3 places for 8 devices"),
-        (
-            ["--checkpoint", "runs/straight", "--mesh.data", "4", "--mesh.context", "2"],
-            "mesh.context is 2; inference does not",
-        ),
     ],
 )
 def test_what_cannot_be_completed_is_refused(

@@ -15,6 +15,7 @@ from typing import Any
 
 from dsv3_jax.infer.scheduler import Scheduler
 from dsv3_jax.infer.sequence import Chunk, Sequence, Step
+from dsv3_jax.infer.sizes import Sizes
 
 VOCAB = 3
 JUNK = (-1, -1)
@@ -115,7 +116,10 @@ class Engine:
     """The loop around a scheduler, with all that must hold after every step."""
 
     def __init__(self, sizes: dict[str, Any], seed: int = 0) -> None:
-        self.sizes, self.scheduler = sizes, Scheduler(**sizes)
+        self.sizes = sizes
+        options = dict(sizes)
+        prefix_cache = options.pop("prefix_cache", True)
+        self.scheduler = Scheduler(Sizes(**options), prefix_cache=prefix_cache)
         self.device = Device(sizes, random.Random(seed))
         self.live: list[Sequence] = []
         self.stops: dict[Sequence, int | None] = {}

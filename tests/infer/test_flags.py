@@ -10,7 +10,6 @@ from dsv3_jax.config import InferConfig, MeshConfig
 from dsv3_jax.config.command_line import parse_flags
 from dsv3_jax.infer import SamplingParams
 from dsv3_jax.infer.flags import InferFlags
-from dsv3_jax.parallel.mesh import make_mesh
 from tests.model.tiny import CONFIG, DENSE_ONLY
 
 RUN = InferConfig(prompt="def ", max_tokens=7, temperature=0.5, top_p=0.8)
@@ -40,31 +39,26 @@ def test_replies_of_a_chat_are_as_long_as_there_is_room_unless_bounded() -> None
     assert parsed("--interactive", "--max-tokens", "3").sampling(RUN, 99).max_tokens == 3
 
 
-def test_options_of_the_engine() -> None:
-    mesh = make_mesh(MeshConfig())
-    options = parsed().engine_options(CONFIG, mesh)
-    assert options == {
+def test_sizes_of_the_engine() -> None:
+    sizes = parsed().sizes(CONFIG)
+    assert sizes == {
         "max_batch": 1,
         "max_length": None,
-        "mesh": mesh,
         "drafts": 1,
         "chunk": 512,
         "page_size": None,
         "cache_tokens": None,
-        "prefix_cache": True,
     }
-    assert parsed().engine_options(DENSE_ONLY, mesh)["drafts"] == 0
-    assert parsed("--batch-file", "a", "b").engine_options(CONFIG, mesh) == options | {"max_batch": 8}
-    flags = "--max-batch 3 --max-length 50 --drafts 0 --chunk 64 --page-size 8 --cache-tokens 640 --prefix-cache False"
-    assert parsed(*flags.split()).engine_options(CONFIG, mesh) == {
+    assert parsed().sizes(DENSE_ONLY)["drafts"] == 0
+    assert parsed("--batch-file", "a", "b").sizes(CONFIG) == sizes | {"max_batch": 8}
+    flags = "--max-batch 3 --max-length 50 --drafts 0 --chunk 64 --page-size 8 --cache-tokens 640"
+    assert parsed(*flags.split()).sizes(CONFIG) == {
         "max_batch": 3,
         "max_length": 50,
-        "mesh": mesh,
         "drafts": 0,
         "chunk": 64,
         "page_size": 8,
         "cache_tokens": 640,
-        "prefix_cache": False,
     }
 
 

@@ -72,7 +72,7 @@ def alone(variables: dict[str, Any], prompts: list[list[int]]) -> list[list[int]
 
 
 def complete(variables: dict[str, Any], prompts: list[list[int]], **options: Any) -> tuple[list[list[int]], Engine]:
-    engine = Engine(MODEL, variables, max_batch=8, max_length=256, **options)
+    engine = Engine(MODEL, variables, max_batch=8, **{"max_length": 256} | options)
     return [completion.tokens for completion in engine.generate(prompts, PARAMS)], engine
 
 
@@ -94,7 +94,7 @@ def test_batch_chunks_pages_prefixes_and_drafts_change_nothing(
     variables: dict[str, Any], prompts: list[list[int]], alone: list[list[int]]
 ) -> None:
     """All at once, over some of the prompts; `test_every_way` takes them one by one."""
-    found, engine = complete(variables, prompts[:8], drafts=2, page_size=16, chunk=32, cache_tokens=192)
+    found, engine = complete(variables, prompts[:8], drafts=2, page_size=16, chunk=32, max_length=160, cache_tokens=192)
     assert found == alone[:8]
     assert engine.counts["preemptions"] > 0
     assert engine.steps < engine.step_tokens, "no draft was ever accepted"

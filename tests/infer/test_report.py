@@ -20,7 +20,9 @@ def tick(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def engine(drafts: int = 0, steps: int = 0, step_tokens: int = 0) -> Any:
-    return types.SimpleNamespace(drafts=drafts, counts={"steps": steps, "step_tokens": step_tokens})
+    return types.SimpleNamespace(
+        sizes=types.SimpleNamespace(drafts=drafts), counts={"steps": steps, "step_tokens": step_tokens}
+    )
 
 
 def test_tokens_after_the_first_make_the_speed(tick: Callable[[float], None]) -> None:

@@ -11,6 +11,7 @@ from hypothesis import stateful, strategies
 
 from dsv3_jax.infer.scheduler import Scheduler
 from dsv3_jax.infer.sequence import Chunk, Sequence
+from dsv3_jax.infer.sizes import Sizes
 from tests.infer.fake_engine import VOCAB, Engine, complete
 
 SIZES: dict[str, Any] = {
@@ -25,7 +26,9 @@ SIZES: dict[str, Any] = {
 
 
 def scheduler(**changes: Any) -> Scheduler:
-    return Scheduler(**SIZES | changes)
+    options = SIZES | changes
+    prefix_cache = options.pop("prefix_cache", True)
+    return Scheduler(Sizes(**options), prefix_cache=prefix_cache)
 
 
 def submit(scheduler: Scheduler, prompt: list[int], max_tokens: int = 8) -> Sequence:
@@ -36,17 +39,6 @@ def submit(scheduler: Scheduler, prompt: list[int], max_tokens: int = 8) -> Sequ
 
 def text(length: int, first: int = 0) -> list[int]:
     return list(range(first, first + length))
-
-
-@pytest.mark.parametrize("name", ["num_shards", "slots_per_shard", "pages_per_shard", "page_size", "max_length", "chunk"])
-def test_sizes_below_one_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
-        scheduler(**{name: 0})
-
-
-def test_a_negative_number_of_drafts_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"drafts is -1; it cannot be negative \(0 decodes without"):
-        scheduler(drafts=-1)
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from dsv3_jax.config.command_line import parse_flags
-from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.serve import ServeOptions
 from dsv3_jax.serve.flags import Flags
 from tests.model.tiny import CONFIG
@@ -18,12 +17,8 @@ def parsed(*arguments: str) -> Flags:
 def test_a_server_has_its_options_and_a_batch() -> None:
     flags = parsed("--serve", "--port", "9", "--max-queue", "3", "--timeout", "1.5")
     assert flags.server == ServeOptions(port=9, max_queue=3, timeout=1.5)
-    mesh = make_mesh(flags.mesh)
-    sizes = [
-        parsed(*given).engine_options(CONFIG, mesh)["max_batch"]
-        for given in ((), ("--serve",), ("--serve", "--max-batch", "3"))
-    ]
-    assert sizes == [1, 8, 3]
+    batches = [parsed(*given).sizes(CONFIG)["max_batch"] for given in ((), ("--serve",), ("--serve", "--max-batch", "3"))]
+    assert batches == [1, 8, 3]
 
 
 def test_to_serve_is_one_thing_to_do() -> None:

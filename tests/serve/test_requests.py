@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -198,22 +199,22 @@ CHAT: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "message"), SHARED + COMPLETION)
-def test_completions_that_are_refused(body: dict[str, Any], message: str) -> None:
+def require_refusal(read: Callable[..., Any], body: dict[str, Any], message: str) -> None:
     with pytest.raises(ApiError) as refused:
-        completion(**body)
+        read(**body)
     assert message in refused.value.message
     assert refused.value.status == 400
     assert refused.value.param
+
+
+@pytest.mark.parametrize(("body", "message"), SHARED + COMPLETION)
+def test_completions_that_are_refused(body: dict[str, Any], message: str) -> None:
+    require_refusal(completion, body, message)
 
 
 @pytest.mark.parametrize(("body", "message"), SHARED + CHAT)
 def test_chats_that_are_refused(body: dict[str, Any], message: str) -> None:
-    with pytest.raises(ApiError) as refused:
-        chat(**body)
-    assert message in refused.value.message
-    assert refused.value.status == 400
-    assert refused.value.param
+    require_refusal(chat, body, message)
 
 
 @pytest.mark.parametrize("read", [completion, chat])

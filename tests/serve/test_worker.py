@@ -81,7 +81,7 @@ def test_a_job_that_is_cancelled_gives_back_its_slots(slow: Engine) -> None:
             await asyncio.sleep(0.01)
 
     with_worker(slow, use)
-    assert slow.counts["free_pages"] + slow.counts["cached_pages"] == slow.cache_tokens // slow.page_size
+    assert slow.counts["free_pages"] + slow.counts["cached_pages"] == slow.sizes.pages
 
 
 def test_all_who_wait_hear_of_a_failure(

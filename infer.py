@@ -33,7 +33,7 @@ from dsv3_jax.infer.report import Speed, opening
 from dsv3_jax.infer.sizes import LONGEST_BY_DEFAULT, Sizes
 from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.serve import serve
+from dsv3_jax.serve import require_servable, serve
 from dsv3_jax.serve.flags import Flags
 
 
@@ -53,7 +53,10 @@ def main() -> None:
     checked = Sizes.of(config, mesh, **sizes)
     if flags.prompt is not None:
         longest = config.max_position_embeddings if flags.max_length is None else checked.max_length
-        prompt_ids(flags.prompt, config, longest, load_tokenizer(flags.checkpoint))
+        prompt_ids(flags.prompt, config, load_tokenizer(flags.checkpoint), longest)
+    name = os.path.basename(os.path.abspath(flags.checkpoint))
+    if flags.serve:
+        require_servable(name, flags.server)
 
     model = load_model(flags.checkpoint, flags.dtype, mesh)
     cache_compilations(DataConfig.cache_dir)
@@ -61,12 +64,12 @@ def main() -> None:
     prompt = model.infer.prompt if flags.prompt is None else flags.prompt
     if flags.one_shot and flags.max_length is None:
         sizes["max_length"] = length_for(prompt, params, model)
-    engine = Engine(model.config, model.variables, model.tokenizer, mesh=mesh, prefix_cache=flags.prefix_cache, **sizes)
+    options = {"mesh": mesh, "prefix_cache": flags.prefix_cache, **sizes}
+    engine = Engine(model.config, model.variables, model.tokenizer, donate=True, **options)
     lines = opening(model, mesh, engine)
 
     if flags.serve:
         say(*lines)
-        name = os.path.basename(os.path.normpath(flags.checkpoint))
         sys.exit(serve(engine, name, template, flags.server))
     elif prompts is not None:
         assert flags.batch_file is not None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
+import sys
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +19,27 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).pa
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# Of the 65,530 stretches of memory that Linux lets a process have (vm.max_map_count) XLA takes a few for every kernel that it
+# compiles for CPUs: thousands for a model on eight devices. Without any left it crashes, in whichever test that happens to be.
+MOST_STRETCHES = 25_000
+_SECONDS_BETWEEN_COUNTS = 5.0
+_counted = 0.0
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Forgets all compiled programs when they have become too many for one process."""
+    yield
+    global _counted
+    maps = pathlib.Path("/proc/self/maps")
+    if "jax" not in sys.modules or not maps.exists() or time.monotonic() - _counted < _SECONDS_BETWEEN_COUNTS:
+        return
+    if maps.read_bytes().count(b"\n") > MOST_STRETCHES:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+    _counted = time.monotonic()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -40,6 +40,26 @@ def model_to_train(path: str) -> ModelConfig:
     return dataclasses.replace(read_model(path), param_dtype="float32")
 
 
+def with_generation_config(model: ModelConfig, path: str) -> ModelConfig:
+    """A Hugging Face folder's model with the end-of-text tokens that its generation_config.json names besides its own.
+
+    Raises:
+      ValueError: if that file cannot be read, or names what is no token.
+    """
+    file = epath.Path(path) / "generation_config.json"
+    if not file.exists():
+        return model
+    try:
+        content = json.loads(file.read_text())
+        named = content.get("eos_token_id")
+        more = named if isinstance(named, list) else [] if named is None else [named]
+        ids = dict.fromkeys([*model.eos_token_ids, *more])
+        known = len(ids) == len(model.eos_token_ids)
+        return model if known else dataclasses.replace(model, eos_token_id=tuple(ids))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}; copy it from the checkpoint again") from error
+
+
 def _read(path: str) -> dict[str, Any]:
     file = epath.Path(path) / "config.json"
     if not file.exists():

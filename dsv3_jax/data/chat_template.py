@@ -171,6 +171,12 @@ def find_chat_template(tokenizer: str | epath.PathLike) -> ChatTemplate | None:
     return ChatTemplate(source, named, f"the chat_template of {folder / 'tokenizer_config.json'}")
 
 
+def closing_tokens(template: ChatTemplate, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """What closes the assistant's turn: the template's eos_token, which in some checkpoints is none that ends a document."""
+    named = template.special_tokens.get("eos_token")
+    return tuple(i for i, text in tokenizer.added_tokens.items() if text == named and i < vocab_size)
+
+
 def encode_prompt(
     template: ChatTemplate,
     tokenizer: Tokenizer,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsv3_jax.data.chat_template import ChatTemplate
+from dsv3_jax.data.chat_template import ChatTemplate, closing_tokens
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer.completion_lines import CompletionLines
 from dsv3_jax.infer.engine import Engine
@@ -31,10 +31,11 @@ def submit_lines(
       ValueError: naming the line, if the engine or the template refuses one.
     """
     submitted: dict[Request, PromptLine] = {}
+    closing = () if template is None else closing_tokens(template, tokenizer, engine.config.vocab_size)
     for line in lines:
-        prompt = line.encoded(template, tokenizer)
+        prompt, params = line.encoded(template, tokenizer), line.params(defaults)
         try:
-            submitted[engine.submit(prompt, line.params(defaults))] = line
+            submitted[engine.submit(prompt, params.ending_at(closing) if line.is_chat else params)] = line
         except ValueError as error:
             raise ValueError(f"{line.where}: {error}") from error
     return submitted

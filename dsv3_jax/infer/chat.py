@@ -7,14 +7,13 @@ from the turn before. Nothing is ever cut from a conversation: one that no longe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 
 from dsv3_jax.config.checks import require
-from dsv3_jax.data.chat_template import ChatTemplate, Message, encode_prompt
+from dsv3_jax.data.chat_template import ChatTemplate, Message, closing_tokens, encode_prompt
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.report import Speed
@@ -37,10 +36,7 @@ class Conversation:
           params: how replies are drawn.
         """
         self._engine, self._template, self._tokenizer = engine, template, tokenizer
-        # Some checkpoints close a turn by another token than a document.
-        named, size = template.special_tokens.get("eos_token"), engine.config.vocab_size
-        closing = [i for i, text in tokenizer.added_tokens.items() if text == named and i < size]
-        self._params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *closing))
+        self._params = params.ending_at(closing_tokens(template, tokenizer, engine.config.vocab_size))
         self.system: str | None = None
         """The system prompt."""
         self.turns: list[Message] = []

@@ -59,6 +59,7 @@ class Engine:
         cache_tokens: int | None = None,
         prefix_cache: bool = True,
         placement: Mapping[str, Any] | None = None,
+        donate: bool = False,
     ) -> None:
         """Makes an engine.
 
@@ -75,6 +76,8 @@ class Engine:
           cache_tokens: tokens the cache has room for; None is `max_batch` sequences of `max_length`.
           prefix_cache: prompts that begin alike share the pages of their beginning.
           placement: copies of experts in demand, {"moe_layers": [L, P], "mtp_0": [P]} as `place_experts` takes them.
+          donate: the arrays of `variables` are the engine's from now on, and deleted as it lays them out for decoding. Else
+            both layouts are held for as long as the caller holds his.
 
         Raises:
           ValueError: if one of these is out of range, the model has no MTP depth to draft with, or an array is not that of
@@ -97,7 +100,9 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._in_flight: list[_Dispatched] = []
         self._set_up_for: dict[int, tuple[Scheduled, int]] = {}
-        self._runner = Runner(config, variables, self.sizes, mesh if mesh is not None and mesh.size > 1 else None, placement)
+        self._runner = Runner(
+            config, variables, self.sizes, mesh if mesh is not None and mesh.size > 1 else None, placement, donate
+        )
         self.steps = self.step_tokens = 0
         """Decoding steps of single sequences so far, and the tokens they gave."""
 
@@ -219,7 +224,7 @@ class Engine:
         self._requests[id(request.sequence)] = request
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = prompt_ids(prompt, self.config, self.sizes.max_length, self.tokenizer)
+        ids = prompt_ids(prompt, self.config, self.tokenizer, self.sizes.max_length)
         for i in (*params.logit_bias, *params.stop_token_ids):
             require_id(i, self.config)
         if params.stop and self.tokenizer is None:

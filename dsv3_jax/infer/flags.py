@@ -19,6 +19,8 @@ SAMPLED_BY = (
     "max_tokens", "temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty", "stop",
 )  # fmt: skip
 """What of `SamplingParams` has a flag."""
+SIZED_BY = "max_batch", "max_length", "drafts", "chunk", "page_size", "cache_tokens"
+"""What `Sizes.of` takes, each by its flag."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class InferFlags:
     drafts: int | None = None
     """Tokens that the first MTP depth drafts a step (speculative decoding); None is 1 if the model has one, else 0."""
     max_batch: int | None = None
-    """Sequences decoded at a time; None is 8 for a batch file, else 1."""
+    """Sequences decoded at a time; None is 8 for a batch file and for a server, else 1."""
     max_length: int | None = None
     """Longest prompt and completion together, in tokens; None is the model's context, at most 4096, or what --prompt needs."""
     chunk: int = 512
@@ -75,14 +77,7 @@ class InferFlags:
         require(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
         # What is out of range is refused before a model is read.
         self.sampling(InferConfig(), 1)
-        require_sizes(
-            max_batch=self.max_batch,
-            max_length=self.max_length,
-            drafts=self.drafts,
-            chunk=self.chunk,
-            page_size=self.page_size,
-            cache_tokens=self.cache_tokens,
-        )
+        require_sizes(**{name: getattr(self, name) for name in SIZED_BY})
 
     def modes(self) -> dict[str, bool]:
         """What can be done, and which of it is asked for."""
@@ -96,9 +91,7 @@ class InferFlags:
     def sampling(self, of_run: InferConfig, longest: int) -> SamplingParams:
         """How completions are drawn: as was given, else as `of_run`; a chat's replies have up to `longest` tokens."""
         wanted = dataclasses.asdict(of_run) | ({"max_tokens": longest} if self.interactive else {})
-        own = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingParams) if hasattr(self, field.name)
-        }
+        own = {name: getattr(self, name) for name in SAMPLED_BY}
         wanted |= {name: value for name, value in own.items() if value is not None}
         del wanted["prompt"]
         return SamplingParams(**wanted)
@@ -107,11 +100,6 @@ class InferFlags:
         """What `Sizes.of` takes."""
         of_many = 1 if self.batch_file is None else BATCH_BY_DEFAULT
         can_draft = config.num_nextn_predict_layers > 0
-        return {
-            "max_batch": of_many if self.max_batch is None else self.max_batch,
-            "max_length": self.max_length,
-            "drafts": (DRAFTS_BY_DEFAULT if can_draft else 0) if self.drafts is None else self.drafts,
-            "chunk": self.chunk,
-            "page_size": self.page_size,
-            "cache_tokens": self.cache_tokens,
-        }
+        chosen = {"max_batch": of_many, "drafts": DRAFTS_BY_DEFAULT if can_draft else 0}
+        given = {name: getattr(self, name) for name in SIZED_BY}
+        return {name: chosen.get(name) if size is None else size for name, size in given.items()}

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, named_dtype
 from dsv3_jax.checkpoint.orbax import load_run
 from dsv3_jax.config import InferConfig, ModelConfig
-from dsv3_jax.config.checkpoint_model import is_hugging_face
+from dsv3_jax.config.checkpoint_model import is_hugging_face, with_generation_config
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -50,6 +50,7 @@ def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, ke
     if from_hugging_face:
         kept = is_fp8(path) if keep_fp8 is None else keep_fp8
         config, variables = load_hf(path, dtype=dtype or named_dtype(path), mesh=mesh, keep_fp8=kept)
+        config = with_generation_config(config, path)
         length = min(config.max_position_embeddings, 4096)
         return LoadedModel(config, variables, tokenizer, f"Hugging Face checkpoint {path}", length, InferConfig())
     if keep_fp8:

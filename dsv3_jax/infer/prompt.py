@@ -11,12 +11,23 @@ from dsv3_jax.infer.request import TextCodec
 Prompt = str | Sequence[int]
 
 
-def prompt_ids(prompt: Prompt, config: ModelConfig, max_length: int, tokenizer: TextCodec | None) -> list[int]:
+def prompt_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None, max_length: int) -> list[int]:
+    """What `token_ids` gives. Raises ValueError also for a prompt that leaves no room in `max_length`."""
+    ids = token_ids(prompt, config, tokenizer)
+    if len(ids) >= max_length:
+        context = config.max_position_embeddings
+        raise ValueError(
+            f"the prompt's {len(ids)} tokens leave no room in max_length {max_length} (the model's context is {context}); "
+            "shorten it" + (" or raise max_length" if max_length < context else "")
+        )
+    return ids
+
+
+def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) -> list[int]:
     """A prompt's token ids; a text begins with `bos_token_id`.
 
     Raises:
-      ValueError: for an empty prompt, one that leaves no room in `max_length`, what is no id of the vocabulary, and for text
-        without a tokenizer.
+      ValueError: for an empty prompt, what is no id of the vocabulary, and text without a tokenizer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -33,12 +44,6 @@ def prompt_ids(prompt: Prompt, config: ModelConfig, max_length: int, tokenizer: 
             ) from None
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")
-    if len(ids) >= max_length:
-        context = config.max_position_embeddings
-        raise ValueError(
-            f"the prompt's {len(ids)} tokens leave no room in max_length {max_length} (the model's context is {context}); "
-            "shorten it" + (" or raise max_length" if max_length < context else "")
-        )
     for i in ids:
         require_id(i, config)
     return ids

@@ -20,9 +20,10 @@ from dsv3_jax.infer.sampling import Sampler, with_row
 from dsv3_jax.infer.sequence import Chunk, Sequence
 from dsv3_jax.infer.sizes import Sizes, chunk_sizes
 from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
-from dsv3_jax.kernels.block_scaled import in_dtype
+from dsv3_jax.kernels.block_scaled import in_dtype, is_block_scaled
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.sharding import place_variables
+from dsv3_jax.parallel.donation import release
 from dsv3_jax.parallel.rules import SERVING, use_rules
 
 WHOLE = PartitionSpec()
@@ -38,6 +39,7 @@ class Runner:
         sizes: Sizes,
         mesh: Mesh | None = None,
         placement: Mapping[str, np.ndarray] | None = None,
+        donate: bool = False,
     ) -> None:
         """Places the model, and makes an empty cache.
 
@@ -47,10 +49,13 @@ class Runner:
           sizes: of the engine.
           mesh: None for one device.
           placement: as `place_experts` takes it; None leaves every expert where it is, once.
+          donate: the arrays of `variables` may be deleted, so that no weight is held twice.
         """
         self._mesh, self._sizes = mesh, sizes
         self._prefill_model, self._decode_model = models(config, mesh)
-        self._variables = _placed(config, variables, mesh, placement or {})
+        if mesh is not None:
+            variables = place_variables(variables, config, mesh, SERVING, donate=donate)
+        self._variables = laid_out(config, variables, placement or {}, donate=donate)
         drafting = sizes.drafts > 0
         self._empty_cache = functools.partial(empty_cache, config, sizes.pages, sizes.page_size, drafting=drafting, mesh=mesh)
         make = functools.partial(Slots.empty, sizes.slots, sizes.drafts, config.vocab_size)
@@ -153,17 +158,18 @@ def _for_few_tokens(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
     return dataclasses.replace(config, expert_exchange="ring", receive_factor=float(mesh.shape["expert"]))
 
 
-def _placed(
-    config: ModelConfig, variables: dict[str, Any], mesh: Mesh | None, placement: Mapping[str, np.ndarray]
+def laid_out(
+    config: ModelConfig, variables: dict[str, Any], placement: Mapping[str, np.ndarray], *, donate: bool = False
 ) -> dict[str, Any]:
-    if mesh is not None:
-        variables = place_variables(variables, config, mesh, SERVING)
-    return laid_out(config, variables, placement)
-
-
-def laid_out(config: ModelConfig, variables: dict[str, Any], placement: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The variables as the programs take them: in the computation dtype, layer by layer, W_kvb also split in two."""
+
+    def convert(weight: Any) -> Any:
+        converted = in_dtype(weight, config.dtype)
+        if donate and converted is not weight:
+            release(weight, converted)
+        return converted
+
     # Stored in the computation dtype (or in 8 bits), so that no step converts weights again.
-    params = in_dtype(variables["params"], config.dtype)
+    params = jax.tree.map(convert, variables["params"], is_leaf=is_block_scaled)
     variables = place_experts({"params": params, "router": variables["router"]}, placement)
-    return with_absorbed_weights(unstack(variables), config)
+    return with_absorbed_weights(unstack(variables, donate=donate), config)

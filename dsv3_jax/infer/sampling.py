@@ -71,6 +71,10 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
+    def ending_at(self, tokens: tuple[int, ...]) -> SamplingParams:
+        """The same, with further end-of-text tokens; those too are nothing to one that ignores them."""
+        return self if self.ignore_eos else dataclasses.replace(self, stop_token_ids=(*self.stop_token_ids, *tokens))
+
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop

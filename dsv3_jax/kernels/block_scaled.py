@@ -110,7 +110,11 @@ def require_trainable(weights: Any) -> None:
 
 def in_dtype(weights: Tree, dtype: Any) -> Tree:
     """The weights of a tree in `dtype`, but those that are block-scaled as they are."""
-    return jax.tree.map(lambda w: w if is_block_scaled(w) else w.astype(dtype), weights, is_leaf=is_block_scaled)
+
+    def convert(weight: Any) -> Any:
+        return weight if is_block_scaled(weight) or weight.dtype == dtype else weight.astype(dtype)
+
+    return jax.tree.map(convert, weights, is_leaf=is_block_scaled)
 
 
 def is_block_scaled(weight: Any) -> bool:

@@ -13,6 +13,7 @@ from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model.mla import ABSORBED_AXES, absorbed
 from dsv3_jax.model.model import init_variables, logical_axes
 from dsv3_jax.model.stack import STACKS, stack_sizes
+from dsv3_jax.parallel.donation import release
 from dsv3_jax.parallel.rules import RULES, ShardingRules, named_shardings
 
 
@@ -26,14 +27,28 @@ def variable_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Sh
     return named_shardings(logical_axes(config), shapes, mesh, rules)
 
 
-def place_variables(variables: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = RULES) -> dict[str, Any]:
-    """Variables that live elsewhere, moved to where `rules` say; those in 8 bits too. Raises as it."""
+def place_variables(
+    variables: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = RULES, *, donate: bool = False
+) -> dict[str, Any]:
+    """Variables that live elsewhere, moved to where `rules` say; those in 8 bits too. Raises as it.
+
+    With `donate` the given arrays are of no use afterwards.
+    """
+
+    def move(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+        # What stays where it is shares its memory with what was given.
+        if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+            return array
+        moved = jax.device_put(array, sharding)
+        if donate:
+            release(array, moved)
+        return moved
 
     def place(variable: Any, sharding: NamedSharding) -> Any:
         if not isinstance(variable, BlockScaled):
-            return jax.device_put(variable, sharding)
-        scale_inv = jax.device_put(variable.scale_inv, scale_sharding(sharding, variable.depth))
-        return dataclasses.replace(variable, values=jax.device_put(variable.values, sharding), scale_inv=scale_inv)
+            return move(variable, sharding)
+        scale_inv = move(variable.scale_inv, scale_sharding(sharding, variable.depth))
+        return dataclasses.replace(variable, values=move(variable.values, sharding), scale_inv=scale_inv)
 
     return jax.tree.map(place, variables, variable_shardings(config, mesh, rules), is_leaf=is_block_scaled)
 

@@ -16,6 +16,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block, BlockOutput
 from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.rope import Rotation
+from dsv3_jax.parallel.donation import release
 
 STACKS = "dense_layers", "moe_layers"
 SAVED_BY_SAVE_LATENTS = "c_q", "c_kv", "ffn_input"
@@ -84,15 +85,24 @@ def run_unrolled(
     return h_BTD, outputs
 
 
-def unstack(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables of a scanned model laid out for an unrolled one: `moe_layers` becomes `moe_layers_0`, ..."""
+def unstack(variables: dict[str, Any], *, donate: bool = False) -> dict[str, Any]:
+    """The variables of a scanned model laid out for an unrolled one: `moe_layers` becomes `moe_layers_0`, ...
+
+    With `donate` every stack is deleted once its layers are there, so that never more than one exists twice.
+    """
+
+    def layers(stack: jax.Array) -> list[jax.Array]:
+        found = [stack[i] for i in range(stack.shape[0])]
+        if donate:
+            release(stack, found)
+        return found
 
     def unstacked(collection: dict[str, Any]) -> dict[str, Any]:
         out = {name: tree for name, tree in collection.items() if name not in STACKS}
         for name in set(STACKS) & set(collection):
-            size = jax.tree.leaves(collection[name])[0].shape[0]
-            for i in range(size):
-                out[f"{name}_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], collection[name])
+            stacks, structure = jax.tree.flatten(collection[name])
+            by_layer = zip(*map(layers, stacks), strict=True)
+            out |= {f"{name}_{i}": jax.tree.unflatten(structure, layer) for i, layer in enumerate(by_layer)}
         return out
 
     return {collection: unstacked(tree) for collection, tree in variables.items()}

@@ -30,13 +30,13 @@ _OPEN = {"/", "/health"}
 
 
 def application(service: Service) -> Starlette:
-    """The ASGI application; the engine's thread runs while it does."""
+    """The ASGI application. The engine's thread begins with it, and is told to end with it; it may take its time to."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         service.worker.start(asyncio.get_running_loop())
         yield
-        await asyncio.to_thread(service.worker.stop)
+        service.worker.stop(0)
 
     page, headers = load_page()
 
@@ -73,7 +73,7 @@ def application(service: Service) -> Starlette:
         routes=routes,
         lifespan=lifespan,
         middleware=[Middleware(_Counted, service, paths), Middleware(_KeyRequired, service.api_key)],
-        exception_handlers={ApiError: _told, HTTPException: _told_by_starlette, Exception: _told_of_a_bug},
+        exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_exception, Exception: _on_bug},
     )
 
 
@@ -175,9 +175,15 @@ class _Stream(StreamingResponse):
 
         try:
             await super().__call__(scope, receive, noted)
-        finally:
             if not complete:
                 scope["outcome"] = HUNG_UP
+        except (ClientDisconnect, OSError):
+            scope["outcome"] = HUNG_UP
+            raise
+        except BaseException:
+            scope["outcome"] = 500
+            raise
+        finally:
             self._running.close()
 
 
@@ -188,12 +194,12 @@ def _error(error: ApiError) -> Response:
     return Response(encode(error.body), error.status, error.headers, "application/json")
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _error(error)
 
 
-async def _told_by_starlette(request: Request, error: Exception) -> Response:
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     """No such path, or no such method for it."""
     assert isinstance(error, HTTPException)
     response = _error(ApiError(error.status_code, f"{request.method} {request.url.path:.100}: {error.detail}"))
@@ -201,7 +207,7 @@ async def _told_by_starlette(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _told_of_a_bug(request: Request, error: Exception) -> Response:
+async def _on_bug(request: Request, error: Exception) -> Response:
     return _error(ApiError(500, "The server has made a mistake; its log says more", code="internal_error"))
 
 
@@ -212,7 +218,7 @@ class _Counted:
     """Counts requests by path and outcome."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: set[str]) -> None:
-        self._app, self._requests, self._paths = app, service.metrics.requests, paths
+        self._app, self._service, self._paths = app, service, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -226,11 +232,13 @@ class _Counted:
                 status = message["status"]
             await send(message)
 
+        self._service.open_requests += 1
         try:
             await self._app(scope, receive, noted)
         finally:
+            self._service.open_requests -= 1
             path = scope["path"] if scope["path"] in self._paths else "other"
-            self._requests.labels(path, str(scope.get("outcome", status))).inc()
+            self._service.metrics.requests.labels(path, str(scope.get("outcome", status))).inc()
 
 
 class _KeyRequired:

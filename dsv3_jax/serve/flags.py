@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.infer.flags import BATCH_BY_DEFAULT, InferFlags
+from dsv3_jax.config.checks import require
+from dsv3_jax.infer.flags import BATCH_BY_DEFAULT, SAMPLED_BY, InferFlags
 from dsv3_jax.serve.options import ServeOptions
 
 
@@ -20,6 +21,11 @@ class Flags(ServeOptions, InferFlags):
     def __post_init__(self) -> None:
         InferFlags.__post_init__(self)
         ServeOptions.__post_init__(self)
+        remedy = "each request says how it is drawn" if self.serve else "it belongs to --serve"
+        useless = SAMPLED_BY if self.serve else [field.name for field in dataclasses.fields(ServeOptions)]
+        for field in dataclasses.fields(self):
+            given = field.name in useless and getattr(self, field.name) != field.default
+            require(not given, f"--{field.name.replace('_', '-')} would change nothing; {remedy}, leave it out")
 
     def modes(self) -> dict[str, bool]:
         return super().modes() | {"serve": self.serve}

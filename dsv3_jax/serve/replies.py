@@ -58,9 +58,11 @@ class Reply:
 
     def whole(self, progress: list[Progress], usage: Usage) -> dict[str, Any]:
         """The answer in one piece."""
-        choices = []
-        for i in range(len(self._wanted.params)):
-            own = [each for each in progress if each.choice == i]
+        choices: list[dict[str, Any]] = []
+        by_choice: list[list[Progress]] = [[] for _ in self._wanted.params]
+        for each in progress:
+            by_choice[each.choice].append(each)
+        for i, own in enumerate(by_choice):
             text = "".join(each.text for each in own)
             content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._is_chat else {"text": text}
             told = [entry for each in own for entry in each.logprobs]

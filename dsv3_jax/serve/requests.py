@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.chat_template import ChatTemplate, closing_tokens, encode_prompt
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer import SamplingParams
+from dsv3_jax.infer.prompt import require_id, token_ids
 from dsv3_jax.infer.sampling import MOST_LOGPROBS
 from dsv3_jax.serve.errors import ApiError, refuse
 from dsv3_jax.serve.fields import Fields
@@ -22,6 +25,8 @@ from dsv3_jax.serve.fields import Fields
 MOST_COMPLETION_LOGPROBS = 5
 COMPLETION_TOKENS = 16
 MOST_STOPS = 4
+SMALLEST_TOP_P = 1e-6
+"""What OpenAI's 0 comes to: of any distribution the most likely token alone."""
 LARGEST_BIAS = 100
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """What a message may call itself, and the name that templates know it by."""
@@ -32,11 +37,19 @@ class Served:
     """What requests are held to."""
 
     name: str
+    config: ModelConfig
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    bos: int | None
     max_length: int
     max_choices: int
+
+    def require_tokens(self, tokens: Iterable[int], param: str) -> None:
+        """Raises ApiError for what is no id of the vocabulary."""
+        for token in tokens:
+            try:
+                require_id(token, self.config)
+            except ValueError as error:
+                raise refuse(f"{param}: {error}", param) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +92,7 @@ def read_completion(body: Any, served: Served) -> Wanted:
     asked = _Asked(fields, served)
     fields.finish()
     prompts = _prompts(prompt, served)
-    return asked.wanted("completion", prompts, COMPLETION_TOKENS if most is None else most, logprobs)
+    return asked.wanted("completion", prompts, COMPLETION_TOKENS if most is None else most, logprobs, "prompt")
 
 
 def read_chat(body: Any, served: Served) -> Wanted:
@@ -103,7 +116,7 @@ def read_chat(body: Any, served: Served) -> Wanted:
     fields.refuse("response_format", {"type": "text"})
     fields.refuse("modalities", ["text"])
     fields.refuse("parallel_tool_calls", True, False)  # Of no tools.
-    for name in ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"):
+    for name in ("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"):
         fields.refuse(name)
     most, older = fields.integer("max_completion_tokens", 1), fields.integer("max_tokens", 1)
     if None not in (most, older) and most != older:
@@ -118,14 +131,18 @@ def read_chat(body: Any, served: Served) -> Wanted:
         prompt = encode_prompt(served.template, served.tokenizer, messages)
     except ValueError as error:
         raise refuse(str(error), "messages") from error
-    return asked.wanted("chat", [prompt], most if most is not None else older, (top or 0) if reports else None)
+    closing = closing_tokens(served.template, served.tokenizer, served.config.vocab_size)
+    wanted = asked.wanted("chat", [prompt], most if most is not None else older, (top or 0) if reports else None, "messages")
+    return dataclasses.replace(wanted, params=[params.ending_at(closing) for params in wanted.params])
 
 
 class _Asked:
     """The fields that both endpoints have."""
 
     def __init__(self, fields: Fields, served: Served) -> None:
-        self._max_length, self._max_choices = served.max_length, served.max_choices
+        self._served = served
+        stop_ids = fields.take("stop_token_ids")
+        top_p = fields.number("top_p", 0, 1, 1.0)
         self._n = fields.integer("n", 1, served.max_choices) or 1
         self._stream = fields.flag("stream")
         self._include_usage = _include_usage(fields, self._stream)
@@ -134,52 +151,60 @@ class _Asked:
         self._seed = secrets.randbits(32) if seed is None else seed
         self._given: dict[str, Any] = {
             "temperature": fields.number("temperature", 0, 2, 1.0),
-            "top_p": fields.number("top_p", 0, 1, 1.0),
+            "top_p": max(top_p, SMALLEST_TOP_P),
             "min_p": fields.number("min_p", 0, 1, 0.0),
             "repetition_penalty": fields.number("repetition_penalty", 0, 1000, 1.0),
             "top_k": max(fields.integer("top_k", -1) or 0, 0),  # -1 is vLLM's word for all.
             "ignore_eos": fields.flag("ignore_eos"),
             "stop": _stops(fields),
             "logit_bias": _biases(fields),
-            "stop_token_ids": fields.take("stop_token_ids") or (),
+            "stop_token_ids": () if stop_ids is None else stop_ids,
         }
+        served.require_tokens(self._given["logit_bias"], "logit_bias")
         for name in ("presence_penalty", "frequency_penalty"):
             fields.refuse(name, 0)
         fields.refuse("service_tier", "auto", "default")
         fields.refuse("store", False)
         fields.refuse("metadata", {})
-        fields.ignore("user", "safety_identifier", "prompt_cache_key")
+        fields.ignore("user", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
 
     def wanted(
-        self, kind: Literal["completion", "chat"], prompts: list[list[int]], most: int | None, logprobs: int | None
+        self,
+        kind: Literal["completion", "chat"],
+        prompts: list[list[int]],
+        most: int | None,
+        logprobs: int | None,
+        prompt_field: str,
     ) -> Wanted:
-        """Joins them with an endpoint's own; `most` None is the rest of the context."""
-        if len(prompts) * self._n > self._max_choices:
+        """Joins them with an endpoint's own; `most` None is the rest of the context, `prompt_field` what prompts came in."""
+        if len(prompts) * self._n > self._served.max_choices:
             raise refuse(
                 f"{len(prompts)} prompts with n {self._n} are {len(prompts) * self._n} completions, more than the "
-                f"{self._max_choices} of a request; send several requests",
+                f"{self._served.max_choices} of a request; send several requests",
                 "n",
             )
         params = []
         for i in range(len(prompts) * self._n):
-            tokens = self._room(len(prompts[i // self._n]), most)
+            tokens = self._room(len(prompts[i // self._n]), most, prompt_field)
             seed = (self._seed + i) % 2**32
             try:
                 params.append(SamplingParams(max_tokens=tokens, seed=seed, logprobs=logprobs, **self._given))
             except ValueError as error:
                 raise refuse(str(error), str(error).split(maxsplit=1)[0]) from error
+        # Only now is it known that they are ids.
+        self._served.require_tokens(params[0].stop_token_ids, "stop_token_ids")
         return Wanted(kind, prompts, params, self._stream, self._include_usage)
 
-    def _room(self, prompt: int, most: int | None) -> int:
+    def _room(self, prompt: int, most: int | None, field: str) -> int:
         """Tokens that the completion of a prompt may have."""
-        if prompt + (most or 1) > self._max_length:
+        if prompt + (most or 1) > self._served.max_length:
             raise refuse(
-                f"This model's maximum context length is {self._max_length} tokens; {prompt} in the prompt and "
+                f"This model's maximum context length is {self._served.max_length} tokens; {prompt} in the prompt and "
                 f"{most or 1} for the completion are more. Shorten the prompt or lower max_tokens",
-                "prompt",
+                field,
                 "context_length_exceeded",
             )
-        return self._max_length - prompt if most is None else most
+        return self._served.max_length - prompt if most is None else most
 
 
 def _check_model(fields: Fields, served: Served) -> None:
@@ -239,17 +264,14 @@ def _prompts(prompt: Any, served: Served) -> list[list[int]]:
 
 
 def _prompt(prompt: Any, served: Served) -> list[int]:
-    if isinstance(prompt, str):
-        try:
-            ids = served.tokenizer.encode(prompt)
-        except ValueError as error:
-            raise refuse(str(error), "prompt") from error
-        return ids if served.bos is None else [served.bos, *ids]
-    if not isinstance(prompt, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+    is_ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
+    if not isinstance(prompt, str) and not is_ids:
         raise refuse("prompt must be a string, a list of strings, a list of token ids, or a list of such lists", "prompt")
-    if not prompt:
-        raise refuse("prompt is empty; give at least one token", "prompt")
-    return prompt
+    try:
+        ids = token_ids(prompt, served.config, served.tokenizer)
+    except ValueError as error:
+        raise refuse(str(error), "prompt") from error
+    return ids
 
 
 def _messages(content: Any) -> list[dict[str, str]]:
@@ -286,6 +308,7 @@ def _content(content: Any, where: str) -> str:
         kind, text = fields.text("type"), fields.text("text")
         if kind != "text" or text is None:
             raise fields.wrong("type", kind, "only parts of type text are supported, with their text")
+        fields.ignore("prompt_cache_breakpoint")
         fields.finish()
         texts.append(text)
     return "".join(texts)

@@ -17,7 +17,7 @@ from dsv3_jax.data.chat_template import ChatTemplate
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve.app import application
 from dsv3_jax.serve.options import ServeOptions
-from dsv3_jax.serve.service import Service
+from dsv3_jax.serve.service import Service, require_name_and_key
 
 KEY_VARIABLE = "DSV3_JAX_API_KEY"
 _LAST_STEP = 5.0
@@ -55,8 +55,14 @@ def serve(
     if not service.worker.stop(_LAST_STEP):
         # It compiles, or hangs, inside a program that cannot be interrupted, and tearing down around it would crash.
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(server.code)
     return server.code
+
+
+def require_servable(model_name: str, options: ServeOptions) -> None:
+    """Raises ValueError for what `serve` would refuse, before there is an engine: name, key or address."""
+    require_name_and_key(model_name, os.environ.get(KEY_VARIABLE))
+    _listener(options.host, options.port).close()
 
 
 class Server(uvicorn.Server):

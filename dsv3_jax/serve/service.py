@@ -18,7 +18,9 @@ from dsv3_jax.serve.requests import Served, Wanted
 from dsv3_jax.serve.token_bytes import TokenBytes
 from dsv3_jax.serve.worker import Accepted, Event, Failed, HungUp, Job, Progress, Refused, TimedOut, Worker
 
-RETRY_AFTER = 1
+LATER = {"retry-after": "1"}
+NOT_AGAIN = {"x-should-retry": "false"}
+"""Keeps OpenAI's client from sending what would take as long the next time."""
 HUNG_UP = 499
 """nginx's status for a client that has closed its connection; nobody receives it, /metrics counts it."""
 
@@ -36,35 +38,32 @@ class Service:
         """
         if not isinstance(engine.tokenizer, Tokenizer):
             raise ValueError(f"the engine's tokenizer is {engine.tokenizer!r:.60}; a server needs a Tokenizer")
-        if not name:
-            raise ValueError("the model's name is empty; clients must be able to ask for it")
-        if api_key == "":
-            raise ValueError("the API key is empty; give it characters, or unset DSV3_JAX_API_KEY to serve everyone")
+        require_name_and_key(name, api_key)
         self.options, self.api_key = options, api_key
         self.created = int(time.time())
-        self.served = Served(
-            name, engine.tokenizer, template, engine.config.bos_token_id, engine.sizes.max_length, options.max_choices
-        )
+        self.served = Served(name, engine.config, engine.tokenizer, template, engine.sizes.max_length, options.max_choices)
         self.token_bytes = TokenBytes(engine.tokenizer)
         self.worker = Worker(engine)
         self.metrics = Metrics(engine.sizes.pages, lambda: self.worker.counts)
         self.draining = False
         """Takes nothing new."""
         self._most_open = engine.sizes.slots + options.max_queue
-        self._open_choices = 0
-        self._open_requests = 0
+        self.open_choices = 0
+        """Completions that somebody waits for."""
+        self.open_requests = 0
+        """Requests of any kind whose answers have not been sent."""
 
     @property
     def idle(self) -> bool:
         """Whether no request is under way."""
-        return self._open_requests == 0
+        return self.open_requests == 0
 
     def check_ready(self) -> None:
         """Raises ApiError (503) unless new requests are taken."""
         if self.worker.failure is not None:
             raise ApiError(503, "The engine has failed; the server is going down", code="engine_failed")
         if self.draining:
-            raise ApiError(503, "The server is going down", code="draining", retry_after=RETRY_AFTER)
+            raise ApiError(503, "The server is going down", code="draining", headers=LATER)
 
     async def admit(self, wanted: Wanted, receive: Receive) -> Running:
         """Takes a request on; the caller closes what it gets.
@@ -76,8 +75,8 @@ class Service:
         count = len(wanted.params)
         if count > self._most_open:
             raise refuse(f"{count} completions are more than the {self._most_open} that this server can ever hold", "n")
-        if self._open_choices + count > self._most_open:
-            raise ApiError(429, "The queue is full; come back later", code="queue_full", retry_after=RETRY_AFTER)
+        if self.open_choices + count > self._most_open:
+            raise ApiError(429, "The queue is full; come back later", code="queue_full", headers=LATER)
         running = Running(self, wanted, receive)
         try:
             await running.accepted()
@@ -86,15 +85,13 @@ class Service:
             raise
         return running
 
-    def opened(self, count: int) -> None:
-        """Counts a request in."""
-        self._open_choices += count
-        self._open_requests += 1
 
-    def closed(self, count: int) -> None:
-        """Counts it out."""
-        self._open_choices -= count
-        self._open_requests -= 1
+def require_name_and_key(name: str, api_key: str | None) -> None:
+    """Raises ValueError if one of them is empty."""
+    if not name:
+        raise ValueError("the model's name is empty; clients must be able to ask for it")
+    if api_key == "":
+        raise ValueError("the API key is empty; give it characters, or unset DSV3_JAX_API_KEY to serve everyone")
 
 
 class Running:
@@ -110,7 +107,7 @@ class Running:
         self._watch = asyncio.create_task(_watch(receive, queue))
         self._closed = False
         self.usage = Usage(sum(map(len, wanted.prompts)))
-        service.opened(len(wanted.params))
+        service.open_choices += len(wanted.params)
         service.worker.submit(self._job)
 
     async def accepted(self) -> None:
@@ -141,7 +138,7 @@ class Running:
             self._timer.cancel()
             self._watch.cancel()
             self._service.worker.cancel(self._job)
-            self._service.closed(len(self._wanted.params))
+            self._service.open_choices -= len(self._wanted.params)
 
     async def _next(self) -> Event:
         event = await self._job.events.get()
@@ -152,7 +149,8 @@ class Running:
                 raise ApiError(500, "The engine has failed; the server is going down", code="engine_failed")
             case TimedOut():
                 seconds = self._service.options.timeout
-                raise ApiError(504, f"The request took more than {seconds:g} seconds, and was ended", code="timeout")
+                message = f"The request took more than {seconds:g} seconds, and was ended"
+                raise ApiError(504, message, code="timeout", headers=NOT_AGAIN)
             case HungUp():
                 raise ApiError(HUNG_UP, "The client has closed the connection")
         return event

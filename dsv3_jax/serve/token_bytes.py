@@ -13,15 +13,17 @@ class TokenBytes:
     """Token ids to bytes, as the tokenizer.json spells them."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        """Reads the vocabulary; a large one takes a second."""
         self._tokenizer = tokenizer
-        self._pieces: dict[int, str] | None = None
-        self._is_byte_level = False
+        content = json.loads(tokenizer.to_json())
+        vocabulary = content["model"]["vocab"]
+        # A list of [piece, score] for Unigram, a dict for the others.
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((each[0], i) for i, each in enumerate(vocabulary))
+        self._pieces = {token: piece for piece, token in pairs}
+        self._is_byte_level = _mentions_byte_level(content.get("decoder"))
 
     def __call__(self, token: int) -> bytes:
         """The bytes of a token; an added token's are those of its name, an id without a token has none."""
-        if self._pieces is None:  # Read for the first request that asks: a large vocabulary takes a second.
-            self._read()
-            assert self._pieces is not None
         if token in self._tokenizer.added_tokens:
             return self._tokenizer.added_tokens[token].encode()
         piece = self._pieces.get(token)
@@ -44,14 +46,6 @@ class TokenBytes:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-    def _read(self) -> None:
-        content = json.loads(self._tokenizer.to_json())
-        vocabulary = content["model"]["vocab"]
-        # A list of [piece, score] for Unigram, a dict for the others.
-        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((each[0], i) for i, each in enumerate(vocabulary))
-        self._pieces = {token: piece for piece, token in pairs}
-        self._is_byte_level = _mentions_byte_level(content.get("decoder"))
 
 
 def _mentions_byte_level(decoder: dict[str, Any] | None) -> bool:

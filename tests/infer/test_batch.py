@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from dsv3_jax.data.chat_template import encode_prompt
+from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
 from dsv3_jax.infer import Completion, Engine, SamplingParams
 from dsv3_jax.infer.batch import complete_lines, submit_lines
 from dsv3_jax.infer.completion_lines import CompletionLines
 from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
 from dsv3_jax.infer.report import Speed
+from tests.data.test_chat_template import ASSISTANT, IDS
 from tests.infer.talkative import TEMPLATE, TOKENIZER, make_engine
 
 USER = [{"role": "user", "content": "Hi there"}]
@@ -123,6 +124,15 @@ def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
     file.write_text('{"messages": [{"role": "user", "content": "\\ud800"}]}')
     with pytest.raises(ValueError, match=r"in\.jsonl:1: the text cannot be encoded as UTF-8"):
         submit_lines(make_engine(), read_prompt_lines(str(file)).lines, DRAWN, TEMPLATE, TOKENIZER)
+
+
+def test_the_end_of_a_turn_ends_a_chat_and_no_other_line(tmp_path: Path) -> None:
+    """The template's eos_token is not the model's here."""
+    (tmp_path / "in.jsonl").write_text(f'{{"messages": {json.dumps(USER)}}}\n{{"prompt": "Hello"}}')
+    lines = read_prompt_lines(str(tmp_path / "in.jsonl")).lines
+    template = ChatTemplate(TEMPLATE.source, TEMPLATE.special_tokens | {"eos_token": ASSISTANT})
+    submitted = submit_lines(make_engine(), lines, DRAWN, template, TOKENIZER)
+    assert [request.params.stop_token_ids for request in submitted] == [(IDS[ASSISTANT],), ()]
 
 
 def test_progress_is_a_line_every_tenth_where_there_is_no_terminal(

@@ -214,5 +214,10 @@ def test_a_second_ctrl_c_ends_the_program(loop: Loop, conversation: Conversation
         yield
 
     monkeypatch.setattr(conversation, "reply", stuck)
-    with pytest.raises(KeyboardInterrupt):
-        loop("Hi")
+    # Of a shell's background jobs SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop("Hi")
+    finally:
+        signal.signal(signal.SIGINT, before)

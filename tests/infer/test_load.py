@@ -86,6 +86,21 @@ def test_a_hugging_face_folder_is_loaded(published: Path, variables: dict[str, A
     assert (loaded.sequence_length, loaded.infer) == (64, InferConfig())
 
 
+@pytest.mark.parametrize(("named", "expected"), [(5, (1, 5)), ([5, 1, 6], (1, 5, 6)), (1, 1), (None, 1)])
+def test_generation_config_adds_tokens_that_end(published: Path, named: Any, expected: Any) -> None:
+    """As Hugging Face publishes chat models, whose turns end by another token than a document."""
+    assert MODEL.eos_token_id == 1
+    (published / "generation_config.json").write_text(json.dumps({"eos_token_id": named, "temperature": 0.6}))
+    assert load_model(str(published)).config.eos_token_id == expected
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "x"}', '{"eos_token_id": 100000}'])
+def test_a_generation_config_that_cannot_be_read_is_refused(published: Path, content: str) -> None:
+    (published / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json: .*; copy it from the checkpoint again"):
+        load_model(str(published))
+
+
 @pytest.mark.parametrize("kind", ["run", "published"])
 def test_dtype_is_that_of_computing_and_storing(kind: str, variables: dict[str, Any], request: pytest.FixtureRequest) -> None:
     loaded = load_model(str(request.getfixturevalue(kind)), "bfloat16")

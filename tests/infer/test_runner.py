@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -14,6 +16,8 @@ from dsv3_jax.infer import Engine, SamplingParams
 from dsv3_jax.infer import runner as runner_module
 from dsv3_jax.infer.runner import models, on_mesh
 from dsv3_jax.infer.steps import decode
+from dsv3_jax.model.sharding import place_variables
+from dsv3_jax.model.stack import STACKS
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.rules import RULES
 from dsv3_jax.plan.collectives import collectives
@@ -30,6 +34,31 @@ PROMPTS = [[5], [3, 8, 21, 2], [int(i) for i in np.random.default_rng(0).integer
 @pytest.fixture
 def mesh() -> Mesh:
     return make_mesh(MeshConfig(expert=4, tensor=2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_donated_weights_are_held_once(mesh: Mesh, on_mesh: bool, dtype: str) -> None:
+    """The stacks are gone once their layers are there, and what was converted is gone too; the completions are the same."""
+    config = dataclasses.replace(SMALL, dtype=dtype)
+
+    def arrays() -> dict[str, Any]:
+        drawn = jax.tree.map(jnp.asarray, random_variables(SMALL))
+        return place_variables(drawn, SMALL, mesh) if on_mesh else drawn
+
+    def engine(variables: dict[str, Any], donate: bool) -> Engine:
+        return Engine(config, variables, max_batch=8, max_length=24, mesh=mesh if on_mesh else None, donate=donate)
+
+    given = arrays()
+    kept = [one.tokens for one in engine(given, False).generate(PROMPTS, SamplingParams(max_tokens=8))]
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    donated = engine(given, True)
+    stacks = [given[collection][name] for collection in given for name in STACKS if name in given[collection]]
+    assert stacks
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stacks))
+    if dtype == "bfloat16":
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given["params"]))
+    assert [one.tokens for one in donated.generate(PROMPTS, SamplingParams(max_tokens=8))] == kept
 
 
 @pytest.mark.slow

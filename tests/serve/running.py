@@ -106,6 +106,7 @@ def served(
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive(), "the server does not end"
+        assert service.worker.stop(30), "the engine's thread does not end"
 
 
 def main() -> None:

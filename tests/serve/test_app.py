@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -247,6 +248,8 @@ def test_a_request_that_takes_too_long_ends(slow: Engine) -> None:
     with served(slow, options=ServeOptions(timeout=0.5)) as server:
         answer = server.post(**asked)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        # Or OpenAI's client would send it twice more.
+        assert answer.headers["x-should-retry"] == "false"
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.APIError, match=r"took more than 0\.5 seconds") as ended:
             list(client.completions.create(prompt="Hello", max_tokens=200, stream=True, **GREEDY))
@@ -274,7 +277,18 @@ def test_a_client_that_hangs_up_frees_its_slots(slow: Engine, stream: bool) -> N
         assert server.service.idle
 
 
+def test_a_mistake_within_a_stream_is_the_servers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(engine) as server:
+        monkeypatch.setattr("dsv3_jax.serve.app.Reply.chunk", lambda *_: 1 / 0)
+        with pytest.raises(httpx2.TransportError):
+            server.post(prompt="Hello", stream=True)
+        server.wait_until_free()
+        assert server.metric("dsv3_requests_total", endpoint="/v1/completions", status="500") == 1
+        assert server.service.open_choices == 0
+
+
 def test_metrics_count_what_was_done(engine: Engine) -> None:
+    before = engine.counts
     with served(engine) as server:
         server.post(prompt=[5, 6, 7], max_tokens=10, ignore_eos=True)
         server.post(prompt=[5, 6, 7], max_tokens=10, odd=1)
@@ -285,5 +299,7 @@ def test_metrics_count_what_was_done(engine: Engine) -> None:
         assert server.metric("dsv3_time_to_first_token_seconds_count") == 1
         assert server.metric("dsv3_request_seconds_count") == 1
         assert server.metric("dsv3_pages") == 4 * -(-(CONTEXT + 1) // 16)
-        assert server.metric("dsv3_step_tokens_total") >= 9
+        # The first token is the prefill's.
+        assert server.metric("dsv3_step_tokens_total") - before["step_tokens"] == 9
+        assert server.metric("dsv3_steps_total") - before["steps"] == 9
         server.wait_until_free()

@@ -28,6 +28,21 @@ def test_to_serve_is_one_thing_to_do() -> None:
         parsed("--serve", "--interactive")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--serve --temperature 0.2", "--temperature would change nothing; each request says how it is drawn, leave it out"),
+        ("--serve --max-tokens 9", "--max-tokens would change nothing"),
+        ("--serve --stop x", "--stop would change nothing"),
+        ("--port 9", "--port would change nothing; it belongs to --serve, leave it out"),
+        ("--prompt x --max-queue 3", "--max-queue would change nothing"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(*arguments.split())
+
+
 def test_options_are_refused_before_a_model_is_read() -> None:
     with pytest.raises(ValueError, match="max_queue is -1; it cannot be negative"):
         parsed("--serve", "--max-queue", "-1")

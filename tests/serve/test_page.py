@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -36,6 +39,29 @@ def visited(page: Page, slow: Engine) -> Iterator[tuple[Page, Served]]:
         page.wait(LOADED)
         yield page, server
         assert page.problems == []
+
+
+@contextlib.contextmanager
+def another_server() -> Iterator[tuple[str, list[str]]]:
+    """The address of a server that answers everyone, and what it has been asked."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/", asked
+        finally:
+            server.shutdown()
 
 
 def send(page: Page, text: str) -> None:
@@ -183,8 +209,13 @@ def test_the_page_runs_and_loads_nothing_but_its_own(page: Page, engine: Engine)
         page.open(server.url)
         page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))")
         assert page.evaluate("window.ran") is None
-        refused = page.evaluate(f"fetch('http://localhost:{server.url.rpartition(':')[2]}/health').then(() => 0, () => 1)")
-        assert refused == 1
+        # Another origin, which would answer, and which no-cors would let a page without a policy ask.
+        with another_server() as (url, asked):
+            assert page.evaluate(f"fetch('{url}', {{mode: 'no-cors'}}).then(() => 0, () => 1)") == 1
+            assert not asked
+            page.open(url)
+            assert page.evaluate("fetch('/again').then(() => 0, () => 1)") == 0
+            assert "/again" in asked
 
 
 def test_the_policy_names_the_script_and_nothing_from_elsewhere() -> None:

@@ -12,9 +12,11 @@ from dsv3_jax.data.chat_template import encode_prompt
 from dsv3_jax.infer import SamplingParams
 from dsv3_jax.serve.errors import ApiError
 from dsv3_jax.serve.requests import Served, Wanted, read_chat, read_completion
-from tests.data.test_chat_template import ASSISTANT, BOS, IDS, TEMPLATE, TOKENIZER, USER
+from tests.data.test_chat_template import ASSISTANT, BOS, EOS, IDS, TEMPLATE, TOKENIZER, USER
+from tests.serve.running import MODEL
 
-SERVED = Served("tiny", TOKENIZER, TEMPLATE, IDS[BOS], max_length=64, max_choices=8)
+CONFIG = dataclasses.replace(MODEL, bos_token_id=IDS[BOS])
+SERVED = Served("tiny", CONFIG, TOKENIZER, TEMPLATE, max_length=64, max_choices=8)
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -29,7 +31,8 @@ def chat(**body: Any) -> Wanted:
 def test_openais_defaults() -> None:
     assert completion().params == [SamplingParams(max_tokens=16, temperature=1.0, seed=5)]
     (params,) = chat().params
-    assert params == SamplingParams(max_tokens=64 - len(chat().prompts[0]), temperature=1.0, seed=5)
+    most = 64 - len(chat().prompts[0])
+    assert params == SamplingParams(max_tokens=most, temperature=1.0, seed=5, stop_token_ids=(IDS[EOS],))
     assert not completion().stream
     assert not chat().include_usage
 
@@ -48,10 +51,30 @@ def test_every_field_of_sampling_arrives() -> None:
     }
     expected = SamplingParams(**given, seed=5, logit_bias={3: -100.0, 4: 2.5})
     asked = given | {"logit_bias": {"3": -100, "4": 2.5}, "user": "someone", "stream": True}
+    # Who ignores end-of-text tokens ignores that of a turn, too.
     for wanted in (completion(**asked), chat(**asked)):
         assert wanted.params == [expected]
         assert wanted.stream
     assert completion(stop="a", top_k=-1).params[0].stop == ("a",)
+
+
+def test_the_end_of_a_turn_ends_a_chat_and_no_completion() -> None:
+    """The model's own end-of-text token is another one here."""
+    other = dataclasses.replace(SERVED, config=dataclasses.replace(CONFIG, eos_token_id=0))
+    body = {"model": "tiny", "messages": HELLO, "stop_token_ids": [7]}
+    assert read_chat(body, other).params[0].stop_token_ids == (7, IDS[EOS])
+    assert read_chat(body | {"ignore_eos": True}, other).params[0].stop_token_ids == (7,)
+    assert read_completion({"model": "tiny", "prompt": "Hello"}, other).params[0].stop_token_ids == ()
+
+
+def test_top_p_of_0_is_the_most_likely_token() -> None:
+    assert 0 < completion(top_p=0).params[0].top_p <= 1e-6
+
+
+def test_hints_for_a_cache_change_nothing() -> None:
+    hints = {"prompt_cache_key": "x", "prompt_cache_options": {"mode": "explicit"}, "prompt_cache_retention": "24h"}
+    part = {"type": "text", "text": "Hello", "prompt_cache_breakpoint": {"mode": "explicit"}}
+    assert chat(**hints, messages=[{"role": "user", "content": [part]}]) == chat()
 
 
 def test_seeds_count_up_and_are_folded_to_32_bits() -> None:
@@ -132,7 +155,6 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 64}, "maximum context length is 64 tokens"),
     ({"temperature": -0.1}, "temperature is -0.1; it must lie in 0..2"),
     ({"temperature": 2.5}, "temperature is 2.5; it must lie in 0..2"),
-    ({"top_p": 0}, "top_p is 0.0; it must lie in (0, 1]"),
     ({"top_p": 1.5}, "top_p is 1.5; it must lie in 0..1"),
     ({"top_k": -2}, "top_k is -2; it must be at least -1"),
     ({"min_p": 2}, "min_p is 2; it must lie in 0..1"),

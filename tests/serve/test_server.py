@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.responses import Response
 
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions, serve
@@ -102,6 +103,46 @@ def test_draining_takes_only_so_long(slow: Engine) -> None:
     assert server.server.code == 1
     assert_cut_off(answers[0])
     assert server.service.worker.stop(5)
+
+
+def test_a_step_that_nobody_waits_for_does_not_hold_up_the_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it compiles: its client has gone, so that nothing is left to drain."""
+    step, held, begun = engine.step, threading.Event(), threading.Event()
+
+    def wait() -> Any:
+        begun.set()
+        held.wait(30)
+        return step()
+
+    with served(engine) as server:
+        monkeypatch.setattr(engine, "step", wait)
+        try:
+            with pytest.raises(httpx2.ReadTimeout):
+                httpx2.post(f"{server.url}/v1/completions", json={"model": NAME, **LONG}, timeout=0.5)
+            assert begun.wait(5)
+            while not server.service.idle:
+                time.sleep(0.01)
+            server.server.handle_exit(signal.SIGTERM, None)
+            server.thread.join(5)
+            assert not server.thread.is_alive()
+            assert not server.service.worker.stop(0)
+        finally:
+            held.set()
+    assert server.server.code == 0
+
+
+def test_an_answer_is_under_way_until_it_is_sent(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client may read slowly; a drain does not end before it has all of it. Its place in the queue is free by then."""
+    send, seen = Response.__call__, []
+
+    async def noted(response: Response, *arguments: Any) -> None:
+        seen.append((server.service.idle, server.service.open_choices))
+        await send(response, *arguments)
+
+    with served(engine) as server:
+        monkeypatch.setattr(Response, "__call__", noted)
+        assert server.post(prompt="Hello", max_tokens=1).status_code == 200
+    assert seen == [(False, 0)]
 
 
 def test_an_engine_that_fails_ends_the_server(slow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

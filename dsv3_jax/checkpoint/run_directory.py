@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from typing import Any
 
 from etils import epath
 
 from dsv3_jax.checkpoint.lock import FolderLock
 from dsv3_jax.config import Config
+from dsv3_jax.files import write_whole
 
 # What may differ between a run and its continuation; everything else would change the losses.
 FREE_GROUPS = "mesh", "checkpoint", "infer"
@@ -171,27 +171,3 @@ def _binding(config: Config) -> dict[str, Any]:
             continue
         flat |= {f"{group}.{name}": value for name, value in fields.items() if name not in FREE_FIELDS.get(group, ())}
     return flat
-
-
-def write_whole(path: epath.Path, data: str | bytes) -> None:
-    """Writes a file so that a reader sees what it held before or all of `data`, never a part."""
-    if "://" in str(path):
-        _write(path, data)  # An object in a store is replaced whole by itself.
-        return
-    part = path.with_name(path.name + ".part")
-    _write(part, data)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())  # Else a machine that goes down may leave the new name without the new bytes.
-    part.replace(path)
-
-
-def _write(path: epath.Path, data: str | bytes) -> None:
-    try:
-        if isinstance(data, str):
-            path.write_text(data)
-        else:
-            path.write_bytes(data)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # A write does not say of which file.

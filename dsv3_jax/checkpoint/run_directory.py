@@ -18,7 +18,7 @@ from etils import epath
 
 from dsv3_jax.checkpoint.lock import FolderLock
 from dsv3_jax.config import Config
-from dsv3_jax.files import write_whole
+from dsv3_jax.files import part_of, write_whole
 
 # What may differ between a run and its continuation; everything else would change the losses.
 FREE_GROUPS = "mesh", "checkpoint", "infer"
@@ -113,6 +113,7 @@ class RunDirectory:
         write_whole(self.summary_file, json.dumps(summary) + "\n")
 
     def _refuse_what_is_there(self, config: Config, resume: bool, text_digest: str | None) -> None:
+        leftovers = {self.lock_file, part_of(self.config_file)}  # Of a start that was killed before it had a config.
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run directory {self.path} is a file; name a folder")
         if self.config_file.exists():
@@ -122,7 +123,7 @@ class RunDirectory:
             self._refuse_other_config(before, config)
             self._refuse_fewer_steps(config)
             self._refuse_other_text(text_digest)
-        elif self.path.exists() and any(path != self.lock_file for path in self.path.iterdir()):
+        elif self.path.exists() and not leftovers.issuperset(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run (no config.json); name another --run-dir")
 
     @property

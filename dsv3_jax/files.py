@@ -31,9 +31,32 @@ def part_of(path: epath.Path) -> epath.Path:
 
 
 def to_disk(path: epath.Path) -> None:
-    """Returns when the bytes of a file are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Returns when the bytes of a file are on the disk; an object in a store is there as soon as it is written."""
+    if "://" not in str(path):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def folder_to_disk(folder: epath.Path) -> None:
+    """`to_disk` for all that is in a folder, at any depth, and for its names."""
+    if "://" in str(folder):
+        return
+    for path, _, names in folder.walk():
+        for name in names:
+            to_disk(path / name)
+        names_to_disk(path)
+
+
+def names_to_disk(folder: epath.Path) -> None:
+    """The same for the names in a folder, as far as its file system can."""
+    if "://" in str(folder):
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _write(path: epath.Path, data: str | bytes) -> None:

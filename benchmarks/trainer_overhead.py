@@ -2,18 +2,24 @@
 
     python benchmarks/trainer_overhead.py [--steps 100] [--repeats 5]
 
-Both take the same steps, in turn, in one process. The bare loop calls the compiled step on batches that lie ready; the other
-does what train.py does: it saves, asynchronously, and while that is written takes the steps, on batches from the pipeline,
-logging every tenth to metrics.jsonl and TensorBoard; it ends when the checkpoint is whole. Prints one JSON line: the ratio of
-their times, and the share of its time that the loop waited for batches.
+Both take the same steps, in turn, in one process. The bare loop calls the compiled step on batches that lie ready. The other
+is the loop of train.py over as many steps as lie between two checkpoints, held-out scores left out: it saves, asynchronously,
+and takes the steps while that is written, on batches from the pipeline, waiting for the flag of each step before it sends off
+the next but one, polling the save and the signals, and logging to metrics.jsonl and TensorBoard; it ends when the checkpoint
+is whole. What a run says goes to stderr.
+
+Prints one JSON line: the ratio of their times, which is 1 and what saving, logging and all else around the steps cost of the
+time of the steps, as the median of the turns' ratios; and the share of its time that the loop waited for batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import tempfile
 import time
 from typing import Any
@@ -30,8 +36,10 @@ from dsv3_jax.data import TrainBatches, prepare_text
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.observer import Observer
+from dsv3_jax.train.skipping import SkippedSteps, keep_batch
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import compile_train_step
+from dsv3_jax.train.stopping import StopRequest
 
 
 def main() -> None:
@@ -40,6 +48,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="steps of each loop, as many as between two checkpoints")
     parser.add_argument("--repeats", type=int, default=5, help="turns that are timed")
     flags = parser.parse_args()
+    for name, least in (("steps", 2), ("repeats", 1)):  # The clock of a run starts after its first step.
+        if getattr(flags, name) < least:
+            parser.error(f"--{name} is {getattr(flags, name)}; it must be at least {least}")
     config = load_config("configs/tiny.py")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=flags.steps))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -58,21 +69,31 @@ def main() -> None:
             return time.perf_counter() - started, 0.0
 
         def whole(state: Any) -> tuple[float, float]:
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
                 run = RunDirectory.create_or_resume(f"{folder}/run", config, resume=False)
-                started = time.perf_counter()
-                observed = functools.partial(Observer, run, config, mesh, 0, profiled=range(0), started=started, writes=True)
-                with Checkpoints(run, config.checkpoint) as checkpoints, observed() as observer:
-                    checkpoints.save(1, state.variables, state.optimizer)
+                skipped = SkippedSteps(config.train.max_skipped, functools.partial(keep_batch, run, batches, True))
+                opened = Observer(run, config, mesh, 0, profiled=range(0), started=time.perf_counter(), writes=True)
+                with Checkpoints(run, config.checkpoint) as checkpoints, opened as observer, StopRequest(1) as stop:
+                    started = time.perf_counter()
+                    with observer.paused():
+                        checkpoints.save(0, state.variables, state.optimizer, skipped.counters)
                     for number, batch in enumerate(observer.waiting_for(batches.iterate()), 1):
                         observer.before_step(number)
                         state, metrics, load = step(state, place(batch), values[number - 1])
                         observer.after_step(number, state, load)
-                        if number % config.train.log_every == 0:
-                            observer.log(number, metrics, values[number - 1], 0)
+                        skipped.see(number, metrics["skipped"])
+                        checkpoints.poll()
+                        ends = number == flags.steps or skipped.stuck is not None or stop.after(number)
+                        if ends or number % config.train.log_every == 0:
+                            skipped.settle()
+                            observer.log(number, metrics, values[number - 1], skipped.total)
+                        if ends:
+                            break
                     jax.block_until_ready(state)
                     checkpoints.wait()
                     seconds = time.perf_counter() - started
+                if number < flags.steps:
+                    raise SystemExit(f"stopped after step {number} of {flags.steps}: {skipped.stuck or stop.reason}")
                 return seconds, float(np.mean([row["input_wait"] for row in observer.rows]))
 
         taken: dict[str, list[tuple[float, float]]] = {"bare": [], "whole": []}

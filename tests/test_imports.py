@@ -1,4 +1,4 @@
-"""Imports run one way: config -> kernels, parallel -> model -> data, train, checkpoint, infer -> the programs.
+"""Imports run one way: files, config -> kernels, parallel -> model -> data, train, checkpoint, infer -> the programs.
 
 And what is imported from elsewhere is what pyproject.toml depends on, no more and no less.
 """
@@ -17,13 +17,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # What each part of dsv3_jax may import, besides itself. A part is a folder, or a file that stands on its own.
 MAY_IMPORT = {
+    "files": set(),
     "config": set(),
     "kernels": {"config"},
     "parallel": {"config", "kernels"},
     "model": {"config", "kernels", "parallel"},
-    "data": {"config", "parallel"},
-    "checkpoint": {"config", "kernels", "parallel", "model"},
-    "train": {"config", "kernels", "parallel", "model", "data", "checkpoint"},
+    "data": {"files", "config", "parallel"},
+    "checkpoint": {"files", "config", "kernels", "parallel", "model"},
+    "train": {"files", "config", "kernels", "parallel", "model", "data", "checkpoint"},
     "infer": {"config", "kernels", "parallel", "model", "data", "checkpoint"},
     "serve": {"config", "data", "infer"},
     "plan": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},

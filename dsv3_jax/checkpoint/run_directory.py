@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from typing import Any
 
 from etils import epath
 
 from dsv3_jax.checkpoint.lock import FolderLock
 from dsv3_jax.config import Config
+from dsv3_jax.files import part_of, write_whole
 
 # What may differ between a run and its continuation; everything else would change the losses.
 FREE_GROUPS = "mesh", "checkpoint", "infer"
@@ -113,6 +113,7 @@ class RunDirectory:
         write_whole(self.summary_file, json.dumps(summary) + "\n")
 
     def _refuse_what_is_there(self, config: Config, resume: bool, text_digest: str | None) -> None:
+        leftovers = {self.lock_file, part_of(self.config_file)}  # Of a start that was killed before it had a config.
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run directory {self.path} is a file; name a folder")
         if self.config_file.exists():
@@ -122,7 +123,7 @@ class RunDirectory:
             self._refuse_other_config(before, config)
             self._refuse_fewer_steps(config)
             self._refuse_other_text(text_digest)
-        elif self.path.exists() and any(path != self.lock_file for path in self.path.iterdir()):
+        elif self.path.exists() and not leftovers.issuperset(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run (no config.json); name another --run-dir")
 
     @property
@@ -171,27 +172,3 @@ def _binding(config: Config) -> dict[str, Any]:
             continue
         flat |= {f"{group}.{name}": value for name, value in fields.items() if name not in FREE_FIELDS.get(group, ())}
     return flat
-
-
-def write_whole(path: epath.Path, data: str | bytes) -> None:
-    """Writes a file so that a reader sees what it held before or all of `data`, never a part."""
-    if "://" in str(path):
-        _write(path, data)  # An object in a store is replaced whole by itself.
-        return
-    part = path.with_name(path.name + ".part")
-    _write(part, data)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())  # Else a machine that goes down may leave the new name without the new bytes.
-    part.replace(path)
-
-
-def _write(path: epath.Path, data: str | bytes) -> None:
-    try:
-        if isinstance(data, str):
-            path.write_text(data)
-        else:
-            path.write_bytes(data)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # A write does not say of which file.

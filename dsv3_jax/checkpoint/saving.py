@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,12 +20,13 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from dsv3_jax.checkpoint.folder import INDEX, CheckpointError
+from dsv3_jax.checkpoint.folder import INDEX, CheckpointError, require_no_folder
 from dsv3_jax.checkpoint.fp8 import FP8, SCALE_SUFFIX, quantise, scale_shape
 from dsv3_jax.checkpoint.names import Leaf, copies, leaves, natural_order
 from dsv3_jax.checkpoint.processes import all_or_none, first_alone, same_everywhere, take
 from dsv3_jax.checkpoint.tensor_files import Outgoing, write_file
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.files import folder_to_disk, names_to_disk
 from dsv3_jax.kernels.block_scaled import is_block_scaled
 
 
@@ -163,21 +165,30 @@ def _write_index(folder: epath.Path, names: list[str], files: list[list[Outgoing
 
 @contextlib.contextmanager
 def new_folder(target: epath.Path, processes: int) -> Iterator[epath.Path]:
-    """A folder to fill beside `target`, renamed to it if all goes well on all processes and removed if not."""
+    """A folder to fill beside `target`, renamed to it if all goes well on all processes and removed if not.
+
+    It is on the disk before it is renamed, as far as process 0 can see to that: what others write, they have to bring there.
+    """
     target = target.resolve()
-    partial_folder = target.parent / f".{target.name}.partial-{same_everywhere(os.getpid(), processes)}"
+    # A process id may be another's as well, in another container.
+    number = same_everywhere(secrets.randbelow(2**31), processes)
+    partial_folder, is_ours = target.parent / f".{target.name}.partial-{number:08x}", False
     try:
         with first_alone(processes) as first:
             if first:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial_folder.mkdir()
+                is_ours = True
         yield partial_folder
         with first_alone(processes) as first:
             if first:
+                folder_to_disk(partial_folder)
+                require_no_folder(target)  # Another export may have been quicker.
                 if target.exists():
-                    target.rmdir()
+                    target.rmdir() if "://" in str(target) else os.rmdir(target)  # That of etils removes what came since.
                 partial_folder.rename(target)
+                names_to_disk(target.parent)
     except BaseException:
-        if first and partial_folder.exists():
+        if is_ours and partial_folder.exists():
             partial_folder.rmtree()
         raise

@@ -18,6 +18,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from dsv3_jax.files import to_disk
+
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -173,7 +175,7 @@ class Outgoing:
 
 
 def write_file(file: epath.Path, tensors: Iterable[Described], arrays: Iterable[np.ndarray]) -> None:
-    """Writes a safetensors file that torch programs accept; takes from `arrays` the data of one tensor at a time."""
+    """Writes a safetensors file that torch programs accept, to the disk; takes from `arrays` one tensor's data at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, tensors = 0, list(tensors)
     for name, dtype, shape in tensors:
@@ -187,6 +189,7 @@ def write_file(file: epath.Path, tensors: Iterable[Described], arrays: Iterable[
         for (name, dtype, shape), array in zip(tensors, arrays, strict=True):
             assert (array.dtype, array.shape) == (dtype, shape), (name, array.dtype, array.shape)
             out.write(np.ascontiguousarray(array).view(np.uint8).data)
+    to_disk(file)  # By the process that wrote it: on a shared file system another cannot.
 
 
 def shards(content: Iterable[Outgoing], max_bytes: int) -> list[list[Outgoing]]:

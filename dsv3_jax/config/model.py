@@ -217,6 +217,12 @@ class ModelConfig:
         """The same model computing and storing in `dtype`."""
         return dataclasses.replace(self, dtype=_dtype_name("dtype", dtype), param_dtype=_dtype_name("dtype", dtype))
 
+    def with_auto_backends(self) -> ModelConfig:
+        """The same model on another machine: what its config names to compute with suits the machine it was written for."""
+        return dataclasses.replace(
+            self, expert_backend="auto", expert_exchange="auto", attention_backend="auto", cache_backend="auto"
+        )
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
         """Reads the dict of a Hugging Face `config.json` with `model_type: deepseek_v3`.

@@ -29,6 +29,7 @@ from etils import epath
 from dsv3_jax.config.checks import require
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer_files import named_tokens, tokenizer_config, tokenizer_folder
+from dsv3_jax.files import write_whole
 
 Message = Mapping[str, Any]
 _NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
@@ -88,8 +89,8 @@ class ChatTemplate:
     def save(self, folder: str | epath.PathLike) -> None:
         """Writes the files that `load_chat_template` reads, to lie beside a tokenizer.json."""
         path = epath.Path(folder)
-        (path / "chat_template.jinja").write_text(self.source)
-        (path / "tokenizer_config.json").write_text(json.dumps(self.special_tokens, indent=2) + "\n")
+        write_whole(path / "chat_template.jinja", self.source)
+        write_whole(path / "tokenizer_config.json", json.dumps(self.special_tokens, indent=2) + "\n")
 
 
 class Piece(NamedTuple):

@@ -24,6 +24,7 @@ from dsv3_jax.config.checks import require
 from dsv3_jax.data.cache import digest, load_or_make
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.sources import Document
+from dsv3_jax.files import write_whole
 
 # Merges are counted on at most this much text (some 20 s of work): the frequent pairs of a corpus show in a sample.
 TRAINING_CHARACTERS = 64_000_000
@@ -93,7 +94,7 @@ class Tokenizer:
 
     def save(self, path: str | epath.PathLike) -> None:
         """Writes the tokenizer as a `tokenizer.json`."""
-        epath.Path(path).write_text(self.to_json())
+        write_whole(epath.Path(path), self.to_json())  # A run writes its own again while it depends on it.
 
 
 class Decodes(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -57,5 +56,5 @@ def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, ke
         raise ValueError(f"keep_fp8 is set, but {path} is a run, which holds no FP8 blocks; leave it out")
     run, variables, step = load_run(path, dtype, mesh)
     across = run.data.cross_document_attention
-    model = dataclasses.replace(run.model, expert_backend="auto", attention_backend="auto", cache_backend="auto")
+    model = run.model.with_auto_backends()
     return LoadedModel(model, variables, tokenizer, f"run {path} at step {step}", run.train.sequence_length, run.infer, across)

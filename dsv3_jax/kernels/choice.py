@@ -21,8 +21,8 @@ class Choice(NamedTuple):
     """By platform ("cpu", "gpu", "tpu"), what "auto" stands for."""
     anywhere: tuple[str, ...]
     """Implementations that run on every platform."""
-    only_on: Mapping[str, str] = {}
-    """Implementations for one platform, and which."""
+    only_on: Mapping[str, str | tuple[str, ...]] = {}
+    """Implementations that do not, and the platform of each, or all of its platforms."""
 
     def of(self, name: str, platform: str | None, refusals: Mapping[str, Callable[[], str | None]] | None = None) -> str:
         """The implementation that `name` stands for on `platform`, or on JAX's default backend if that is None.
@@ -42,10 +42,11 @@ class Choice(NamedTuple):
         if name == "auto" and platform not in self.auto:
             raise ValueError(f"{self.field} 'auto' knows no platform {platform!r}; name one of {', '.join(self.anywhere)}")
         others = f"use 'auto' or {' or '.join(map(repr, self.anywhere))}"
-        if self.only_on.get(name, platform) != platform:
-            raise ValueError(
-                f"{self.field} {name!r} runs on {self.only_on[name]} only, and this program is for {platform}; {others}"
-            )
+        places = self.only_on.get(name, platform)
+        places = (places,) if isinstance(places, str) else places
+        if platform not in places:
+            where = " or ".join(places)
+            raise ValueError(f"{self.field} {name!r} runs on {where} only, and this program is for {platform}; {others}")
         chosen = self.auto[platform] if name == "auto" else name
         reason = refusals[chosen]() if refusals and chosen in refusals else None
         if reason is None:

@@ -46,7 +46,10 @@ class _How(NamedTuple):
 def routed_experts_on_mesh(
     x_BTD: jax.Array, chosen_BTK: jax.Array, weight_BTK: jax.Array, weights: ExpertWeights, config: ModelConfig, backend: str
 ) -> tuple[jax.Array, jax.Array]:
-    """sum_k weight_k * Expert_{chosen_k}(x) on the current mesh, the sum in float32.
+    """sum_k weight_k * Expert_{chosen_k}(x) on the current mesh.
+
+    The sum over the choices is in float32, rounded to x's dtype once; along `tensor`, where every device has one over its own
+    hidden units, each is rounded, and they are added up in x's dtype.
 
     Args:
       x_BTD, chosen_BTK, weight_BTK: tokens, their experts (indices of the stacks) and the weights of these, split as `TOKENS`.

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dsv3_jax.kernels.choice import Choice
 from dsv3_jax.kernels.permute import ExpertOrder, rows_at, sort_by_expert, sum_over_choices
 from dsv3_jax.kernels.varying import zeros_beside
 
@@ -37,13 +38,21 @@ _ROW_TILE = 8
 ragged_all_to_all = jax.lax.ragged_all_to_all
 
 
+_CHOICE = Choice(
+    "expert_exchange",
+    auto={"cpu": "dense", "gpu": "ragged", "tpu": "ragged"},
+    anywhere=("dense", "ring"),
+    only_on={"ragged": ("gpu", "tpu")},
+)
+
+
 def choose_exchange(name: str, platform: str, num_devices: int) -> str:
-    """The exchange that `name` stands for: "auto" by platform, and "local" whenever the expert axis has size 1."""
-    if num_devices == 1:
-        return "local"
-    if name == "auto":
-        return "dense" if platform == "cpu" else "ragged"
-    return name
+    """The exchange that `name` stands for: "auto" by platform, and "local" whenever the expert axis has size 1.
+
+    Raises:
+      ValueError: if the platform does not have it.
+    """
+    return "local" if num_devices == 1 else _CHOICE.of(name, platform)
 
 
 def receive_rows(num_choices: int, receive_factor: float) -> int:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.checkpoint.run_directory import RunDirectory, write_whole
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.files import write_whole
 
 
 class ExpertLoad:

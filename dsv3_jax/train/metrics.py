@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dsv3_jax.checkpoint.run_directory import RunDirectory, write_whole
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.files import write_whole
 from dsv3_jax.train.tensorboard import EventFiles
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsv3_jax.checkpoint.run_directory import RunDirectory, write_whole
+from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.files import write_whole
 from dsv3_jax.train.amounts import in_short
 from dsv3_jax.train.expert_load import ExpertLoad
 

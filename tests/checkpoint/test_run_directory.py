@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +69,34 @@ def test_a_new_or_empty_folder_becomes_a_run(tmp_path: Path, make: Callable[[Pat
     assert contents(path) == {"config.json": RUN.to_json().encode(), "text.digest": b"0123\n"}
     assert run.config() == RUN
     assert RunDirectory.existing(str(path)).config() == RUN
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_start_that_was_killed_before_it_had_a_config_is_made_again(tmp_path: Path, resume: bool) -> None:
+    """A lock, and half a config under the name it is written under, are what such a process leaves."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "run.lock").write_text("process 7 on there\n")
+    (path / "config.json.part").write_text(RUN.to_json()[:100])
+    RunDirectory.create_or_resume(str(path), RUN, resume=resume, text_digest="0123")
+    assert contents(path) == {"config.json": RUN.to_json().encode(), "text.digest": b"0123\n"}
+
+
+def test_a_disk_that_is_full_at_the_first_start_is_in_no_way_at_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"cannot be made or written .*No space left on device"):
+            RunDirectory.create_or_resume(str(path), RUN, resume=True, text_digest="0123")
+    assert contents(path) == {}
+    RunDirectory.create_or_resume(str(path), RUN, resume=True, text_digest="0123")
+    assert contents(path) == {"config.json": RUN.to_json().encode(), "text.digest": b"0123\n"}
 
 
 def test_folders_above_are_made(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from dsv3_jax.checkpoint import saving
 from dsv3_jax.checkpoint.hugging_face import load_hf, save_hf
@@ -45,6 +47,52 @@ def test_no_sharded_array_is_ever_whole_in_the_host(tmp_path: Path, monkeypatch:
     save_hf(tmp_path / "out", config, variables)
     largest = max(config.vocab_size * config.hidden_size, 2 * config.hidden_size**2)
     assert max(part.size for part in fetched) <= largest < variables["params"]["moe_layers"]["mlp"]["experts"]["up_proj"].size
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file by the process that wrote it, then the folder itself; a rename alone may outlive the bytes it names."""
+    config, variables = load_hf(write(tmp_path / "in", random_tensors()))
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    synced: set[int] = set()
+    fsync, rename = os.fsync, os.rename
+
+    def renamed(source: str, target: str) -> None:
+        paths = [Path(source), *Path(source).rglob("*")]
+        assert len(paths) > 5
+        assert [path.name for path in paths if path.stat().st_ino not in synced] == []
+        rename(source, target)
+
+    def synced_too(handle: int) -> None:
+        fsync(handle)
+        synced.add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", synced_too)
+    monkeypatch.setattr(os, "rename", renamed)
+    save_hf(tmp_path / "out", config, variables, max_shard_bytes=20_000, tokenizer_from=tmp_path / "in")
+    assert (tmp_path / "out").is_dir()
+    assert tmp_path.stat().st_ino in synced
+
+
+def test_two_exports_at_once_leave_each_other_alone(tmp_path: Path) -> None:
+    """Both by one process here, as two containers may have the same process id: the first to end has the name."""
+    target = epath.Path(tmp_path / "out")
+    with pytest.raises(ValueError, match="out exists and is not an empty folder"):  # noqa: PT012
+        with saving.new_folder(target, processes=1) as slow:
+            (slow / "file").write_text("slow")
+            with saving.new_folder(target, processes=1) as quick:
+                (quick / "file").write_text("quick")
+            assert (slow / "file").read_text() == "slow"
+    assert _files(tmp_path / "out") == {"file": b"quick"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_an_export_did_not_make_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "same_everywhere", lambda number, processes: 7)
+    with saving.new_folder(epath.Path(tmp_path / "out"), processes=1) as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(FileExistsError), saving.new_folder(epath.Path(tmp_path / "out"), processes=1):
+            pass
+    assert _files(tmp_path / "out") == {"file": b"first"}
 
 
 def _outgoing(log: list[str], name: str) -> Outgoing:

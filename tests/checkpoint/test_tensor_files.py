@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     write_file(epath.Path(tmp_path / "x.safetensors"), [(n, a.dtype, a.shape) for n, a in expected.items()], expected.values())
     assert_identical(load(tmp_path / "x.safetensors"), expected)
     assert read_header(epath.Path(tmp_path / "x.safetensors")).keys() == expected.keys()
+
+
+def test_who_writes_a_file_brings_it_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, os.fstat(handle).st_size)))
+    path = tmp_path / "x.safetensors"
+    write_file(epath.Path(path), [("m", np.dtype(np.float32), (3,))], [np.ones(3, np.float32)])
+    assert synced == [(path.stat().st_ino, path.stat().st_size)]
 
 
 def test_transposed_arrays_are_written_in_row_order(tmp_path: Path) -> None:

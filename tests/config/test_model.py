@@ -16,7 +16,7 @@ import pytest
 
 import dsv3_jax.config
 from dsv3_jax.config import ModelConfig, RopeScaling
-from dsv3_jax.config.model import AttentionBackend, CacheBackend, ExpertBackend, RematPolicy
+from dsv3_jax.config.model import AttentionBackend, CacheBackend, ExpertBackend, ExpertExchange, RematPolicy
 
 # Section 4.2 of the report and the published config.json.
 PUBLISHED = {
@@ -101,6 +101,7 @@ def test_attention_scale(mscale: float | None, expected: float):
         ({"aux_loss_alpha": -1.0}, "aux_loss_alpha is -1.0"),
         ({"remat": "some"}, "remat is 'some'"),
         ({"expert_backend": "magic"}, "expert_backend is 'magic'"),
+        ({"expert_exchange": "local"}, "expert_exchange is 'local'"),
         ({"attention_backend": "flash"}, "attention_backend is 'flash'"),
         ({"cache_backend": "splash"}, "cache_backend is 'splash'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
@@ -158,6 +159,7 @@ def test_contradictions_of_yarn_are_refused_by_name(changes: dict, message: str)
         {"bos_token_id": None, "eos_token_id": None},
         *({"remat": policy} for policy in typing.get_args(RematPolicy)),
         *({"expert_backend": backend} for backend in typing.get_args(ExpertBackend)),
+        *({"expert_exchange": exchange} for exchange in typing.get_args(ExpertExchange)),
         *({"attention_backend": backend} for backend in typing.get_args(AttentionBackend)),
         *({"cache_backend": backend} for backend in typing.get_args(CacheBackend)),
     ],
@@ -165,6 +167,17 @@ def test_contradictions_of_yarn_are_refused_by_name(changes: dict, message: str)
 def test_what_lies_on_the_border_is_accepted(changes: dict):
     config = ModelConfig(**changes)
     assert {name: getattr(config, name) for name in changes} == changes
+
+
+def test_on_another_machine_whatever_can_be_auto_is():
+    there = ModelConfig(
+        expert_backend="tiles", expert_exchange="ring", attention_backend="splash", cache_backend="chunked", remat="full"
+    )
+    assert all(value != "auto" for value in dataclasses.asdict(there).values())
+    here = there.with_auto_backends()
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.default == "auto"]
+    assert here == dataclasses.replace(there, **dict.fromkeys(names, "auto"))
+    assert ModelConfig(remat="full") == here
 
 
 def test_spellings_are_made_one():

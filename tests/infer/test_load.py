@@ -19,7 +19,7 @@ from dsv3_jax.checkpoint.hugging_face import save_hf
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, InferConfig, MeshConfig, TrainConfig
-from dsv3_jax.config.checkpoint_model import is_hugging_face
+from dsv3_jax.config.checkpoint_model import is_hugging_face, model_to_train, read_model
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.kernels.block_scaled import BlockScaled
@@ -67,13 +67,16 @@ def test_a_run_is_loaded_with_its_defaults(run: Path, variables: dict[str, Any])
 def test_backends_of_another_machine_are_forgotten(tmp_path: Path, variables: dict[str, Any]) -> None:
     """A run that was trained with TPU kernels, by name, is read on a CPU."""
     elsewhere = {"expert_backend": "pallas_tpu", "attention_backend": "splash", "cache_backend": "pallas_tpu"}
+    elsewhere["expert_exchange"] = "ragged"
     trained = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **elsewhere))
     opened = RunDirectory.create_or_resume(str(tmp_path / "run"), trained, resume=False)
     TOKENIZER.save(opened.tokenizer_file)
     with Checkpoints(opened, trained.checkpoint) as checkpoints:
         checkpoints.save(6, variables, {"count": jnp.zeros(())})
     assert opened.config() == trained
-    assert load_model(str(tmp_path / "run")).config == dataclasses.replace(MODEL, **dict.fromkeys(elsewhere, "auto"))
+    forgotten = dataclasses.replace(MODEL, **dict.fromkeys(elsewhere, "auto"))
+    assert load_model(str(tmp_path / "run")).config == read_model(str(tmp_path / "run")) == forgotten
+    assert model_to_train(str(tmp_path / "run")) == dataclasses.replace(forgotten, param_dtype="float32")
 
 
 def test_a_hugging_face_folder_is_loaded(published: Path, variables: dict[str, Any]) -> None:

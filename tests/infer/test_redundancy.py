@@ -18,14 +18,13 @@ from dsv3_jax.infer.redundancy import place_experts
 from dsv3_jax.model import DeepSeekV3, ModelOutput, unstack
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel import exchange as exchange_module
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.redundancy import copies_of, place_copies, shard_loads
 from dsv3_jax.parallel.rules import TOKENS
 from dsv3_jax.plan.collectives import collectives
 from tests.model.tiny import CONFIG as TINY
 from tests.model.tiny import random_tokens, random_variables
-from tests.parallel.ragged_emulation import emulated_ragged_all_to_all
+from tests.parallel.ragged_emulation import emulate_ragged
 from tests.tolerances import TOLERANCE
 
 CONFIG = dataclasses.replace(
@@ -51,7 +50,7 @@ Tree = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "ragged_all_to_all", emulated_ragged_all_to_all)
+    emulate_ragged(monkeypatch)
 
 
 @functools.cache

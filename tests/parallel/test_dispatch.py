@@ -17,12 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.model.moe import routed_experts
-from dsv3_jax.parallel import exchange as exchange_module
 from dsv3_jax.parallel.dispatch import WEIGHT_AXES, routed_experts_on_mesh
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.rules import RULES, TOKENS
 from tests.model.tiny import CONFIG
-from tests.parallel.ragged_emulation import emulated_ragged_all_to_all
+from tests.parallel.ragged_emulation import emulate_ragged
 from tests.tolerances import TOLERANCE
 
 E, K, D, F = 8, 3, 24, 16
@@ -41,7 +40,7 @@ Arrays = tuple[Any, ...]
 
 @pytest.fixture(autouse=True)
 def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "ragged_all_to_all", emulated_ragged_all_to_all)
+    emulate_ragged(monkeypatch)
 
 
 @functools.cache

@@ -110,7 +110,14 @@ def test_choice_of_an_exchange() -> None:
     assert choose_exchange("auto", "tpu", 8) == choose_exchange("auto", "gpu", 8) == "ragged"
     assert choose_exchange("auto", "cpu", 8) == "dense"
     assert choose_exchange("ring", "tpu", 8) == "ring"
-    assert choose_exchange("ring", "tpu", 1) == "local"
+    assert choose_exchange("ring", "tpu", 1) == choose_exchange("ragged", "cpu", 1) == "local"
+
+
+def test_an_exchange_that_a_platform_has_not_is_refused_by_name() -> None:
+    assert choose_exchange("ragged", "gpu", 8) == choose_exchange("ragged", "tpu", 8) == "ragged"
+    refusal = "expert_exchange 'ragged' runs on gpu or tpu only, and this program is for cpu; use 'auto' or 'dense' or 'ring'"
+    with pytest.raises(ValueError, match=refusal):
+        choose_exchange("ragged", "cpu", 8)
 
 
 def test_receive_rows_are_a_multiple_of_a_tile() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from fractions import Fraction
 
 import chex
 import hypothesis
@@ -33,6 +35,22 @@ def least_possible(counts: np.ndarray, num_shards: int, slots_per_shard: int) ->
         if sum(copies) == num_shards * slots_per_shard:
             place(0, [0.0] * num_shards, [slots_per_shard] * num_shards, counts / copies, copies)
     return best
+
+
+def least_per_copy(counts: list[int], num_shards: int, slots_per_shard: int) -> Fraction:
+    """The smallest largest load of a copy over all numbers of copies that the slots have room for, at most one a shard."""
+    # The first load, from the smallest that a copy could have, to which all experts can be cut down.
+    for most in sorted({Fraction(count, copies) for count in counts for copies in range(1, num_shards + 1)}):
+        copies = [max(1, math.ceil(count / most)) if most else 1 for count in counts]
+        if (most or not any(counts)) and max(copies) <= num_shards and sum(copies) <= num_shards * slots_per_shard:
+            return most
+    raise AssertionError("the slots do not hold the experts")
+
+
+def test_least_load_of_a_copy() -> None:
+    assert least_per_copy([12, 5, 1], num_shards=3, slots_per_shard=2) == 4  # 3, 2 and 1 copies.
+    assert least_per_copy([12, 5, 1], num_shards=2, slots_per_shard=2) == 6
+    assert least_per_copy([0, 0], num_shards=2, slots_per_shard=1) == 0
 
 
 def largest(placement: np.ndarray, counts: np.ndarray, num_shards: int) -> float:
@@ -75,6 +93,7 @@ def test_every_expert_has_a_copy_and_no_shard_two(data: strategies.DataObject) -
     assert loads.max() == pytest.approx(largest(placement, counts, num_shards))
     # What no placement can go below: an even share, and the largest load per copy with the copies where they help most.
     assert loads.max() >= counts.sum() / num_shards * (1 - 1e-9)
+    assert loads.max() >= float(least_per_copy(counts.tolist(), num_shards, slots)) * (1 - 1e-9)
 
 
 # Of the largest load over the mean one: without copies (experts in the order of their numbers), and the most with them.

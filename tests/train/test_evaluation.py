@@ -20,7 +20,6 @@ from dsv3_jax.data import Document, HeldoutBatch, HeldoutWindows
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel import exchange as exchange_module
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.evaluation import (
@@ -34,7 +33,7 @@ from dsv3_jax.train.evaluation import (
 )
 from tests.intermediates import intermediate_shapes
 from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
-from tests.parallel.ragged_emulation import emulated_ragged_all_to_all
+from tests.parallel.ragged_emulation import emulate_ragged
 from tests.parallel.test_dispatch import MESHES
 from tests.train.test_on_mesh import MODEL as MESH_MODEL
 
@@ -162,7 +161,7 @@ def test_drafts_are_verified_as_greedy_decoding_would(depths: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp, expert", "data, expert, tensor", "context, expert, tensor"])
 def test_on_a_mesh_the_same_drafts_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "ragged_all_to_all", emulated_ragged_all_to_all)
+    emulate_ragged(monkeypatch)
     variables, batches = random_variables(DRAFTING), drafting_batches(1)
     mesh = make_mesh(MeshConfig(**MESHES[name]))
     with jax.set_mesh(mesh):

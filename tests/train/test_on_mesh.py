@@ -19,14 +19,13 @@ from dsv3_jax.data import Batch
 from dsv3_jax.model import DeepSeekV3, training_loss, unstack
 from dsv3_jax.model import router as router_module
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel import exchange as exchange_module
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, make_mesh
 from dsv3_jax.parallel.rules import MICRO_BATCHES, TOKENS
 from dsv3_jax.train.state import TrainState, init_state, state_shardings
 from dsv3_jax.train.step import train_step
 from tests.model.tiny import CONFIG, random_variables
-from tests.parallel.ragged_emulation import emulated_ragged_all_to_all
+from tests.parallel.ragged_emulation import emulate_ragged
 from tests.parallel.test_dispatch import MESHES
 
 MODEL = dataclasses.replace(
@@ -58,7 +57,7 @@ MARGIN = 1e-5
 
 @pytest.fixture(autouse=True)
 def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "ragged_all_to_all", emulated_ragged_all_to_all)
+    emulate_ragged(monkeypatch)
 
 
 def batches(run: Config, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: noted once, obeyed the second time, and agreed upon by all processes of a run."""
+"""SIGTERM and SIGINT: noted, a second SIGINT obeyed at once, and agreed upon by all processes of a run."""
 
 from __future__ import annotations
 

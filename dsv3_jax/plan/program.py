@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.plan.arrays import device_bytes, placed
 from dsv3_jax.plan.compiled import Compiled, compile_for
 from dsv3_jax.plan.roofline import Roofline, roofline
 from dsv3_jax.train.state import init_state, state_shardings
@@ -43,13 +43,12 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
       slices: TPU slices that the mesh spans.
     """
     shapes = jax.eval_shape(lambda: init_state(config))
-    shardings = state_shardings(config, mesh)
+    state = jax.tree.map(placed, shapes, state_shardings(config, mesh))
     train = config.train
     shape = train.micro_batches, train.micro_batch, train.sequence_length
     tokens, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(tokens, tokens, weights, None if config.data.cross_document_attention else tokens)
-    variables = _device_bytes((shapes.params, shapes.router), (shardings.params, shardings.router))
-    moments = _device_bytes(shapes.optimizer, shardings.optimizer)
+    variables, moments = device_bytes((state.params, state.router)), device_bytes(state.optimizer)
     step = compile_train_step(config, mesh)
     with jax.set_mesh(mesh):
         compiled = compile_for(
@@ -107,12 +106,3 @@ def least_hbm_bytes(config: Config, mesh: Mesh, program: Program) -> float:
     gathered = experts * expert_split + (parameters - experts) * dense_split
     state = 2.0 * (program.parameter_bytes + program.optimizer_bytes)
     return state + 2.0 * (passes + 1) * width * gathered * config.train.micro_batches
-
-
-def _device_bytes(shapes: Any, shardings: Any) -> int:
-    """Bytes of a tree of arrays on one device."""
-
-    def size(leaf: Any, sharding: Any) -> int:
-        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))

@@ -14,6 +14,7 @@ from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import num_shards
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import describe, make_mesh
+from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
 from dsv3_jax.plan.serving import (
     Serving,
@@ -22,7 +23,6 @@ from dsv3_jax.plan.serving import (
     check_serves,
     compile_decode,
     compile_prefill,
-    device_bytes,
     smallest_mesh,
 )
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work

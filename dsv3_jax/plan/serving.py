@@ -29,6 +29,7 @@ from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import SERVING, named_shardings
+from dsv3_jax.plan.arrays import device_bytes, placed
 from dsv3_jax.plan.compiled import Compiled, compile_for
 
 PAGE_SIZE = 128
@@ -107,9 +108,9 @@ def _placed_variables(config: ModelConfig, mesh: Mesh | AbstractMesh, fp8: bool)
 
     def place(shape: Any, sharding: NamedSharding) -> Any:
         if not isinstance(shape, BlockScaled):
-            return _placed(shape, sharding)
-        scale_inv: Any = _placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
-        values: Any = _placed(shape.values, sharding)
+            return placed(shape, sharding)
+        scale_inv: Any = placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
+        values: Any = placed(shape.values, sharding)
         return dataclasses.replace(shape, values=values, scale_inv=scale_inv)
 
     shardings = named_shardings(unrolled_axes(config), arrays, mesh, SERVING)
@@ -126,16 +127,7 @@ def _in_blocks(leaf: Leaf) -> BlockScaled:
 
 def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shapes with one row or page for each sequence, split as the batch."""
-    return jax.tree.map(lambda leaf: _placed(leaf, NamedSharding(mesh, ROWS)), tree)
-
-
-def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of arrays on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return jax.tree.map(lambda leaf: placed(leaf, NamedSharding(mesh, ROWS)), tree)
 
 
 def compile_prefill(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:

@@ -7,7 +7,6 @@ read once, and every value of a matrix is a multiply-add for every row that come
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -16,8 +15,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import bytes_per_token, cached_layers
 from dsv3_jax.model.mla import expanding_pays
 from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.plan.arrays import device_bytes, device_values
 from dsv3_jax.plan.compiled import Compiled
-from dsv3_jax.plan.serving import Arguments, Serving, device_bytes
+from dsv3_jax.plan.serving import Arguments, Serving
 
 KV_B = "kv_b_proj"
 
@@ -96,7 +96,7 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
     visited = 1 - (1 - share) ** group_rows
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments.variables):
         names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        values, size = math.prod(leaf.sharding.shard_shape(leaf.shape)), device_bytes(leaf)
+        values, size = device_values(leaf), device_bytes(leaf)
         if not _takes(names, drafting=serving.drafts > 0, expanded=expanded):
             unused += size
             continue

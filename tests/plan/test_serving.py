@@ -15,9 +15,10 @@ from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import bytes_per_token
 from dsv3_jax.parallel.chips import CHIPS
 from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB
 from dsv3_jax.plan.serve_report import report_serving
-from dsv3_jax.plan.serving import PAGE_SIZE, Serving, abstract_arguments, check_serves, device_bytes, smallest_mesh
+from dsv3_jax.plan.serving import PAGE_SIZE, Serving, abstract_arguments, check_serves, smallest_mesh
 from dsv3_jax.plan.topology import tpu_devices
 from tests.plan.test_parameters import test_bad_input_is_one_line_and_exit_2
 from tests.plan.test_program import SMALL

@@ -16,16 +16,9 @@ from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import describe, make_mesh
 from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
-from dsv3_jax.plan.serving import (
-    Serving,
-    Weights,
-    abstract_arguments,
-    check_serves,
-    compile_decode,
-    compile_prefill,
-    smallest_mesh,
-)
+from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments, check_serves, smallest_mesh
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
+from dsv3_jax.plan.serving_programs import compile_decode, compile_prefill
 
 FORMATS: tuple[Weights, ...] = ("bfloat16", "fp8")
 

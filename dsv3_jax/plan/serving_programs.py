@@ -1,0 +1,51 @@
+"""The two programs of generation, prefill and decode, compiled for machines that are not there.
+
+They are the very functions that the engine runs, with arrays that have a shape and a place, and no content.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.infer.cache import num_shards
+from dsv3_jax.infer.runner import models, on_mesh
+from dsv3_jax.infer.steps import Chunks, decode, prefill
+from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.plan.arrays import device_bytes
+from dsv3_jax.plan.compiled import Compiled, compile_for
+from dsv3_jax.plan.serving import Arguments, Serving, by_rows
+
+
+def compile_prefill(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
+    """Compiles the last chunk of a context: the first one too, where a chunk holds a whole context."""
+    shards = num_shards(mesh)
+    rows = jax.ShapeDtypeStruct((shards,), jnp.int32)
+    chunks = Chunks(jax.ShapeDtypeStruct((shards, serving.chunk), jnp.int32), rows, rows, rows, rows)
+    table = jax.ShapeDtypeStruct((shards, serving.pages_of_one), jnp.int32)
+    more = by_rows((chunks, table), mesh)
+    return _compiled(
+        lambda: prefill.lower(models(config, mesh)[0], *arguments, *more, first=serving.start == 0),
+        mesh,
+        chip,
+        arguments,
+        # Under even routing a device sends all of its tokens' choices but those of its own experts.
+        ragged_rows=serving.chunk * config.num_experts_per_tok * (1 - 1 / mesh.shape["expert"]),
+    )
+
+
+def compile_decode(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
+    """Compiles one step of all sequences."""
+    table = jax.ShapeDtypeStruct((serving.batch, serving.pages_of_one), jnp.int32)
+    more = by_rows((table, jax.ShapeDtypeStruct((serving.batch,), bool)), mesh)
+    return _compiled(lambda: decode.lower(models(config, mesh)[1], *arguments, *more), mesh, chip, arguments)
+
+
+def _compiled(lower: Any, mesh: Mesh, chip: Chip | None, arguments: Arguments, **traffic: Any) -> Compiled:
+    with on_mesh(mesh):
+        # Of the exchange's rounds the first stands before the loop over more, and under even routing it is the only one.
+        return compile_for(lower, mesh, chip, device_bytes(arguments), open_trips=0, **traffic)

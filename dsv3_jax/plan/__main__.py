@@ -98,7 +98,7 @@ def main() -> None:
     program = limits = None
     if compiled:
         program = compile_program(config, mesh, chip, flags.slices)
-        limits = None if chip is None or not program.fits else bound(config, mesh, program, chip, flags.slices)
+        limits = None if chip is None or not program.fits else bound(config, mesh, program, chip)
         result |= _program_json(config, program, chip, limits)
         result |= {f"reachable_{places}": count for places, count in reach(config.model, mesh)._asdict().items()}
     if flags.json:
@@ -211,7 +211,8 @@ def _print_program(
             column.justify = "right"
         for one in program.collectives:
             more = " and more where rounds repeat" if one.data_dependent else ""
-            traffic.add_row(one.kind + more, one.axis, str(one.count), f"{one.bytes / 1e9:.3f}")
+            along = one.axis + (", between slices" if one.across_slices else "")
+            traffic.add_row(one.kind + more, along, str(one.count), f"{one.bytes / 1e9:.3f}")
         console.print(traffic)
     if program.kernels:
         console.print(f"Pallas kernels in the program: {', '.join(program.kernels)}.")

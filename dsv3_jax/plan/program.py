@@ -74,7 +74,7 @@ def expected_rows_sent(config: Config, mesh: Mesh) -> float:
     return tokens * config.model.num_experts_per_tok * away
 
 
-def bound(config: Config, mesh: Mesh, program: Program, chip: Chip, slices: int) -> Roofline:
+def bound(config: Config, mesh: Mesh, program: Program, chip: Chip) -> Roofline:
     """The least time of a step. HBM traffic is a lower bound, too: see `least_hbm_bytes`."""
     tokens = config.train.batch_size * config.train.sequence_length / mesh.size
     return roofline(
@@ -84,7 +84,6 @@ def bound(config: Config, mesh: Mesh, program: Program, chip: Chip, slices: int)
         hbm_bytes=least_hbm_bytes(config, mesh, program),
         collectives=program.collectives or [],
         chip=chip,
-        dcn_axis="data" if slices > 1 else None,
     )
 
 

@@ -137,6 +137,6 @@ def test_expected_traffic_and_bounds() -> None:
     program = compile_program(dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="float32")), mesh, None)
     traffic = least_hbm_bytes(SMALL, mesh, program)
     assert traffic > 2 * (program.parameter_bytes + program.optimizer_bytes)
-    limits = bound(SMALL, mesh, program, CHIPS["v5p"], 1)
+    limits = bound(SMALL, mesh, program, CHIPS["v5p"])
     assert limits.hbm_seconds == pytest.approx(traffic / CHIPS["v5p"].hbm_bytes)
     assert limits.step_seconds == max(limits[:3])

@@ -16,8 +16,9 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.mesh import TOKEN_AXES
 from dsv3_jax.plan.arrays import device_bytes, placed
-from dsv3_jax.plan.compiled import Compiled, compile_for
+from dsv3_jax.plan.compiled import Compiled, compile_for, rows_sent
 from dsv3_jax.plan.roofline import Roofline, roofline
 from dsv3_jax.train.state import init_state, state_shardings
 from dsv3_jax.train.step import compile_train_step
@@ -67,11 +68,9 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
 
 
 def expected_rows_sent(config: Config, mesh: Mesh) -> float:
-    """Rows that a device sends to others in one exchange, under even routing: T K (X - 1) / X for an expert axis of X."""
-    places = math.prod(mesh.shape[axis] for axis in mesh.shape if axis != "tensor")
-    tokens = config.train.micro_batch * config.train.sequence_length / places
-    away = 1 - 1 / mesh.shape["expert"]
-    return tokens * config.model.num_experts_per_tok * away
+    """Rows that a device sends to others in one exchange of a micro-batch, under even routing."""
+    places = math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+    return rows_sent(config.train.micro_batch * config.train.sequence_length / places, config.model, mesh)
 
 
 def bound(config: Config, mesh: Mesh, program: Program, chip: Chip) -> Roofline:

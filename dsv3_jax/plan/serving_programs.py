@@ -17,8 +17,9 @@ from dsv3_jax.infer.runner import models, on_mesh
 from dsv3_jax.infer.steps import Chunks, decode, prefill
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.plan.arrays import device_bytes
-from dsv3_jax.plan.compiled import Compiled, compile_for
+from dsv3_jax.plan.compiled import Compiled, compile_for, rows_sent
 from dsv3_jax.plan.serving import Arguments, Serving, by_rows
+from dsv3_jax.plan.serving_bound import Step
 
 
 def compile_prefill(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
@@ -28,13 +29,10 @@ def compile_prefill(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chi
     chunks = Chunks(jax.ShapeDtypeStruct((shards, serving.chunk), jnp.int32), rows, rows, rows, rows)
     table = jax.ShapeDtypeStruct((shards, serving.pages_of_one), jnp.int32)
     more = by_rows((chunks, table), mesh)
+    rows_of_one = rows_sent(Step.of_prefill(serving).rows, config, mesh)
+    model = models(config, mesh)[0]
     return _compiled(
-        lambda: prefill.lower(models(config, mesh)[0], *arguments, *more, first=serving.start == 0),
-        mesh,
-        chip,
-        arguments,
-        # Under even routing a device sends all of its tokens' choices but those of its own experts.
-        ragged_rows=serving.chunk * config.num_experts_per_tok * (1 - 1 / mesh.shape["expert"]),
+        lambda: prefill.lower(model, *arguments, *more, first=serving.start == 0), mesh, chip, arguments, rows_of_one
     )
 
 
@@ -42,10 +40,12 @@ def compile_decode(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip
     """Compiles one step of all sequences."""
     table = jax.ShapeDtypeStruct((serving.batch, serving.pages_of_one), jnp.int32)
     more = by_rows((table, jax.ShapeDtypeStruct((serving.batch,), bool)), mesh)
-    return _compiled(lambda: decode.lower(models(config, mesh)[1], *arguments, *more), mesh, chip, arguments)
+    rows_of_one = rows_sent(Step.of_decode(serving, num_shards(mesh)).rows, config, mesh)
+    model = models(config, mesh)[1]
+    return _compiled(lambda: decode.lower(model, *arguments, *more), mesh, chip, arguments, rows_of_one)
 
 
-def _compiled(lower: Any, mesh: Mesh, chip: Chip | None, arguments: Arguments, **traffic: Any) -> Compiled:
+def _compiled(lower: Any, mesh: Mesh, chip: Chip | None, arguments: Arguments, ragged_rows: float) -> Compiled:
     with on_mesh(mesh):
         # Of the exchange's rounds the first stands before the loop over more, and under even routing it is the only one.
-        return compile_for(lower, mesh, chip, device_bytes(arguments), open_trips=0, **traffic)
+        return compile_for(lower, mesh, chip, device_bytes(arguments), open_trips=0, ragged_rows=ragged_rows)

@@ -17,7 +17,7 @@ from dsv3_jax.checkpoint.names import Leaf, leaves
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.infer.cache import ROWS, empty_cache
-from dsv3_jax.infer.runner import laid_out
+from dsv3_jax.infer.runner import SMALLEST_CHUNK, chunk_sizes, laid_out
 from dsv3_jax.infer.steps import Slots
 from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model import init_variables
@@ -39,7 +39,7 @@ class Serving:
     context: int = 4096
     """Tokens of each of them, which the cache has room for."""
     chunk: int = 4096
-    """Tokens of a prompt that prefill works through at a time, one prompt for each part of the batch."""
+    """Tokens of a prompt that prefill works through at a time, a power of two; one prompt for each part of the batch."""
     drafts: int = 0
     """Tokens that the first MTP depth drafts a step: 0 or 1."""
     weights: Weights | None = None
@@ -53,6 +53,9 @@ class Serving:
             self.chunk <= self.context,
             f"--serve.chunk is {self.chunk}, more than --serve.context ({self.context}); make it that at most",
         )
+        # The engine pads chunks to these.
+        is_size = self.chunk in chunk_sizes(self.chunk)
+        require(is_size, f"--serve.chunk is {self.chunk}; it must be a power of two from {SMALLEST_CHUNK}")
 
     @property
     def start(self) -> int:

@@ -147,6 +147,11 @@ def test_drafts_take_a_depth() -> None:
             ["--mode", "serve", "--devices", "8", "--serve.context", "64"],
             "--serve.chunk is 4096, more than --serve.context",
         ),
+        (
+            ["--mode", "serve", "--devices", "8", "--serve.chunk", "3000"],
+            "--serve.chunk is 3000; it must be a power of two from 16",
+        ),
+        (["--mode", "serve", "--devices", "8", "--serve.chunk", "8"], "--serve.chunk is 8; it must be a power of two from 16"),
         (["--mode", "serve", "--devices", "8", "--serve.batch", "0"], "--serve.batch is 0; it must be at least 1"),
         (["--mode", "serve", "--devices", "8", "--serve.weights", "int4"], "int4"),
         (["--mode", "infer"], "infer"),

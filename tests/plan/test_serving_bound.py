@@ -16,7 +16,7 @@ from dsv3_jax.plan.compiled import Compiled
 from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
 
-# Wide enough that a chunk of 8 is cheaper in expanded form, 8 (2 C - H - W) > C (H + W), and a token or two are not.
+# Wide enough that a chunk of 16 is cheaper in expanded form, 16 (2 C - H - W) > C (H + W), and a token or two are not.
 CONFIG = ModelConfig(
     vocab_size=64,
     hidden_size=256,
@@ -57,7 +57,7 @@ def test_a_whole_context_costs_the_forward_pass_of_training(expert: int) -> None
 
 def test_decode_by_hand() -> None:
     """One of two sequences a device, all of 4 x 2 devices; half of the heads, hidden units and vocabulary on each."""
-    serving = Serving(batch=8, context=100, chunk=4)
+    serving = Serving(batch=8, context=100, chunk=16)
     step = Step.of_decode(serving, 4)
     assert step == Step(rows=2, heads=2, start=100, sequences=2)
     found = worked(serving, step, EIGHT)
@@ -80,10 +80,11 @@ def test_decode_by_hand() -> None:
 
 
 def test_a_draft_is_one_token_more_and_one_layer_more() -> None:
-    drafting = Serving(batch=8, context=100, chunk=4, drafts=1)
+    drafting = Serving(batch=8, context=100, chunk=16, drafts=1)
     assert Step.of_decode(drafting, 4) == Step(rows=4, heads=6, start=100, sequences=2)
-    assert Step.of_prefill(drafting) == Step(rows=4, heads=2, start=96, sequences=1)
-    found, plain = (worked(each, Step.of_decode(each, 4), EIGHT) for each in (drafting, Serving(batch=8, context=100, chunk=4)))
+    assert Step.of_prefill(drafting) == Step(rows=16, heads=2, start=84, sequences=1)
+    without = dataclasses.replace(drafting, drafts=0)
+    found, plain = (worked(each, Step.of_decode(each, 4), EIGHT) for each in (drafting, without))
     assert found.cache_bytes == plain.cache_bytes * 4 / 3
     assert found.unused_bytes == 2 * 4 * N * C * (H + W) // 2  # W_kvb of three layers and the depth
     block = D * Q + D * (C + P) + D * E + (Q * N * (H + P) + N * C * (H + W) + N * W * D + 3 * D * F) // 2
@@ -93,21 +94,21 @@ def test_a_draft_is_one_token_more_and_one_layer_more() -> None:
 
 
 def test_a_later_chunk_expands_what_is_cached() -> None:
-    """W_kvb for 92 tokens before a chunk of 8, and their scores and sums."""
-    late = Serving(batch=4, context=100, chunk=8)
-    first = Serving(batch=4, context=8, chunk=8)
+    """W_kvb for 84 tokens before a chunk of 16, and their scores and sums."""
+    late = Serving(batch=4, context=100, chunk=16)
+    first = Serving(batch=4, context=16, chunk=16)
     sizes = (1, 1, 4, 1, 1)
     after, alone = (worked(each, Step.of_prefill(each), sizes) for each in (late, first))
-    expanding = 92 * 2 * N * C * (H + W)
-    assert after.flops - alone.flops == 3 * (expanding + 8 * 92 * 2 * N * (H + P + W))
-    assert after.cache_bytes == 92 * 3 * (C + P) * 2
+    expanding = 84 * 2 * N * C * (H + W)
+    assert after.flops - alone.flops == 3 * (expanding + 16 * 84 * 2 * N * (H + P + W))
+    assert after.cache_bytes == 84 * 3 * (C + P) * 2
 
 
 def test_weights_in_8_bits() -> None:
     """A byte a value and a number a block, the same arithmetic; and a copy of the experts, written and read."""
 
     def decoded(weights: Weights) -> Work:
-        serving = Serving(batch=8, context=100, chunk=4, weights=weights)
+        serving = Serving(batch=8, context=100, chunk=16, weights=weights)
         return worked(serving, Step.of_decode(serving, 4), (1, 1, 1, 1, 1))
 
     eight, sixteen = decoded("fp8"), decoded("bfloat16")

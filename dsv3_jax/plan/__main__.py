@@ -17,12 +17,12 @@ from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, MeshConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.config.command_line import exits_with_one_line, parse_with_config
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.chips import Chip
-from dsv3_jax.parallel.mesh import AXES, check_fits, make_mesh
+from dsv3_jax.parallel.mesh import AXES, check_fits
 from dsv3_jax.plan.compiled import GIB, PROVES
 from dsv3_jax.plan.parameters import count_parameters
 from dsv3_jax.plan.program import Program, bound, compile_program
@@ -31,7 +31,7 @@ from dsv3_jax.plan.roofline import Roofline
 from dsv3_jax.plan.serve_report import report_serving
 from dsv3_jax.plan.serving import Serving
 from dsv3_jax.plan.sharding_table import Row, sharding_table, spec_text
-from dsv3_jax.plan.topology import chip_of, tpu_devices, use_cpu_devices
+from dsv3_jax.plan.topology import chip_of, mesh_of_all, tpu_devices, use_cpu_devices
 
 _COUNTS = "parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"
 CPU_PROVES = (
@@ -51,7 +51,8 @@ class PlanFlags:
     mode: Literal["train", "serve"] = "train"
     """What to compile: the training step, or prefill and decode."""
     serve: Serving = dataclasses.field(default_factory=Serving)
-    """What is served, with --mode serve. Unless a field of the mesh is named, it is the one that takes least memory."""
+    """What is served, with --mode serve. Of its mesh, fields that are not named are 1; if none is, it is the one that takes
+    least memory."""
     topology: str | None = None
     """Accelerator topology to compile for, one slice of it, such as v5p:8x8x8."""
     slices: int = 1
@@ -76,7 +77,7 @@ class PlanFlags:
 @exits_with_one_line
 def main() -> None:
     """The command line."""
-    flags, config = parse_with_config(PlanFlags, description=__doc__ or "")
+    flags, config = parse_with_config(PlanFlags, description=__doc__ or "", prepare=_without_mesh_of_training)
     compiled = flags.topology is not None or flags.devices is not None
     chip = None if flags.topology is None else chip_of(flags.topology)
     if flags.mode == "serve":
@@ -88,9 +89,7 @@ def main() -> None:
     mesh: Any = _smallest_mesh(config)
     if compiled:  # First of all: once JAX runs, it takes no further CPU devices.
         devices = tpu_devices(flags.topology, flags.slices) if flags.topology else use_cpu_devices(flags.devices or 1)
-        mesh = make_mesh(config.mesh, devices)
-        places = f"the mesh has {mesh.size} place for {len(devices)} devices; set mesh.fsdp to -1, for instance"
-        require(mesh.size == len(devices), places)
+        mesh = mesh_of_all(config.mesh, devices, "fsdp")
         check_fits(config, mesh)
     result: dict[str, Any] = count_parameters(config.model)
     rows = sharding_table(config, mesh)
@@ -114,6 +113,11 @@ def main() -> None:
             f"its expert group, on at most {result['reachable_hosts']} hosts."
         )
         console.print(CPU_PROVES if chip is None else PROVES)
+
+
+def _without_mesh_of_training(flags: PlanFlags, config: Config) -> Config:
+    """Serving takes of the mesh what the command line names: the config's own is that of training."""
+    return dataclasses.replace(config, mesh=MeshConfig()) if flags.mode == "serve" else config
 
 
 def _smallest_mesh(config: Config) -> AbstractMesh:

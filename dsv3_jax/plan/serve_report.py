@@ -13,12 +13,13 @@ from rich.table import Table
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import num_shards
 from dsv3_jax.parallel.chips import Chip
-from dsv3_jax.parallel.mesh import describe, make_mesh
+from dsv3_jax.parallel.mesh import describe
 from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
 from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments, check_serves, smallest_mesh
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
 from dsv3_jax.plan.serving_programs import compile_decode, compile_prefill
+from dsv3_jax.plan.topology import mesh_of_all
 
 FORMATS: tuple[Weights, ...] = ("bfloat16", "fp8")
 
@@ -73,21 +74,22 @@ def report_serving(
       json: print one JSON object, and nothing else.
 
     Raises:
-      ValueError: if the mesh does not divide what it splits, or the model cannot be served so.
+      ValueError: if the mesh does not take all devices or divide what it splits, or the model cannot be served so.
     """
     model = model.with_dtype("bfloat16")
     formats = FORMATS if serving.weights is None else (serving.weights,)
     plans = {}
     for weights in formats:
         asked = dataclasses.replace(serving, weights=weights)
-        plans[weights] = plan_serving(model, asked, make_mesh(mesh or smallest_mesh(model, asked, len(devices)), devices), chip)
+        sizes = mesh or smallest_mesh(model, asked, len(devices))
+        plans[weights] = plan_serving(model, asked, mesh_of_all(sizes, devices, "tensor"), chip)
         if not json:
             _print(Console(), f"{title}, weights in {weights}", asked, plans[weights], chip)
     if json:
-        sizes = {name: size for name, size in dataclasses.asdict(serving).items() if name != "weights"}
+        about = {name: size for name, size in dataclasses.asdict(serving).items() if name != "weights"}
         hbm = None if chip is None else int(chip.hbm_gib * GIB)
         shown = {weights: _json(plan) for weights, plan in plans.items()}
-        print(json_format.dumps({"mode": "serve", "devices": len(devices), **sizes, "hbm_bytes": hbm, "weights": shown}))
+        print(json_format.dumps({"mode": "serve", "devices": len(devices), **about, "hbm_bytes": hbm, "weights": shown}))
     else:
         print(PROVES)
 

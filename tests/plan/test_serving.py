@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
+import dsv3_jax.plan.__main__ as command
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import bytes_per_token
 from dsv3_jax.parallel.chips import CHIPS
@@ -20,7 +21,7 @@ from dsv3_jax.plan.compiled import GIB
 from dsv3_jax.plan.serve_report import report_serving
 from dsv3_jax.plan.serving import PAGE_SIZE, Serving, abstract_arguments, check_serves, smallest_mesh
 from dsv3_jax.plan.topology import tpu_devices
-from tests.plan.test_parameters import test_bad_input_is_one_line_and_exit_2
+from tests.plan.test_parameters import ROOT, run, test_bad_input_is_one_line_and_exit_2
 from tests.plan.test_program import SMALL
 
 MODEL = dataclasses.replace(SMALL.model, num_hidden_layers=2, remat="none")
@@ -137,6 +138,24 @@ def test_drafts_take_a_depth() -> None:
 
 
 @pytest.mark.parametrize(
+    ("named", "mesh"),
+    [
+        ([], None),
+        (["--mesh.expert", "4", "--mesh.tensor", "-1"], MeshConfig(expert=4, tensor=-1)),
+        (["--mesh.data=2", "--mesh.expert=2", "--mesh.tensor=2"], MeshConfig(data=2, expert=2, tensor=2)),
+    ],
+)
+def test_the_mesh_is_the_one_named(
+    named: list[str], mesh: MeshConfig | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And nothing of the config's own, which is for training: expert 64 and fsdp the rest."""
+    asked: list[MeshConfig | None] = []
+    monkeypatch.setattr(command, "report_serving", lambda model, serving, devices, mesh, *_, **__: asked.append(mesh))
+    run(monkeypatch, "--config", str(ROOT / "configs/v3_671b.py"), "--mode", "serve", "--devices", "8", *named)
+    assert asked == [mesh]
+
+
+@pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--serve.batch", "8"], "--serve.* belongs to --mode serve"),
@@ -155,6 +174,15 @@ def test_drafts_take_a_depth() -> None:
         (["--mode", "serve", "--devices", "8", "--serve.batch", "0"], "--serve.batch is 0; it must be at least 1"),
         (["--mode", "serve", "--devices", "8", "--serve.weights", "int4"], "int4"),
         (["--mode", "infer"], "infer"),
+        (
+            ["--config", "configs/tiny.py", "--mode", "serve", "--devices", "8", "--mesh.expert", "1"],
+            "the mesh has 1 place for 8 devices; set mesh.tensor to -1",
+        ),
+        # What the config's training takes, fsdp -1 here, is no wish for serving.
+        (
+            ["--config", "configs/v3_671b.py", "--mode", "serve", "--devices", "8", "--mesh.expert", "4"],
+            "4 places for 8 devices",
+        ),
     ],
 )
 def test_bad_flags_are_one_line(

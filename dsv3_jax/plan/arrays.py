@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES
 
 
 def placed(shape: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
@@ -22,3 +24,10 @@ def device_bytes(tree: Any) -> int:
 def device_values(array: Any) -> int:
     """Values of an array on one device."""
     return math.prod(array.sharding.shard_shape(array.shape))
+
+
+def gathered(array: Any) -> jax.ShapeDtypeStruct:
+    """A weight as it is multiplied with: whole along the axes that split it for want of room (`whole_weight`)."""
+    sharding = array.sharding
+    spec = (None if part in (FSDP_AXES, EXPERT_FSDP_AXES) else part for part in sharding.spec)
+    return placed(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

@@ -12,8 +12,10 @@ from rich.table import Table
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import num_shards
+from dsv3_jax.infer.runner import on_mesh
+from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.parallel.chips import Chip
-from dsv3_jax.parallel.mesh import describe
+from dsv3_jax.parallel.mesh import current_platform, describe
 from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
 from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments, check_serves, smallest_mesh
@@ -98,11 +100,13 @@ def plan_serving(model: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | 
     """Compiles both programs for a mesh. Raises as `report_serving`."""
     check_serves(model, serving, dict(mesh.shape))
     arguments, shards = abstract_arguments(model, serving, mesh), num_shards(mesh)
+    with on_mesh(mesh):
+        backend = choose_backend(model.expert_backend, model.dtype, current_platform())
     decode = compile_decode(model, serving, mesh, chip, arguments)
     prefill = compile_prefill(model, serving, mesh, chip, arguments)
 
     def part(compiled: Compiled, step: Step, tokens: int) -> Part:
-        done = work(model, serving, step, arguments)
+        done = work(model, serving, step, arguments, backend)
         total = compiled.total_bytes + done.unused_bytes
         fits = None if chip is None else compiled.fits is not False and total <= chip.hbm_gib * GIB
         bound = None if chip is None or compiled.collectives is None else limits(done, compiled, chip)
@@ -176,7 +180,7 @@ def _print_part(console: Console, name: str, part: Part, chip: Chip | None) -> N
     if part.limits is not None and chip is not None:
         bound, done = part.limits, part.work
         ms = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in bound._asdict().items()}
-        copied = f" and {done.copied_bytes / 1e9:.1f} GB of experts made wide" if done.copied_bytes else ""
+        copied = f" and {done.copied_bytes / 1e9:.1f} GB of weights made whole or wide" if done.copied_bytes else ""
         console.print(
             f"Least time of a step: arithmetic {ms['compute_seconds']} for {done.flops / 1e12:.2f} TFLOP, HBM "
             f"{ms['weight_seconds']} for {done.weight_bytes / 1e9:.1f} GB of weights{copied} and {ms['cache_seconds']} for "

@@ -58,6 +58,7 @@ def test_report_on_cpu_devices(capsys: pytest.CaptureFixture) -> None:
         assert part["tokens"] == tokens[name]
         assert part["total_bytes"] > plan["weight_bytes"] + plan["cache_bytes"]
         assert part["roofline_seconds"] is part["fits"] is None
+        assert part["weight_bytes_copied"] == 0  # Tiles make an expert wide while they visit it.
         assert part["compile_seconds"] > 0
     exchanges = {"decode": ("all-gather", "reduce-scatter"), "prefill": ("all-to-all",)}
     for name, kinds in exchanges.items():

@@ -19,7 +19,7 @@ from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import Compiled, compile_for, rows_sent
 from dsv3_jax.plan.serving import Arguments, Serving, by_rows
-from dsv3_jax.plan.serving_bound import Step
+from dsv3_jax.plan.serving_bound import Step, unused_bytes
 
 
 def compile_prefill(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
@@ -28,24 +28,26 @@ def compile_prefill(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chi
     rows = jax.ShapeDtypeStruct((shards,), jnp.int32)
     chunks = Chunks(jax.ShapeDtypeStruct((shards, serving.chunk), jnp.int32), rows, rows, rows, rows)
     table = jax.ShapeDtypeStruct((shards, serving.pages_of_one), jnp.int32)
-    more = by_rows((chunks, table), mesh)
-    rows_of_one = rows_sent(Step.of_prefill(serving).rows, config, mesh)
-    model = models(config, mesh)[0]
-    return _compiled(
-        lambda: prefill.lower(model, *arguments, *more, first=serving.start == 0), mesh, chip, arguments, rows_of_one
-    )
+    more, model = by_rows((chunks, table), mesh), models(config, mesh)[0]
+
+    def lower() -> Any:
+        return prefill.lower(model, *arguments, *more, first=serving.start == 0)
+
+    return _compiled(lower, config, serving, Step.of_prefill(serving), mesh, chip, arguments)
 
 
 def compile_decode(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
     """Compiles one step of all sequences."""
     table = jax.ShapeDtypeStruct((serving.batch, serving.pages_of_one), jnp.int32)
     more = by_rows((table, jax.ShapeDtypeStruct((serving.batch,), bool)), mesh)
-    rows_of_one = rows_sent(Step.of_decode(serving, num_shards(mesh)).rows, config, mesh)
-    model = models(config, mesh)[1]
-    return _compiled(lambda: decode.lower(model, *arguments, *more), mesh, chip, arguments, rows_of_one)
+    model, step = models(config, mesh)[1], Step.of_decode(serving, num_shards(mesh))
+    return _compiled(lambda: decode.lower(model, *arguments, *more), config, serving, step, mesh, chip, arguments)
 
 
-def _compiled(lower: Any, mesh: Mesh, chip: Chip | None, arguments: Arguments, ragged_rows: float) -> Compiled:
+def _compiled(
+    lower: Any, config: ModelConfig, serving: Serving, step: Step, mesh: Mesh, chip: Chip | None, arguments: Arguments
+) -> Compiled:
+    taken = device_bytes(arguments) - unused_bytes(config, serving, step, arguments)
     with on_mesh(mesh):
         # Of the exchange's rounds the first stands before the loop over more, and under even routing it is the only one.
-        return compile_for(lower, mesh, chip, device_bytes(arguments), open_trips=0, ragged_rows=ragged_rows)
+        return compile_for(lower, mesh, chip, taken, open_trips=0, ragged_rows=rows_sent(step.rows, config, mesh))

@@ -12,6 +12,9 @@ from dsv3_jax.config import MeshConfig
 from dsv3_jax.parallel.chips import CHIPS
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan import serving_programs
+from dsv3_jax.plan.arrays import device_bytes
+from dsv3_jax.plan.compiled import GIB
+from dsv3_jax.plan.serve_report import plan_serving
 from dsv3_jax.plan.serving import Serving, abstract_arguments
 from dsv3_jax.plan.serving_programs import compile_decode, compile_prefill
 from dsv3_jax.plan.topology import tpu_devices
@@ -30,6 +33,27 @@ def test_rows_of_an_exchange_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_decode(MODEL, ASKED, mesh, None, arguments)
     compile_prefill(MODEL, ASKED, mesh, None, arguments)
     assert [each.get("ragged_rows") for each in told] == [2 * 2 * 2 * 3 / 4, 128 * 2 * 3 / 4]
+
+
+def test_weights_of_a_program_that_does_not_fit_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that it does not take are held beside it, and no part of what its refusal is made of."""
+
+    class Refused:
+        def lower(self, *_: Any, **__: Any) -> Refused:
+            return self
+
+        def compile(self) -> None:
+            raise jax.errors.JaxRuntimeError(
+                "Ran out of memory: the total memory required for HLO temporaries (49.00G) exceeds"
+            )
+
+    for program in ("decode", "prefill"):
+        monkeypatch.setattr(serving_programs, program, Refused())
+    mesh = make_mesh(MeshConfig(expert=4, tensor=2), jax.devices())
+    plan = plan_serving(MODEL, ASKED, mesh, CHIPS["v5e"])
+    assert plan.parts["decode"].work.unused_bytes > 0
+    for part in plan.parts.values():
+        assert part.total_bytes == 49 * GIB + device_bytes(abstract_arguments(MODEL, ASKED, mesh))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jax.sharding import AbstractMesh
@@ -24,6 +25,7 @@ from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import AXES, check_fits
 from dsv3_jax.plan.compiled import GIB, PROVES
+from dsv3_jax.plan.memory_table import print_memory
 from dsv3_jax.plan.parameters import count_parameters
 from dsv3_jax.plan.program import Program, bound, compile_program
 from dsv3_jax.plan.reach import reach
@@ -193,22 +195,14 @@ def _print_program(
 ) -> None:
     where = f"{flags.slices} x {flags.topology}" if flags.topology else f"{flags.devices} CPU devices"
     parts = f" of {config.train.micro_batches} micro-batches" if config.train.micro_batches > 1 else ""
-    table = Table("a device", "GiB", title=f"training step{parts} compiled for {where} in {program.compile_seconds:.0f} s")
-    table.columns[1].justify = "right"
-    temporary = program.temporary_bytes
-    sizes = {
-        "parameters": program.parameter_bytes,
-        "optimizer": program.optimizer_bytes,
-        "temporaries": temporary,
-        "in all, by the compiler": program.total_bytes,
-        "HBM a program can use": None if chip is None else chip.hbm_gib * GIB,
+    rows: dict[str, Sequence[int | None]] = {
+        "parameters": [program.parameter_bytes],
+        "optimizer": [program.optimizer_bytes],
+        "temporaries": [program.temporary_bytes],
+        "in all, by the compiler": [program.total_bytes],
     }
-    for name, size in sizes.items():
-        table.add_row(name, "?" if size is None else f"{size / GIB:.2f}")
-    console.print(table)
-    if program.fits is not None:
-        console.print("It fits." if program.fits else "[bold]It does not fit.[/bold]")
-
+    title = f"training step{parts} compiled for {where} in {program.compile_seconds:.0f} s"
+    print_memory(console, ("a device", "GiB"), rows, chip, program.fits, title)
     if program.collectives:
         traffic = Table("collective", "along", "times a step", "GB sent a step and device")
         for column in traffic.columns[2:]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_format
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import num_shards
@@ -18,6 +18,7 @@ from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import current_platform, describe
 from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
+from dsv3_jax.plan.memory_table import print_memory
 from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments, check_serves, smallest_mesh
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
 from dsv3_jax.plan.serving_programs import compile_decode, compile_prefill
@@ -35,7 +36,7 @@ class Part(NamedTuple):
     tokens: int
     """Tokens of the whole machine in one step; of decoding, those there are without drafts."""
     total_bytes: int
-    """Of a device, with the weights that the other program needs."""
+    """Of a device: what the compiler says of the program, and the weights that it does not take."""
     fits: bool | None
 
 
@@ -151,20 +152,14 @@ def _part_json(part: Part) -> dict[str, Any]:
 
 def _print(console: Console, title: str, serving: Serving, plan: Plan, chip: Chip | None) -> None:
     console.print(f"\n[bold]{title}[/bold], on {describe(plan.mesh)}")
-    memory = Table("GiB a device", *plan.parts)
     parts = plan.parts.values()
-    rows: dict[str, list[Any]] = {
+    rows: dict[str, Sequence[int | None]] = {
         "weights": [plan.weight_bytes] * len(parts),
         f"cache of {serving.batch} x {serving.context} tokens": [plan.cache_bytes] * len(parts),
         "temporaries": [part.compiled.temporary_bytes for part in parts],
-        "in all, by the compiler": [part.total_bytes for part in parts],
-        "HBM a program can use": [None if chip is None else chip.hbm_gib * GIB] * len(parts),
+        "in all, with the weights it does not take": [part.total_bytes for part in parts],
     }
-    for name, sizes in rows.items():
-        memory.add_row(name, *("?" if size is None else f"{size / GIB:.2f}" for size in sizes))
-    console.print(memory)
-    if plan.fits is not None:
-        console.print("It fits." if plan.fits else "[bold]It does not fit.[/bold]")
+    print_memory(console, ("GiB a device", *plan.parts), rows, chip, plan.fits)
     for name, part in plan.parts.items():
         _print_part(console, name, part, chip)
 

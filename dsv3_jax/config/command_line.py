@@ -165,9 +165,17 @@ def parse_run(argv: Sequence[str] | None = None, description: str | None = None)
 
 
 def parse_with_config(
-    flags_type: type[Flags], argv: Sequence[str] | None = None, description: str | None = None
+    flags_type: type[Flags],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+    prepare: Callable[[Flags, Config], Config] = lambda flags, config: config,
 ) -> tuple[Flags, Config]:
     """The flags of a program that takes a run config too; `flags_type` is a dataclass with a field `config`, its path.
+
+    Args:
+      flags_type: the dataclass.
+      argv, description: as in `parse_run`.
+      prepare: what the program makes of the file's config, before fields are set by name.
 
     Raises: as `parse_run`.
     """
@@ -180,6 +188,7 @@ def parse_with_config(
         overrides["train.init_from"] = init_from
     stand_in = ModelConfig() if wants_help else None
     config = load_config(typing.cast(Any, flags).config, overrides.get("train.init_from"), stand_in)
+    config = prepare(flags, config)
     if wants_help:
         _print_help(flags_type, flags, description, config)
     config = _override(config, overrides)

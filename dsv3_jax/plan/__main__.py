@@ -11,19 +11,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jax.sharding import AbstractMesh
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, MeshConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.config.command_line import exits_with_one_line, parse_with_config
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.chips import Chip
-from dsv3_jax.parallel.mesh import AXES, check_fits, make_mesh
+from dsv3_jax.parallel.mesh import AXES, check_fits
 from dsv3_jax.plan.compiled import GIB, PROVES
+from dsv3_jax.plan.memory_table import print_memory
 from dsv3_jax.plan.parameters import count_parameters
 from dsv3_jax.plan.program import Program, bound, compile_program
 from dsv3_jax.plan.reach import reach
@@ -31,7 +33,7 @@ from dsv3_jax.plan.roofline import Roofline
 from dsv3_jax.plan.serve_report import report_serving
 from dsv3_jax.plan.serving import Serving
 from dsv3_jax.plan.sharding_table import Row, sharding_table, spec_text
-from dsv3_jax.plan.topology import chip_of, tpu_devices, use_cpu_devices
+from dsv3_jax.plan.topology import chip_of, mesh_of_all, tpu_devices, use_cpu_devices
 
 _COUNTS = "parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"
 CPU_PROVES = (
@@ -51,7 +53,8 @@ class PlanFlags:
     mode: Literal["train", "serve"] = "train"
     """What to compile: the training step, or prefill and decode."""
     serve: Serving = dataclasses.field(default_factory=Serving)
-    """What is served, with --mode serve. Unless a field of the mesh is named, it is the one that takes least memory."""
+    """What is served, with --mode serve. Of its mesh, fields that are not named are 1; if none is, it is the one that takes
+    least memory."""
     topology: str | None = None
     """Accelerator topology to compile for, one slice of it, such as v5p:8x8x8."""
     slices: int = 1
@@ -76,7 +79,7 @@ class PlanFlags:
 @exits_with_one_line
 def main() -> None:
     """The command line."""
-    flags, config = parse_with_config(PlanFlags, description=__doc__ or "")
+    flags, config = parse_with_config(PlanFlags, description=__doc__ or "", prepare=_without_mesh_of_training)
     compiled = flags.topology is not None or flags.devices is not None
     chip = None if flags.topology is None else chip_of(flags.topology)
     if flags.mode == "serve":
@@ -88,9 +91,7 @@ def main() -> None:
     mesh: Any = _smallest_mesh(config)
     if compiled:  # First of all: once JAX runs, it takes no further CPU devices.
         devices = tpu_devices(flags.topology, flags.slices) if flags.topology else use_cpu_devices(flags.devices or 1)
-        mesh = make_mesh(config.mesh, devices)
-        places = f"the mesh has {mesh.size} place for {len(devices)} devices; set mesh.fsdp to -1, for instance"
-        require(mesh.size == len(devices), places)
+        mesh = mesh_of_all(config.mesh, devices, "fsdp")
         check_fits(config, mesh)
     result: dict[str, Any] = count_parameters(config.model)
     rows = sharding_table(config, mesh)
@@ -98,7 +99,7 @@ def main() -> None:
     program = limits = None
     if compiled:
         program = compile_program(config, mesh, chip, flags.slices)
-        limits = None if chip is None or not program.fits else bound(config, mesh, program, chip, flags.slices)
+        limits = None if chip is None or not program.fits else bound(config, mesh, program, chip)
         result |= _program_json(config, program, chip, limits)
         result |= {f"reachable_{places}": count for places, count in reach(config.model, mesh)._asdict().items()}
     if flags.json:
@@ -114,6 +115,11 @@ def main() -> None:
             f"its expert group, on at most {result['reachable_hosts']} hosts."
         )
         console.print(CPU_PROVES if chip is None else PROVES)
+
+
+def _without_mesh_of_training(flags: PlanFlags, config: Config) -> Config:
+    """Serving takes of the mesh what the command line names: the config's own is that of training."""
+    return dataclasses.replace(config, mesh=MeshConfig()) if flags.mode == "serve" else config
 
 
 def _smallest_mesh(config: Config) -> AbstractMesh:
@@ -189,29 +195,22 @@ def _print_program(
 ) -> None:
     where = f"{flags.slices} x {flags.topology}" if flags.topology else f"{flags.devices} CPU devices"
     parts = f" of {config.train.micro_batches} micro-batches" if config.train.micro_batches > 1 else ""
-    table = Table("a device", "GiB", title=f"training step{parts} compiled for {where} in {program.compile_seconds:.0f} s")
-    table.columns[1].justify = "right"
-    temporary = program.temporary_bytes
-    sizes = {
-        "parameters": program.parameter_bytes,
-        "optimizer": program.optimizer_bytes,
-        "temporaries": temporary,
-        "in all, by the compiler": program.total_bytes,
-        "HBM a program can use": None if chip is None else chip.hbm_gib * GIB,
+    rows: dict[str, Sequence[int | None]] = {
+        "parameters": [program.parameter_bytes],
+        "optimizer": [program.optimizer_bytes],
+        "temporaries": [program.temporary_bytes],
+        "in all, by the compiler": [program.total_bytes],
     }
-    for name, size in sizes.items():
-        table.add_row(name, "?" if size is None else f"{size / GIB:.2f}")
-    console.print(table)
-    if program.fits is not None:
-        console.print("It fits." if program.fits else "[bold]It does not fit.[/bold]")
-
+    title = f"training step{parts} compiled for {where} in {program.compile_seconds:.0f} s"
+    print_memory(console, ("a device", "GiB"), rows, chip, program.fits, title)
     if program.collectives:
         traffic = Table("collective", "along", "times a step", "GB sent a step and device")
         for column in traffic.columns[2:]:
             column.justify = "right"
         for one in program.collectives:
             more = " and more where rounds repeat" if one.data_dependent else ""
-            traffic.add_row(one.kind + more, one.axis, str(one.count), f"{one.bytes / 1e9:.3f}")
+            along = one.axis + (", between slices" if one.across_slices else "")
+            traffic.add_row(one.kind + more, along, str(one.count), f"{one.bytes / 1e9:.3f}")
         console.print(traffic)
     if program.kernels:
         console.print(f"Pallas kernels in the program: {', '.join(program.kernels)}.")

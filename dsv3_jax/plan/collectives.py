@@ -37,7 +37,7 @@ MESH = re.compile(r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? \{(.*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind along the same mesh axes."""
+    """All collectives of one kind along the same mesh axes, within slices or between them."""
 
     kind: str
     """The operation in HLO, such as "all-gather", whether it runs synchronously or not."""
@@ -49,6 +49,8 @@ class Collective:
     """Executions in a step."""
     data_dependent: bool
     """Whether some stand in a loop whose length depends on the data: of it `open_trips` rounds are counted."""
+    across_slices: bool = False
+    """Whether it goes between slices, over the network of their hosts."""
 
 
 def collectives(
@@ -60,7 +62,7 @@ def collectives(
     open_trips: int = 1,
     outer_trips: int | None = None,
 ) -> list[Collective]:
-    """The collectives of one execution, merged by kind and axis, most bytes first.
+    """The collectives of one execution, merged by kind, axis and network, most bytes first.
 
     Bytes are what one device sends in a ring of n devices, s being the bytes of its array:
 
@@ -88,8 +90,12 @@ def collectives(
     mesh = _mesh_of_a_slice(hlo_text, mesh_axes, slices)
     computations, entry = parse(hlo_text)
     total = _Traffic(computations, mesh, slices, ragged_rows, open_trips, outer_trips).tally(Frame(entry)) if entry else {}
-    found = [Collective(*key, now.sent, now.runs, now.data_dependent) for key, now in total.items() if now.runs]
-    return sorted(found, key=lambda one: (-one.bytes, one.kind, one.axis))
+    found = [
+        Collective(kind, axis, now.sent, now.runs, now.data_dependent, across)
+        for (kind, axis, across), now in total.items()
+        if now.runs
+    ]
+    return sorted(found, key=lambda one: (-one.bytes, one.kind, one.axis, one.across_slices))
 
 
 def _mesh_of_a_slice(hlo_text: str, mesh_axes: dict[str, int], slices: int) -> dict[str, int]:
@@ -111,7 +117,8 @@ class _Numbers(NamedTuple):
     data_dependent: bool
 
 
-_Tally = dict[tuple[str, str], _Numbers]
+_Tally = dict[tuple[str, str, bool], _Numbers]
+"""By kind, axis, and whether it goes between slices."""
 
 
 def _add(into: _Tally, more: _Tally, times: int | None = 1, open_trips: int = 1) -> None:
@@ -176,7 +183,8 @@ class _Traffic:
         if "chain_id=" in one.rest and not self._starts_chain(computation):
             # The TPU fusions that compute beside a collective each repeat it; the one that starts it counts.
             return {}
-        if one.opcode == "send":
+        across = one.opcode == "send"
+        if across:
             n, axis, size = self.slices, next(iter(self.mesh)), _bytes(_elements(one.type)[0])
             size = {"all-gather": n * size, "reduce-scatter": size // n}.get(kind, size)
         else:
@@ -191,7 +199,7 @@ class _Traffic:
         if n == 1:
             return {}
         sent = round(self.ragged_rows * size / _rows(one.type)) if kind == RAGGED else SENT[kind](n, size)
-        return {(kind, axis): _Numbers(sent, 1, False)}
+        return {(kind, axis, across): _Numbers(sent, 1, False)}
 
     def _starts_chain(self, computation: str) -> bool:
         instructions = self.computations[computation].instructions.values()

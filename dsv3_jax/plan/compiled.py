@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.plan.collectives import Collective
 from dsv3_jax.plan.collectives import collectives as collectives_in
@@ -72,6 +73,14 @@ def compile_for(lower: Callable[[], Any], mesh: Mesh, chip: Chip | None, argumen
         seconds,
         text,
     )
+
+
+def rows_sent(tokens: float, config: ModelConfig, mesh: Mesh) -> float:
+    """Rows that a device with so many tokens sends to others in one exchange, under even routing.
+
+    All of its tokens' choices but those of its own experts: T K (X - 1) / X for an expert axis of X.
+    """
+    return tokens * config.num_experts_per_tok * (1 - 1 / mesh.shape["expert"])
 
 
 def kernels_in(text: str) -> dict[str, int]:

@@ -11,13 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.model.flops import flops_per_token
+from dsv3_jax.model.stack import STACKS
 from dsv3_jax.parallel.chips import Chip
-from dsv3_jax.plan.compiled import Compiled, compile_for
+from dsv3_jax.parallel.mesh import TOKEN_AXES
+from dsv3_jax.plan.arrays import device_bytes, device_values, gathered, placed
+from dsv3_jax.plan.compiled import Compiled, compile_for, rows_sent
 from dsv3_jax.plan.roofline import Roofline, roofline
 from dsv3_jax.train.state import init_state, state_shardings
 from dsv3_jax.train.step import compile_train_step
@@ -42,18 +45,16 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
       chip: gives the memory of a device; None for CPU devices.
       slices: TPU slices that the mesh spans.
     """
-    shapes = jax.eval_shape(lambda: init_state(config))
-    shardings = state_shardings(config, mesh)
+    state = state_on(config, mesh)
     train = config.train
     shape = train.micro_batches, train.micro_batch, train.sequence_length
     tokens, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(tokens, tokens, weights, None if config.data.cross_document_attention else tokens)
-    variables = _device_bytes((shapes.params, shapes.router), (shardings.params, shardings.router))
-    moments = _device_bytes(shapes.optimizer, shardings.optimizer)
+    variables, moments = device_bytes((state.params, state.router)), device_bytes(state.optimizer)
     step = compile_train_step(config, mesh)
     with jax.set_mesh(mesh):
         compiled = compile_for(
-            lambda: step.lower(shapes, batch, config.schedules.at(train.steps - 1)),
+            lambda: step.lower(state, batch, config.schedules.at(train.steps - 1)),
             mesh,
             chip,
             variables + moments,
@@ -67,52 +68,64 @@ def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int =
     return Program(**vars(compiled), parameter_bytes=variables, optimizer_bytes=moments)
 
 
+def state_on(config: Config, mesh: Mesh | AbstractMesh) -> Any:
+    """The state of a run, as shapes that know where they live."""
+    return jax.tree.map(placed, jax.eval_shape(lambda: init_state(config)), state_shardings(config, mesh))
+
+
 def expected_rows_sent(config: Config, mesh: Mesh) -> float:
-    """Rows that a device sends to others in one exchange, under even routing: T K (X - 1) / X for an expert axis of X."""
-    places = math.prod(mesh.shape[axis] for axis in mesh.shape if axis != "tensor")
-    tokens = config.train.micro_batch * config.train.sequence_length / places
-    away = 1 - 1 / mesh.shape["expert"]
-    return tokens * config.model.num_experts_per_tok * away
+    """Rows that a device sends to others in one exchange of a micro-batch, under even routing."""
+    places = math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+    return rows_sent(config.train.micro_batch * config.train.sequence_length / places, config.model, mesh)
 
 
-def bound(config: Config, mesh: Mesh, program: Program, chip: Chip, slices: int) -> Roofline:
+def bound(config: Config, mesh: Mesh, program: Program, chip: Chip) -> Roofline:
     """The least time of a step. HBM traffic is a lower bound, too: see `least_hbm_bytes`."""
     tokens = config.train.batch_size * config.train.sequence_length / mesh.size
     return roofline(
         flops_per_token=flops_per_token(config.model, config.train.sequence_length).causal,
         tokens_per_device=tokens,
         remat=config.model.remat,
-        hbm_bytes=least_hbm_bytes(config, mesh, program),
+        hbm_bytes=least_hbm_bytes(config, mesh),
         collectives=program.collectives or [],
         chip=chip,
-        dcn_axis="data" if slices > 1 else None,
     )
 
 
-def least_hbm_bytes(config: Config, mesh: Mesh, program: Program) -> float:
+def least_hbm_bytes(config: Config, mesh: Mesh | AbstractMesh) -> float:
     """Bytes that a device reads and writes at the least in a step.
 
-    The state is read and written once; for every micro-batch, each gathered weight is written once and read once in the
-    forward pass, in the recomputation and in the backward pass, and its gradient written and read once. Activations are left
-    out.
+    The state is read and written once. For every micro-batch each weight, in the computation dtype and whole as it is used,
+    is read in the forward pass and in the backward pass, and its gradient is written and read. Beside that
+
+      experts            are read once more, since their backward pass starts from their inputs, and are gathered twice
+      blocks, remat full are read once more, but for what only makes a block's output, and are gathered twice
+      all other weights  are gathered once: the head's gradient comes with its logits, what is not recomputed may be kept
+
+    To gather is to write; what no axis splits is not gathered. Of the embedding rows are looked up, next to nothing, and
+    activations are left out.
     """
-    passes = 2 if config.model.remat == "none" else 3
+    state = state_on(config, mesh)
+    values = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        if "embed" not in names:
+            whole = device_values(gathered(leaf))
+            gathers = _gathers(config, names) if whole > device_values(leaf) else 0
+            values += whole * (_reads(config, names) + 2 + gathers)
     width = jnp.dtype(config.model.dtype).itemsize
-    parameters = program.parameter_bytes / jnp.dtype(config.model.param_dtype).itemsize
-    dense_split = mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape["context"]
-    expert_split = mesh.shape["fsdp"] * mesh.shape["context"]
-    one_expert = 3 * config.model.hidden_size * config.model.moe_intermediate_size
-    layers = config.model.num_moe_layers + config.model.num_nextn_predict_layers
-    experts = layers * config.model.n_routed_experts * one_expert / (mesh.shape["expert"] * expert_split * mesh.shape["tensor"])
-    gathered = experts * expert_split + (parameters - experts) * dense_split
-    state = 2.0 * (program.parameter_bytes + program.optimizer_bytes)
-    return state + 2.0 * (passes + 1) * width * gathered * config.train.micro_batches
+    return 2.0 * device_bytes(state) + width * values * config.train.micro_batches
 
 
-def _device_bytes(shapes: Any, shardings: Any) -> int:
-    """Bytes of a tree of arrays on one device."""
+def _reads(config: Config, names: list[str]) -> int:
+    experts = "experts" in names
+    recomputed = config.model.remat == "full" and _in_block(names) and "down_proj" not in names
+    return 3 if experts or recomputed else 2
 
-    def size(leaf: Any, sharding: Any) -> int:
-        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-    return sum(jax.tree.leaves(jax.tree.map(size, shapes, shardings)))
+def _gathers(config: Config, names: list[str]) -> int:
+    return 2 if "experts" in names or (config.model.remat != "none" and _in_block(names)) else 1
+
+
+def _in_block(names: list[str]) -> bool:
+    return "block" in names or not {*names}.isdisjoint(STACKS)

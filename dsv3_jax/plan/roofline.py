@@ -35,7 +35,6 @@ def roofline(
     hbm_bytes: float,
     collectives: Iterable[Collective],
     chip: Chip,
-    dcn_axis: str | None = None,
 ) -> Roofline:
     """Seconds of a step in which everything runs at its peak and overlaps entirely.
 
@@ -45,7 +44,7 @@ def roofline(
       step     the largest of the three
 
     The links are counted as if all of a device's ran busy at once; a collective along one axis of a torus uses some of
-    them only, so real ones take longer. A collective whose axes include `dcn_axis` is charged to DCN, any other to ICI.
+    them only, so real ones take longer. What goes between slices is charged to DCN, anything else to ICI.
 
     Args:
       flops_per_token: model FLOPs, forward and backward (either figure of `dsv3_jax.model.flops`).
@@ -54,11 +53,10 @@ def roofline(
       hbm_bytes: bytes that a device reads and writes in a step.
       collectives: what a device sends in a step.
       chip: the device, from CHIPS or your own figures.
-      dcn_axis: the mesh axis that runs between slices; None within one slice.
     """
     sent = {True: 0, False: 0}
     for one in collectives:
-        sent[dcn_axis in one.axis.split("+")] += one.bytes
+        sent[one.across_slices] += one.bytes
     compute = flops_per_token * tokens_per_device * RECOMPUTED[remat] / chip.bf16_flops
     hbm = hbm_bytes / chip.hbm_bytes
     link = max(sent[False] / chip.ici_bytes, sent[True] / chip.dcn_bytes)

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_format
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import num_shards
+from dsv3_jax.infer.runner import on_mesh
+from dsv3_jax.kernels.expert_ffn import choose_backend
 from dsv3_jax.parallel.chips import Chip
-from dsv3_jax.parallel.mesh import describe, make_mesh
+from dsv3_jax.parallel.mesh import current_platform, describe
+from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
-from dsv3_jax.plan.serving import (
-    Serving,
-    Weights,
-    abstract_arguments,
-    check_serves,
-    compile_decode,
-    compile_prefill,
-    device_bytes,
-    smallest_mesh,
-)
+from dsv3_jax.plan.memory_table import print_memory
+from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments, check_serves, smallest_mesh
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
+from dsv3_jax.plan.serving_programs import compile_decode, compile_prefill
+from dsv3_jax.plan.topology import mesh_of_all
 
 FORMATS: tuple[Weights, ...] = ("bfloat16", "fp8")
 
@@ -39,7 +36,7 @@ class Part(NamedTuple):
     tokens: int
     """Tokens of the whole machine in one step; of decoding, those there are without drafts."""
     total_bytes: int
-    """Of a device, with the weights that the other program needs."""
+    """Of a device: what the compiler says of the program, and the weights that it does not take."""
     fits: bool | None
 
 
@@ -80,21 +77,22 @@ def report_serving(
       json: print one JSON object, and nothing else.
 
     Raises:
-      ValueError: if the mesh does not divide what it splits, or the model cannot be served so.
+      ValueError: if the mesh does not take all devices or divide what it splits, or the model cannot be served so.
     """
     model = model.with_dtype("bfloat16")
     formats = FORMATS if serving.weights is None else (serving.weights,)
     plans = {}
     for weights in formats:
         asked = dataclasses.replace(serving, weights=weights)
-        plans[weights] = plan_serving(model, asked, make_mesh(mesh or smallest_mesh(model, asked, len(devices)), devices), chip)
+        sizes = mesh or smallest_mesh(model, asked, len(devices))
+        plans[weights] = plan_serving(model, asked, mesh_of_all(sizes, devices, "tensor"), chip)
         if not json:
             _print(Console(), f"{title}, weights in {weights}", asked, plans[weights], chip)
     if json:
-        sizes = {name: size for name, size in dataclasses.asdict(serving).items() if name != "weights"}
+        about = {name: size for name, size in dataclasses.asdict(serving).items() if name != "weights"}
         hbm = None if chip is None else int(chip.hbm_gib * GIB)
         shown = {weights: _json(plan) for weights, plan in plans.items()}
-        print(json_format.dumps({"mode": "serve", "devices": len(devices), **sizes, "hbm_bytes": hbm, "weights": shown}))
+        print(json_format.dumps({"mode": "serve", "devices": len(devices), **about, "hbm_bytes": hbm, "weights": shown}))
     else:
         print(PROVES)
 
@@ -103,11 +101,13 @@ def plan_serving(model: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | 
     """Compiles both programs for a mesh. Raises as `report_serving`."""
     check_serves(model, serving, dict(mesh.shape))
     arguments, shards = abstract_arguments(model, serving, mesh), num_shards(mesh)
+    with on_mesh(mesh):
+        backend = choose_backend(model.expert_backend, model.dtype, current_platform())
     decode = compile_decode(model, serving, mesh, chip, arguments)
     prefill = compile_prefill(model, serving, mesh, chip, arguments)
 
     def part(compiled: Compiled, step: Step, tokens: int) -> Part:
-        done = work(model, serving, step, arguments)
+        done = work(model, serving, step, arguments, backend)
         total = compiled.total_bytes + done.unused_bytes
         fits = None if chip is None else compiled.fits is not False and total <= chip.hbm_gib * GIB
         bound = None if chip is None or compiled.collectives is None else limits(done, compiled, chip)
@@ -152,20 +152,14 @@ def _part_json(part: Part) -> dict[str, Any]:
 
 def _print(console: Console, title: str, serving: Serving, plan: Plan, chip: Chip | None) -> None:
     console.print(f"\n[bold]{title}[/bold], on {describe(plan.mesh)}")
-    memory = Table("GiB a device", *plan.parts)
     parts = plan.parts.values()
-    rows: dict[str, list[Any]] = {
+    rows: dict[str, Sequence[int | None]] = {
         "weights": [plan.weight_bytes] * len(parts),
         f"cache of {serving.batch} x {serving.context} tokens": [plan.cache_bytes] * len(parts),
         "temporaries": [part.compiled.temporary_bytes for part in parts],
-        "in all, by the compiler": [part.total_bytes for part in parts],
-        "HBM a program can use": [None if chip is None else chip.hbm_gib * GIB] * len(parts),
+        "in all, with the weights it does not take": [part.total_bytes for part in parts],
     }
-    for name, sizes in rows.items():
-        memory.add_row(name, *("?" if size is None else f"{size / GIB:.2f}" for size in sizes))
-    console.print(memory)
-    if plan.fits is not None:
-        console.print("It fits." if plan.fits else "[bold]It does not fit.[/bold]")
+    print_memory(console, ("GiB a device", *plan.parts), rows, chip, plan.fits)
     for name, part in plan.parts.items():
         _print_part(console, name, part, chip)
 
@@ -181,7 +175,7 @@ def _print_part(console: Console, name: str, part: Part, chip: Chip | None) -> N
     if part.limits is not None and chip is not None:
         bound, done = part.limits, part.work
         ms = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in bound._asdict().items()}
-        copied = f" and {done.copied_bytes / 1e9:.1f} GB of experts made wide" if done.copied_bytes else ""
+        copied = f" and {done.copied_bytes / 1e9:.1f} GB of weights made whole or wide" if done.copied_bytes else ""
         console.print(
             f"Least time of a step: arithmetic {ms['compute_seconds']} for {done.flops / 1e12:.2f} TFLOP, HBM "
             f"{ms['weight_seconds']} for {done.weight_bytes / 1e9:.1f} GB of weights{copied} and {ms['cache_seconds']} for "

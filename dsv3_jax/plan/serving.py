@@ -1,7 +1,4 @@
-"""The two programs of generation, prefill and decode, compiled for machines that are not there.
-
-They are the very functions that the engine runs, with arrays that have a shape and a place, and no content.
-"""
+"""What is served, and what the programs of generation take: arrays that have a shape and a place, and no content."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
@@ -20,16 +16,15 @@ from dsv3_jax.checkpoint.fp8 import EXPORT_BLOCK, scale_shape
 from dsv3_jax.checkpoint.names import Leaf, leaves
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.infer.cache import ROWS, empty_cache, num_shards
-from dsv3_jax.infer.runner import laid_out, models, on_mesh
-from dsv3_jax.infer.steps import Chunks, Slots, decode, prefill
+from dsv3_jax.infer.cache import ROWS, empty_cache
+from dsv3_jax.infer.runner import SMALLEST_CHUNK, chunk_sizes, laid_out
+from dsv3_jax.infer.steps import Slots
 from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model import init_variables
 from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
-from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import SERVING, named_shardings
-from dsv3_jax.plan.compiled import Compiled, compile_for
+from dsv3_jax.plan.arrays import device_bytes, placed
 
 PAGE_SIZE = 128
 Weights = Literal["bfloat16", "fp8"]
@@ -44,7 +39,7 @@ class Serving:
     context: int = 4096
     """Tokens of each of them, which the cache has room for."""
     chunk: int = 4096
-    """Tokens of a prompt that prefill works through at a time, one prompt for each part of the batch."""
+    """Tokens of a prompt that prefill works through at a time, a power of two; one prompt for each part of the batch."""
     drafts: int = 0
     """Tokens that the first MTP depth drafts a step: 0 or 1."""
     weights: Weights | None = None
@@ -58,6 +53,9 @@ class Serving:
             self.chunk <= self.context,
             f"--serve.chunk is {self.chunk}, more than --serve.context ({self.context}); make it that at most",
         )
+        # The engine pads chunks to these.
+        is_size = self.chunk in chunk_sizes(self.chunk)
+        require(is_size, f"--serve.chunk is {self.chunk}; it must be a power of two from {SMALLEST_CHUNK}")
 
     @property
     def start(self) -> int:
@@ -107,9 +105,9 @@ def _placed_variables(config: ModelConfig, mesh: Mesh | AbstractMesh, fp8: bool)
 
     def place(shape: Any, sharding: NamedSharding) -> Any:
         if not isinstance(shape, BlockScaled):
-            return _placed(shape, sharding)
-        scale_inv: Any = _placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
-        values: Any = _placed(shape.values, sharding)
+            return placed(shape, sharding)
+        scale_inv: Any = placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
+        values: Any = placed(shape.values, sharding)
         return dataclasses.replace(shape, values=values, scale_inv=scale_inv)
 
     shardings = named_shardings(unrolled_axes(config), arrays, mesh, SERVING)
@@ -126,46 +124,7 @@ def _in_blocks(leaf: Leaf) -> BlockScaled:
 
 def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shapes with one row or page for each sequence, split as the batch."""
-    return jax.tree.map(lambda leaf: _placed(leaf, NamedSharding(mesh, ROWS)), tree)
-
-
-def _placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of arrays on one device."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def compile_prefill(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
-    """Compiles the last chunk of a context: the first one too, where a chunk holds a whole context."""
-    shards = num_shards(mesh)
-    rows = jax.ShapeDtypeStruct((shards,), jnp.int32)
-    chunks = Chunks(jax.ShapeDtypeStruct((shards, serving.chunk), jnp.int32), rows, rows, rows, rows)
-    table = jax.ShapeDtypeStruct((shards, serving.pages_of_one), jnp.int32)
-    more = by_rows((chunks, table), mesh)
-    return _compiled(
-        lambda: prefill.lower(models(config, mesh)[0], *arguments, *more, first=serving.start == 0),
-        mesh,
-        chip,
-        arguments,
-        # Under even routing a device sends all of its tokens' choices but those of its own experts.
-        ragged_rows=serving.chunk * config.num_experts_per_tok * (1 - 1 / mesh.shape["expert"]),
-    )
-
-
-def compile_decode(config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Compiled:
-    """Compiles one step of all sequences."""
-    table = jax.ShapeDtypeStruct((serving.batch, serving.pages_of_one), jnp.int32)
-    more = by_rows((table, jax.ShapeDtypeStruct((serving.batch,), bool)), mesh)
-    return _compiled(lambda: decode.lower(models(config, mesh)[1], *arguments, *more), mesh, chip, arguments)
-
-
-def _compiled(lower: Any, mesh: Mesh, chip: Chip | None, arguments: Arguments, **traffic: Any) -> Compiled:
-    with on_mesh(mesh):
-        # Of the exchange's rounds the first stands before the loop over more, and under even routing it is the only one.
-        return compile_for(lower, mesh, chip, device_bytes(arguments), open_trips=0, **traffic)
+    return jax.tree.map(lambda leaf: placed(leaf, NamedSharding(mesh, ROWS)), tree)
 
 
 def check_serves(config: ModelConfig, serving: Serving, sizes: dict[str, int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.model import logical_axes
+from dsv3_jax.plan.arrays import device_bytes, placed
 from dsv3_jax.train.state import init_state, state_shardings
 
 
@@ -37,7 +37,7 @@ def sharding_table(config: Config, mesh: Mesh | AbstractMesh) -> list[Row]:
     rows = []
     for (path, leaf), sharding in zip(_flat(shapes), jax.tree.leaves(state_shardings(config, mesh)), strict=True):
         parameter = _parameter_of(path)
-        size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        size = device_bytes(placed(leaf, sharding))
         rows.append(Row("/".join(path), leaf.shape, leaf.dtype.name, axes.get(parameter), tuple(sharding.spec), size))
     return rows
 

@@ -1,4 +1,4 @@
-"""Devices that are not there: an accelerator topology for the compiler, or virtual CPU devices.
+"""Devices that are not there, and a mesh of them: an accelerator topology for the compiler, or virtual CPU devices.
 
 The TPU compiler is part of libtpu, and that for CUDA of JAX's plugin for GPUs: pip packages that run on any x86 machine.
 """
@@ -15,8 +15,12 @@ import sys
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from dsv3_jax.config import MeshConfig
+from dsv3_jax.config.checks import require
 from dsv3_jax.parallel.chips import CHIPS, Chip
+from dsv3_jax.parallel.mesh import make_mesh
 
 # libtpu looks for a TPU host around it, and there is none.
 _NO_HOST = {
@@ -142,6 +146,23 @@ def use_cpu_devices(number: int) -> list[Any]:
     if len(devices) < number:
         raise ValueError(f"{number} CPU devices are asked for where JAX runs on {len(devices)} already")
     return devices[:number]
+
+
+def mesh_of_all(config: MeshConfig, devices: list[Any], rest: str) -> Mesh:
+    """The mesh of `config`, on every one of the devices.
+
+    Args:
+      config: the sizes of its axes.
+      devices: what it is made of.
+      rest: the axis that an error advises to give the rest of them.
+
+    Raises:
+      ValueError: if it has a place for fewer, or more.
+    """
+    mesh = make_mesh(config, devices)
+    places = f"the mesh has {mesh.size} place for {len(devices)} devices; set mesh.{rest} to -1, for instance"
+    require(mesh.size == len(devices), places)
+    return mesh
 
 
 def _first_line(error: Exception) -> str:

@@ -309,8 +309,16 @@ def test_between_slices() -> None:
     gathered, scattered = (text.replace("ALL_REDUCE", kind) for kind in ("ALL_GATHER", "REDUCE_SCATTER"))
     assert found(gathered, AXES, slices=2)["all-gather", "data"] == (32, 1, False)
     assert found(scattered, AXES, slices=2)["reduce-scatter", "data"] == (16, 1, False)
-    # Four replicas over the two slices: two of them in each.
-    assert {axis for _, axis in found(text, {"data": 4, "fsdp": 2}, slices=2)} == {"data", "data+fsdp"}
+    # Four replicas over the two slices, two of them in each: what goes along `data` within a slice is told from what leaves it.
+    four = collectives(text, {"data": 4, "fsdp": 2}, slices=2)
+    assert {(one.kind, one.axis, one.bytes, one.across_slices) for one in four} == {
+        ("all-gather", "data", 16, False), ("all-reduce", "data+fsdp", 48, False), ("all-reduce", "data", 32, True),
+    }  # fmt: skip
+    inside = text.replace("{{0,1,2,3}}", "{{0,2},{1,3}}")
+    both = [one for one in collectives(inside, {"data": 4, "fsdp": 2}, slices=2) if one.kind == "all-reduce"]
+    assert sorted((one.axis, one.bytes, one.count, one.across_slices) for one in both) == [
+        ("data", 32, 1, False), ("data", 32, 1, True),
+    ]  # fmt: skip
     with pytest.raises(ValueError, match="4 devices in each of 1 slice"):
         collectives(text, AXES)
     with pytest.raises(ValueError, match="does not split over 2 slices"):

@@ -6,13 +6,15 @@ import dataclasses
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from dsv3_jax.kernels.grouped_ffn import KERNELS
 from dsv3_jax.parallel.chips import CHIPS
-from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.mesh import AXES, make_mesh
 from dsv3_jax.plan.compiled import GIB
 from dsv3_jax.plan.program import bound, compile_program, expected_rows_sent, least_hbm_bytes
+from dsv3_jax.plan.sharding_table import sharding_table
 from dsv3_jax.plan.topology import h100_devices, tpu_devices
 
 SMALL = Config(
@@ -129,14 +131,48 @@ def test_what_micro_batches_send_is_counted_as_often_as_there_are_any() -> None:
         assert 2 * three[key] == 3 * two[key] > 0
 
 
+D, V, N, Q, C, H, P, W, F, E = 256, 512, 4, 128, 128, 64, 32, 64, 128, 8
+ATTENTION = D * Q + Q * N * (H + P) + D * (C + P) + C * N * (H + W) + N * W * D
+NORMS = 2 * D + Q + C
+"""Values of a block's attention, and of its norms."""
+
+
+def test_least_hbm_bytes_by_hand() -> None:
+    """Everything recomputed, weights over four devices. Of a weight are read or written two for its gradient, and more.
+
+    In blocks three reads and two gathers, one read less of what makes their output; no gather of a norm; outside of blocks two
+    reads and one gather; of the embedding nothing.
+    """
+    mesh = AbstractMesh((1, 2, 2, 1, 1), AXES)
+    experts = 3 * D * F * E // 2
+    sevens = 4 * ATTENTION + 2 * D * 512 + 3 * (D * E + 2 * D * F + experts)
+    sixes = D * 512 + 3 * D * F
+    fives = 4 * NORMS + 2 * D * D + V * D
+    fours = 3 * D + D
+    state = sum(row.bytes_per_device for row in sharding_table(SMALL, mesh))
+    once = 7 * sevens + 6 * sixes + 5 * fives + 4 * fours
+    assert least_hbm_bytes(SMALL, mesh) == 2 * state + 2 * once
+    train = dataclasses.replace(SMALL.train, batch_size=12, micro_batch_size=4)
+    assert least_hbm_bytes(dataclasses.replace(SMALL, train=train), mesh) == 2 * state + 3 * 2 * once
+
+
+def test_least_hbm_bytes_of_one_device() -> None:
+    """It gathers nothing and recomputes nothing but its experts."""
+    config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat="none"), mesh=MeshConfig())
+    mesh = AbstractMesh((1,) * 5, AXES)
+    experts = 3 * 3 * D * F * E
+    ends, depth = V * D + D, 2 * D * D + 3 * D
+    others = 4 * (ATTENTION + NORMS) + 3 * D * 512 + 3 * (D * E + 3 * D * F) + ends + depth
+    state = sum(row.bytes_per_device for row in sharding_table(config, mesh))
+    assert least_hbm_bytes(config, mesh) == 2 * state + 2 * (5 * experts + 4 * others)
+
+
 @pytest.mark.slow
 def test_expected_traffic_and_bounds() -> None:
     """256 tokens a device, two choices each, half of them to the other device of two."""
     mesh = make_mesh(SMALL.mesh, jax.devices()[:4])
     assert expected_rows_sent(SMALL, mesh) == 256 * 2 / 2
     program = compile_program(dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="float32")), mesh, None)
-    traffic = least_hbm_bytes(SMALL, mesh, program)
-    assert traffic > 2 * (program.parameter_bytes + program.optimizer_bytes)
-    limits = bound(SMALL, mesh, program, CHIPS["v5p"], 1)
-    assert limits.hbm_seconds == pytest.approx(traffic / CHIPS["v5p"].hbm_bytes)
+    limits = bound(SMALL, mesh, program, CHIPS["v5p"])
+    assert limits.hbm_seconds == pytest.approx(least_hbm_bytes(SMALL, mesh) / CHIPS["v5p"].hbm_bytes)
     assert limits.step_seconds == max(limits[:3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from dsv3_jax.parallel.chips import Chip
@@ -28,11 +30,14 @@ def test_roofline_by_hand() -> None:
     assert worked() == Roofline(compute_seconds=3.0, hbm_seconds=2.5, link_seconds=6.0, step_seconds=6.0)
 
 
-def test_slices_send_along_the_data_axis_over_the_network() -> None:
-    """50 bytes stay on ICI, and 10 go at 2; with less on it the network is not the limit."""
-    assert worked(dcn_axis="data").link_seconds == 5.0
-    assert worked(dcn_axis="data", collectives=SENT[1:4]).link_seconds == 5.0
-    assert worked(dcn_axis="data", collectives=SENT[:1] + SENT[3:]).link_seconds == 3.5
+def test_what_crosses_slices_goes_over_the_network() -> None:
+    """Along `data` too only that: 50 bytes on ICI, and 10 at 2; with less on it the network is not the limit."""
+    across = [dataclasses.replace(one, across_slices=one.axis.startswith("data")) for one in SENT]
+    assert worked(collectives=across).link_seconds == 5.0
+    assert worked(collectives=across[1:4]).link_seconds == 5.0
+    assert worked(collectives=across[:1] + across[3:]).link_seconds == 3.5
+    within = [*across[:3], SENT[3], *across[4:]]
+    assert worked(collectives=within).link_seconds == 5.2
     assert worked(collectives=[]).link_seconds == 0.0
 
 

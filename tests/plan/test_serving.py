@@ -11,15 +11,19 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
+import dsv3_jax.plan.__main__ as command
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import bytes_per_token
 from dsv3_jax.parallel.chips import CHIPS
-from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.plan.compiled import GIB
-from dsv3_jax.plan.serve_report import report_serving
-from dsv3_jax.plan.serving import PAGE_SIZE, Serving, abstract_arguments, check_serves, device_bytes, smallest_mesh
+from dsv3_jax.parallel.mesh import AXES, make_mesh
+from dsv3_jax.plan import serve_report
+from dsv3_jax.plan.arrays import device_bytes
+from dsv3_jax.plan.compiled import GIB, Compiled
+from dsv3_jax.plan.serve_report import Part, Plan, report_serving
+from dsv3_jax.plan.serving import PAGE_SIZE, Serving, abstract_arguments, check_serves, smallest_mesh
+from dsv3_jax.plan.serving_bound import Work
 from dsv3_jax.plan.topology import tpu_devices
-from tests.plan.test_parameters import test_bad_input_is_one_line_and_exit_2
+from tests.plan.test_parameters import ROOT, run, test_bad_input_is_one_line_and_exit_2
 from tests.plan.test_program import SMALL
 
 MODEL = dataclasses.replace(SMALL.model, num_hidden_layers=2, remat="none")
@@ -56,11 +60,33 @@ def test_report_on_cpu_devices(capsys: pytest.CaptureFixture) -> None:
         assert part["tokens"] == tokens[name]
         assert part["total_bytes"] > plan["weight_bytes"] + plan["cache_bytes"]
         assert part["roofline_seconds"] is part["fits"] is None
+        assert part["weight_bytes_copied"] == 0  # Tiles make an expert wide while they visit it.
         assert part["compile_seconds"] > 0
     exchanges = {"decode": ("all-gather", "reduce-scatter"), "prefill": ("all-to-all",)}
     for name, kinds in exchanges.items():
         along = {one["kind"] for one in plan[name]["collectives"] if one["axis"] == "expert"}
         assert along >= set(kinds)
+
+
+def test_the_printed_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A total of more than the compiler counts is not said to be the compiler's."""
+    compiled = Compiled(0, 2 * GIB, 3 * GIB, True, [], {}, 1.0, "")
+    idle = Work(flops=0.0, weight_bytes=0.0, cache_bytes=0.0, copied_bytes=0.0, unused_bytes=GIB)
+    part = Part(compiled, idle, None, 8, 4 * GIB, True)
+    plan = Plan(make_mesh(MeshConfig(expert=4, tensor=2), jax.devices()), GIB, GIB, {"decode": part, "prefill": part})
+    monkeypatch.setattr(serve_report, "plan_serving", lambda *_: plan)
+    asked = dataclasses.replace(ASKED, weights="fp8")
+    report_serving(MODEL, asked, jax.devices(), MeshConfig(expert=4, tensor=2), CHIPS["v5p"], title="small", json=False)
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    assert rows == [
+        ["weights", "1.00", "1.00"],
+        ["cache of 8 x 256 tokens", "1.00", "1.00"],
+        ["temporaries", "2.00", "2.00"],
+        ["in all, with the weights it does not take", "4.00", "4.00"],
+        ["HBM a program can use", "95.74", "95.74"],
+    ]
+    assert "It fits." in out
 
 
 @pytest.mark.slow
@@ -136,6 +162,24 @@ def test_drafts_take_a_depth() -> None:
 
 
 @pytest.mark.parametrize(
+    ("named", "mesh"),
+    [
+        ([], None),
+        (["--mesh.expert", "4", "--mesh.tensor", "-1"], MeshConfig(expert=4, tensor=-1)),
+        (["--mesh.data=2", "--mesh.expert=2", "--mesh.tensor=2"], MeshConfig(data=2, expert=2, tensor=2)),
+    ],
+)
+def test_the_mesh_is_the_one_named(
+    named: list[str], mesh: MeshConfig | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And nothing of the config's own, which is for training: expert 64 and fsdp the rest."""
+    asked: list[MeshConfig | None] = []
+    monkeypatch.setattr(command, "report_serving", lambda model, serving, devices, mesh, *_, **__: asked.append(mesh))
+    run(monkeypatch, "--config", str(ROOT / "configs/v3_671b.py"), "--mode", "serve", "--devices", "8", *named)
+    assert asked == [mesh]
+
+
+@pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--serve.batch", "8"], "--serve.* belongs to --mode serve"),
@@ -146,9 +190,23 @@ def test_drafts_take_a_depth() -> None:
             ["--mode", "serve", "--devices", "8", "--serve.context", "64"],
             "--serve.chunk is 4096, more than --serve.context",
         ),
+        (
+            ["--mode", "serve", "--devices", "8", "--serve.chunk", "3000"],
+            "--serve.chunk is 3000; it must be a power of two from 16",
+        ),
+        (["--mode", "serve", "--devices", "8", "--serve.chunk", "8"], "--serve.chunk is 8; it must be a power of two from 16"),
         (["--mode", "serve", "--devices", "8", "--serve.batch", "0"], "--serve.batch is 0; it must be at least 1"),
         (["--mode", "serve", "--devices", "8", "--serve.weights", "int4"], "int4"),
         (["--mode", "infer"], "infer"),
+        (
+            ["--config", "configs/tiny.py", "--mode", "serve", "--devices", "8", "--mesh.expert", "1"],
+            "the mesh has 1 place for 8 devices; set mesh.tensor to -1",
+        ),
+        # What the config's training takes, fsdp -1 here, is no wish for serving.
+        (
+            ["--config", "configs/v3_671b.py", "--mode", "serve", "--devices", "8", "--mesh.expert", "4"],
+            "4 places for 8 devices",
+        ),
     ],
 )
 def test_bad_flags_are_one_line(

@@ -68,15 +68,13 @@ class Sizes:
         require(parts == 1, f"mesh.context is {parts}; inference does not split sequences, use 1")
         shards = num_shards(mesh)
         page_size = (128 if jax.default_backend() == "tpu" else 64) if page_size is None else page_size
-        beyond = _places_beyond(drafts)
-
         slots = -(-max_batch // shards)
         longest = min(LONGEST_BY_DEFAULT, context) if max_length is None else max_length
         if cache_tokens is None:
-            pages = slots * math.ceil((longest + beyond) / page_size)
+            pages = slots * pages_for(longest, drafts, page_size)
         else:
             pages = cache_tokens // shards // page_size
-            room = pages * page_size - beyond
+            room = pages * page_size - _places_beyond(drafts)
             longest = min(longest, room) if max_length is None else longest
             require(
                 2 <= longest <= room,
@@ -105,7 +103,12 @@ class Sizes:
     @property
     def pages_of_one(self) -> int:
         """Most pages of a sequence."""
-        return math.ceil((self.max_length + _places_beyond(self.drafts)) / self.page_size)
+        return pages_for(self.max_length, self.drafts, self.page_size)
+
+
+def pages_for(length: int, drafts: int, page_size: int) -> int:
+    """Pages that a sequence of `length` tokens can need."""
+    return math.ceil((length + _places_beyond(drafts)) / page_size)
 
 
 def _places_beyond(drafts: int) -> int:

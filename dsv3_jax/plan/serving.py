@@ -17,7 +17,8 @@ from dsv3_jax.checkpoint.names import Leaf, leaves
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.infer.cache import ROWS, empty_cache
-from dsv3_jax.infer.runner import SMALLEST_CHUNK, chunk_sizes, laid_out
+from dsv3_jax.infer.runner import laid_out
+from dsv3_jax.infer.sizes import SMALLEST_CHUNK, chunk_sizes, pages_for
 from dsv3_jax.infer.steps import Slots
 from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model import init_variables
@@ -65,7 +66,7 @@ class Serving:
     @property
     def pages_of_one(self) -> int:
         """Pages of a sequence, with room for what a step writes beyond the last token."""
-        return math.ceil((self.context + 2 * self.drafts + 1) / PAGE_SIZE)
+        return pages_for(self.context, self.drafts, PAGE_SIZE)
 
 
 class Arguments(NamedTuple):

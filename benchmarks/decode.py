@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--model", help="Hugging Face folder in place of a random model")
     parser.add_argument("--drafts", type=int, default=0, help="also time speculation with so many drafts")
     arguments = parser.parse_args()
+    if arguments.drafts and arguments.model is None:
+        parser.error("--drafts needs --model: the random model has no MTP depth to draft with")
     prompts = _prompts(arguments.model, arguments.batch)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,12 @@
-"""Throughput and time to first token of the server against offered load, with and without drafts of the MTP depth.
+"""Throughput and time to first text of the server against offered load, with and without drafts of the MTP depth.
 
     python benchmarks/serve.py [--checkpoint runs/tiny] [--rates 1 2 4 8 16] [--requests 48] [--drafts 0 1]
 
 Prints a table and one JSON line. The server is a process of its own, and its programs are compiled before anything is measured.
 Requests arrive at random (Poisson, from a fixed seed, so that every setting meets the same ones), stream greedily, and continue
-Python's standard library. Above what the server can do a queue grows, and time to first token with it. Without a checkpoint the
-model is that of configs/tiny.py with random weights, whose drafts are hardly ever right.
+Python's standard library. Above what the server can do a queue grows, and time to first text with it: what a client sees of the
+first token, since part of a character is held back. Without a checkpoint the model is that of configs/tiny.py with random
+weights, whose drafts are hardly ever right.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Told(NamedTuple):
     """What became of it."""
 
     first: float
-    """Seconds to the first token."""
+    """Seconds to the first text."""
     seconds: float
     tokens: int
 
@@ -151,16 +152,16 @@ async def offer(url: str, requests: list[Asked], rate: float) -> dict[str, float
     return {
         "tokens_per_second": round(sum(each.tokens for each in told) / seconds, 1),
         "requests_per_second": round(len(told) / seconds, 2),
-        "first_token_p50": round(float(np.quantile(first, 0.5)), 4),
-        "first_token_p95": round(float(np.quantile(first, 0.95)), 4),
+        "first_text_p50": round(float(np.quantile(first, 0.5)), 4),
+        "first_text_p95": round(float(np.quantile(first, 0.95)), 4),
         "seconds_per_token_p50": round(float(np.quantile(each_token, 0.5)), 5),
     }
 
 
-def tokens_per_step(url: str) -> float:
-    """Tokens that a decoding step has given on average so far."""
+def decoded(url: str) -> tuple[float, float]:
+    """Tokens that decoding has given so far, and steps that it took."""
     lines = dict(line.rsplit(" ", 1) for line in httpx2.get(f"{url}/metrics").text.splitlines() if not line.startswith("#"))
-    return round(float(lines["dsv3_step_tokens_total"]) / float(lines["dsv3_steps_total"]), 3)
+    return float(lines["dsv3_step_tokens_total"]), float(lines["dsv3_steps_total"])
 
 
 def measured(checkpoint: str | None, drafts: int, rates: list[float], requests: list[Asked]) -> list[dict[str, Any]]:
@@ -171,9 +172,11 @@ def measured(checkpoint: str | None, drafts: int, rates: list[float], requests: 
         for i, rate in enumerate(sorted(rates)):
             # The same load for each rate, but for a first word, without which the prefix cache would have most of it.
             own = [asked._replace(prompt=f"# {i}\n{asked.prompt}") for asked in requests]
-            rows.append({"drafts": drafts, "rate": rate, **asyncio.run(offer(url, own, rate))})
+            before = decoded(url)
+            row = {"drafts": drafts, "rate": rate, **asyncio.run(offer(url, own, rate))}
+            tokens, steps = (after - first for after, first in zip(decoded(url), before, strict=True))
+            rows.append(row | {"tokens_per_step": round(tokens / steps, 3)})
             print("  ".join(f"{value:>{len(name)}}" for name, value in rows[-1].items()), flush=True)
-        rows[-1]["tokens_per_step"] = tokens_per_step(url)
     return rows
 
 
@@ -187,8 +190,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.pop("DSV3_JAX_API_KEY", None)
     requests = load(arguments.requests)
-    names = "drafts", "rate", "tokens_per_second", "requests_per_second", "first_token_p50", "first_token_p95"
-    print("  ".join((*names, "seconds_per_token_p50")))
+    names = "drafts", "rate", "tokens_per_second", "requests_per_second", "first_text_p50", "first_text_p95"
+    print("  ".join((*names, "seconds_per_token_p50", "tokens_per_step")))
     rows = [row for drafts in arguments.drafts for row in measured(arguments.checkpoint, drafts, arguments.rates, requests)]
     print(
         json.dumps(

@@ -41,7 +41,9 @@ def main() -> None:
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
 
     def engine(drafts: int) -> Engine:
-        return Engine(model.config, model.variables, max_batch=flags.batch, max_length=PROMPT + NEW, drafts=drafts)
+        # Without the prefix cache, or every turn but the first would find its prompts there.
+        sizes = {"max_batch": flags.batch, "max_length": PROMPT + NEW, "drafts": drafts}
+        return Engine(model.config, model.variables, prefix_cache=False, **sizes)
 
     def seconds(of: Engine) -> float:
         started = time.perf_counter()

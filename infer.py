@@ -15,6 +15,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config import DataConfig
@@ -37,47 +40,41 @@ from dsv3_jax.serve import require_servable, serve
 from dsv3_jax.serve.flags import Flags
 
 
+class Task(NamedTuple):
+    """What is to be done, checked as far as that goes without weights."""
+
+    prompts: PromptLines | None
+    template: ChatTemplate | None
+    sizes: dict[str, Any]
+    """Of the engine."""
+    model_name: str
+
+
 @exits_with_one_line
 def main() -> None:
     flags = parse_flags(Flags, description=__doc__)
-    speed = Speed()
-    # What is wrong with any of this shows before a large model is read.
-    prompts = None if flags.batch_file is None else read_prompt_lines(flags.batch_file[0])
-    if flags.batch_file is not None:
-        require_place(flags.batch_file[1], prompts=flags.batch_file[0])
-    is_chat = flags.interactive or (prompts is not None and prompts.need_template)
-    template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
-
-    mesh, config = make_mesh(flags.mesh), read_model(flags.checkpoint)
-    sizes = flags.sizes(config)
-    checked = Sizes.of(config, mesh, **sizes)
-    if flags.prompt is not None:
-        longest = config.max_position_embeddings if flags.max_length is None else checked.max_length
-        prompt_ids(flags.prompt, config, load_tokenizer(flags.checkpoint), longest)
-    name = os.path.basename(os.path.abspath(flags.checkpoint))
-    if flags.serve:
-        require_servable(name, flags.server)
-
+    speed, mesh = Speed(), make_mesh(flags.mesh)
+    task = checked(flags, mesh)
     model = load_model(flags.checkpoint, flags.dtype, mesh)
     cache_compilations(DataConfig.cache_dir)
-    params = flags.sampling(model.infer, longest=config.max_position_embeddings)
+    params = flags.sampling(model.infer, longest=model.config.max_position_embeddings)
     prompt = model.infer.prompt if flags.prompt is None else flags.prompt
-    if flags.one_shot and flags.max_length is None:
-        sizes["max_length"] = length_for(prompt, params, model)
+    sizes = task.sizes
+    if flags.one_shot and flags.max_length is None and flags.cache_tokens is None:
+        sizes = sizes | {"max_length": length_for(prompt, params, model)}
     options = {"mesh": mesh, "prefix_cache": flags.prefix_cache, **sizes}
     engine = Engine(model.config, model.variables, model.tokenizer, donate=True, **options)
     lines = opening(model, mesh, engine)
 
     if flags.serve:
         say(*lines)
-        sys.exit(serve(engine, name, template, flags.server))
-    elif prompts is not None:
-        assert flags.batch_file is not None
-        batch(prompts, flags.batch_file[1], template, params, model, engine, lines, speed)
+        sys.exit(serve(engine, task.model_name, task.template, flags.server))
+    elif flags.batch_file is not None:
+        batch(task, flags.batch_file[1], params, model, engine, lines, speed)
     elif flags.interactive:
-        assert template is not None
+        assert task.template is not None
         say(*lines)
-        converse(Conversation(engine, template, model.tokenizer, params), speed)
+        converse(Conversation(engine, task.template, model.tokenizer, params), speed)
     else:
         updates = engine.stream_text(prompt, params)
         say(*lines)
@@ -89,10 +86,30 @@ def main() -> None:
     say(speed.told(engine))
 
 
+def checked(flags: Flags, mesh: Mesh) -> Task:
+    """Reads all but the weights. Raises ValueError for what is wrong with any of it: a large model takes minutes to read."""
+    prompts = None
+    if flags.batch_file is not None:
+        prompts = read_prompt_lines(flags.batch_file[0])
+        require_place(flags.batch_file[1], prompts=flags.batch_file[0])
+    is_chat = flags.interactive or (prompts is not None and prompts.need_template)
+    template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
+    config = read_model(flags.checkpoint)
+    sizes = flags.sizes(config)
+    longest = Sizes.of(config, mesh, **sizes).max_length
+    if flags.prompt is not None:
+        if flags.max_length is None and flags.cache_tokens is None:  # Then the engine is made for this prompt.
+            longest = config.max_position_embeddings
+        prompt_ids(flags.prompt, config, load_tokenizer(flags.checkpoint), longest)
+    name = os.path.basename(os.path.abspath(flags.checkpoint))
+    if flags.serve:
+        require_servable(name, flags.server)
+    return Task(prompts, template, sizes, name)
+
+
 def batch(
-    prompts: PromptLines,
+    task: Task,
     path: str,
-    template: ChatTemplate | None,
     params: SamplingParams,
     model: LoadedModel,
     engine: Engine,
@@ -100,19 +117,20 @@ def batch(
     speed: Speed,
 ) -> None:
     """Completes the lines that the file at `path` does not hold yet."""
+    assert task.prompts is not None
     depends_on = {
-        "prompts": prompts.digest,
+        "prompts": task.prompts.digest,
         "checkpoint": model.origin,
-        "chat_template": template and digest(template.source),
+        "chat_template": task.template and digest(task.template.source),
         "dtype": model.config.dtype,
         "drafts": engine.sizes.drafts,
         "max_length": engine.sizes.max_length,
         **dataclasses.asdict(params),
     }
-    with CompletionLines(path, depends_on, {line.index for line in prompts.lines}) as completions:
-        left = [line for line in prompts.lines if line.index not in completions.done]
-        submitted = submit_lines(engine, left, params, template, model.tokenizer)
-        say(*lines, f"{len(completions.done)} of {len(prompts.lines)} lines are in {path} already")
+    with CompletionLines(path, depends_on, {line.index for line in task.prompts.lines}) as completions:
+        left = [line for line in task.prompts.lines if line.index not in completions.done]
+        submitted = submit_lines(engine, left, params, task.template, model.tokenizer)
+        say(*lines, f"{len(completions.done)} of {len(task.prompts.lines)} lines are in {path} already")
         complete_lines(engine, submitted, completions, speed)
 
 

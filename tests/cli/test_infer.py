@@ -7,11 +7,13 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.infer.flags import DRAFTS_BY_DEFAULT
 from dsv3_jax.infer.load import load_model
+from dsv3_jax.serve import ServeOptions
 from tests.cli.conftest import CONFIG, ROOT, Done, plain_environment, started
 
 PROGRAM = str(ROOT / "infer.py")
@@ -82,6 +85,37 @@ def test_a_mesh_gives_the_same_text(straight: tuple[Path, Done], called: Callabl
     done = called(infer.main, "--checkpoint", "runs/straight", "--prompt", "import ", "--max-tokens", "12", *mesh)
     assert (done.code, done.stdout) == (0, expected), done.stderr
     assert "in float32 on 8 cpu devices (data 2 x expert 2 x tensor 2)" in done.stderr
+
+
+# Serving, which tests/serve does with a client.
+
+
+def test_a_server_gets_the_engine_and_is_named_after_the_folder(
+    straight: tuple[Path, Done], called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, workplace: Path
+) -> None:
+    served: list[Any] = []
+
+    def serve(engine: Engine, name: str, template: ChatTemplate | None, options: ServeOptions) -> int:
+        served.append((engine.sizes.slots, name, template, options))
+        return 3
+
+    monkeypatch.setattr("infer.serve", serve)
+    checkpoint = f"{workplace}/runs/../runs/straight/."
+    done = called(infer.main, "--checkpoint", checkpoint, "--serve", "--port", "0", "--max-queue", "3")
+    assert (done.code, served) == (3, [(8, "straight", None, ServeOptions(port=0, max_queue=3))])
+    assert "slots: 8" in done.stderr
+
+
+def test_an_address_and_a_key_are_refused_before_weights_are_read(
+    straight: tuple[Path, Done], called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("infer.load_model")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = called(infer.main, "--checkpoint", "runs/straight", "--serve", "--port", port)
+        done.assert_refused(f"cannot listen on port {port} of 127.0.0.1")
+    monkeypatch.setenv("DSV3_JAX_API_KEY", "")
+    called(infer.main, "--checkpoint", "runs/straight", "--serve", "--port", "0").assert_refused("the API key is empty")
 
 
 # Chats.
@@ -205,7 +239,6 @@ def test_of_damaged_checkpoints_the_one_before_is_used_and_the_last_refused(
         (["--max-length", "65"], "max_length is 65; it must lie in 2..64"),
         (["--max-length", "4", "--prompt", "x = 1\n" * 8], "leave no room in max_length 4"),
         (["--prompt", "x = 1\n" * 50], "tokens leave no room in max_length 64 (the model's context is 64); shorten it"),
-        (["--prompt", ""], "the prompt is empty"),
         (["--cache-tokens", "3"], "cache_tokens is 3, and in pages of 64"),
         (["--mesh.data", "4", "--mesh.context", "2"], "mesh.context is 2; inference does not"),
     ],

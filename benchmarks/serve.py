@@ -2,7 +2,7 @@
 
     python benchmarks/serve.py [--checkpoint runs/tiny] [--rates 1 2 4 8 16] [--requests 48] [--drafts 0 1]
 
-Prints a table and one JSON line. The server is a process of its own, and its programs are compiled before anything is measured.
+Prints a table and one JSON line. The server is a process of its own, which compiles its programs before it listens.
 Requests arrive at random (Poisson, from a fixed seed, so that every setting meets the same ones), stream greedily, and continue
 Python's standard library. Above what the server can do a queue grows, and time to first text with it: what a client sees of the
 first token, since part of a character is held back. Without a checkpoint the model is that of configs/tiny.py with random
@@ -34,7 +34,6 @@ from dsv3_jax import Engine
 from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
-from dsv3_jax.infer.sizes import SMALLEST_CHUNK
 from dsv3_jax.model import init_variables
 from dsv3_jax.parallel.compilation import cache_compilations
 from dsv3_jax.serve import ServeOptions, serve
@@ -48,7 +47,7 @@ class Asked(NamedTuple):
 
     arrival: float
     """Seconds from the start, at one request a second."""
-    prompt: str | list[int]
+    prompt: str
     max_tokens: int
 
 
@@ -71,14 +70,6 @@ def load(count: int, seed: int = 0) -> list[Asked]:
         start, length = rng.integers(len(text) - 600), rng.integers(100, 600)
         asked.append(Asked(float(arrival), text[start : start + length], int(rng.integers(16, 97))))
     return asked
-
-
-def warm_up() -> list[Asked]:
-    """What makes the engine compile every program: chunks of each size, as a prompt's first and as a later one."""
-    rng = np.random.default_rng(1)
-    sizes = [SMALLEST_CHUNK << i for i in range((CHUNK // SMALLEST_CHUNK).bit_length())]
-    lengths = [before + size for before in (0, CHUNK) for size in sizes]
-    return [Asked(0.0, rng.integers(8, 250, length).tolist(), 8) for length in lengths]
 
 
 def run_server(checkpoint: str | None, drafts: int, port: int) -> None:
@@ -168,7 +159,6 @@ def measured(checkpoint: str | None, drafts: int, rates: list[float], requests: 
     """A row for each rate, from the lowest."""
     rows = []
     with server(checkpoint, drafts) as url:
-        asyncio.run(offer(url, warm_up(), 1000.0))
         for i, rate in enumerate(sorted(rates)):
             # The same load for each rate, but for a first word, without which the prefix cache would have most of it.
             own = [asked._replace(prompt=f"# {i}\n{asked.prompt}") for asked in requests]

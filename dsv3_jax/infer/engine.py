@@ -26,7 +26,7 @@ from dsv3_jax.infer.sampling import Sampler, SamplingParams
 from dsv3_jax.infer.scheduler import Scheduler
 from dsv3_jax.infer.sequence import Chunk
 from dsv3_jax.infer.sequence import Sequence as Scheduled
-from dsv3_jax.infer.sizes import Sizes, chunk_sizes
+from dsv3_jax.infer.sizes import Sizes
 from dsv3_jax.infer.steps import Drawn
 
 GREEDY = SamplingParams()
@@ -117,7 +117,7 @@ class Engine:
         """The cache and the programs, in words."""
         sizes = self.sizes
         each = bytes_per_token(self.config, sizes.drafts > 0)
-        chunks = ", ".join(map(str, chunk_sizes(min(sizes.chunk, sizes.max_length - 1))))
+        chunks = ", ".join(map(str, sizes.chunk_sizes))
         return [
             f"cache: {self.cache_bytes / 1e6:.1f} MB for {sizes.cache_tokens} tokens, {each} bytes each, in {sizes.pages} "
             f"pages of {sizes.page_size}; slots: {sizes.slots}; drafts a step: {sizes.drafts}",
@@ -136,6 +136,10 @@ class Engine:
             "steps": self.steps,
             "step_tokens": self.step_tokens,
         }
+
+    def warm_up(self) -> None:
+        """Compiles every program but those that report log-probabilities, so that no request waits for it."""
+        self._runner.warm_up()
 
     # Requests.
 

@@ -79,10 +79,19 @@ class Runner:
         """Tells how the sequence that gets a slot is sampled; `row` is one of `Sampler.row`."""
         self._slots = _with_sampler(self._slots, *jax.device_put((np.int32(slot), row), self._sharding(WHOLE)))
 
+    def warm_up(self) -> None:
+        """Runs every program that reports no log-probabilities once, for nobody: it is compiled, and nothing changes."""
+        for length in self._sizes.chunk_sizes:
+            for first in (True, False):
+                self._prefill([], length, first, report=False)
+        jax.block_until_ready(self.decode([], report=False))
+
     def prefill(self, chunks: list[Chunk], report: bool) -> Drawn:
         """Works through the chunks, at most one of each shard; the results' rows are the shards."""
         longest = max(len(chunk.tokens) for chunk in chunks)
-        length = chunk_sizes(longest)[-1]
+        return self._prefill(chunks, chunk_sizes(longest)[-1], all(chunk.start == 0 for chunk in chunks), report)
+
+    def _prefill(self, chunks: list[Chunk], length: int, first: bool, report: bool) -> Drawn:
         tokens = np.zeros((self._sizes.num_shards, length), np.int32)
         count, start, following, slot = (np.full(self._sizes.num_shards, value, np.int32) for value in (1, 0, -1, -1))
         sequences: list[Sequence | None] = [None] * self._sizes.num_shards
@@ -94,7 +103,6 @@ class Runner:
             if chunk.following is not None:
                 following[row] = chunk.following
         arrays = self._put((Chunks(tokens, count, start, following, slot), self._table(sequences)))
-        first = all(chunk.start == 0 for chunk in chunks)
         with on_mesh(self._mesh):
             self._cache, self._slots, drawn = prefill(
                 self._prefill_model, self._variables, self._cache, self._slots, *arrays, first=first, report=report

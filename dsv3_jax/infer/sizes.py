@@ -101,6 +101,11 @@ class Sizes:
         return self.pages * self.page_size
 
     @property
+    def chunk_sizes(self) -> list[int]:
+        """What the chunks of its prompts are padded to."""
+        return chunk_sizes(min(self.chunk, self.max_length - 1))
+
+    @property
     def pages_of_one(self) -> int:
         """Most pages of a sequence."""
         return pages_for(self.max_length, self.drafts, self.page_size)

@@ -11,6 +11,11 @@ from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.plan.compiled import GIB
 
 
+def amount(value: float) -> str:
+    """Two decimals, or three digits where they would show less."""
+    return f"{value:.2f}" if abs(value) >= 1 or not value else f"{value:.3g}"
+
+
 def print_memory(
     console: Console,
     columns: Sequence[str],
@@ -35,7 +40,7 @@ def print_memory(
         column.justify = "right"
     hbm = None if chip is None else chip.hbm_gib * GIB
     for name, sizes in {**rows, "HBM a program can use": [hbm] * len(programs)}.items():
-        table.add_row(name, *("?" if size is None else f"{size / GIB:.2f}" for size in sizes))
+        table.add_row(name, *("?" if size is None else amount(size / GIB) for size in sizes))
     console.print(table)
     if fits is not None:
         console.print("It fits." if fits else "[bold]It does not fit.[/bold]")

@@ -18,7 +18,7 @@ from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import current_platform, describe
 from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB, PROVES, Compiled
-from dsv3_jax.plan.memory_table import print_memory
+from dsv3_jax.plan.memory_table import amount, print_memory
 from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments, check_serves, smallest_mesh
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
 from dsv3_jax.plan.serving_programs import compile_decode, compile_prefill
@@ -161,24 +161,29 @@ def _print(console: Console, title: str, serving: Serving, plan: Plan, chip: Chi
     }
     print_memory(console, ("GiB a device", *plan.parts), rows, chip, plan.fits)
     for name, part in plan.parts.items():
-        _print_part(console, name, part, chip)
+        _print_part(console, name, part, chip, serving.drafts > 0)
+    if chip is None:
+        console.print("No least time: it would need a chip's peaks, so name one by --topology.")
 
 
-def _print_part(console: Console, name: str, part: Part, chip: Chip | None) -> None:
+def _print_part(console: Console, name: str, part: Part, chip: Chip | None, drafting: bool) -> None:
     compiled = part.compiled
     sent = ", ".join(
-        f"{one.kind} along {one.axis} {one.bytes / 1e6:.1f} MB in {one.count}" for one in compiled.collectives or []
+        f"{one.kind} along {one.axis} {amount(one.bytes / 1e6)} MB in {one.count}" for one in compiled.collectives or []
     )
-    console.print(f"{name}, compiled in {compiled.compile_seconds:.0f} s. A device sends: {sent or 'unknown'}.")
+    console.print(f"{name}, compiled in {compiled.compile_seconds:.0f} s. In a step a device sends: {sent or 'unknown'}.")
     if compiled.kernels:
         console.print(f"Pallas kernels: {', '.join(compiled.kernels)}.")
     if part.limits is not None and chip is not None:
         bound, done = part.limits, part.work
-        ms = {name: f"{1e3 * seconds:.2f} ms" for name, seconds in bound._asdict().items()}
-        copied = f" and {done.copied_bytes / 1e9:.1f} GB of weights made whole or wide" if done.copied_bytes else ""
+        ms = {name: f"{amount(1e3 * seconds)} ms" for name, seconds in bound._asdict().items()}
+        per_token, second = amount(1e6 * bound.step_seconds / part.tokens), part.tokens / bound.step_seconds
+        copied = f", and {amount(done.copied_bytes / 1e9)} GB to make some whole or wide" if done.copied_bytes else ""
+        if_none = ", if no draft stands" if drafting and name == "decode" else ""
         console.print(
-            f"Least time of a step: arithmetic {ms['compute_seconds']} for {done.flops / 1e12:.2f} TFLOP, HBM "
-            f"{ms['weight_seconds']} for {done.weight_bytes / 1e9:.1f} GB of weights{copied} and {ms['cache_seconds']} for "
-            f"{done.cache_bytes / 1e9:.1f} GB of cache, links {ms['link_seconds']}: {ms['step_seconds']} if all overlap, "
-            f"{1e6 * bound.step_seconds / part.tokens:.1f} us for each of {part.tokens} tokens."
+            f"Least time of a step, without latencies: arithmetic {ms['compute_seconds']} ({amount(done.flops / 1e12)} TFLOP); "
+            f"HBM {ms['weight_seconds']} for weights ({amount(done.weight_bytes / 1e9)} GB to read{copied}) and "
+            f"{ms['cache_seconds']} for the cache ({amount(done.cache_bytes / 1e9)} GB); links {ms['link_seconds']}. If all "
+            f"overlap, {ms['step_seconds']}: {per_token} us for each of {part.tokens} tokens{if_none}, {second:,.0f} tokens/s "
+            "on all devices."
         )

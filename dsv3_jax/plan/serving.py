@@ -128,13 +128,20 @@ def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(lambda leaf: placed(leaf, NamedSharding(mesh, ROWS)), tree)
 
 
+def check_model(config: ModelConfig, serving: Serving) -> None:
+    """Raises ValueError for what the model does not do on any mesh."""
+    longest = config.max_position_embeddings
+    require(
+        serving.context <= longest,
+        f"--serve.context is {serving.context}, and the model goes to {longest} tokens; lower it (and --serve.chunk)",
+    )
+    has_depth = config.num_nextn_predict_layers > 0
+    require(has_depth or not serving.drafts, "--serve.drafts is 1, and the model has no MTP depth; set it to 0")
+
+
 def check_serves(config: ModelConfig, serving: Serving, sizes: dict[str, int]) -> None:
     """Raises ValueError, naming both, where a mesh does not divide what it splits, or the model does not go so far."""
-    longest = config.max_position_embeddings
-    require(serving.context <= longest, f"--serve.context is {serving.context}; the model goes to {longest} tokens")
-    require(
-        serving.drafts <= config.num_nextn_predict_layers, "--serve.drafts is 1, and the model has no MTP depth; set it to 0"
-    )
+    check_model(config, serving)
     require(sizes["context"] == 1, f"mesh.context is {sizes['context']}; generation does not split sequences, use 1")
     shards = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
     splits = [
@@ -155,8 +162,9 @@ def smallest_mesh(config: ModelConfig, serving: Serving, devices: int) -> MeshCo
     Along `expert` dense weights are repeated, along `tensor` the cache is.
 
     Raises:
-      ValueError: if no such mesh divides what it splits.
+      ValueError: if no such mesh divides what it splits, or the model does not go so far.
     """
+    check_model(config, serving)
     found = []
     for tensor in range(1, devices + 1):
         if devices % tensor == 0:

@@ -69,12 +69,14 @@ def application(service: Service) -> Starlette:
         Route("/v1/chat/completions", functools.partial(_answer, service, read_chat), methods=["POST"]),
     ]
     paths = {route.path for route in routes}
-    return Starlette(
+    app = Starlette(
         routes=routes,
         lifespan=lifespan,
         middleware=[Middleware(_Counted, service, paths), Middleware(_KeyRequired, service.api_key)],
         exception_handlers={ApiError: _on_api_error, HTTPException: _on_http_exception, Exception: _on_bug},
     )
+    app.router.redirect_slashes = False  # A client of an API is better told that there is no such path.
+    return app
 
 
 def _model(service: Service) -> dict[str, Any]:
@@ -249,12 +251,13 @@ class _KeyRequired:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._key is not None and scope["path"] not in _OPEN and not self._has_key(scope):
-            error = ApiError(401, "The API key is missing or wrong; send it as a bearer token", code="invalid_api_key")
+            message = "The API key is missing or wrong; send it as a bearer token (on the page: Settings)"
+            error = ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
             await _error(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         assert self._key is not None
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self._key.encode())
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -43,6 +44,8 @@ class Fields:
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.wrong(name, value, "use an integer")
         self._check_range(name, value, low, high)
+        if abs(value) >= 2**64:
+            raise self.wrong(name, value, "use one of 64 bits")
         return value
 
     def number(self, name: str, low: float, high: float, default: float) -> float:
@@ -87,7 +90,9 @@ def _kind(value: Any) -> type:
 
 
 def _shown(value: Any) -> str:
-    """A value in few words; repr of a huge integer would raise."""
+    """A value in few words, as JSON has it; repr of a huge integer would raise."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     if isinstance(value, int) and abs(value) > 10**30:
         return "an enormous integer"
     text = repr(value) if not isinstance(value, dict | list) or len(value) < 20 else f"a {type(value).__name__} of {len(value)}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
+
+from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config.checks import require, require_numbers, require_positive
 
@@ -27,6 +30,8 @@ class ServeOptions:
     """Seconds a client may take to send a request's body."""
     drain_timeout: float = 60.0
     """Seconds that running requests get to finish after SIGTERM."""
+    warm_up: Annotated[bool, FlagConversionOff] = True
+    """Whether programs are compiled before the server listens; else the first requests that need one wait for it."""
 
     def __post_init__(self) -> None:
         require_numbers(self)

@@ -285,11 +285,11 @@ def _message(content: Any, where: str) -> dict[str, str]:
     role = fields.text("role")
     if role not in ROLES:
         raise fields.wrong("role", role, f"use one of {', '.join(ROLES)}")
+    fields.refuse("tool_calls", [])  # First, since such a message may have no content.
     message = {"role": ROLES[role], "content": _content(fields.take("content"), f"{where}.content")}
     name = fields.text("name")
     if name is not None:
         message["name"] = name
-    fields.refuse("tool_calls", [])
     fields.ignore("tool_call_id", "refusal", "annotations")  # A client may send back an answer as it got it.
     for other in ("function_call", "audio"):
         fields.refuse(other)

@@ -5,6 +5,7 @@ The first SIGTERM or Ctrl-C lets the running requests finish and takes no new on
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
@@ -16,12 +17,15 @@ import uvicorn
 from dsv3_jax.data.chat_template import ChatTemplate
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve.app import application
+from dsv3_jax.serve.connections import Connection, most_connections
 from dsv3_jax.serve.options import ServeOptions
 from dsv3_jax.serve.service import Service, require_name_and_key
 
 KEY_VARIABLE = "DSV3_JAX_API_KEY"
 _LAST_STEP = 5.0
 """Seconds that the engine's thread gets to end, once nothing waits for it."""
+_LAST_WORD = 1
+"""Seconds that clients get to hear that their requests are cut off."""
 DEFAULT_OPTIONS = ServeOptions()
 
 
@@ -45,6 +49,8 @@ def serve(
       ValueError: if the engine has no tokenizer, the key is empty, or the address cannot be listened on.
     """
     service = Service(engine, model_name, template, options, os.environ.get(KEY_VARIABLE))
+    if options.warm_up:
+        engine.warm_up()
     with _listener(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         print(f"serving {model_name} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
@@ -74,7 +80,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 application(service),
                 loop="asyncio",
-                http="h11",
+                http=functools.partial(Connection, read_timeout=service.options.read_timeout, most=most_connections()),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -108,9 +114,10 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _cut_off(self) -> None:
-        self.code, self.should_exit, self.force_exit = 1, True, True
-        # From Python 3.12 on the listeners are closed only once their connections are, which would wait for the requests.
-        self.config.timeout_graceful_shutdown = 0
+        """Has every request end with an error, and the server with them, whether they could be told or not."""
+        self.code, self.should_exit = 1, True
+        self._service.cut_off()
+        self.config.timeout_graceful_shutdown = _LAST_WORD
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -16,7 +16,7 @@ from dsv3_jax.serve.metrics import Metrics
 from dsv3_jax.serve.options import ServeOptions
 from dsv3_jax.serve.requests import Served, Wanted
 from dsv3_jax.serve.token_bytes import TokenBytes
-from dsv3_jax.serve.worker import Accepted, Event, Failed, HungUp, Job, Progress, Refused, TimedOut, Worker
+from dsv3_jax.serve.worker import Accepted, CutOff, Event, Failed, HungUp, Job, Progress, Refused, TimedOut, Worker
 
 LATER = {"retry-after": "1"}
 NOT_AGAIN = {"x-should-retry": "false"}
@@ -48,6 +48,7 @@ class Service:
         self.draining = False
         """Takes nothing new."""
         self._most_open = engine.sizes.slots + options.max_queue
+        self._running: set[Running] = set()
         self.open_choices = 0
         """Completions that somebody waits for."""
         self.open_requests = 0
@@ -65,6 +66,16 @@ class Service:
         if self.draining:
             raise ApiError(503, "The server is going down", code="draining", headers=LATER)
 
+    def cut_off(self) -> None:
+        """Ends all requests under way with an error."""
+        self.draining = True
+        for running in self._running:
+            running.cut_off()
+
+    def forget(self, running: Running) -> None:
+        """Told by a request that has been closed."""
+        self._running.discard(running)
+
     async def admit(self, wanted: Wanted, receive: Receive) -> Running:
         """Takes a request on; the caller closes what it gets.
 
@@ -78,6 +89,7 @@ class Service:
         if self.open_choices + count > self._most_open:
             raise ApiError(429, "The queue is full; come back later", code="queue_full", headers=LATER)
         running = Running(self, wanted, receive)
+        self._running.add(running)
         try:
             await running.accepted()
         except BaseException:
@@ -139,6 +151,11 @@ class Running:
             self._watch.cancel()
             self._service.worker.cancel(self._job)
             self._service.open_choices -= len(self._wanted.params)
+            self._service.forget(self)
+
+    def cut_off(self) -> None:
+        """Ends it with an error, which is the next thing that its client is told."""
+        self._job.events.put_nowait(CutOff())
 
     async def _next(self) -> Event:
         event = await self._job.events.get()
@@ -151,6 +168,8 @@ class Running:
                 seconds = self._service.options.timeout
                 message = f"The request took more than {seconds:g} seconds, and was ended"
                 raise ApiError(504, message, code="timeout", headers=NOT_AGAIN)
+            case CutOff():
+                raise ApiError(503, "The server is going down, and the request was cut off", code="draining", headers=LATER)
             case HungUp():
                 raise ApiError(HUNG_UP, "The client has closed the connection")
         return event

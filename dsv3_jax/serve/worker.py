@@ -50,11 +50,15 @@ class HungUp(NamedTuple):
     """The client is gone."""
 
 
+class CutOff(NamedTuple):
+    """The server ends now."""
+
+
 class TimedOut(NamedTuple):
     """The time of a request is over."""
 
 
-Event = Accepted | Refused | Failed | Progress | HungUp | TimedOut
+Event = Accepted | Refused | Failed | Progress | HungUp | CutOff | TimedOut
 
 
 class Job:

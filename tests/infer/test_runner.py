@@ -36,8 +36,7 @@ def mesh() -> Mesh:
     return make_mesh(MeshConfig(expert=4, tensor=2))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("on_mesh", [False, True])
+@pytest.mark.parametrize(("on_mesh", "dtype"), [(False, "bfloat16"), (True, "float32")])
 def test_donated_weights_are_held_once(mesh: Mesh, on_mesh: bool, dtype: str) -> None:
     """The stacks are gone once their layers are there, and what was converted is gone too; the completions are the same."""
     config = dataclasses.replace(SMALL, dtype=dtype)

@@ -60,6 +60,9 @@ def test_chunks_are_padded_to_powers_of_two() -> None:
     assert chunk_sizes(1) == [16]
     assert chunk_sizes(64) == [16, 32, 64]
     assert chunk_sizes(65) == [16, 32, 64, 128]
+    # No prompt of an engine is longer than what leaves room for a token.
+    assert Sizes.of(MODEL).chunk_sizes == [16, 32, 64]
+    assert Sizes.of(MODEL, chunk=32).chunk_sizes == [16, 32]
 
 
 @pytest.mark.parametrize(

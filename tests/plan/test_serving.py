@@ -135,6 +135,9 @@ def test_the_smallest_mesh() -> None:
     large = smallest_mesh(model, dataclasses.replace(asked, batch=4096), 8)
     assert (large.expert, large.tensor) == (8, 1)
     assert smallest_mesh(model, dataclasses.replace(asked, context=16, chunk=16), 8).tensor == 4
+    # What no mesh would mend is named as such.
+    with pytest.raises(ValueError, match=r"--serve\.context is 4096, and the model goes to [0-9]+ tokens"):
+        smallest_mesh(model, Serving(), 8)
     with pytest.raises(ValueError, match=re.escape("no mesh expert x tensor of 7 devices divides --serve.batch (8)")):
         smallest_mesh(model, asked, 7)
 
@@ -146,7 +149,7 @@ def test_the_smallest_mesh() -> None:
         ({"batch": 16}, {"expert": 16}, "model.n_routed_experts is 8, which mesh.expert (16) does not divide"),
         ({}, {"tensor": 8}, "model.num_attention_heads is 4, which mesh.tensor (8) does not divide"),
         ({}, {"context": 2}, "mesh.context is 2; generation does not split sequences"),
-        ({"context": 512}, {}, "--serve.context is 512; the model goes to 256 tokens"),
+        ({"context": 512}, {}, "--serve.context is 512, and the model goes to 256 tokens"),
     ],
 )
 def test_what_does_not_divide_is_refused(asked: dict[str, int], sizes: dict[str, int], complaint: str) -> None:

@@ -217,6 +217,7 @@ def test_a_key_is_asked_for(engine: Engine) -> None:
             for path in ("/v1/models", "/metrics", "/v1/nothing"):
                 answer = server.http.get(path, headers=encoded)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+                assert answer.headers["www-authenticate"] == "Bearer"
         assert [server.http.get(path).status_code for path in ("/", "/health")] == [200, 200]
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame", max_retries=0)
         assert client.completions.create(prompt="Hello", max_tokens=1, **GREEDY).usage is not None

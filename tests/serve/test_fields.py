@@ -25,11 +25,12 @@ def test_fields_are_given_as_they_are_and_null_is_absent() -> None:
         ("text", 3, "x is 3; use a string"),
         ("flag", 1, "x is 1; use true or false"),
         ("flag", "true", "x is 'true'; use true or false"),
-        ("integer", True, "x is True; use an integer"),
+        ("integer", True, "x is true; use an integer"),
         ("integer", 1.5, "x is 1.5; use an integer"),
         ("integer", float("inf"), "x is inf; use an integer"),
         ("integer", [1], r"x is \[1\]; use an integer"),
         ("integer", {str(i): i for i in range(30)}, "x is a dict of 30; use an integer"),
+        ("integer", 10**4000, "x is an enormous integer; use one of 64 bits"),
         ("integer", "5" * 500, r"x is '5{96}\.\.\.; use an integer"),
     ],
 )

@@ -166,7 +166,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": [1]}, "logit_bias is [1]; use an object"),
     ({"logit_bias": {"x": 1}}, "logit_bias is 'x'; its keys are token ids"),
     ({"logit_bias": {"1": 101}}, "logit_bias is 101; a bias is a number in -100..100"),
-    ({"logit_bias": {"1": None}}, "logit_bias is None; a bias is a number"),
+    ({"logit_bias": {"1": None}}, "logit_bias is null; a bias is a number"),
     ({"seed": 1.5}, "seed is 1.5; use an integer"),
     ({"stream": "yes"}, "stream is 'yes'; use true or false"),
     ({"stream_options": {"include_usage": True}}, "stream_options is given without stream"),
@@ -174,17 +174,17 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"stream": True, "stream_options": 1}, "stream_options is 1; use a JSON object"),
     ({"presence_penalty": 0.5}, "presence_penalty is 0.5; this server does not support it"),
     ({"frequency_penalty": -1}, "frequency_penalty is -1; this server does not support it"),
-    ({"store": True}, "store is True; this server does not support it"),
+    ({"store": True}, "store is true; this server does not support it"),
     ({"model": 3}, "model is 3; use a string"),
     ({"model": None}, "model is missing; this server has tiny"),
     ({"temprature": 1}, "temprature is not a field that this server knows"),
 ]
 COMPLETION: list[tuple[dict[str, Any], str]] = [
-    ({"echo": True}, "echo is True; this server does not support it"),
+    ({"echo": True}, "echo is true; this server does not support it"),
     ({"best_of": 2}, "best_of is 2; this server does not support it"),
     ({"suffix": "end"}, "suffix is 'end'; this server does not support it"),
     ({"logprobs": 6}, "logprobs is 6; it must lie in 0..5"),
-    ({"logprobs": True}, "logprobs is True; use an integer"),
+    ({"logprobs": True}, "logprobs is true; use an integer"),
     ({"messages": HELLO}, "messages is not a field that this server knows"),
     ({"prompt": None}, "prompt must be a string"),
     ({"prompt": 5}, "prompt must be a string"),
@@ -216,7 +216,7 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content must be a string"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type is 'image_url'; only"),
     ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood is not a field"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls is [1]; this server"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "messages[0].tool_calls is [1]; this server"),
     ({"messages": [{"role": "user", "content": "x" * 100}]}, "maximum context length is 64 tokens"),
 ]
 

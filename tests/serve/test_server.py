@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -63,7 +64,9 @@ def asking(server: Served) -> Iterator[list[Answer]]:
 
 
 def assert_cut_off(answer: Answer) -> None:
-    assert isinstance(answer, httpx2.TransportError) or answer.status_code >= 500
+    """And told so, in OpenAI's words."""
+    assert isinstance(answer, httpx2.Response)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
 
 
 def test_a_signal_drains(slow: Engine) -> None:
@@ -92,6 +95,21 @@ def test_a_second_signal_ends_at_once(slow: Engine) -> None:
     assert server.server.code == 1
     assert_cut_off(answers[0])
     assert server.service.worker.stop(5)
+
+
+def test_a_stream_that_is_cut_off_says_so(slow: Engine) -> None:
+    with served(slow) as server:
+        with server.http.stream("POST", "/v1/completions", json={"model": NAME, "stream": True, **LONG}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for _ in range(2):
+                server.server.handle_exit(signal.SIGTERM, None)
+            *_, error, done = (line for line in lines if line)
+        server.thread.join(5)
+        assert not server.thread.is_alive()
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "draining"
+    assert done == "data: [DONE]"
+    assert server.server.code == 1
 
 
 def test_draining_takes_only_so_long(slow: Engine) -> None:
@@ -172,6 +190,19 @@ def test_the_program_drains_at_sigterm_and_ends_at_a_second() -> None:
                 time.sleep(0.01)
             child.send_signal(signal.SIGTERM)
             assert child.wait(10) == 1
+
+
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_programs_are_compiled_before_the_server_listens(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, warm_up: bool
+) -> None:
+    warmed = []
+    monkeypatch.setattr(engine, "warm_up", lambda: warmed.append(True))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match="cannot listen"):
+            serve(engine, NAME, TEMPLATE, ServeOptions(port=port, warm_up=warm_up))
+    assert bool(warmed) == warm_up
 
 
 def test_an_address_in_use_is_refused(engine: Engine) -> None:

@@ -24,7 +24,7 @@ OWNER := $(PYTHON_VERSION) $(shell $(PYTHON) -c 'import sys; print(sys.base_pref
 STALE := $(if $(filter-out $(OWNER),$(shell cat $(READY) 2>/dev/null || echo missing)),stale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow parity tpu-compiler cuda-compiler lint fmt lock clean stale
+.PHONY: help setup train test test-slow test-exhaustive parity tpu-compiler cuda-compiler lint fmt lock clean stale
 MAKEFLAGS += --no-print-directory
 
 help:  ## list the targets
@@ -42,6 +42,9 @@ test: lint $(if $(COMPILER_HOST),$(TPU_READY))  ## lint, types, then the default
 
 test-slow: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the tests that take minutes
 	@$(RUN) -m pytest -m slow $(ARGS)
+
+test-exhaustive: setup  ## the tests of make test-slow in more shapes; for a change of what they test
+	@$(RUN) -m pytest -m exhaustive $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
 	@$(PYTEST) -m parity $(ARGS)

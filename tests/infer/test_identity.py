@@ -143,8 +143,14 @@ def test_a_prefix_is_computed_once(variables: dict[str, Any]) -> None:
     assert list(without.generate(prompts, PARAMS)) == [request.completion for request in requests]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("drafts", [0, 1, 2])
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        pytest.param(0, marks=pytest.mark.exhaustive),
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_sampled_tokens_have_the_models_distribution(variables: dict[str, Any], drafts: int) -> None:
     """The first two tokens of 4,000 completions, by chi-squared over the pairs, against the whole model's probabilities."""
     prompt, count, V = [3, 7, 1], 4000, MODEL.vocab_size

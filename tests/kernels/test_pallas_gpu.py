@@ -42,10 +42,11 @@ SIZES = {
     (30, 128, 128, 256): {"256 experts": [(i % 19 == 0) * (1 + i % 3) for i in range(256)]},
     (140, 128, 128, 1): {"one expert": [139]},
 }
-SLOW = (
-    "one expert has everything", "all rows in the last expert", "rows past the last group", "no rows at all", "256 experts",
-    "one expert", "around a tile and its halves",
+SLOW = "one expert has everything", "rows past the last group"
+EXHAUSTIVE = (
+    "all rows in the last expert", "no rows at all", "256 experts", "one expert", "around a tile and its halves",
 )  # fmt: skip
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(EXHAUSTIVE, pytest.mark.exhaustive)
 CASES = {case: (shape, sizes) for shape, cases in SIZES.items() for case, sizes in cases.items()}
 
 
@@ -87,7 +88,7 @@ def interpreted(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, nu
 
 
 @pytest.mark.usefixtures("gpu_interpreter")
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=MARKS.get(c, ())) for c in CASES])
 def test_kernels_match_reference(case: str) -> None:
     """Memory is NaN until it is written, as is what a copy reads beyond an array."""
     inputs = make_inputs(*CASES[case])

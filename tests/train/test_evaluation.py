@@ -158,8 +158,13 @@ def test_drafts_are_verified_as_greedy_decoding_would(depths: int) -> None:
     assert found.drafted == sum(int(batch.weights_BT[:, 1:].sum()) for batch in batches) < found.tokens
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp, expert", "data, expert, tensor", "context, expert, tensor"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("context, expert, tensor", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("fsdp, expert", "data, expert, tensor")),
+    ],
+)
 def test_on_a_mesh_the_same_drafts_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate_ragged(monkeypatch)
     variables, batches = random_variables(DRAFTING), drafting_batches(1)

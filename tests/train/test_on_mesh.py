@@ -102,7 +102,15 @@ def compare_with_one_device(sizes: str, exchange: str) -> None:
 
 
 QUICK = "fsdp, expert", "data, expert, tensor"
-EVERY_MESH = [pytest.param(sizes, marks=[] if sizes in QUICK else pytest.mark.slow) for sizes in MESHES]
+# Between them these two have every axis but fsdp.
+SLOW = "data, expert, tensor", "context, expert, tensor"
+EVERY_MESH = [
+    pytest.param(sizes, marks=[] if sizes in QUICK else pytest.mark.slow if sizes in SLOW else pytest.mark.exhaustive)
+    for sizes in MESHES
+]
+SLOW_OR_EXHAUSTIVE = [
+    pytest.param(sizes, marks=pytest.mark.slow if sizes in SLOW else pytest.mark.exhaustive) for sizes in MESHES
+]
 
 
 @pytest.mark.parametrize("sizes", EVERY_MESH)
@@ -110,9 +118,8 @@ def test_loss_and_gradients_of_every_mesh(sizes: str) -> None:
     compare_with_one_device(sizes, "dense")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("exchange", ["ring", "ragged"])
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", SLOW_OR_EXHAUSTIVE)
 def test_loss_and_gradients_of_every_exchange(sizes: str, exchange: str) -> None:
     compare_with_one_device(sizes, exchange)
 
@@ -186,8 +193,7 @@ def smallest_margin(biased_BTE: jax.Array, config: ModelConfig) -> jax.Array:
     return jnp.minimum(groups.min(), experts.min())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", SLOW_OR_EXHAUSTIVE)
 def test_eight_steps_are_those_of_one_device(sizes: str, one_device: tuple) -> None:
     wanted_state, wanted, margin = one_device
     assert margin > MARGIN, "some token chose by less: its choice may depend on rounding, so take another seed"
@@ -228,10 +234,14 @@ def test_biases_and_metrics_are_equal_everywhere_and_those_of_one_device(sizes: 
         np.testing.assert_allclose(metrics[-1][name], wanted_metrics[-1][name], rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "left_out"),
-    [(BY_AXIS[0], "data"), (BY_AXIS[0], "fsdp"), (BY_AXIS[0], "expert"), (BY_AXIS[1], "context"), (BY_AXIS[0], None)],
+    [
+        pytest.param(BY_AXIS[0], "expert", marks=pytest.mark.slow),
+        pytest.param(BY_AXIS[0], None, marks=pytest.mark.slow),
+        pytest.param(BY_AXIS[1], "context", marks=pytest.mark.exhaustive),
+        *(pytest.param(BY_AXIS[0], axis, marks=pytest.mark.exhaustive) for axis in ("data", "fsdp")),
+    ],
 )
 def test_a_load_that_leaves_an_axis_out_would_show(
     sizes: dict[str, int], left_out: str | None, monkeypatch: pytest.MonkeyPatch

@@ -40,7 +40,7 @@ RUN = (
 ON_EIGHT = "--mesh.fsdp", "2", "--mesh.expert", "4"
 TIMED = "tokens_per_second", "input_wait", "model_flops_per_second"
 PATIENCE = 240
-KILLS = int(os.environ.get("DSV3_JAX_KILLS", "8"))
+KILLS = int(os.environ.get("DSV3_JAX_KILLS", "4"))
 
 
 def checkpoints_of(run: Path) -> tuple[list[int], bool]:

@@ -27,7 +27,7 @@ class ServeOptions:
     timeout: float = 600.0
     """Seconds a request may take, waiting included."""
     read_timeout: float = 30.0
-    """Seconds a client may take to send a request's body."""
+    """Seconds a client may take to send the head of a request, and as many for its body."""
     drain_timeout: float = 60.0
     """Seconds that running requests get to finish after SIGTERM."""
     warm_up: Annotated[bool, FlagConversionOff] = True

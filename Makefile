@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Processes that the default suite runs in, a file of tests in one of them.
+# Processes that tests run in, a file of tests in one of them.
 WORKERS ?= 2
 UV ?= uv
 
@@ -41,10 +41,10 @@ test: lint $(if $(COMPILER_HOST),$(TPU_READY))  ## lint, types, then the default
 	@$(PYTEST) $(ARGS)
 
 test-slow: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the tests that take minutes
-	@$(RUN) -m pytest -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 test-exhaustive: setup  ## the tests of make test-slow in more shapes; for a change of what they test
-	@$(RUN) -m pytest -m exhaustive $(ARGS)
+	@$(PYTEST) -m exhaustive $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
 	@$(PYTEST) -m parity $(ARGS)

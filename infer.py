@@ -6,6 +6,7 @@
     python infer.py --checkpoint runs/tiny --batch-file prompts.jsonl completions.jsonl
     python infer.py --checkpoint path/to/hf_folder --serve --port 8000
 
+Several processes, on the hosts of a pod say, are each started with the same command; process 0 reads, writes and serves.
 The checkpoint is a run directory of train.py, or a Hugging Face folder with a tokenizer.json. What it generates goes to
 stdout or the file; how, and how fast, to stderr.
 """
@@ -30,11 +31,13 @@ from dsv3_jax.infer.batch import complete_lines, submit_lines
 from dsv3_jax.infer.chat import Conversation, converse
 from dsv3_jax.infer.completion_lines import CompletionLines, require_place
 from dsv3_jax.infer.load import LoadedModel, load_model
+from dsv3_jax.infer.lockstep import follow, leading
 from dsv3_jax.infer.prompt import prompt_ids
 from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
 from dsv3_jax.infer.report import Speed, opening
 from dsv3_jax.infer.sizes import LONGEST_BY_DEFAULT, Sizes
 from dsv3_jax.parallel.compilation import cache_compilations
+from dsv3_jax.parallel.distributed import first_process_first, is_first_process, join_processes, require_agreement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.serve import require_servable, serve
 from dsv3_jax.serve.flags import Flags
@@ -52,9 +55,11 @@ class Task(NamedTuple):
 
 @exits_with_one_line
 def main() -> None:
-    flags = parse_flags(Flags, description=__doc__)
-    speed, mesh = Speed(), make_mesh(flags.mesh)
-    task = checked(flags, mesh)
+    flags, speed = parse_flags(Flags, description=__doc__), Speed()
+    join_processes(flags.distributed)
+    require_agreement(dataclasses.asdict(flags) | {"distributed": None})
+    mesh = make_mesh(flags.mesh)
+    task = first_process_first(lambda: checked(flags, mesh))
     model = load_model(flags.checkpoint, flags.dtype, mesh)
     cache_compilations(DataConfig.cache_dir)
     params = flags.sampling(model.infer, longest=model.config.max_position_embeddings)
@@ -64,44 +69,53 @@ def main() -> None:
         sizes = sizes | {"max_length": length_for(prompt, params, model)}
     options = {"mesh": mesh, "prefix_cache": flags.prefix_cache, **sizes}
     engine = Engine(model.config, model.variables, model.tokenizer, donate=True, **options)
-    lines = opening(model, mesh, engine)
-
+    if not is_first_process():
+        follow(engine)
+        return
+    lines, code = opening(model, mesh, engine), 0
+    with leading(engine):
+        if flags.serve:
+            say(*lines)
+            code = serve(engine, task.model_name, task.template, flags.server)
+        elif flags.batch_file is not None:
+            batch(task, flags.batch_file[1], params, model, engine, lines, speed)
+        elif flags.interactive:
+            assert task.template is not None
+            say(*lines)
+            converse(Conversation(engine, task.template, model.tokenizer, params), speed)
+        else:
+            updates = engine.stream_text(prompt, params)
+            say(*lines)
+            print(prompt, end="", flush=True)
+            for update in updates:
+                print(update.text, end="", flush=True)
+                speed.note(len(update.tokens))
+            print(flush=True)
     if flags.serve:
-        say(*lines)
-        sys.exit(serve(engine, task.model_name, task.template, flags.server))
-    elif flags.batch_file is not None:
-        batch(task, flags.batch_file[1], params, model, engine, lines, speed)
-    elif flags.interactive:
-        assert task.template is not None
-        say(*lines)
-        converse(Conversation(engine, task.template, model.tokenizer, params), speed)
-    else:
-        updates = engine.stream_text(prompt, params)
-        say(*lines)
-        print(prompt, end="", flush=True)
-        for update in updates:
-            print(update.text, end="", flush=True)
-            speed.note(len(update.tokens))
-        print(flush=True)
+        sys.exit(code)
     say(speed.told(engine))
 
 
 def checked(flags: Flags, mesh: Mesh) -> Task:
-    """Reads all but the weights. Raises ValueError for what is wrong with any of it: a large model takes minutes to read."""
+    """Reads all but the weights. Raises ValueError for what is wrong with any of it: a large model takes minutes to read.
+
+    Prompts and templates are for process 0 alone, as are the files to write and the address to serve on.
+    """
+    config, tokenizer = read_model(flags.checkpoint), load_tokenizer(flags.checkpoint)
+    name, sizes = os.path.basename(os.path.abspath(flags.checkpoint)), flags.sizes(config)
+    longest = Sizes.of(config, mesh, **sizes).max_length
+    if not is_first_process():
+        return Task(None, None, sizes, name)
     prompts = None
     if flags.batch_file is not None:
         prompts = read_prompt_lines(flags.batch_file[0])
         require_place(flags.batch_file[1], prompts=flags.batch_file[0])
     is_chat = flags.interactive or (prompts is not None and prompts.need_template)
     template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
-    config = read_model(flags.checkpoint)
-    sizes = flags.sizes(config)
-    longest = Sizes.of(config, mesh, **sizes).max_length
     if flags.prompt is not None:
         if flags.max_length is None and flags.cache_tokens is None:  # Then the engine is made for this prompt.
             longest = config.max_position_embeddings
-        prompt_ids(flags.prompt, config, load_tokenizer(flags.checkpoint), longest)
-    name = os.path.basename(os.path.abspath(flags.checkpoint))
+        prompt_ids(flags.prompt, config, tokenizer, longest)
     if flags.serve:
         require_servable(name, flags.server)
     return Task(prompts, template, sizes, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +103,8 @@ class Engine:
         self._runner = Runner(
             config, variables, self.sizes, mesh if mesh is not None and mesh.size > 1 else None, placement, donate
         )
+        self.tell: Callable[..., None] = lambda call, request=None: None
+        """Hears what is asked of the engine, before it is done: for the engines of other processes (`lockstep.py`)."""
         self.steps = self.step_tokens = 0
         """Decoding steps of single sequences so far, and the tokens they gave."""
 
@@ -139,6 +141,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles every program but those that report log-probabilities, so that no request waits for it."""
+        self.tell("warm_up")
         self._runner.warm_up()
 
     # Requests.
@@ -214,6 +217,8 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """Ends a request and frees what it holds; one that has ended already stays as it is."""
+        if request.finish_reason is None:
+            self.tell("cancel", request)
         request.cancel()
         self._scheduler.finish(request.sequence)
         self._requests.pop(id(request.sequence), None)
@@ -226,6 +231,7 @@ class Engine:
     def _submit(self, request: Request) -> None:
         self._scheduler.submit(request.sequence)
         self._requests[id(request.sequence)] = request
+        self.tell("submit", request)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = prompt_ids(prompt, self.config, self.tokenizer, self.sizes.max_length)
@@ -245,9 +251,11 @@ class Engine:
         far it came cannot be known. What is submitted later finds the engine as new.
         """
         try:
+            self.tell("step")
             return self._step()
         except BaseException:
             self._start_over()
+            self.tell("broken")
             raise
 
     def _start_over(self) -> None:

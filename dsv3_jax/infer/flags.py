@@ -9,6 +9,7 @@ from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config import InferConfig, MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
+from dsv3_jax.config.command_line import DistributedFlags
 from dsv3_jax.infer.sampling import SamplingParams
 from dsv3_jax.infer.sizes import require_sizes
 
@@ -57,6 +58,8 @@ class InferFlags:
     """Dtype to compute in; None is the checkpoint's own."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The devices to lay the model out over."""
+    distributed: DistributedFlags = dataclasses.field(default_factory=DistributedFlags)
+    """How several processes find each other, each started with the same command; process 0 reads and writes."""
     drafts: int | None = None
     """Tokens that the first MTP depth drafts a step (speculative decoding); None is 1 if the model has one, else 0."""
     max_batch: int | None = None

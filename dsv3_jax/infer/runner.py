@@ -24,6 +24,7 @@ from dsv3_jax.kernels.block_scaled import in_dtype, is_block_scaled
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.parallel.donation import release
+from dsv3_jax.parallel.feed import place_alike
 from dsv3_jax.parallel.rules import SERVING, use_rules
 
 WHOLE = PartitionSpec()
@@ -77,7 +78,7 @@ class Runner:
 
     def set_up(self, slot: int, row: Sampler) -> None:
         """Tells how the sequence that gets a slot is sampled; `row` is one of `Sampler.row`."""
-        self._slots = _with_sampler(self._slots, *jax.device_put((np.int32(slot), row), self._sharding(WHOLE)))
+        self._slots = _with_sampler(self._slots, *place_alike((np.int32(slot), row), self._sharding(WHOLE)))
 
     def warm_up(self) -> None:
         """Runs every program that reports no log-probabilities once, for nobody: it is compiled, and nothing changes."""
@@ -133,7 +134,7 @@ class Runner:
         return table
 
     def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, self._sharding(ROWS))
+        return place_alike(tree, self._sharding(ROWS))
 
     def _sharding(self, spec: PartitionSpec) -> NamedSharding | None:
         return None if self._mesh is None else NamedSharding(self._mesh, spec)

@@ -1,4 +1,4 @@
-"""Batches onto the mesh: each process makes the rows that its devices hold, and no other."""
+"""From the host onto the mesh: batches, of which each process makes the rows that its devices hold, and what all hold alike."""
 
 from __future__ import annotations
 
@@ -40,3 +40,17 @@ class BatchPlacement:
 
         sharding = NamedSharding(self._sharding.mesh, PartitionSpec(*(None for _ in leading), *TOKENS))
         return jax.make_array_from_callback((*leading, *self._shape), sharding, part)
+
+
+def place_alike(tree: Any, sharding: NamedSharding | None) -> Any:
+    """Arrays that every process holds alike, onto the devices of `sharding`; None is the first one.
+
+    `jax.device_put` would have the processes compare what they hold, which takes a collective for each array.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda array: _place_alike(np.asarray(array), sharding), tree)
+
+
+def _place_alike(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -83,6 +83,7 @@ def main() -> None:
     compiled = flags.topology is not None or flags.devices is not None
     chip = None if flags.topology is None else chip_of(flags.topology)
     if flags.mode == "serve":
+        _refuse_fields_of_training(sys.argv[1:])
         devices = tpu_devices(flags.topology) if flags.topology else use_cpu_devices(flags.devices or 1)
         named = any(argument.startswith("--mesh.") for argument in sys.argv[1:])
         serving_mesh = config.mesh if named else None
@@ -120,6 +121,16 @@ def main() -> None:
 def _without_mesh_of_training(flags: PlanFlags, config: Config) -> Config:
     """Serving takes of the mesh what the command line names: the config's own is that of training."""
     return dataclasses.replace(config, mesh=MeshConfig()) if flags.mode == "serve" else config
+
+
+def _refuse_fields_of_training(arguments: Sequence[str]) -> None:
+    groups = {field.name for field in dataclasses.fields(Config)} - {"model", "mesh"}
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        group = name.removeprefix("--").partition(".")[0]
+        useless = name.startswith("--") and "." in name and group in groups
+        if useless and name.replace("_", "-") != "--train.init-from":
+            raise ValueError(f"{name} would change nothing of what --mode serve compiles; leave it out")
 
 
 def _smallest_mesh(config: Config) -> AbstractMesh:

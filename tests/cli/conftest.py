@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import infer
 import train
 from dsv3_jax.config import CheckpointConfig, Config, DataConfig, InferConfig, ModelConfig, OptimizerConfig, TrainConfig
 from dsv3_jax.parallel.mesh import make_mesh
@@ -134,7 +135,8 @@ def called(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     """Calls a program's `main` in this process, on one device, which saves the seconds of a start."""
     monkeypatch.chdir(workplace)
     # JAX is at work here already, on the eight devices of the tests.
-    monkeypatch.setattr(train, "join_processes", lambda flags: None)
+    for program in (train, infer):
+        monkeypatch.setattr(program, "join_processes", lambda flags: None)
     monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in names}

@@ -1,4 +1,4 @@
-"""Several real processes of one run of train.py, which meet over a socket."""
+"""Several real processes of one program, train.py or infer.py, which meet over a socket."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def free_port() -> str:
 
 @contextlib.contextmanager
 def running(folder: Path, *processes: tuple[str, ...], devices: int, slurm: bool = False) -> Iterator[list[subprocess.Popen]]:
-    """Processes of one run, each with its arguments to train.py and so many CPU devices."""
+    """Processes of one program, each with its arguments to Python and so many CPU devices."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "DSV3_"))}
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -202,6 +202,11 @@ def test_the_mesh_is_the_one_named(
         (["--mode", "serve", "--devices", "8", "--serve.weights", "int4"], "int4"),
         (["--mode", "infer"], "infer"),
         (
+            ["--mode", "serve", "--devices", "8", "--train.micro-batch-size", "2"],
+            "--train.micro-batch-size would change nothing of what --mode serve compiles",
+        ),
+        (["--mode", "serve", "--devices", "8", "--data.source=text"], "--data.source would change nothing"),
+        (
             ["--config", "configs/tiny.py", "--mode", "serve", "--devices", "8", "--mesh.expert", "1"],
             "the mesh has 1 place for 8 devices; set mesh.tensor to -1",
         ),

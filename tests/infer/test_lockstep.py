@@ -1,0 +1,132 @@
+"""What is asked of one engine, repeated by another: a dict stands for the processes' store, one process after the other."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+
+from dsv3_jax.infer import Engine, SamplingParams, lockstep
+from tests.infer.test_identity import MODEL
+from tests.model.tiny import random_variables
+
+SIZES = {"max_batch": 2, "max_length": 48, "page_size": 16, "chunk": 16, "cache_tokens": 96, "drafts": 1}
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Two processes, of which this is the first."""
+    told: dict[str, str] = {}
+
+    def forget(folder: str) -> None:
+        for key in [key for key in told if key.startswith(folder)]:
+            del told[key]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(lockstep, "tell", told.__setitem__)
+    monkeypatch.setattr(lockstep, "hear", told.__getitem__)
+    monkeypatch.setattr(lockstep, "forget", forget)
+    return told
+
+
+@pytest.fixture(scope="module")
+def engines() -> tuple[Engine, Engine]:
+    variables = random_variables(MODEL)
+    return Engine(MODEL, variables, **SIZES), Engine(MODEL, variables, **SIZES)
+
+
+def _follow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens of everything that a follower is asked for, in order."""
+    requests, submit = [], engine.submit
+
+    def noted(*args: object) -> object:
+        requests.append(submit(*args))
+        return requests[-1]
+
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(engine, "submit", noted)
+    lockstep.follow(engine)
+    return [request.tokens for request in requests]
+
+
+def test_every_call_is_repeated(store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy and drawn, biased and stopped, more requests than slots and pages, one cancelled on its way."""
+    first, other = engines
+    drawn = SamplingParams(
+        max_tokens=9, temperature=0.8, top_p=0.9, seed=3, logit_bias={4: 2.5}, stop_token_ids=(7,), logprobs=2
+    )
+    with lockstep.leading(first):
+        first.warm_up()
+        requests = [first.submit([1 + i, 2, 3, 4 * i], params) for i, params in enumerate((drawn, SamplingParams(), drawn))]
+        for _ in range(5):
+            first.step()
+        first.cancel(requests[1])
+        streamed = list(first.stream([5] * 20, SamplingParams(max_tokens=6)))
+        generated = [completion.tokens for completion in first.generate([[1, 2], [3]], SamplingParams(max_tokens=4))]
+        assert requests[1].finish_reason == "cancelled"
+        assert 0 < len(requests[1].tokens) < SamplingParams().max_tokens
+    expected = [*(request.tokens for request in requests), streamed, *generated]
+    assert _follow(other, monkeypatch) == expected
+    assert other.idle
+    assert other.counts == first.counts
+
+
+def test_what_all_have_read_is_removed(
+    store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep, "CALLS_OF_A_PAGE", 4)
+    monkeypatch.setattr(lockstep, "hear", lambda key: store[key] if "/read/" not in key else store.get(key, "read"))
+    with lockstep.leading(engines[0]):
+        tokens = list(engines[0].stream([1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True)))
+    assert len(tokens) == 20
+    pages = {int(key.split("/")[2]) for key in store}
+    assert max(pages) >= 3
+    assert pages == {max(pages) - 1, max(pages)}
+
+
+def test_a_process_that_reads_says_how_far(
+    store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with lockstep.leading(engines[0]):
+        list(engines[0].stream([1, 2, 3], SamplingParams(max_tokens=3)))
+    calls = list(store.values())
+    monkeypatch.setattr(lockstep, "CALLS_OF_A_PAGE", 2)
+    store.clear()
+    store |= {f"dsv3_jax/lockstep/{i // 2}/{i % 2}": call for i, call in enumerate(calls)}
+    _follow(engines[1], monkeypatch)
+    assert {key for key in store if "/read/" in key} == {
+        f"dsv3_jax/lockstep/{page}/read/1" for page in range((len(calls) - 1) // 2)
+    }
+
+
+def test_after_a_step_that_was_broken_off_nothing_goes_on(
+    store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(MODEL, random_variables(MODEL), **SIZES)
+
+    def broken_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_step", broken_off)
+    with lockstep.leading(engine):
+        engine.submit([1, 2, 3])
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        with pytest.raises(RuntimeError, match="start all of them anew"):
+            engine.submit([1])
+    assert [json.loads(call)[0] for call in store.values()] == ["submit", "step"]
+
+
+def test_an_error_between_steps_ends_the_others(
+    store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="outside the vocabulary"), lockstep.leading(engines[0]):
+        engines[0].submit([10**6])
+    assert _follow(engines[1], monkeypatch) == []
+
+
+def test_one_process_tells_nobody(engines: tuple[Engine, Engine]) -> None:
+    tell = engines[0].tell
+    with lockstep.leading(engines[0]):
+        assert engines[0].tell is tell

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from dsv3_jax import Engine, SamplingParams
-from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checkpoint_model import read_model
 from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
 from dsv3_jax.data.cache import digest
@@ -61,7 +60,10 @@ def main() -> None:
     mesh = make_mesh(flags.mesh)
     task = first_process_first(lambda: checked(flags, mesh))
     model = load_model(flags.checkpoint, flags.dtype, mesh)
-    cache_compilations(DataConfig.cache_dir)
+    require_agreement(
+        {"checkpoint": model.origin, "tokenizer": digest(model.tokenizer.to_json()), **dataclasses.asdict(model.config)}
+    )
+    cache_compilations(flags.cache_dir)
     params = flags.sampling(model.infer, longest=model.config.max_position_embeddings)
     prompt = model.infer.prompt if flags.prompt is None else flags.prompt
     sizes = task.sizes

@@ -90,17 +90,17 @@ def _read_item(folder: epath.Path, stored: dict[str, Stored], like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in wanted])
 
 
-def _portions(stored: dict[str, Stored], wanted: dict[str, Any]) -> list[set[str]]:
-    """What is read at once: all that keeps its dtype, and the rest bit by bit."""
-    portions = [{path for path, leaf in wanted.items() if leaf.dtype == stored[path].dtype}]
+def _portions(stored: dict[str, Stored], wanted: dict[str, Any]) -> list[list[str]]:
+    """What is read at once: all that keeps its dtype, and the rest bit by bit. On every process in the same order."""
+    portions = [[path for path, leaf in wanted.items() if leaf.dtype == stored[path].dtype]]
     room = 0
     for path, leaf in wanted.items():
         if leaf.dtype != stored[path].dtype:
             nbytes = int(np.prod(leaf.shape, dtype=np.int64)) * jnp.dtype(stored[path].dtype).itemsize
             if room < nbytes:
-                portions.append(set())
+                portions.append([])
                 room = _CAST_BYTES
-            portions[-1].add(path)
+            portions[-1].append(path)
             room -= nbytes
     return [portion for portion in portions if portion]
 

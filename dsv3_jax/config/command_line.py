@@ -55,20 +55,26 @@ class DistributedFlags:
     coordinator: str | None = None
     """host:port of process 0."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """How many processes there are; 1, by itself, is this one alone, whatever the environment says."""
     process_id: int | None = None
     """Which of them this one is, from 0."""
 
     def __post_init__(self) -> None:
         given = [value is not None for value in dataclasses.astuple(self)]
-        if any(given) and not all(given):
+        if any(given) and not all(given) and not self.alone:
             raise ValueError(
-                "--distributed.coordinator, .num-processes and .process-id belong together; give all three or none"
+                "--distributed.coordinator, .num-processes and .process-id belong together; give all three or none, or "
+                "--distributed.num-processes 1 for a process by itself"
             )
         if self.num_processes is not None and self.process_id is not None and not 0 <= self.process_id < self.num_processes:
             raise ValueError(
                 f"--distributed.process-id is {self.process_id}; it must lie in 0..{self.num_processes - 1} (num-processes - 1)"
             )
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process is said to have no others, whatever the environment says."""
+        return self.num_processes == 1 and self.coordinator is None and self.process_id is None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -105,6 +106,8 @@ class Engine:
         )
         self.tell: Callable[..., None] = lambda call, request=None: None
         """Hears what is asked of the engine, before it is done: for the engines of other processes (`lockstep.py`)."""
+        self.digest = 0
+        """Of what the programs have brought so far; processes in lockstep have the same."""
         self.steps = self.step_tokens = 0
         """Decoding steps of single sequences so far, and the tokens they gave."""
 
@@ -141,8 +144,12 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles every program but those that report log-probabilities, so that no request waits for it."""
-        self.tell("warm_up")
-        self._runner.warm_up()
+        try:
+            self.tell("warm_up")
+            self._runner.warm_up()
+        except BaseException:
+            self.tell("broken")
+            raise
 
     # Requests.
 
@@ -254,8 +261,8 @@ class Engine:
             self.tell("step")
             return self._step()
         except BaseException:
-            self._start_over()
             self.tell("broken")
+            self._start_over()
             raise
 
     def _start_over(self) -> None:
@@ -266,7 +273,8 @@ class Engine:
         self._scheduler = self._new_scheduler()
         self._scheduler.preemptions = preemptions
         self._requests, self._in_flight, self._set_up_for = {}, [], {}
-        self._runner.clear()
+        if jax.process_count() == 1:  # Several have to do it together, and do not know where the others are.
+            self._runner.clear()
 
     def _step(self) -> list[Update]:
         step = self._scheduler.schedule()
@@ -289,6 +297,7 @@ class Engine:
         if not dispatched.rows:
             return
         token_BT, count_B, report = jax.device_get(dispatched.drawn)
+        self.digest = zlib.crc32(token_BT.tobytes(), zlib.crc32(count_B.tobytes(), self.digest))
         for row, sequence, epoch in dispatched.rows:
             tokens = token_BT[row, : count_B[row]].tolist()
             tokens = tokens[: sequence.max_tokens - len(sequence.tokens)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagConversionOff
 
-from dsv3_jax.config import InferConfig, MeshConfig, ModelConfig
+from dsv3_jax.config import DataConfig, InferConfig, MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.config.command_line import DistributedFlags
 from dsv3_jax.infer.sampling import SamplingParams
@@ -60,6 +60,8 @@ class InferFlags:
     """The devices to lay the model out over."""
     distributed: DistributedFlags = dataclasses.field(default_factory=DistributedFlags)
     """How several processes find each other, each started with the same command; process 0 reads and writes."""
+    cache_dir: str = DataConfig.cache_dir
+    """Folder that keeps compiled programs; of several processes the first fills it, for all that share the folder."""
     drafts: int | None = None
     """Tokens that the first MTP depth drafts a step (speculative decoding); None is 1 if the model has one, else 0."""
     max_batch: int | None = None

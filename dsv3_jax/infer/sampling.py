@@ -80,6 +80,9 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     is_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
     require(is_texts, f"stop is {stop!r}; use a string or a list of strings")
+    for text in texts:
+        is_text = not any("\ud800" <= character <= "\udfff" for character in text)
+        require(is_text, f"stop has {text!r}, which is no text: half of a surrogate pair is never generated; leave it out")
     require("" not in texts, f"stop is {stop!r}; an empty string would end every completion, leave it out")
     return tuple(texts)
 

@@ -99,7 +99,7 @@ def unstack(variables: dict[str, Any], *, donate: bool = False) -> dict[str, Any
 
     def unstacked(collection: dict[str, Any]) -> dict[str, Any]:
         out = {name: tree for name, tree in collection.items() if name not in STACKS}
-        for name in set(STACKS) & set(collection):
+        for name in (stack for stack in STACKS if stack in collection):  # In one order on every process.
             stacks, structure = jax.tree.flatten(collection[name])
             by_layer = zip(*map(layers, stacks), strict=True)
             out |= {f"{name}_{i}": jax.tree.unflatten(structure, layer) for i, layer in enumerate(by_layer)}

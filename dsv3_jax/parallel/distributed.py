@@ -33,6 +33,8 @@ A process that vanishes without a word is missed after JAX's 100 seconds without
 so before.
 """
 
+OF_INPUT = ValueError, OSError, NotImplementedError
+"""What a program ends of in one line (`exits_with_one_line`), and its other processes in the same."""
 _POLL_MILLISECONDS = 10_000
 _turns = itertools.count()
 
@@ -41,11 +43,13 @@ def join_processes(flags: DistributedFlags) -> None:
     """Connects this process with the others of its run, and mutes its stdout if it is not the first of them.
 
     Call it before anything touches a device. Without flags, and where neither Cloud TPU nor SLURM (a step of several
-    tasks) is around, it does nothing.
+    tasks) is around, it does nothing; nor where the flags say that it is alone.
 
     Raises:
       ValueError: if the others cannot be reached.
     """
+    if flags.alone:
+        return
     if flags.coordinator is not None and not flags.coordinator.rpartition(":")[2].isdigit():
         raise ValueError(
             f"--distributed.coordinator is {flags.coordinator!r}; write host:port of process 0, such as host0:1234"
@@ -81,7 +85,7 @@ def by_first_process(function: Callable[[], Any]) -> None:
     """Calls `function` on process 0, while the others wait; what it raises there ends all of them.
 
     Raises:
-      ValueError: on every process, if it was one on process 0.
+      ValueError: on the others, if it was an error of input on process 0.
       RuntimeError: on the others, if it was something else.
     """
     if jax.process_count() == 1:
@@ -92,7 +96,7 @@ def by_first_process(function: Callable[[], Any]) -> None:
         try:
             function()
         except Exception as error:
-            expected = isinstance(error, ValueError)
+            expected = isinstance(error, OF_INPUT)
             tell(key, ("refused " if expected else "failed ") + (str(error) or type(error).__name__))
             raise
         tell(key, "done")
@@ -105,13 +109,13 @@ def by_first_process(function: Callable[[], Any]) -> None:
 
 
 def on_every_process(function: Callable[[], Result]) -> Result:
-    """`function()` on every process; where it raises ValueError on one, all of them raise it, with that process named."""
+    """`function()` on every process; where one raises an error of input, all raise ValueError, with that process named."""
     if jax.process_count() == 1:
         return function()
     result, message = None, ""
     try:
         result = function()
-    except ValueError as error:
+    except OF_INPUT as error:
         message = str(error) or type(error).__name__
 
     def refuse(messages: list[str]) -> None:
@@ -205,11 +209,15 @@ def tell(key: str, value: str) -> None:
     global_state.client.key_value_set(key, value.encode(errors="backslashreplace").decode())  # type: ignore[union-attr]
 
 
-def hear(key: str) -> str:
-    """What another process tells under `key`; as long as it takes, for the service ends this process if that one is gone."""
+def hear(key: str, poll: int = _POLL_MILLISECONDS) -> str:
+    """What another process tells under `key`; as long as it takes, for the service ends this process if that one is gone.
+
+    It is asked for again after `poll` milliseconds, between which this process hears of no signal. The store keeps a little of
+    each time that was in vain.
+    """
     while True:
         try:
-            return global_state.client.blocking_key_value_get(key, _POLL_MILLISECONDS)  # type: ignore[union-attr]
+            return global_state.client.blocking_key_value_get(key, poll)  # type: ignore[union-attr]
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise

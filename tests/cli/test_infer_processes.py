@@ -19,7 +19,8 @@ from tests.cli.processes import running
 pytestmark = pytest.mark.slow
 
 ASKED = "--checkpoint", "runs/straight", "--max-length", "48", "--temperature", "0"
-ON_MESH = str(ROOT / "infer.py"), "--checkpoint", "runs/straight", "--max-length", "48", "--mesh.expert", "2"
+ON_MESH = str(ROOT / "infer.py"), "--checkpoint", "runs/straight", "--max-length", "48"
+BY_EXPERT, BY_TENSOR = ("--mesh.expert", "2"), ("--mesh.tensor", "2")
 
 
 def _ended(children: list[subprocess.Popen[str]]) -> list[Done]:
@@ -36,10 +37,10 @@ def test_a_prompt(workplace: Path, straight: tuple[Path, Done], called: Callable
     asked = "--prompt", "import ", "--max-tokens", "12", "--temperature", "0.8"
     expected = called(infer.main, *ASKED, *asked)
     assert expected.code == 0, expected.stderr
-    first, second = _together(workplace, *[(*ON_MESH, *asked)] * 2)
+    first, second = _together(workplace, *[(*ON_MESH, *BY_TENSOR, *asked)] * 2)
     assert (first.code, second.code) == (0, 0), (first, second)
     assert re.sub(r"\[Gloo\].*\n", "", first.stdout) == expected.stdout
-    assert "on 2 cpu devices (expert 2)" in first.stderr
+    assert "on 2 cpu devices (tensor 2)" in first.stderr
     assert (second.stdout, second.stderr) == ("", "")
 
 
@@ -52,7 +53,7 @@ def test_a_batch_file_is_read_and_written_by_the_first_alone(
     done = called(infer.main, *ASKED, "--max-batch", "2", "--batch-file", prompts, alone)
     assert done.code == 0, done.stderr
     asked = "--temperature", "0", "--max-batch", "2", "--batch-file", prompts, together
-    first, second = _together(workplace, *[(*ON_MESH, *asked)] * 2)
+    first, second = _together(workplace, *[(*ON_MESH, *BY_EXPERT, *asked)] * 2)
     assert (first.code, second.code) == (0, 0), (first, second)
     assert second.stderr == ""
     expected, found = (sorted(Path(path).read_text().splitlines()) for path in (alone, together))
@@ -65,7 +66,7 @@ def test_a_server_drains_when_both_get_a_signal(
 ) -> None:
     expected = called(infer.main, *ASKED, "--prompt", "def f(", "--max-tokens", "8")
     question = {"model": "straight", "prompt": "def f(", "max_tokens": 8, "temperature": 0}
-    asked = *ON_MESH, "--serve", "--port", "0", "--max-batch", "2", "--chunk", "16", "--drafts", "0"
+    asked = *ON_MESH, *BY_EXPERT, "--serve", "--port", "0", "--max-batch", "2", "--chunk", "16", "--drafts", "0"
     with running(workplace, asked, asked, devices=1) as children:
         assert children[0].stderr is not None
         while not (line := children[0].stderr.readline()).startswith("serving straight on "):
@@ -84,7 +85,7 @@ def test_a_server_drains_when_both_get_a_signal(
     [
         (("--prompt", "a"), ("--prompt", "b"), "process 1 has prompt 'b', process 0 has 'a'"),
         (("--prompt", "a " * 99), ("--prompt", "a " * 99), "max_length"),
-        (("--mesh.tensor", "2"), ("--mesh.tensor", "2"), "2 devices"),
+        (("--mesh.tensor", "4"), ("--mesh.tensor", "4"), "2 devices"),
         (("--batch-file", "absent", "new"), ("--batch-file", "absent", "new"), "absent"),
     ],
     ids=["other commands", "prompt", "mesh", "file"],
@@ -92,7 +93,7 @@ def test_a_server_drains_when_both_get_a_signal(
 def test_what_is_wrong_ends_both_with_the_same_line(
     workplace: Path, straight: tuple[Path, Done], first: tuple[str, ...], second: tuple[str, ...], fragment: str
 ) -> None:
-    outcomes = _together(workplace, (*ON_MESH, *first), (*ON_MESH, *second))
+    outcomes = _together(workplace, (*ON_MESH, *BY_EXPERT, *first), (*ON_MESH, *BY_EXPERT, *second))
     for done in outcomes:
         Done(done.code, "", done.stderr).assert_refused(fragment)  # Without Gloo's greetings.
     assert outcomes[0].stderr == outcomes[1].stderr

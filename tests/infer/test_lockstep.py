@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -25,7 +29,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(lockstep, "tell", told.__setitem__)
-    monkeypatch.setattr(lockstep, "hear", told.__getitem__)
+    monkeypatch.setattr(lockstep, "hear", lambda key, *_: told[key])
     monkeypatch.setattr(lockstep, "forget", forget)
     return told
 
@@ -76,7 +80,7 @@ def test_what_all_have_read_is_removed(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lockstep, "CALLS_OF_A_PAGE", 4)
-    monkeypatch.setattr(lockstep, "hear", lambda key: store[key] if "/read/" not in key else store.get(key, "read"))
+    monkeypatch.setattr(lockstep, "hear", lambda key, *_: store[key] if "/read/" not in key else store.get(key, "read"))
     with lockstep.leading(engines[0]):
         tokens = list(engines[0].stream([1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True)))
     assert len(tokens) == 20
@@ -115,15 +119,65 @@ def test_after_a_step_that_was_broken_off_nothing_goes_on(
             engine.step()
         with pytest.raises(RuntimeError, match="start all of them anew"):
             engine.submit([1])
-    assert [json.loads(call)[0] for call in store.values()] == ["submit", "step"]
+    assert [json.loads(call)[0] for call in store.values()] == ["submit", "step", "end"]
+    with pytest.raises(ValueError, match="process 0 broke off a step"):
+        _follow(engines[1], monkeypatch)
+    engines[1].cancel(next(iter(engines[1]._requests.values())))
 
 
-def test_an_error_between_steps_ends_the_others(
+def test_a_call_that_may_not_have_been_told_is_the_last(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="outside the vocabulary"), lockstep.leading(engines[0]):
+    engine = Engine(MODEL, random_variables(MODEL), **SIZES)
+
+    def interrupted(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lockstep, "tell", interrupted)
+    with lockstep.leading(engine):
+        with pytest.raises(KeyboardInterrupt):
+            engine.submit([1])
+        with pytest.raises(RuntimeError, match="start all of them anew"):
+            engine.step()
+
+
+def test_an_error_of_input_ends_the_others_in_the_same_line(
+    store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="outside the vocabulary") as error, lockstep.leading(engines[0]):
         engines[0].submit([10**6])
-    assert _follow(engines[1], monkeypatch) == []
+    with pytest.raises(ValueError, match=f"^{re.escape(str(error.value))}$"):
+        _follow(engines[1], monkeypatch)
+
+
+def test_other_tokens_are_noticed(
+    store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here of a model with other weights."""
+    first = Engine(MODEL, random_variables(MODEL, seed=1), **SIZES)
+    with lockstep.leading(first):
+        list(first.stream([1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True)))
+    other = Engine(MODEL, random_variables(MODEL), **SIZES)
+    with pytest.raises(RuntimeError, match="process 1 has come to other tokens than process 0"):
+        _follow(other, monkeypatch)
+
+
+def test_sigterm_is_left_to_process_0() -> None:
+    """Once, even while the main thread is busy outside of Python; a second one ends the process at once."""
+    code = (
+        "import ctypes, sys\nfrom dsv3_jax.infer import lockstep\n"
+        "with lockstep._signals_left_to_first():\n    print('ready', flush=True)\n    ctypes.CDLL(None).pause()\n"
+        "    ctypes.CDLL(None).sleep(60)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGTERM)
+    assert child.stderr.readline() == "SIGTERM: process 0 ends this one; again ends it now\n"
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == 128 + signal.SIGTERM
 
 
 def test_one_process_tells_nobody(engines: tuple[Engine, Engine]) -> None:

@@ -343,6 +343,7 @@ def test_params_take_a_single_stop_and_lists_and_keep_copies() -> None:
         ("stop", None, "stop is None; use a string or a list of strings"),
         ("stop", ["a", 3], r"stop is \['a', 3\]; use a string or a list of strings"),
         ("stop", "", "stop is ''; an empty string would end every completion"),
+        ("stop", ("a", "\ud83d\ude00"), r"stop has '\\ud83d\\ude00', which is no text"),
         ("stop", ("a", ""), r"stop is \('a', ''\); an empty string would end every completion"),
         ("stop_token_ids", 5, "stop_token_ids is 5; use a list of token ids"),
         ("stop_token_ids", "5", "stop_token_ids is '5'"),

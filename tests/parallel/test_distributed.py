@@ -110,7 +110,9 @@ def test_what_the_first_process_refuses_ends_all(together: Callable[..., list[An
 
 def test_what_fails_on_the_first_process_ends_all(together: Callable[..., list[Any]]) -> None:
     outcomes = together(lambda index: distributed.by_first_process(lambda: _raise(OSError("no space"))))
-    assert _said(outcomes) == ["OSError: no space", *["RuntimeError: process 0 failed: no space"] * 2]
+    assert _said(outcomes) == ["OSError: no space", *["ValueError: no space"] * 2]
+    outcomes = together(lambda index: distributed.by_first_process(lambda: _raise(TypeError("no such thing"))))
+    assert _said(outcomes) == ["TypeError: no such thing", *["RuntimeError: process 0 failed: no such thing"] * 2]
 
 
 def test_what_another_process_refuses_ends_all(together: Callable[..., list[Any]]) -> None:
@@ -118,6 +120,10 @@ def test_what_another_process_refuses_ends_all(together: Callable[..., list[Any]
         lambda index: distributed.on_every_process(lambda: _raise(ValueError("no such file")) if index == 2 else index)
     )
     assert _said(outcomes) == ["ValueError: process 2: no such file"] * 3
+    outcomes = together(
+        lambda index: distributed.on_every_process(lambda: _raise(OSError("no space")) if index == 1 else index)
+    )
+    assert _said(outcomes) == ["ValueError: process 1: no space"] * 3
     assert together(lambda index: distributed.on_every_process(lambda: index)) == [0, 1, 2]
 
 
@@ -274,6 +280,21 @@ def test_the_flags_win(initialized: list[tuple], monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     distributed.join_processes(DistributedFlags("host:1234", 4, 3))
     assert initialized == [("host:1234", 4, 3)]
+
+
+def test_a_process_may_be_told_to_stay_alone(initialized: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in _STEP.items():
+        monkeypatch.setenv(name, value)
+    distributed.join_processes(DistributedFlags(num_processes=1))
+    assert initialized == []
+    for incomplete in (
+        {"num_processes": 2},
+        {"coordinator": "host:1"},
+        {"num_processes": 1, "process_id": 0},
+        {"process_id": 0},
+    ):
+        with pytest.raises(ValueError, match="give all three or none, or --distributed.num-processes 1"):
+            DistributedFlags(**incomplete)
 
 
 @pytest.mark.parametrize("coordinator", ["host0", "host0:", ":port"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.mla import Latents, Places
@@ -40,7 +40,7 @@ def bytes_per_token(config: ModelConfig, drafting: bool) -> int:
 
 
 def empty_cache(
-    config: ModelConfig, num_pages: int, page_size: int, *, drafting: bool = False, mesh: Mesh | None = None
+    config: ModelConfig, num_pages: int, page_size: int, *, drafting: bool = False, sharding: Sharding | None = None
 ) -> Cache:
     """A cache of zeros in the computation dtype.
 
@@ -49,7 +49,7 @@ def empty_cache(
       num_pages: pages, of all devices together.
       page_size: tokens in a page.
       drafting: with a layer for the first MTP depth.
-      mesh: pages are split over its batch axes.
+      sharding: where it lies; on a mesh pages are split over the batch axes, by ROWS.
     """
 
     def make() -> Cache:
@@ -59,7 +59,7 @@ def empty_cache(
         layers = cached_layers(config, drafting)
         return {name: Latents(pages(config.kv_lora_rank), pages(config.qk_rope_head_dim)) for name in layers}
 
-    return jax.jit(make, out_shardings=None if mesh is None else NamedSharding(mesh, ROWS))()
+    return jax.jit(make, out_shardings=sharding)()
 
 
 def num_shards(mesh: Mesh | None) -> int:

@@ -61,7 +61,7 @@ class InferFlags:
     distributed: DistributedFlags = dataclasses.field(default_factory=DistributedFlags)
     """How several processes find each other, each started with the same command; process 0 reads and writes."""
     cache_dir: str = DataConfig.cache_dir
-    """Folder that keeps compiled programs; of several processes the first fills it, for all that share the folder."""
+    """Folder that keeps compiled programs; of several processes the first alone fills it."""
     drafts: int | None = None
     """Tokens that the first MTP depth drafts a step (speculative decoding); None is 1 if the model has one, else 0."""
     max_batch: int | None = None

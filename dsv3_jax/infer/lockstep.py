@@ -11,11 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
-import socket
-import sys
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -59,7 +55,7 @@ def leading(engine: Engine) -> Iterator[None]:
 def follow(engine: Engine) -> None:
     """On every other process: does what process 0 does, until its `leading` ends.
 
-    SIGTERM is left to process 0, which ends this one with itself; a second one ends it at once. Ctrl-C is nothing to it.
+    SIGTERM and Ctrl-C are left to process 0, whose end ends this one; whoever stops all of them sends them to all, often twice.
 
     Raises:
       ValueError: if process 0 was ended by an error, or broke off a step.
@@ -150,27 +146,9 @@ def _params(values: dict[str, Any]) -> SamplingParams:
 
 @contextlib.contextmanager
 def _signals_left_to_first() -> Iterator[None]:
-    """A thread hears of SIGTERM, by the descriptor that Python's own handler writes to: the main one may wait for a device."""
-    heard, written = socket.socketpair()
-    written.setblocking(False)
-
-    def listen() -> None:
-        if heard.recv(1):
-            print("SIGTERM: process 0 ends this one; again ends it now", file=sys.stderr, flush=True)
-            if heard.recv(1):
-                os._exit(128 + signal.SIGTERM)
-
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None), signal.SIGINT: signal.getsignal(signal.SIGINT)}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    descriptor = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=listen, name="signals", daemon=True)
-    thread.start()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
             signal.signal(number, handler)
-        written.close()  # Which ends the thread.
-        thread.join()
-        heard.close()

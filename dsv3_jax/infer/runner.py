@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import ROWS, empty_cache
 from dsv3_jax.infer.redundancy import place_experts
-from dsv3_jax.infer.sampling import Sampler, with_row
+from dsv3_jax.infer.sampling import Sampler, SamplingParams, with_row
 from dsv3_jax.infer.sequence import Chunk, Sequence
 from dsv3_jax.infer.sizes import Sizes, chunk_sizes
 from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
@@ -52,13 +52,15 @@ class Runner:
           placement: as `place_experts` takes it; None leaves every expert where it is, once.
           donate: the arrays of `variables` may be deleted, so that no weight is held twice.
         """
-        self._mesh, self._sizes = mesh, sizes
+        self._mesh, self._sizes, self._vocab_size = mesh, sizes, config.vocab_size
         self._prefill_model, self._decode_model = models(config, mesh)
         if mesh is not None:
             variables = place_variables(variables, config, mesh, SERVING, donate=donate)
         self._variables = laid_out(config, variables, placement or {}, donate=donate)
-        drafting = sizes.drafts > 0
-        self._empty_cache = functools.partial(empty_cache, config, sizes.pages, sizes.page_size, drafting=drafting, mesh=mesh)
+        self._home = SingleDeviceSharding(next(iter(jax.tree.leaves(self._variables)[0].devices())))
+        self._empty_cache = functools.partial(
+            empty_cache, config, sizes.pages, sizes.page_size, drafting=sizes.drafts > 0, sharding=self._sharding(ROWS)
+        )
         make = functools.partial(Slots.empty, sizes.slots, sizes.drafts, config.vocab_size)
         self._empty_slots = jax.jit(make, out_shardings=self._sharding(ROWS))
         self._decoding: tuple[int, ...] | None = None
@@ -82,6 +84,7 @@ class Runner:
 
     def warm_up(self) -> None:
         """Runs every program that reports no log-probabilities once, for nobody: it is compiled, and nothing changes."""
+        self.set_up(0, Sampler.row(SamplingParams(), (), self._vocab_size))
         for length in self._sizes.chunk_sizes:
             for first in (True, False):
                 self._prefill([], length, first, report=False)
@@ -136,8 +139,9 @@ class Runner:
     def _put(self, tree: Any) -> Any:
         return place_alike(tree, self._sharding(ROWS))
 
-    def _sharding(self, spec: PartitionSpec) -> NamedSharding | None:
-        return None if self._mesh is None else NamedSharding(self._mesh, spec)
+    def _sharding(self, spec: PartitionSpec) -> Sharding:
+        # Never none: arrays that belong to no device yet, and later do, would have programs compiled twice.
+        return self._home if self._mesh is None else NamedSharding(self._mesh, spec)
 
 
 @functools.partial(jax.jit, donate_argnames="slots")

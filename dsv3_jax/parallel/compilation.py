@@ -16,7 +16,7 @@ TPU_OPTIONS = {
 def cache_compilations(folder: str) -> None:
     """Keeps compiled programs under `folder`/xla, so that one is compiled once on a machine and read back at the next start.
 
-    Of several processes JAX has only the first write it: the others read it back where they share the folder.
+    Of several processes JAX has only the first write it.
     """
     jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -71,9 +71,19 @@ def join_processes(flags: DistributedFlags) -> None:
             raise
     except RuntimeError as error:
         raise ValueError(f"the processes of the run did not come together: {' '.join(str(error).split())}") from error
-    if not is_first_process():
-        # The file descriptor, for Gloo greets its peers there from C++.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    if jax.process_count() > 1:
+        _leave_stdout_to_first()
+
+
+def _leave_stdout_to_first() -> None:
+    """Mutes the file descriptor, where Gloo greets its peers from C++; what process 0 prints goes to a copy of it."""
+    descriptor = sys.__stdout__.fileno() if sys.__stdout__ else 1
+    if is_first_process():
+        sys.stdout.flush()
+        copy = os.fdopen(os.dup(descriptor), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+        copy.reconfigure(line_buffering=copy.isatty())
+        sys.stdout = copy
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def is_first_process() -> bool:

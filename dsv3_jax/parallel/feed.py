@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dsv3_jax.parallel.rules import TOKENS
 
@@ -42,15 +42,15 @@ class BatchPlacement:
         return jax.make_array_from_callback((*leading, *self._shape), sharding, part)
 
 
-def place_alike(tree: Any, sharding: NamedSharding | None) -> Any:
-    """Arrays that every process holds alike, onto the devices of `sharding`; None is the first one.
+def place_alike(tree: Any, sharding: Sharding) -> Any:
+    """Arrays that every process holds alike, onto the devices of `sharding`.
 
     `jax.device_put` would have the processes compare what they hold, which takes a collective for each array.
     """
-    if sharding is None or sharding.is_fully_addressable:
+    if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     return jax.tree.map(lambda array: _place_alike(np.asarray(array), sharding), tree)
 
 
-def _place_alike(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def _place_alike(array: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

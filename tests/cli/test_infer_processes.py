@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -39,7 +38,7 @@ def test_a_prompt(workplace: Path, straight: tuple[Path, Done], called: Callable
     assert expected.code == 0, expected.stderr
     first, second = _together(workplace, *[(*ON_MESH, *BY_TENSOR, *asked)] * 2)
     assert (first.code, second.code) == (0, 0), (first, second)
-    assert re.sub(r"\[Gloo\].*\n", "", first.stdout) == expected.stdout
+    assert first.stdout == expected.stdout
     assert "on 2 cpu devices (tensor 2)" in first.stderr
     assert (second.stdout, second.stderr) == ("", "")
 
@@ -72,12 +71,13 @@ def test_a_server_drains_when_both_get_a_signal(
         while not (line := children[0].stderr.readline()).startswith("serving straight on "):
             assert line
         answers = [httpx2.post(f"{line.split()[-1]}/v1/completions", json=question, timeout=200) for _ in range(2)]
-        for child in children:
+        for child in reversed(children):  # And of the others none is heard, how often it may come.
             child.send_signal(signal.SIGTERM)
+        children[1].send_signal(signal.SIGTERM)
         first, second = _ended(children)
     assert (first.code, second.code) == (0, 0), (first, second)
     assert ["def f(" + answer.json()["choices"][0]["text"] + "\n" for answer in answers] == [expected.stdout] * 2
-    assert second.stderr == "SIGTERM: process 0 ends this one; again ends it now\n"
+    assert second.stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,5 @@ def test_what_is_wrong_ends_both_with_the_same_line(
 ) -> None:
     outcomes = _together(workplace, (*ON_MESH, *BY_EXPERT, *first), (*ON_MESH, *BY_EXPERT, *second))
     for done in outcomes:
-        Done(done.code, "", done.stderr).assert_refused(fragment)  # Without Gloo's greetings.
+        done.assert_refused(fragment)
     assert outcomes[0].stderr == outcomes[1].stderr

@@ -128,8 +128,7 @@ def test_what_is_wrong_ends_all_with_the_same_line(
     outcomes = _together(workplace, *((*TRAIN, *own, *_RUN, *_MESH) for own in (first, second)))
     assert time.perf_counter() - begun < 60
     for done in outcomes:
-        done_without_greetings = Done(done.code, "", done.stderr)  # Gloo's, on process 0.
-        done_without_greetings.assert_refused(fragment)
+        done.assert_refused(fragment)
     assert outcomes[0].stderr == outcomes[1].stderr
     assert not (workplace / "runs" / "new").exists()
 

@@ -78,7 +78,7 @@ def test_append_stores_in_the_dtype_of_the_cache() -> None:
 
 def test_on_a_mesh_a_table_names_its_own_devices_pages() -> None:
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
-    cache = empty_cache(DENSE_ONLY, 8, 4, mesh=mesh)
+    cache = empty_cache(DENSE_ONLY, 8, 4, sharding=NamedSharding(mesh, ROWS))
     names = cached_layers(DENSE_ONLY, drafting=False)
     for latents in cache.values():
         chex.assert_shape([shard.data for shard in latents.c_kv.addressable_shards], (2, 4, DENSE_ONLY.kv_lora_rank))

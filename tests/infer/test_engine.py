@@ -270,8 +270,12 @@ def test_one_string_is_no_list_of_prompts(engine: Engine) -> None:
         engine.generate("text")
 
 
-def test_a_warm_engine_compiles_nothing_more(variables: dict[str, Any]) -> None:
-    """And nothing has come of warming it up. Pages of 5 tokens are this test's own, and so are the programs."""
+def test_a_warm_engine_compiles_nothing_more(variables: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """And nothing has come of warming it up. Pages of 5 tokens are this test's own, and so are the programs.
+
+    The weights belong to a device, as those of a checkpoint do.
+    """
+    variables = jax.device_put(variables, jax.devices()[0])
     options: dict[str, Any] = {"max_batch": 2, "chunk": 32, "page_size": 5}
     before = prefill._cache_size(), decode._cache_size()
     engine = Engine(ENDLESS, variables, **options)
@@ -280,7 +284,9 @@ def test_a_warm_engine_compiles_nothing_more(variables: dict[str, Any]) -> None:
     # Of 16 and of 32 tokens, as a first chunk and as a later one.
     assert (compiled[0] - before[0], compiled[1] - before[1]) == (4, 1)
     prompts = [[5], list(range(20)), [7] * 40, [7] * 40, [*range(20), 3, 4]]
-    found = list(engine.generate(prompts, TEN))
+    with jax.log_compiles():
+        found = list(engine.generate(prompts, TEN))
+    assert [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()] == []
     assert (prefill._cache_size(), decode._cache_size()) == compiled
     assert found == list(Engine(ENDLESS, variables, **options).generate(prompts, TEN))
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 
 import jax
 import pytest
@@ -162,22 +160,17 @@ def test_other_tokens_are_noticed(
         _follow(other, monkeypatch)
 
 
-def test_sigterm_is_left_to_process_0() -> None:
-    """Once, even while the main thread is busy outside of Python; a second one ends the process at once."""
-    code = (
-        "import ctypes, sys\nfrom dsv3_jax.infer import lockstep\n"
-        "with lockstep._signals_left_to_first():\n    print('ready', flush=True)\n    ctypes.CDLL(None).pause()\n"
-        "    ctypes.CDLL(None).sleep(60)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stderr is not None
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT)
-    child.send_signal(signal.SIGTERM)
-    assert child.stderr.readline() == "SIGTERM: process 0 ends this one; again ends it now\n"
-    child.send_signal(signal.SIGTERM)
-    assert child.wait(10) == 128 + signal.SIGTERM
+def test_signals_are_left_to_process_0(
+    store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = signal.SIGTERM, signal.SIGINT
+    before, during = [signal.getsignal(number) for number in numbers], []
+    monkeypatch.setattr(engines[1], "step", lambda: during.append([signal.getsignal(number) for number in numbers]))
+    with lockstep.leading(engines[0]):
+        engines[0].step()
+    _follow(engines[1], monkeypatch)
+    assert during == [[signal.SIG_IGN] * 2]
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_one_process_tells_nobody(engines: tuple[Engine, Engine]) -> None:

@@ -105,7 +105,7 @@ class Engine:
             config, variables, self.sizes, mesh if mesh is not None and mesh.size > 1 else None, placement, donate
         )
         self.tell: Callable[..., None] = lambda call, request=None: None
-        """Hears what is asked of the engine, before it is done: for the engines of other processes (`lockstep.py`)."""
+        """Hears what is asked of the engine: for the engines of other processes (`lockstep.py`)."""
         self.digest = 0
         """Of what the programs have brought so far; processes in lockstep have the same."""
         self.steps = self.step_tokens = 0
@@ -255,7 +255,8 @@ class Engine:
         """Dispatches the next step of everything, and gives what the one before has brought.
 
         One that is broken off, by Ctrl-C or for want of memory say, ends all requests as "cancelled" and empties the cache: how
-        far it came cannot be known. What is submitted later finds the engine as new.
+        far it came cannot be known. What is submitted later finds the engine as new; that of one of several processes raises
+        RuntimeError from then on, for the others may wait inside the step.
         """
         try:
             self.tell("step")
@@ -273,8 +274,10 @@ class Engine:
         self._scheduler = self._new_scheduler()
         self._scheduler.preemptions = preemptions
         self._requests, self._in_flight, self._set_up_for = {}, [], {}
-        if jax.process_count() == 1:  # Several have to do it together, and do not know where the others are.
+        if jax.process_count() == 1:
             self._runner.clear()
+        else:  # They would have to do it together, and none knows where the others are.
+            self.tell = _refuse
 
     def _step(self) -> list[Update]:
         step = self._scheduler.schedule()
@@ -327,6 +330,10 @@ class Engine:
 
     def _reports(self, sequences: Iterable[Scheduled]) -> bool:
         return any(self._requests[id(sequence)].params.logprobs is not None for sequence in sequences)
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError("a step was broken off, which the other processes may wait in for ever; start all of them anew")
 
 
 def _told(report: Any, row: int, i: int, token: int, num: int) -> TokenLogprobs:

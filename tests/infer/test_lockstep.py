@@ -105,6 +105,7 @@ def test_a_process_that_reads_says_how_far(
 def test_after_a_step_that_was_broken_off_nothing_goes_on(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor without `leading`, where each process asks its own engine."""
     engine = Engine(MODEL, random_variables(MODEL), **SIZES)
 
     def broken_off(*_: object) -> None:
@@ -121,6 +122,12 @@ def test_after_a_step_that_was_broken_off_nothing_goes_on(
     with pytest.raises(ValueError, match="process 0 broke off a step"):
         _follow(engines[1], monkeypatch)
     engines[1].cancel(next(iter(engines[1]._requests.values())))
+    alone = Engine(MODEL, random_variables(MODEL), **SIZES)
+    monkeypatch.setattr(alone, "_step", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        alone.step()
+    with pytest.raises(RuntimeError, match="start all of them anew"):
+        alone.submit([1])
 
 
 def test_a_call_that_may_not_have_been_told_is_the_last(

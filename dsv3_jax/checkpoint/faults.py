@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 # Of a store that is not a file system, and where a message was cut short.
 _OF_A_STORE = re.compile(r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|DATA_LOSS): ")
+_OF_TENSORSTORE = re.compile(r"[A-Z_]+: ")  # How the text of each of its errors starts.
 _ORBAX = f"{os.sep}orbax{os.sep}"
 _TENSORSTORE = "tensorstore_spec"  # What a write that failed ends with, long after the save has.
 # Not the fault of what lies on the disk.
@@ -64,8 +66,12 @@ def orbax_keeps_quiet() -> Iterator[None]:
     report, logs = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
 
     def is_not_orbax(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, ValueError) and _OF_TENSORSTORE.match(str(error)):
+            return False
+        raised_in = (frame.filename for frame in traceback.extract_tb(error.__traceback__ if error else None))
         message = record.getMessage()
-        return _ORBAX not in record.pathname and _ORBAX not in message and _TENSORSTORE not in message
+        return _TENSORSTORE not in message and not any(_ORBAX in name for name in (record.pathname, message, *raised_in))
 
     def report_others(late: Any) -> None:
         # Where one read fails, those under way fail later, with nobody to tell.

@@ -10,6 +10,8 @@ UV ?= uv
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
+# Machine code as programs outside the tests have it; most tests compile it unoptimized, in less time.
+OPTIMIZED := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=3"
 PIP := $(RUN) -m pip -qq --disable-pip-version-check --no-input
 READY := $(VENV)/ready
 PARITY_READY := $(VENV)/ready-parity
@@ -41,13 +43,13 @@ test: lint $(if $(COMPILER_HOST),$(TPU_READY))  ## lint, types, then the default
 	@$(PYTEST) $(ARGS)
 
 test-slow: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the tests that take minutes
-	@$(PYTEST) -m slow $(ARGS)
+	@$(PYTEST) -m "slow and not exhaustive" $(ARGS)
 
 test-exhaustive: setup  ## the tests of make test-slow in more shapes; for a change of what they test
-	@$(PYTEST) -m exhaustive $(ARGS)
+	@$(OPTIMIZED) $(PYTEST) -m exhaustive $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
-	@$(PYTEST) -m parity $(ARGS)
+	@$(OPTIMIZED) $(PYTEST) -m parity $(ARGS)
 
 tpu-compiler: $(TPU_READY)  ## add the TPU compiler, for python -m dsv3_jax.plan --topology
 	@:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import pathlib
 from collections.abc import Collection
 from typing import Any
 
+from etils import epath
+
 from dsv3_jax.config.checks import require
+from dsv3_jax.files import write_whole
 from dsv3_jax.infer.prompt_lines import PromptLine
 from dsv3_jax.infer.request import Completion
 
@@ -47,7 +49,7 @@ class CompletionLines:
         try:
             self._lock()
             if is_new:
-                _write_whole(self._settings_path, json.dumps(self._settings, indent=2) + "\n")
+                write_whole(epath.Path(self._settings_path), json.dumps(self._settings, indent=2) + "\n")
             self.done = self._read(indices)
             """Indices of the lines that are there."""
         except BaseException:
@@ -116,10 +118,3 @@ def require_place(path: str, prompts: str | None = None) -> None:
     require(not place.is_dir(), f"{path} is a folder; name a file for the completions")
     is_same = prompts is not None and place.exists() and place.samefile(pathlib.Path(prompts).expanduser())
     require(not is_same, f"{path} holds the prompts; name another file for the completions")
-
-
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file such that it is never seen in part."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)

@@ -37,7 +37,7 @@ def state(seed: int) -> tuple[dict[str, Any], Tree]:
     """Random variables, and an optimizer that has taken a step from them."""
     variables = jax.tree.map(jnp.asarray, random_variables(CONFIG, seed))
     optimizer = make_optimizer(RUN.optimizer)
-    _, taken = optimizer.update(variables["params"], optimizer.init(variables["params"]), variables["params"])
+    _, taken = jax.jit(lambda params: optimizer.update(params, optimizer.init(params), params))(variables["params"])
     return variables, taken
 
 

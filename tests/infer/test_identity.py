@@ -47,6 +47,12 @@ ON_MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "expert 4 x tensor 2, 2 drafts": ({"expert": 4, "tensor": 2}, {"drafts": 2, "chunk": 32, "page_size": 16}),
     "data 2 x expert 2 x tensor 2, 1 draft": ({"data": 2, "expert": 2, "tensor": 2}, {"drafts": 1, "page_size": 16}),
 }
+# Between them these have what the others have, one thing at a time.
+SLOW = "chunks of 64 in pages of 16", "too few pages", "data 2 x expert 2 x tensor 2, 1 draft"
+
+
+def slow_or_exhaustive(cases: dict[str, Any]) -> list[Any]:
+    return [pytest.param(case, marks=pytest.mark.slow if case in SLOW else pytest.mark.exhaustive) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +106,14 @@ def test_batch_chunks_pages_prefixes_and_drafts_change_nothing(
     assert engine.steps < engine.step_tokens, "no draft was ever accepted"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_or_exhaustive(CASES))
 def test_every_way(variables: dict[str, Any], prompts: list[list[int]], alone: list[list[int]], case: str) -> None:
     found, engine = complete(variables, prompts, **CASES[case])
     assert found == alone
     assert (engine.counts["preemptions"] > 0) == (case == "too few pages")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ON_MESHES)
+@pytest.mark.parametrize("case", slow_or_exhaustive(ON_MESHES))
 def test_on_meshes(variables: dict[str, Any], prompts: list[list[int]], alone: list[list[int]], case: str) -> None:
     sizes, options = ON_MESHES[case]
     found, _ = complete(variables, prompts, mesh=make_mesh(MeshConfig(**sizes)), **options)

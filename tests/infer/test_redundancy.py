@@ -43,7 +43,6 @@ CONFIG = dataclasses.replace(
 MESH = MeshConfig(expert=4, tensor=2)
 E, SHARDS, SLOTS = CONFIG.n_routed_experts, 4, 3
 TOKENS_BT = random_tokens(8, 12, CONFIG)
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 Tree = dict[str, Any]
 
@@ -56,7 +55,7 @@ def ragged_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
 @functools.cache
 def run(unrolled: bool) -> Any:
     model = DeepSeekV3(CONFIG, unrolled=unrolled)
-    return quick_jit(lambda variables: model.apply(variables, TOKENS_BT, mtp=True, hidden_states=True))
+    return jax.jit(lambda variables: model.apply(variables, TOKENS_BT, mtp=True, hidden_states=True))
 
 
 @functools.cache
@@ -184,7 +183,7 @@ def layer() -> tuple[Tree, np.ndarray, np.ndarray]:
     bias_E = tree["router"]["gate"]["e_score_correction_bias"]
     tree["router"]["gate"]["e_score_correction_bias"] = bias_E.at[jnp.array([2, 3])].add(10.0)
     x_BTD = np.random.default_rng(1).standard_normal((8, 16, CONFIG.hidden_size)).astype(np.float32)
-    _, routing, _ = quick_jit(MoE(config).apply)(tree, x_BTD)
+    _, routing, _ = jax.jit(MoE(config).apply)(tree, x_BTD)
     return tree, x_BTD, np.asarray(routing.load_E)
 
 
@@ -202,7 +201,7 @@ def program(exchange: str) -> tuple[Any, Any]:
     config = dataclasses.replace(CONFIG, n_group=1, topk_group=1, expert_exchange=exchange, receive_factor=1.0)
     mesh = make_mesh(MESH)
     tokens = NamedSharding(mesh, TOKENS)
-    return mesh, quick_jit(MoE(config).apply, in_shardings=(None, tokens))
+    return mesh, jax.jit(MoE(config).apply, in_shardings=(None, tokens))
 
 
 @pytest.mark.parametrize("exchange", ["dense", "ring", "ragged"])

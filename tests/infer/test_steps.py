@@ -125,7 +125,7 @@ def test_a_row_of_nobody_changes_nothing(variables: dict) -> None:
     jax.tree.map(np.testing.assert_array_equal, before, after[:2])
 
 
-@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("drafts", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_decode_is_greedy_over_the_whole_text_whatever_was_drafted(variables: dict, drafts: int) -> None:
     """A slot that is active and one that is not, which keeps what it has; accepted drafts only make it quicker."""
     separate = unstack(variables)

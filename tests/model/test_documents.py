@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,6 @@ FIRST, SECOND, PADDING = 11, 13, 4
 T = FIRST + SECOND + PADDING
 STARTS_BT, _ = pack([[FIRST, SECOND]], T)
 ONE, OTHER = slice(0, FIRST), slice(FIRST, FIRST + SECOND)
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def two_documents() -> np.ndarray:
@@ -43,7 +41,7 @@ def two_documents() -> np.ndarray:
 def outputs(tokens_BT: np.ndarray, starts_BT: Any, *, absorbed: bool = False, unrolled: bool = False) -> ModelOutput:
     variables = unstack(random_variables()) if unrolled else random_variables()
     model = DeepSeekV3(CONFIG, absorbed=absorbed, unrolled=unrolled)
-    apply = quick_jit(lambda v, t, s: model.apply(v, t, mtp=True, hidden_states=True, starts_BT=s))
+    apply = jax.jit(lambda v, t, s: model.apply(v, t, mtp=True, hidden_states=True, starts_BT=s))
     return apply(variables, tokens_BT, starts_BT)
 
 
@@ -98,7 +96,7 @@ def test_a_document_has_the_loss_and_the_gradients_that_it_has_alone() -> None:
     weight_BT = np.zeros((1, T), np.float32)
     weight_BT[:, OTHER] = np.linspace(0.5, 1.5, SECOND)
     weight_BT[:, OTHER.stop - 1] = 0  # What follows a document is no target.
-    program = quick_jit(summed_losses(dataclasses.replace(CONFIG, remat="full")))
+    program = jax.jit(summed_losses(dataclasses.replace(CONFIG, remat="full")))
 
     def at(part: slice, starts_BT: Any) -> Any:
         arrays = (array[:, part] for array in (tokens_BT, target_BT, weight_BT))
@@ -126,7 +124,7 @@ def test_losses_loads_and_gradients_on_a_mesh_are_those_of_one_device(sizes: dic
     batch, variables = (tokens_BT, target_BT, weight_BT, starts_BT), random_variables(MODEL)
 
     def program() -> Callable[..., Any]:
-        return quick_jit(summed_losses(MODEL, balance=20.0))
+        return jax.jit(summed_losses(MODEL, balance=20.0))
 
     (loss, load), gradient = program()(variables["params"], variables["router"], *batch)
     mesh = make_mesh(MeshConfig(**sizes))

@@ -65,7 +65,7 @@ def program(name: str, factor: float, rounds: int):
     stacked = PartitionSpec(None, "expert")
     outs = (stacked, stacked, stacked, spec, spec, spec)
     mapped = jax.shard_map(on_device, mesh=mesh, in_specs=(spec, spec, spec), out_specs=outs, check_vma=False)
-    return jax.jit(mapped, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(mapped)
 
 
 @pytest.mark.parametrize("name", NAMES)

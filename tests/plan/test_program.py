@@ -43,6 +43,7 @@ SMALL = Config(
 )
 
 
+@pytest.mark.slow
 def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str) -> None:
     """The very step of train.py, forward and backward, for four chips of a v5p."""
     mesh = make_mesh(SMALL.mesh, tpu_devices("v5p:2x2x1"))

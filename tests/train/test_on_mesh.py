@@ -51,7 +51,6 @@ ONE_LAYER = dataclasses.replace(
     RUN,
     model=dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0),
 )
-quick_options = {"xla_backend_optimization_level": 0}
 MARGIN = 1e-5
 
 
@@ -80,7 +79,7 @@ def loss_and_gradients(model: ModelConfig) -> Callable[..., Any]:
 @functools.cache
 def of_one_device() -> Any:
     variables = random_variables(MODEL)
-    program = jax.jit(loss_and_gradients(MODEL), compiler_options=quick_options)
+    program = jax.jit(loss_and_gradients(MODEL))
     return program(variables["params"], variables["router"], *batches(RUN, 1)[0])
 
 
@@ -90,7 +89,7 @@ def compare_with_one_device(sizes: str, exchange: str) -> None:
     place = BatchPlacement(mesh, *batches(RUN, 1)[0][0].shape).place
     model = dataclasses.replace(MODEL, expert_exchange=exchange)
     with jax.set_mesh(mesh):
-        program = jax.jit(loss_and_gradients(model), compiler_options=quick_options)
+        program = jax.jit(loss_and_gradients(model))
         (loss, load), grads = program(variables["params"], variables["router"], *map(place, batches(RUN, 1)[0]))
     (wanted_loss, wanted_load), wanted_grads = of_one_device()
     assert abs(loss - wanted_loss) < 1e-5
@@ -101,25 +100,23 @@ def compare_with_one_device(sizes: str, exchange: str) -> None:
         assert apart < 1e-5, (jax.tree_util.keystr(path), apart)
 
 
-QUICK = "fsdp, expert", "data, expert, tensor"
+def meshes(*, slow: tuple[str, ...], quick: str | None = None) -> list[Any]:
+    """All of them, marked as what they take."""
+    marks = dict.fromkeys(slow, pytest.mark.slow)
+    return [pytest.param(sizes, marks=() if sizes == quick else marks.get(sizes, pytest.mark.exhaustive)) for sizes in MESHES]
+
+
 # Between them these two have every axis but fsdp.
-SLOW = "data, expert, tensor", "context, expert, tensor"
-EVERY_MESH = [
-    pytest.param(sizes, marks=[] if sizes in QUICK else pytest.mark.slow if sizes in SLOW else pytest.mark.exhaustive)
-    for sizes in MESHES
-]
-SLOW_OR_EXHAUSTIVE = [
-    pytest.param(sizes, marks=pytest.mark.slow if sizes in SLOW else pytest.mark.exhaustive) for sizes in MESHES
-]
+MOST_AXES = "data, expert, tensor", "context, expert, tensor"
 
 
-@pytest.mark.parametrize("sizes", EVERY_MESH)
+@pytest.mark.parametrize("sizes", meshes(quick=MOST_AXES[0], slow=("fsdp, expert", MOST_AXES[1])))
 def test_loss_and_gradients_of_every_mesh(sizes: str) -> None:
     compare_with_one_device(sizes, "dense")
 
 
 @pytest.mark.parametrize("exchange", ["ring", "ragged"])
-@pytest.mark.parametrize("sizes", SLOW_OR_EXHAUSTIVE)
+@pytest.mark.parametrize("sizes", meshes(slow=MOST_AXES))
 def test_loss_and_gradients_of_every_exchange(sizes: str, exchange: str) -> None:
     compare_with_one_device(sizes, exchange)
 
@@ -139,7 +136,6 @@ def train(
         functools.partial(train_step, config=run),
         in_shardings=(shardings, batch, everywhere),
         out_shardings=(shardings, everywhere, everywhere),
-        compiler_options=quick_options,
     )
     metrics = []
     with jax.set_mesh(mesh):
@@ -161,7 +157,7 @@ def train(
 def one_device() -> tuple[TrainState, list[dict[str, jax.Array]], float]:
     """Eight steps on one device, and the smallest margin by which any token ever chose its experts."""
     margins: list[jax.Array] = []
-    margin = jax.jit(margin_of, compiler_options=quick_options)
+    margin = jax.jit(margin_of)
     state, metrics = train(RUN, {"fsdp": 1}, 8, watch=lambda *now: margins.append(margin(*now)))
     return state, metrics, float(min(margins))
 
@@ -193,7 +189,7 @@ def smallest_margin(biased_BTE: jax.Array, config: ModelConfig) -> jax.Array:
     return jnp.minimum(groups.min(), experts.min())
 
 
-@pytest.mark.parametrize("sizes", SLOW_OR_EXHAUSTIVE)
+@pytest.mark.parametrize("sizes", meshes(slow=MOST_AXES))
 def test_eight_steps_are_those_of_one_device(sizes: str, one_device: tuple) -> None:
     wanted_state, wanted, margin = one_device
     assert margin > MARGIN, "some token chose by less: its choice may depend on rounding, so take another seed"

@@ -27,12 +27,11 @@ VARIABLES = jax.tree.map(jnp.asarray, random_variables(SMALL))
 
 
 # Random numbers are slow to compile, and here they are drawn once.
-QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def test_a_fresh_state_is_that_of_the_seed() -> None:
-    state = jax.jit(functools.partial(init_state, RUN), compiler_options=QUICKLY)()
-    drawn = jax.jit(lambda seed: init_variables(SMALL, jax.random.key(seed)), compiler_options=QUICKLY)
+    state = jax.jit(functools.partial(init_state, RUN))()
+    drawn = jax.jit(lambda seed: init_variables(SMALL, jax.random.key(seed)))
     chex.assert_trees_all_close(state.variables, drawn(5), rtol=1e-6)
     assert np.all(drawn(6)["params"]["embed"]["embedding"] != state.params["embed"]["embedding"])
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(functools.partial(init_state, RUN)), state)

@@ -45,8 +45,6 @@ BATCH = Batch.of(TOKENS_BT, TARGET_BT)
 METRICS = {"loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "skipped", "exchange_rounds", "max_violation"}
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]]
-# Compiling is most of the time here, and half of that is spent on code that would run faster.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def values(config: Config = RUN, step: int = 0) -> StepValues:
@@ -60,7 +58,7 @@ def start(config: Config = RUN) -> TrainState:
 @pytest.fixture(scope="module")
 def step() -> Step:
     """The step as train.py has it."""
-    return quick_jit(functools.partial(train_step, config=RUN), donate_argnums=0)
+    return jax.jit(functools.partial(train_step, config=RUN), donate_argnums=0)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +92,7 @@ def expected() -> Expected:
         return loss, (parts, output)
 
     before = start()
-    grads, (losses, output) = quick_jit(jax.grad(objective, has_aux=True))(before.params, before.router)
+    grads, (losses, output) = jax.jit(jax.grad(objective, has_aux=True))(before.params, before.router)
     routes = np.asarray(output.routes).reshape(MODEL.num_moe_layers, -1)
     counted = np.stack([np.bincount(route, minlength=MODEL.n_routed_experts) for route in routes])
     load = {"moe_layers": counted, "mtp_0": np.asarray(output.load["mtp_0"])}
@@ -183,7 +181,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(expected: Expec
     optimizer = dataclasses.replace(RUN.optimizer, moment_dtype="bfloat16")
     config = dataclasses.replace(RUN, model=model, optimizer=optimizer)
     before = start(config)
-    after, metrics, _ = quick_jit(functools.partial(train_step, config=config))(before, BATCH, values(config))
+    after, metrics, _ = jax.jit(functools.partial(train_step, config=config))(before, BATCH, values(config))
     chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(metrics["main_loss"], expected.losses["main_loss"], **TOLERANCE["bfloat16"])
@@ -192,7 +190,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(expected: Expec
 def test_without_an_moe_layer_nothing_is_violated() -> None:
     model = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
     config = dataclasses.replace(RUN, model=model)
-    after, metrics, _ = quick_jit(functools.partial(train_step, config=config))(start(config), BATCH, values(config))
+    after, metrics, _ = jax.jit(functools.partial(train_step, config=config))(start(config), BATCH, values(config))
     assert (float(metrics["max_violation"]), float(metrics["mtp_loss"]), after.router) == (0, 0, {})
     assert float(metrics["loss"]) == float(metrics["main_loss"])
 
@@ -214,9 +212,9 @@ def with_micro_batches(size: int, filled: int) -> tuple[Config, Batch, StepValue
 
 def test_accumulated_micro_batches_are_the_whole_batch() -> None:
     config, batch, now = with_micro_batches(B, B)
-    whole = quick_jit(functools.partial(train_step, config=config))(start(config), batch, now)
+    whole = jax.jit(functools.partial(train_step, config=config))(start(config), batch, now)
     config, batch, now = with_micro_batches(2, B)
-    parts = quick_jit(functools.partial(train_step, config=config))(start(config), batch, now)
+    parts = jax.jit(functools.partial(train_step, config=config))(start(config), batch, now)
     chex.assert_trees_all_equal(whole[2], parts[2])
     chex.assert_trees_all_equal(whole[0].router, parts[0].router)
     chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5)
@@ -228,11 +226,11 @@ def test_accumulated_micro_batches_are_the_whole_batch() -> None:
 def test_a_ramped_step_is_the_step_of_its_rows_alone_and_nothing_compiles_twice() -> None:
     config, batch, now = with_micro_batches(1, 2)
     batch = batch._replace(weights_ABT=np.where(np.isnan(batch.weights_ABT), 0, batch.weights_ABT))
-    step = quick_jit(functools.partial(train_step, config=config))
+    step = jax.jit(functools.partial(train_step, config=config))
     small = step(start(config), batch, now)
     alone = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, batch_size=2))
     rows = Batch(*(array[:2].reshape(1, 2, T) for array in batch[:3]), None)
-    expected = quick_jit(functools.partial(train_step, config=alone))(start(alone), rows, now)
+    expected = jax.jit(functools.partial(train_step, config=alone))(start(alone), rows, now)
     chex.assert_trees_all_close(small[0].params, expected[0].params, rtol=1e-4, atol=2e-5)
     chex.assert_trees_all_close(small[1], expected[1], rtol=1e-5)
     chex.assert_trees_all_equal(small[2], expected[2])
@@ -260,7 +258,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pyte
 
         monkeypatch.setattr(step_module, "training_loss", poisoned)
     before = start()
-    after, metrics, _ = quick_jit(functools.partial(train_step, config=RUN))(before, batch, values())
+    after, metrics, _ = jax.jit(functools.partial(train_step, config=RUN))(before, batch, values())
     assert float(metrics["skipped"]) == 1
     assert np.isfinite(metrics["loss"]) == (where == "gradient")
     assert not np.isfinite(metrics["grad_norm"])
@@ -270,7 +268,7 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str, monkeypatch: pyte
 
 def test_a_batch_without_anything_to_learn_has_no_loss() -> None:
     batch = BATCH._replace(weights_ABT=np.zeros_like(BATCH.weights_ABT))
-    after, metrics, _ = quick_jit(functools.partial(train_step, config=RUN))(start(), batch, values())
+    after, metrics, _ = jax.jit(functools.partial(train_step, config=RUN))(start(), batch, values())
     assert (float(metrics["main_loss"]), float(metrics["mtp_loss"]), float(metrics["skipped"])) == (0, 0, 0)
     assert np.isfinite(metrics["grad_norm"])
     assert int(after.step) == 1

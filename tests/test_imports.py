@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": {"files", "config", "parallel"},
     "checkpoint": {"files", "config", "kernels", "parallel", "model"},
     "train": {"files", "config", "kernels", "parallel", "model", "data", "checkpoint"},
-    "infer": {"config", "kernels", "parallel", "model", "data", "checkpoint"},
+    "infer": {"files", "config", "kernels", "parallel", "model", "data", "checkpoint"},
     "serve": {"config", "data", "infer"},
     "plan": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
     "evaluate": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},

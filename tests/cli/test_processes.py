@@ -21,7 +21,7 @@ _RUN = "--model.q-lora-rank", "16", "--train.batch-size", "8", "--train.steps", 
 _SAVES = "--checkpoint.every", "4", "--checkpoint.keep", "6"
 _MESH = "--mesh.fsdp", "2", "--mesh.expert", "4"
 _OTHER_MESH = "--mesh.data", "2", "--mesh.context", "2", "--mesh.tensor", "2"
-EITHER = pytest.param(0, marks=pytest.mark.exhaustive), 1
+_EITHER = pytest.param(0, marks=pytest.mark.exhaustive), 1
 _NAMES = "loss", "main_loss", "mtp_loss", "max_violation"
 
 
@@ -143,7 +143,7 @@ def _wait_for_steps(run: Path, children: list[subprocess.Popen]) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("dead", EITHER)
+@pytest.mark.parametrize("dead", _EITHER)
 def test_a_process_that_dies_takes_the_others_along(workplace: Path, dead: int) -> None:
     run = workplace / "runs" / f"dead_{dead}"
     endless = "--train.steps", "100000", "--train.eval-every", "0", "--checkpoint.every", "5"
@@ -154,7 +154,7 @@ def test_a_process_that_dies_takes_the_others_along(workplace: Path, dead: int) 
         assert children[1 - dead].wait(timeout=120) != 0
 
 
-@pytest.mark.parametrize("told", EITHER)
+@pytest.mark.parametrize("told", _EITHER)
 def test_a_signal_to_one_process_stops_both_after_the_same_step(workplace: Path, told: int) -> None:
     run = workplace / "runs" / f"told_{told}"
     arguments = (*TRAIN, str(run), *_RUN, *_MESH, "--train.steps", "100000", "--train.eval-every", "0")

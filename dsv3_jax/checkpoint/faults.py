@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import re
@@ -63,6 +64,22 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 @contextlib.contextmanager
 def orbax_keeps_quiet() -> Iterator[None]:
     """Keeps from stderr what Orbax says there about an error that it raises as well: hundreds of lines of tracebacks."""
+    with _without_tracebacks(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+        yield
+
+
+@functools.cache
+def late_reads_keep_quiet() -> None:
+    """Where one read fails, those under way fail later, with nobody to tell: when, nothing says, so this has no end."""
+    _LATE.enter_context(_without_tracebacks())
+
+
+_LATE = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
     report, logs = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
 
     def is_not_orbax(record: logging.LogRecord) -> bool:
@@ -74,19 +91,18 @@ def orbax_keeps_quiet() -> Iterator[None]:
         return _TENSORSTORE not in message and not any(_ORBAX in name for name in (record.pathname, message, *raised_in))
 
     def report_others(late: Any) -> None:
-        # Where one read fails, those under way fail later, with nobody to tell.
         code = getattr(late.object, "cr_code", None)
-        if str(late.exc_value) != "Event loop is closed" and (code is None or _ORBAX not in code.co_filename):
+        of_tensorstore = late.object is None and str(late.exc_value) == "Event loop is closed"
+        if not of_tensorstore and (code is None or _ORBAX not in code.co_filename):
             report(late)
 
     sys.unraisablehook = report_others
     for log in logs:
         log.addFilter(is_not_orbax)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
-            yield
+        yield
     finally:
-        sys.unraisablehook = report
+        if sys.unraisablehook is report_others:  # Else the one that took its place since asks it.
+            sys.unraisablehook = report
         for log in logs:
             log.removeFilter(is_not_orbax)

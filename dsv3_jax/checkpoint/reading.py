@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dsv3_jax.checkpoint.checksums import checksums
-from dsv3_jax.checkpoint.faults import io_reason, is_of_the_machine, one_line, orbax_keeps_quiet
+from dsv3_jax.checkpoint.faults import io_reason, is_of_the_machine, late_reads_keep_quiet, one_line, orbax_keeps_quiet
 from dsv3_jax.checkpoint.paths import by_path
 from dsv3_jax.checkpoint.record import Record, Stored
 from dsv3_jax.parallel.distributed import on_every_process
@@ -145,7 +145,8 @@ def _read(folder: epath.Path, read: Callable[[], Any]) -> Any:
                     cause = cause.__cause__
                 damage = f"{type(cause).__name__}: {one_line(cause)}"
                 del cause
-            gc.collect(1)  # The reads that were under way end here, in silence.
+            gc.collect(1)  # The reads that have ended say so here, in silence.
+            late_reads_keep_quiet()
         return None, damage
 
     result, damage = on_every_process(attempt)

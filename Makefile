@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Processes that tests run in, a file of tests in one of them.
+# Processes that tests run in, a file of tests in one of them (those of parity are one file, and shared out).
 WORKERS ?= 2
 UV ?= uv
 
@@ -43,13 +43,13 @@ test: lint $(if $(COMPILER_HOST),$(TPU_READY))  ## lint, types, then the default
 	@$(PYTEST) $(ARGS)
 
 test-slow: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the tests that take minutes
-	@$(PYTEST) -m "slow and not exhaustive" $(ARGS)
+	@$(PYTEST) --no-loadscope-reorder -m "slow and not exhaustive" $(ARGS)
 
 test-exhaustive: setup  ## the tests of make test-slow in more shapes; for a change of what they test
 	@$(OPTIMIZED) $(PYTEST) -m exhaustive $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
-	@$(OPTIMIZED) $(PYTEST) -m parity $(ARGS)
+	@$(OPTIMIZED) $(PYTEST) --dist worksteal -m parity $(ARGS)
 
 tpu-compiler: $(TPU_READY)  ## add the TPU compiler, for python -m dsv3_jax.plan --topology
 	@:

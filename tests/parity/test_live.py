@@ -124,7 +124,7 @@ def test_greedy(subject: Subject, transformers: ModuleType) -> None:
     assert all(len(tokens) == cases.GREEDY_TOKENS for tokens in theirs), "an end-of-text token cut the reference short"
     assert compare.greedy(subject.config, subject.variables, prompts) == theirs
     small = {"chunk": 16, "page_size": 16}
-    for drafts in (1, 2, 3) if subject.config.num_nextn_predict_layers else (0,):
+    for drafts in (1, 3) if subject.config.num_nextn_predict_layers else (0,):
         assert compare.greedy(subject.config, subject.variables, prompts, drafts=drafts, **small) == theirs
 
 

@@ -21,6 +21,7 @@ _OF_A_STORE = re.compile(r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|D
 _OF_TENSORSTORE = re.compile(r"[A-Z_]+: ")  # How the text of each of its errors starts.
 _ORBAX = f"{os.sep}orbax{os.sep}"
 _TENSORSTORE = "tensorstore_spec"  # What a write that failed ends with, long after the save has.
+_LATE = contextlib.ExitStack()  # Is never left.
 # Not the fault of what lies on the disk.
 _OF_THE_MACHINE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ESTALE}
@@ -73,9 +74,6 @@ def orbax_keeps_quiet() -> Iterator[None]:
 def late_reads_keep_quiet() -> None:
     """Where one read fails, those under way fail later, with nobody to tell: when, nothing says, so this has no end."""
     _LATE.enter_context(_without_tracebacks())
-
-
-_LATE = contextlib.ExitStack()
 
 
 @contextlib.contextmanager

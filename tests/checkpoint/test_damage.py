@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsv3_jax.checkpoint.faults import late_reads_keep_quiet
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config, TrainConfig
@@ -275,6 +278,20 @@ def read_or_refused(checkpoints: Checkpoints, dtype: Any) -> dict[str, Any] | st
         return checkpoints.restore(9, **like(dtype))
     except ValueError as error:
         return str(error)
+
+
+def test_what_a_read_says_after_a_damaged_checkpoint_was_given_up_is_not_heard(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late_reads_keep_quiet.cache_clear()
+    heard: list[Exception] = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    _truncated(path / "checkpoints" / "9")
+    assert restored(path)[0] == 6
+    # As a thread of TensorStore's calls it.
+    sys.unraisablehook(SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed")))
+    assert not heard
+    late_reads_keep_quiet.cache_clear()  # It has hushed a hook that is not the program's.
 
 
 @pytest.mark.parametrize("item", ["variables", "optimizer", "progress", "."])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import gc
 import logging
 import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,14 +38,6 @@ def leave_unread(read: Callable[[], None]) -> None:
     loop.close()
     gc.collect()
     gc.unfreeze()
-
-
-@dataclasses.dataclass
-class Unraisable:
-    """What sys.unraisablehook is given."""
-
-    exc_value: Exception
-    object: None = None
 
 
 ORBAX = os.path.join("somewhere", "orbax", "checkpoint", "reading.py")
@@ -84,8 +76,8 @@ def test_a_read_that_ends_after_all_others_says_nothing(
     with orbax_keeps_quiet():
         pass
     # As a thread of TensorStore's calls it, with nothing above that could raise.
-    sys.unraisablehook(Unraisable(RuntimeError("Event loop is closed")))
-    sys.unraisablehook(Unraisable(RuntimeError("mine")))
+    sys.unraisablehook(SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed")))
+    sys.unraisablehook(SimpleNamespace(object=None, exc_value=RuntimeError("mine")))
     assert heard == ["mine"]
     leave_unread(raised_in(ORBAX, Exception(ARRAY)))
     assert not caplog.records

@@ -26,9 +26,6 @@ RUN = Config(model=SMALL, train=TrainConfig(steps=3, sequence_length=16, seed=5)
 VARIABLES = jax.tree.map(jnp.asarray, random_variables(SMALL))
 
 
-# Random numbers are slow to compile, and here they are drawn once.
-
-
 def test_a_fresh_state_is_that_of_the_seed() -> None:
     state = jax.jit(functools.partial(init_state, RUN))()
     drawn = jax.jit(lambda seed: init_variables(SMALL, jax.random.key(seed)))

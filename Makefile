@@ -26,7 +26,7 @@ OWNER := $(PYTHON_VERSION) $(shell $(PYTHON) -c 'import sys; print(sys.base_pref
 STALE := $(if $(filter-out $(OWNER),$(shell cat $(READY) 2>/dev/null || echo missing)),stale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-exhaustive parity tpu-compiler cuda-compiler lint fmt lock clean stale
+.PHONY: help setup train test test-slow test-nightly parity tpu-compiler cuda-compiler lint fmt lock clean stale
 MAKEFLAGS += --no-print-directory
 
 help:  ## list the targets
@@ -43,10 +43,10 @@ test: lint $(if $(COMPILER_HOST),$(TPU_READY))  ## lint, types, then the default
 	@$(PYTEST) $(ARGS)
 
 test-slow: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the tests that take minutes
-	@$(PYTEST) --no-loadscope-reorder -m "slow and not exhaustive" $(ARGS)
+	@$(PYTEST) --no-loadscope-reorder -m "slow and not nightly" $(ARGS)
 
-test-exhaustive: setup  ## the tests of make test-slow in more shapes; for a change of what they test
-	@$(OPTIMIZED) $(PYTEST) -m exhaustive $(ARGS)
+test-nightly: setup $(if $(COMPILER_HOST),$(TPU_READY) $(CUDA_READY))  ## the thorough repeats that CI leaves out, compiled as users' programs are
+	@$(OPTIMIZED) $(PYTEST) --no-loadscope-reorder -m nightly $(ARGS)
 
 parity: $(PARITY_READY)  ## compare live with Hugging Face (adds torch and transformers to .venv)
 	@$(OPTIMIZED) $(PYTEST) --dist worksteal -m parity $(ARGS)

@@ -21,7 +21,7 @@ _RUN = "--model.q-lora-rank", "16", "--train.batch-size", "8", "--train.steps", 
 _SAVES = "--checkpoint.every", "4", "--checkpoint.keep", "6"
 _MESH = "--mesh.fsdp", "2", "--mesh.expert", "4"
 _OTHER_MESH = "--mesh.data", "2", "--mesh.context", "2", "--mesh.tensor", "2"
-_EITHER = pytest.param(0, marks=pytest.mark.exhaustive), 1
+_EITHER = pytest.param(0, marks=pytest.mark.nightly), 1
 _NAMES = "loss", "main_loss", "mtp_loss", "max_violation"
 
 

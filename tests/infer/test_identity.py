@@ -51,8 +51,8 @@ ON_MESHES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
 SLOW = "chunks of 64 in pages of 16", "too few pages", "data 2 x expert 2 x tensor 2, 1 draft"
 
 
-def slow_or_exhaustive(cases: dict[str, Any]) -> list[Any]:
-    return [pytest.param(case, marks=pytest.mark.slow if case in SLOW else pytest.mark.exhaustive) for case in cases]
+def slow_or_nightly(cases: dict[str, Any]) -> list[Any]:
+    return [pytest.param(case, marks=pytest.mark.slow if case in SLOW else pytest.mark.nightly) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +106,14 @@ def test_batch_chunks_pages_prefixes_and_drafts_change_nothing(
     assert engine.steps < engine.step_tokens, "no draft was ever accepted"
 
 
-@pytest.mark.parametrize("case", slow_or_exhaustive(CASES))
+@pytest.mark.parametrize("case", slow_or_nightly(CASES))
 def test_every_way(variables: dict[str, Any], prompts: list[list[int]], alone: list[list[int]], case: str) -> None:
     found, engine = complete(variables, prompts, **CASES[case])
     assert found == alone
     assert (engine.counts["preemptions"] > 0) == (case == "too few pages")
 
 
-@pytest.mark.parametrize("case", slow_or_exhaustive(ON_MESHES))
+@pytest.mark.parametrize("case", slow_or_nightly(ON_MESHES))
 def test_on_meshes(variables: dict[str, Any], prompts: list[list[int]], alone: list[list[int]], case: str) -> None:
     sizes, options = ON_MESHES[case]
     found, _ = complete(variables, prompts, mesh=make_mesh(MeshConfig(**sizes)), **options)
@@ -150,9 +150,9 @@ def test_a_prefix_is_computed_once(variables: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "drafts",
     [
-        pytest.param(0, marks=pytest.mark.exhaustive),
+        pytest.param(0, marks=pytest.mark.nightly),
         pytest.param(1, marks=pytest.mark.slow),
-        pytest.param(2, marks=pytest.mark.exhaustive),
+        pytest.param(2, marks=pytest.mark.nightly),
     ],
 )
 def test_sampled_tokens_have_the_models_distribution(variables: dict[str, Any], drafts: int) -> None:

@@ -63,8 +63,8 @@ hopper = functools.partial(attention_hopper, scale=SCALE, interpret=INTERPRETED)
     [
         (1, 1, 1, 1, NARROW),
         pytest.param(127, 2, 1, 1, NARROW, marks=pytest.mark.slow),
-        pytest.param(128, 1, 2, 2, NARROW, marks=pytest.mark.exhaustive),
-        pytest.param(129, 1, 1, 1, WIDE_VALUES, marks=pytest.mark.exhaustive),
+        pytest.param(128, 1, 2, 2, NARROW, marks=pytest.mark.nightly),
+        pytest.param(129, 1, 1, 1, WIDE_VALUES, marks=pytest.mark.nightly),
         pytest.param(300, 1, 2, 1, PUBLISHED, marks=pytest.mark.slow),
     ],
 )

@@ -43,10 +43,10 @@ SIZES = {
     (140, 128, 128, 1): {"one expert": [139]},
 }
 SLOW = "one expert has everything", "rows past the last group"
-EXHAUSTIVE = (
+NIGHTLY = (
     "all rows in the last expert", "no rows at all", "256 experts", "one expert", "around a tile and its halves",
 )  # fmt: skip
-MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(EXHAUSTIVE, pytest.mark.exhaustive)
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(NIGHTLY, pytest.mark.nightly)
 CASES = {case: (shape, sizes) for shape, cases in SIZES.items() for case, sizes in cases.items()}
 
 

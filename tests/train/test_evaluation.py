@@ -162,7 +162,7 @@ def test_drafts_are_verified_as_greedy_decoding_would(depths: int) -> None:
     "name",
     [
         pytest.param("context, expert, tensor", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("fsdp, expert", "data, expert, tensor")),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("fsdp, expert", "data, expert, tensor")),
     ],
 )
 def test_on_a_mesh_the_same_drafts_are_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

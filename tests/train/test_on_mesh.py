@@ -103,7 +103,7 @@ def compare_with_one_device(sizes: str, exchange: str) -> None:
 def meshes(*, slow: tuple[str, ...], quick: str | None = None) -> list[Any]:
     """All of them, marked as what they take."""
     marks = dict.fromkeys(slow, pytest.mark.slow)
-    return [pytest.param(sizes, marks=() if sizes == quick else marks.get(sizes, pytest.mark.exhaustive)) for sizes in MESHES]
+    return [pytest.param(sizes, marks=() if sizes == quick else marks.get(sizes, pytest.mark.nightly)) for sizes in MESHES]
 
 
 # Between them these two have every axis but fsdp.
@@ -235,8 +235,8 @@ def test_biases_and_metrics_are_equal_everywhere_and_those_of_one_device(sizes: 
     [
         pytest.param(BY_AXIS[0], "expert", marks=pytest.mark.slow),
         pytest.param(BY_AXIS[0], None, marks=pytest.mark.slow),
-        pytest.param(BY_AXIS[1], "context", marks=pytest.mark.exhaustive),
-        *(pytest.param(BY_AXIS[0], axis, marks=pytest.mark.exhaustive) for axis in ("data", "fsdp")),
+        pytest.param(BY_AXIS[1], "context", marks=pytest.mark.nightly),
+        *(pytest.param(BY_AXIS[0], axis, marks=pytest.mark.nightly) for axis in ("data", "fsdp")),
     ],
 )
 def test_a_load_that_leaves_an_axis_out_would_show(

@@ -22,7 +22,7 @@ from dsv3_jax.checkpoint.record import Record
 from dsv3_jax.checkpoint.roll_call import RollCall
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
-from dsv3_jax.model import init_variables
+from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.distributed import by_first_process, is_first_process, require_agreement
 
@@ -278,7 +278,7 @@ def load_run(path: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
     if not run.checkpoints.exists():
         raise ValueError(f"{path} holds no checkpoint yet; let the run reach its first (checkpoint.every steps)")
     with Checkpoints(run) as checkpoints:
-        like = jax.eval_shape(lambda: init_variables(config.model, jax.random.key(0)))
+        like = abstract_variables(config.model)
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         places = jax.tree.map(lambda _: first, like) if mesh is None else variable_shardings(config.model, mesh)
         like = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places)

@@ -54,7 +54,7 @@ def same_everywhere(number: int, processes: int) -> int:
 def take(array: Any, index: tuple[int, ...]) -> Any:
     """array[index] on this process; if devices share the array out, all processes that hold it must call this.
 
-    Only that part leaves the devices, or travels between them; then it comes as the unsigned integers of its bits.
+    Only that part leaves the devices, or travels between them; it comes as the unsigned integers of its bits.
     """
     if not isinstance(array, jax.Array):
         return array[index]
@@ -68,8 +68,9 @@ def take(array: Any, index: tuple[int, ...]) -> Any:
 
 @jax.jit
 def _take(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
-    """array[index], compiled once for all indices."""
-    return array[index]
+    """The bits of array[index], compiled once for all indices."""
+    # Integers before anything is done with them: XLA may widen floats on the way, which changes some NaNs.
+    return jax.lax.bitcast_convert_type(array, _unsigned(array.dtype.itemsize))[index]
 
 
 @functools.cache
@@ -87,11 +88,11 @@ def _gathering(sharding: NamedSharding, ndim: int, depth: int) -> Callable[[jax.
         for i, size, dim in zip(index, shard.shape, axes, strict=False):
             if dim:
                 held &= jax.lax.axis_index(dim) == i // size
-        part = shard[tuple(i % size for i, size in zip(index, shard.shape, strict=False))]
-        bits = jax.lax.bitcast_convert_type(part, _unsigned(part.dtype.itemsize))
+        shard_bits = jax.lax.bitcast_convert_type(shard, _unsigned(shard.dtype.itemsize))
+        bits = shard_bits[tuple(i % size for i, size in zip(index, shard.shape, strict=False))]
         if not stack_axes:
             return bits
-        wide_bits = jnp.where(held, bits, 0).astype(_unsigned(max(4, part.dtype.itemsize)))
+        wide_bits = jnp.where(held, bits, 0).astype(_unsigned(max(4, bits.dtype.itemsize)))
         return jax.lax.psum(wide_bits, stack_axes).astype(bits.dtype)
 
     specs = PartitionSpec(*sharding.spec), PartitionSpec()

@@ -266,10 +266,21 @@ def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     return nn.meta.unbox(_init_boxed(config, key))
 
 
+def abstract_variables(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of `init_variables`' tree, as `jax.ShapeDtypeStruct`s."""
+    return nn.meta.unbox(_abstract_boxed(config))
+
+
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
     """The logical axis names of every variable: a tree like `init_variables`' with tuples of names as leaves."""
-    boxed = jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+    boxed = _abstract_boxed(config)
     return jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_boxed(config: ModelConfig) -> dict[str, Any]:
+    """Traced once for a config: the whole model takes a second or more."""
+    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model.mla import ABSORBED_AXES, absorbed
-from dsv3_jax.model.model import init_variables, logical_axes
+from dsv3_jax.model.model import abstract_variables, logical_axes
 from dsv3_jax.model.stack import STACKS, stack_sizes
 from dsv3_jax.parallel.donation import release
 from dsv3_jax.parallel.rules import RULES, ShardingRules, named_shardings
@@ -23,7 +23,7 @@ def variable_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: Sh
     Raises:
       ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
     """
-    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    shapes = abstract_variables(config)
     return named_shardings(logical_axes(config), shapes, mesh, rules)
 
 

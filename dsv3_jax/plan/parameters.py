@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model import init_variables
+from dsv3_jax.model import abstract_variables
 
 
 def count_parameters(config: ModelConfig) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def count_parameters(config: ModelConfig) -> dict[str, Any]:
       and head), `parameters_active` (of the main model, for one token, embedding and head included), `experts` and
       `experts_active` (shared ones counted, over all MoE layers of the main model), and `modules`: module -> count.
     """
-    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    shapes = abstract_variables(config)
     modules: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         names = [key.key for key in path[1:]]

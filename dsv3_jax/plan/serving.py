@@ -21,7 +21,7 @@ from dsv3_jax.infer.runner import laid_out
 from dsv3_jax.infer.sizes import SMALLEST_CHUNK, chunk_sizes, pages_for
 from dsv3_jax.infer.steps import Slots
 from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
-from dsv3_jax.model import init_variables
+from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.rules import SERVING, named_shardings
@@ -93,7 +93,7 @@ def abstract_arguments(config: ModelConfig, serving: Serving, mesh: Mesh | Abstr
 @functools.cache
 def _variables(config: ModelConfig, fp8: bool) -> Any:
     """Shapes of the variables."""
-    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    shapes = abstract_variables(config)
     if fp8:
         flat = traverse_util.flatten_dict(shapes)
         shapes = traverse_util.unflatten_dict(flat | {leaf.path: _in_blocks(leaf) for leaf in leaves(config) if leaf.is_fp8})

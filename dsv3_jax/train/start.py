@@ -15,7 +15,7 @@ from dsv3_jax.checkpoint.orbax import Checkpoints, Restored, load_run
 from dsv3_jax.checkpoint.run_directory import FREE_FIELDS, RunDirectory
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.config.checkpoint_model import is_hugging_face, model_to_train
-from dsv3_jax.model import init_variables
+from dsv3_jax.model import abstract_variables
 from dsv3_jax.train.state import TrainState, init_state, state_of, state_shardings
 
 _HOW_IT_IS_COMPUTED = {*FREE_FIELDS["model"], "dtype", "param_dtype"}
@@ -83,6 +83,6 @@ def first_state(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[T
 
 
 def _shapes(model: ModelConfig) -> dict[str, Any]:
-    tree = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+    tree = abstract_variables(model)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}

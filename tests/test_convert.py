@@ -19,10 +19,12 @@ from dsv3_jax.convert import main
 from dsv3_jax.train.state import state_of
 from tests.checkpoint import tiny
 
+CONFIG = {**tiny.CONFIG, "num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 1}
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("source") / "hf", tiny.random_tensors(dtype=np.dtype(np.float32)))
+    return tiny.write(tmp_path_factory.mktemp("source") / "hf", tiny.random_tensors(CONFIG, np.dtype(np.float32)), CONFIG)
 
 
 @pytest.fixture(scope="module")

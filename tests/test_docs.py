@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -67,21 +68,49 @@ def problems(command: str, options: Options) -> list[str]:
     return found
 
 
+# Answers each line of words with one of JSON: the exit code and the output of `python WORDS --help`. One process imports what
+# all programs do, and forks for each.
+HELP = """
+import json, os, pathlib, runpy, sys, tempfile
+import dsv3_jax.infer.engine, dsv3_jax.plan.program
+for line in sys.stdin:
+    words = line.split()
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            sys.argv = [words[-1], "--help"]
+            sys.path[0] = "." if words[0] == "-m" else str(pathlib.Path(words[0]).parent)
+            if words[0] == "-m":
+                runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(words[0], run_name="__main__")
+            sys.exit()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        print(json.dumps([code, output.read().decode()]), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def options() -> Options:
+def options() -> Iterator[Options]:
     """The options that the `--help` of a program lists; each program is started once."""
     listed: dict[tuple[str, ...], set[str]] = {}
+    command, wide = [sys.executable, "-c", HELP], os.environ | {"COLUMNS": "200"}
+    with subprocess.Popen(command, cwd=ROOT, env=wide, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as helper:
+        assert helper.stdin is not None
+        assert helper.stdout is not None
 
-    def of(program: tuple[str, ...]) -> set[str]:
-        if program not in listed:
-            command = [sys.executable, *program, "--help"]
-            wide = os.environ | {"COLUMNS": "200"}
-            answer = subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True, timeout=120)
-            assert answer.returncode == 0, f"{' '.join(command)} failed: {answer.stderr}"
-            listed[program] = set(option_names(re.findall(r"--[\w.-]+", answer.stdout)))
-        return listed[program]
+        def of(program: tuple[str, ...]) -> set[str]:
+            if program not in listed:
+                print(*program, file=helper.stdin, flush=True)
+                code, output = json.loads(helper.stdout.readline())
+                assert code == 0, f"python {' '.join(program)} --help failed: {output}"
+                listed[program] = set(option_names(re.findall(r"--[\w.-]+", output)))
+            return listed[program]
 
-    return of
+        yield of
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,36 +179,32 @@ def _fails_on_rename(error: Exception) -> tuple[str, Callable[..., Any]]:
     return "orbax.checkpoint._src.path.async_path.rename", fail
 
 
-@pytest.mark.parametrize("where", [_fails_on_mkdir, _fails_on_rename], ids=["first", "last"])
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        PermissionError(errno.EACCES, "Permission denied"),
-        OSError(errno.EIO, "Input/output error"),
-        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
-    ],
-    ids=lambda error: errno.errorcode[error.errno],
-)
-def test_any_error_of_the_system(
-    plain_disk: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    where: Callable[..., Any],
-    error: OSError,
-) -> None:
+ERRORS = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+]
+
+
+def test_any_error_of_the_system(plain_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """First or last in a save, and every other save succeeds."""
     with Checkpoints(opened(plain_disk), RUN.checkpoint) as checkpoints:
         checkpoints.save(1, **trees(1))
         checkpoints.wait()
-        with monkeypatch.context() as patch:
-            patch.setattr(*where(error))
-            checkpoints.save(2, **trees(2))
+        newest = 1
+        for error, where in itertools.product(ERRORS, (_fails_on_mkdir, _fails_on_rename)):
+            with monkeypatch.context() as patch:
+                patch.setattr(*where(error))
+                checkpoints.save(newest + 1, **trees(newest + 1))
+                checkpoints.wait()
+            assert said(capsys) == failed(newest + 1, newest, os.strerror(error.errno))
+            checkpoints.save(newest + 2, **trees(newest + 2))
             checkpoints.wait()
-        assert said(capsys) == failed(2, 1, os.strerror(error.errno))
-        checkpoints.save(3, **trees(3))
-    assert said(capsys) == "warning: step 3 is saved; saving works again\n"
-    assert sorted(os.listdir(plain_disk / "checkpoints")) == ["1", "3"]
-    assert_loads(plain_disk, [1, 3])
+            assert said(capsys) == f"warning: step {newest + 2} is saved; saving works again\n"
+            assert {int(name) for name in os.listdir(plain_disk / "checkpoints")} == {newest, newest + 2}
+            newest += 2
+    assert_loads(plain_disk, [newest - 2, newest])
 
 
 @pytest.mark.parametrize("where", [_fails_on_mkdir, _fails_on_rename], ids=["first", "last"])
@@ -260,12 +257,19 @@ def test_a_folder_that_is_gone_is_made_again(plain_disk: Path, capsys: pytest.Ca
     assert_loads(plain_disk, [1])
 
 
-LIMITED = """
-import resource, signal, sys
+LIMITED_AND_KILLED = """
+import os, resource, signal, sys
 from pathlib import Path
+import orbax.checkpoint._src.path.async_path as async_path
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from tests.checkpoint.test_failing_saves import RUN, SIZE, opened, trees
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+rename = async_path.rename
+async def killed(source, target):
+    if Path(target).name == "4":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await rename(source, target)
+async_path.rename = killed
 with Checkpoints(opened(Path(sys.argv[1])), RUN.checkpoint) as checkpoints:
     checkpoints.save(1, **trees(1))
     checkpoints.wait()
@@ -274,70 +278,44 @@ with Checkpoints(opened(Path(sys.argv[1])), RUN.checkpoint) as checkpoints:
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     checkpoints.save(3, **trees(3))
-print("done")
+    checkpoints.save(4, **trees(4))
 """
 
 
-def started(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def test_a_write_that_fails_halfway_and_a_kill_inside_a_save(plain_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both in one process.
+
+    The write needs no mount: the system lets a process write no larger files. All that stderr says are our two lines. The
+    kill comes with all written and nothing renamed: that is no checkpoint, and goes when the run is continued.
+    """
+    command = [sys.executable, "-c", LIMITED_AND_KILLED, str(plain_disk)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_a_write_that_fails_halfway(plain_disk: Path) -> None:
-    """Needs no mount: the system lets a process write no larger files. All that stderr says are our two lines."""
-    done = started(LIMITED, str(plain_disk))
-    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
-    assert done.stderr == failed(2, 1, os.strerror(errno.EFBIG)) + "warning: step 3 is saved; saving works again\n"
-    assert_loads(plain_disk, [1, 3])
-
-
-KILLED = """
-import asyncio, os, signal, sys
-from pathlib import Path
-import orbax.checkpoint._src.path.async_path as async_path
-from dsv3_jax.checkpoint.orbax import Checkpoints
-from tests.checkpoint.test_failing_saves import RUN, opened, trees
-rename = async_path.rename
-async def killed(source, target):
-    if Path(target).name == "2":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return await rename(source, target)
-async_path.rename = killed
-with Checkpoints(opened(Path(sys.argv[1])), RUN.checkpoint) as checkpoints:
-    checkpoints.save(1, **trees(1))
-    checkpoints.save(2, **trees(2))
-"""
-
-
-def test_killed_inside_a_save(plain_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With all written and nothing renamed: it is no checkpoint, and goes when the run is continued."""
-    done = started(KILLED, str(plain_disk))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert sorted(os.listdir(plain_disk / "checkpoints")) == ["1", "2.orbax-checkpoint-tmp"]
-    assert_loads(plain_disk, [1])
+    assert done.stderr == failed(2, 1, os.strerror(errno.EFBIG)) + "warning: step 3 is saved; saving works again\n"
+    assert sorted(os.listdir(plain_disk / "checkpoints")) == ["1", "3", "4.orbax-checkpoint-tmp"]
+    assert_loads(plain_disk, [1, 3])
     run = RunDirectory.create_or_resume(str(plain_disk), RUN, resume=True)
     with Checkpoints(run, RUN.checkpoint) as checkpoints:
         found = checkpoints.restore_newest(**trees(0))
         assert found is not None
-        assert found.record.step == 1
-        checkpoints.save(2, **trees(2))
-    assert "2.orbax-checkpoint-tmp was left by a save that was cut short; it is removed\n" in said(capsys)
-    assert_loads(plain_disk, [1, 2])
+        assert found.record.step == 3
+        checkpoints.save(4, **trees(4))
+    assert "4.orbax-checkpoint-tmp was left by a save that was cut short; it is removed\n" in said(capsys)
+    assert_loads(plain_disk, [3, 4])
 
 
 def test_leaving_waits_for_the_save(plain_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever is told to stop in the middle of one only has to leave."""
-    rename = async_path.rename
+    rename, may_end = async_path.rename, threading.Event()
 
-    async def slow(*paths: Any) -> None:
-        time.sleep(0.5)
+    async def held(*paths: Any) -> None:
+        assert may_end.wait(timeout=60)
         await rename(*paths)
 
-    monkeypatch.setattr(async_path, "rename", slow)
+    monkeypatch.setattr(async_path, "rename", held)
     with Checkpoints(opened(plain_disk), RUN.checkpoint) as checkpoints:
-        begun = time.perf_counter()
         checkpoints.save(1, **trees(1))
-        assert time.perf_counter() - begun < 0.5
         assert not (plain_disk / "checkpoints" / "1").exists()
+        threading.Timer(0.1, may_end.set).start()
     assert_loads(plain_disk, [1])

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.checkpoint.fp8 import quantise
 from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, save_hf
-from dsv3_jax.config import Config, MeshConfig
+from dsv3_jax.config import Config, MeshConfig, ModelConfig
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
@@ -35,7 +35,6 @@ CONFIG: dict[str, Any] = {
     **SHARDED_CONFIG,
     "num_hidden_layers": 2,
     "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 1,
     "quantization_config": quantization_config(BLOCK),
 }
 TOKENS_BT = np.random.default_rng(0).integers(0, CONFIG["vocab_size"], (4, 12), np.int32)
@@ -62,9 +61,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("fp8"), scaled_tensors(), CONFIG)
 
 
-def kept(folder: Path, **how: Any) -> dict[tuple[str, ...], Any]:
+def kept(folder: Path) -> dict[tuple[str, ...], Any]:
     """Every variable by its path."""
-    return traverse_util.flatten_dict(load_hf(folder, keep_fp8=True, **how)[1])
+    return traverse_util.flatten_dict(load_hf(folder, keep_fp8=True)[1])
+
+
+@functools.cache
+def kept_on(folder: Path, sizes: str | None) -> tuple[jax.sharding.Mesh, ModelConfig, Any]:
+    """A mesh, and the model on it."""
+    mesh = make_mesh(MeshConfig() if sizes is None else MESHES[sizes])
+    return mesh, *load_hf(folder, mesh=mesh, keep_fp8=True)
 
 
 @jax.jit
@@ -104,8 +110,7 @@ def test_dequantised_they_are_what_load_hf_gives(folder: Path) -> None:
 
 
 def test_on_a_mesh_values_are_split_and_scales_by_experts(folder: Path) -> None:
-    mesh = make_mesh(MESHES["expert 4, tensor 2"])
-    config, variables = load_hf(folder, mesh=mesh, keep_fp8=True)
+    mesh, config, variables = kept_on(folder, "expert 4, tensor 2")
     _, alone = load_hf(folder, keep_fp8=True)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, variables), jax.tree.map(np.asarray, alone))
     placed = place_variables(alone, config, mesh)
@@ -139,20 +144,18 @@ def test_logits_over_whole_sequences(folder: Path, wide_logits: list[np.ndarray]
     chex.assert_trees_all_close(logits(folder, keep_fp8=True), wide_logits, **TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("sizes", ["expert 4, tensor 2", pytest.param("data 2, fsdp 2, tensor 2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", ["data 2, fsdp 2, tensor 2", pytest.param("expert 4, tensor 2", marks=pytest.mark.nightly)])
 def test_logits_over_whole_sequences_on_a_mesh(folder: Path, whole_logits_BTV: np.ndarray, sizes: str) -> None:
-    mesh = make_mesh(MESHES[sizes])
-    config, variables = load_hf(folder, mesh=mesh, keep_fp8=True)
+    mesh, config, variables = kept_on(folder, sizes)
     with jax.set_mesh(mesh):
         found = jax.jit(DeepSeekV3(config).apply)(variables, TOKENS_BT).logits
     chex.assert_trees_all_close(np.asarray(found), whole_logits_BTV, **TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("sizes", [None, "expert 4, tensor 2"])
+@pytest.mark.parametrize("sizes", [pytest.param(None, marks=pytest.mark.nightly), "expert 4, tensor 2"])
 def test_logits_over_a_cache(folder: Path, whole_logits_BTV: np.ndarray, sizes: str | None) -> None:
     """Nine tokens fill the cache, and three more are decoded in the absorbed form."""
-    mesh = make_mesh(MeshConfig() if sizes is None else MESHES[sizes])
-    config, variables = load_hf(folder, mesh=mesh, keep_fp8=True)
+    mesh, config, variables = kept_on(folder, sizes)
     variables = with_absorbed_weights(unstack(variables), config)
     model = DeepSeekV3(config, unrolled=True)
 
@@ -168,8 +171,9 @@ def test_logits_over_a_cache(folder: Path, whole_logits_BTV: np.ndarray, sizes: 
     chex.assert_trees_all_close(np.asarray(found), whole_logits_BTV[:, 9:], **TOLERANCE["float32"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [None, "expert 4, tensor 2"])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(None, marks=pytest.mark.slow), pytest.param("expert 4, tensor 2", marks=pytest.mark.nightly)]
+)
 def test_the_engine_takes_them_as_they_are(folder: Path, sizes: str | None) -> None:
     config, variables = load_hf(folder, keep_fp8=True)
     prompts = [[3, 1, 4], [2, 7]]

@@ -15,10 +15,10 @@ _ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the benchmark reads /proc")
 def test_peak_memory_is_near_the_size_of_the_model() -> None:
-    command = [sys.executable, str(_ROOT / "benchmarks" / "load_hf_memory.py"), "--megabytes", "300"]
+    command = [sys.executable, str(_ROOT / "benchmarks" / "load_hf_memory.py"), "--megabytes", "100"]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu"}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     result = json.loads(output)
-    assert result["model_bytes"] > 200e6
+    assert result["model_bytes"] > 60e6
     # One array of experts is a quarter of this model: a copy of a single one would show.
     assert 0.95 < result["peak_ratio"] < 1.15, result

@@ -22,7 +22,12 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "fp8"), [("fsdp 2, expert 2, tensor 2", True), ("expert 8", False), ("data 2, expert 2, tensor 2", False)]
+    ("mesh", "fp8"),
+    [
+        ("fsdp 2, expert 2, tensor 2", True),
+        ("data 2, expert 2, tensor 2", False),
+        pytest.param("expert 8", False, marks=pytest.mark.nightly),
+    ],
 )
 def test_sharded_arrays_are_saved_to_the_same_bytes(tmp_path: Path, mesh: str, fp8: bool) -> None:
     source = write(tmp_path / "in", random_tensors(SHARDED_CONFIG), SHARDED_CONFIG, files=3)

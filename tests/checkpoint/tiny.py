@@ -49,6 +49,7 @@ CONFIG: dict[str, Any] = {
 
 SHARDED_CONFIG: dict[str, Any] = {
     **CONFIG,
+    "num_nextn_predict_layers": 1,
     "vocab_size": 80,
     "hidden_size": 56,
     "intermediate_size": 72,
@@ -60,7 +61,7 @@ SHARDED_CONFIG: dict[str, Any] = {
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
 }
-"""The same with what meshes split a multiple of eight, hardly ever where a block of `BLOCK` ends."""
+"""The same with one MTP layer and what meshes split a multiple of eight, hardly ever where a block of `BLOCK` ends."""
 
 _AXES = "data", "fsdp", "expert", "context", "tensor"
 MESHES: dict[str, dict[str, int]] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import pytest
@@ -12,9 +14,9 @@ from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from dsv3_jax.kernels.grouped_ffn import KERNELS
 from dsv3_jax.parallel.chips import CHIPS
 from dsv3_jax.parallel.mesh import AXES, make_mesh
+from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import GIB
-from dsv3_jax.plan.program import bound, compile_program, expected_rows_sent, least_hbm_bytes
-from dsv3_jax.plan.sharding_table import sharding_table
+from dsv3_jax.plan.program import Program, bound, compile_program, expected_rows_sent, least_hbm_bytes, state_on
 from dsv3_jax.plan.topology import h100_devices, tpu_devices
 
 SMALL = Config(
@@ -43,28 +45,42 @@ SMALL = Config(
 )
 
 
-@pytest.mark.slow
-def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str) -> None:
+ONE_LAYER = dataclasses.replace(SMALL.model, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+
+
+@functools.cache
+def compiled_for_cpu(micro_batches: int) -> Program:
+    """The step where there is no TPU compiler, of one MoE layer."""
+    train, size = SMALL.train, SMALL.train.batch_size
+    if micro_batches > 1:
+        train = dataclasses.replace(train, batch_size=micro_batches * size, micro_batch_size=size)
+    config = dataclasses.replace(SMALL, model=dataclasses.replace(ONE_LAYER, dtype="float32"), train=train)
+    return compile_program(config, make_mesh(SMALL.mesh, jax.devices()[:4]), None)
+
+
+@pytest.mark.parametrize("depths", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.nightly)])
+def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str, depths: int) -> None:
     """The very step of train.py, forward and backward, for four chips of a v5p."""
-    mesh = make_mesh(SMALL.mesh, tpu_devices("v5p:2x2x1"))
-    program = compile_program(SMALL, mesh, CHIPS["v5p"])
+    model = dataclasses.replace(ONE_LAYER, num_hidden_layers=2, num_nextn_predict_layers=depths)
+    config = dataclasses.replace(SMALL, model=model)
+    program = compile_program(config, make_mesh(SMALL.mesh, tpu_devices("v5p:2x2x1")), CHIPS["v5p"])
     assert program.fits is True
     assert program.parameter_bytes + program.optimizer_bytes <= program.argument_bytes < program.total_bytes
     assert program.temporary_bytes is not None
     assert program.total_bytes >= program.argument_bytes + program.temporary_bytes
     assert program.collectives is not None
     found = {(one.kind, one.axis): one for one in program.collectives}
-    # The scan over MoE layers and the MTP depth have the experts in the exchange's first round and in the loop over more,
+    # The scan over MoE layers and each MTP depth have the experts in the exchange's first round and in the loop over more,
     # and both passes have the forward kernels.
-    experts = {"gate_up": 8, "down": 8, "dhidden": 4, "dx": 4, "dw_gate_up": 4, "dw_down": 4}
+    experts = {"gate_up": 4, "down": 4, "dhidden": 2, "dx": 2, "dw_gate_up": 2, "dw_down": 2}
     assert {name: n for name, n in program.kernels.items() if "splash" not in name} == {
-        f"expert_{k}": n for k, n in experts.items()
+        f"expert_{k}": n * (1 + depths) for k, n in experts.items()
     }
     assert {"splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals"} <= set(program.kernels)
     ragged = found["ragged-all-to-all", "expert"]
-    # Two MoE layers and the MTP depth: a forward pass of two exchanges, and a backward of three, whose two further
+    # Two MoE layers and the MTP depths: a forward pass of two exchanges, and a backward of three, whose two further
     # ones carry a number for each row.
-    assert ragged.count == 2 * (2 + 5) + 2 + 5
+    assert ragged.count == (2 + depths) * (2 + 5)
     assert ragged.data_dependent
     assert found["all-gather", "fsdp"].bytes > 0
     assert found["reduce-scatter", "fsdp"].bytes > 0
@@ -73,7 +89,8 @@ def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str) -> 
 @pytest.mark.slow
 def test_attention_split_along_sequence_and_heads_compiles_for_tpu(tpu_compiler: str) -> None:
     """A device's place in the sequence is known only while it runs, and the table that splash is given depends on it."""
-    run = dataclasses.replace(SMALL, mesh=MeshConfig(context=2, tensor=2))
+    dense = dataclasses.replace(SMALL.model, num_hidden_layers=1, num_nextn_predict_layers=0)
+    run = dataclasses.replace(SMALL, model=dense, mesh=MeshConfig(context=2, tensor=2))
     program = compile_program(run, make_mesh(run.mesh, tpu_devices("v5p:2x2x1")), CHIPS["v5p"])
     assert {"splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals"} <= set(program.kernels)
 
@@ -81,7 +98,8 @@ def test_attention_split_along_sequence_and_heads_compiles_for_tpu(tpu_compiler:
 @pytest.mark.slow
 def test_a_step_compiles_for_gpus(cuda_compiler: str) -> None:
     """The very step of train.py for four H100s, with every kernel for them in it."""
-    model = dataclasses.replace(SMALL.model, qk_rope_head_dim=64)  # Keys as wide as the kernels take them.
+    # Keys as wide as the kernels take them.
+    model = dataclasses.replace(ONE_LAYER, qk_rope_head_dim=64)
     config = dataclasses.replace(SMALL, model=model)
     program = compile_program(config, make_mesh(config.mesh, h100_devices(4)), None)
     assert program.parameter_bytes + program.optimizer_bytes <= program.argument_bytes < program.total_bytes
@@ -91,7 +109,7 @@ def test_a_step_compiles_for_gpus(cuda_compiler: str) -> None:
 
 @pytest.mark.slow
 def test_a_program_that_does_not_fit_is_an_answer(tpu_compiler: str) -> None:
-    model = dataclasses.replace(SMALL.model, hidden_size=8192, moe_intermediate_size=16384)
+    model = dataclasses.replace(ONE_LAYER, hidden_size=8192, moe_intermediate_size=32768)
     run = dataclasses.replace(SMALL, model=model)
     program = compile_program(run, make_mesh(run.mesh, tpu_devices("v5e:2x2")), CHIPS["v5e"])
     assert program.fits is False
@@ -101,10 +119,8 @@ def test_a_program_that_does_not_fit_is_an_answer(tpu_compiler: str) -> None:
 
 @pytest.mark.slow
 def test_on_cpu_devices() -> None:
-    """The same step where there is no TPU compiler: what it sends, by the CPU's exchange."""
-    mesh = make_mesh(SMALL.mesh, jax.devices()[:4])
-    run = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="float32"))
-    program = compile_program(run, mesh, None)
+    """What it sends, by the CPU's exchange."""
+    program = compiled_for_cpu(1)
     assert program.fits is None
     kinds = {one.kind for one in program.collectives or []}
     assert "all-to-all" in kinds
@@ -114,22 +130,17 @@ def test_on_cpu_devices() -> None:
 @pytest.mark.slow
 def test_what_micro_batches_send_is_counted_as_often_as_there_are_any() -> None:
     """Their loop's length is an argument of the step, which the program's text does not tell."""
-    mesh = make_mesh(SMALL.mesh, jax.devices()[:4])
-    model = dataclasses.replace(SMALL.model, dtype="float32")
 
     def sent(micro_batches: int) -> dict[tuple[str, str], int]:
-        size = SMALL.train.batch_size
-        train = dataclasses.replace(SMALL.train, batch_size=micro_batches * size, micro_batch_size=size)
-        program = compile_program(dataclasses.replace(SMALL, model=model, train=train), mesh, None)
+        program = compiled_for_cpu(micro_batches)
         assert program.collectives is not None
         return {(one.kind, one.axis): one.count for one in program.collectives}
 
-    two, three = sent(2), sent(3)
-    assert two.keys() == three.keys()
-    exchanges = {key for key in two if key[0] == "all-to-all"}
+    one, three = sent(1), sent(3)
+    exchanges = {key for key in three if key[0] == "all-to-all"}
     assert exchanges
     for key in exchanges:
-        assert 2 * three[key] == 3 * two[key] > 0
+        assert three[key] == 3 * one[key] > 0
 
 
 D, V, N, Q, C, H, P, W, F, E = 256, 512, 4, 128, 128, 64, 32, 64, 128, 8
@@ -138,7 +149,19 @@ NORMS = 2 * D + Q + C
 """Values of a block's attention, and of its norms."""
 
 
-def test_least_hbm_bytes_by_hand() -> None:
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Config, AbstractMesh], int]:
+    """Traces a state once for all that is asked about it, and gives its bytes on a device."""
+
+    def trace(config: Config, mesh: AbstractMesh) -> int:
+        state = state_on(config, mesh)
+        monkeypatch.setattr("dsv3_jax.plan.program.state_on", lambda *_: state)
+        return device_bytes(state)
+
+    return trace
+
+
+def test_least_hbm_bytes_by_hand(traced: Callable[[Config, AbstractMesh], int]) -> None:
     """Everything recomputed, weights over four devices. Of a weight are read or written two for its gradient, and more.
 
     In blocks three reads and two gathers, one read less of what makes their output; no gather of a norm; outside of blocks two
@@ -150,21 +173,21 @@ def test_least_hbm_bytes_by_hand() -> None:
     sixes = D * 512 + 3 * D * F
     fives = 4 * NORMS + 2 * D * D + V * D
     fours = 3 * D + D
-    state = sum(row.bytes_per_device for row in sharding_table(SMALL, mesh))
+    state = traced(SMALL, mesh)
     once = 7 * sevens + 6 * sixes + 5 * fives + 4 * fours
     assert least_hbm_bytes(SMALL, mesh) == 2 * state + 2 * once
     train = dataclasses.replace(SMALL.train, batch_size=12, micro_batch_size=4)
     assert least_hbm_bytes(dataclasses.replace(SMALL, train=train), mesh) == 2 * state + 3 * 2 * once
 
 
-def test_least_hbm_bytes_of_one_device() -> None:
+def test_least_hbm_bytes_of_one_device(traced: Callable[[Config, AbstractMesh], int]) -> None:
     """It gathers nothing and recomputes nothing but its experts."""
     config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat="none"), mesh=MeshConfig())
     mesh = AbstractMesh((1,) * 5, AXES)
     experts = 3 * 3 * D * F * E
     ends, depth = V * D + D, 2 * D * D + 3 * D
     others = 4 * (ATTENTION + NORMS) + 3 * D * 512 + 3 * (D * E + 3 * D * F) + ends + depth
-    state = sum(row.bytes_per_device for row in sharding_table(config, mesh))
+    state = traced(config, mesh)
     assert least_hbm_bytes(config, mesh) == 2 * state + 2 * (5 * experts + 4 * others)
 
 
@@ -173,7 +196,6 @@ def test_expected_traffic_and_bounds() -> None:
     """256 tokens a device, two choices each, half of them to the other device of two."""
     mesh = make_mesh(SMALL.mesh, jax.devices()[:4])
     assert expected_rows_sent(SMALL, mesh) == 256 * 2 / 2
-    program = compile_program(dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, dtype="float32")), mesh, None)
-    limits = bound(SMALL, mesh, program, CHIPS["v5p"])
+    limits = bound(SMALL, mesh, compiled_for_cpu(1), CHIPS["v5p"])
     assert limits.hbm_seconds == pytest.approx(least_hbm_bytes(SMALL, mesh) / CHIPS["v5p"].hbm_bytes)
     assert limits.step_seconds == max(limits[:3])

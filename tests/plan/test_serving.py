@@ -27,6 +27,7 @@ from tests.plan.test_parameters import ROOT, run, test_bad_input_is_one_line_and
 from tests.plan.test_program import SMALL
 
 MODEL = dataclasses.replace(SMALL.model, num_hidden_layers=2, remat="none")
+MOE_LAYER = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=0)
 ASKED = Serving(batch=8, context=256, chunk=256)
 
 
@@ -47,15 +48,15 @@ def reported(
 def test_report_on_cpu_devices(capsys: pytest.CaptureFixture) -> None:
     """Both programs, the weights in 8 bits; what a device holds, and nothing that only an accelerator has."""
     asked = dataclasses.replace(ASKED, drafts=1, weights="fp8")
-    found = reported(capsys, asked, jax.devices(), MeshConfig(expert=4, tensor=2), None)
+    found = reported(capsys, asked, jax.devices()[:4], MeshConfig(expert=2, tensor=2), None, MOE_LAYER)
     assert {name: found[name] for name in ("mode", "devices", "batch", "context", "chunk", "drafts", "hbm_bytes")} == {
-        "mode": "serve", "devices": 8, "batch": 8, "context": 256, "chunk": 256, "drafts": 1, "hbm_bytes": None,
+        "mode": "serve", "devices": 4, "batch": 8, "context": 256, "chunk": 256, "drafts": 1, "hbm_bytes": None,
     }  # fmt: skip
     (plan,) = found["weights"].values()
-    assert (plan["mesh"]["expert"], plan["mesh"]["tensor"], plan["fits"]) == (4, 2, None)
-    # A fourth of eight sequences, of three pages each (one for what a step writes beyond), in two layers and the depth.
-    assert plan["cache_bytes"] == 2 * 3 * PAGE_SIZE * bytes_per_token(MODEL, True)
-    tokens = {"decode": 8, "prefill": 4 * 256}
+    assert (plan["mesh"]["expert"], plan["mesh"]["tensor"], plan["fits"]) == (2, 2, None)
+    # Half of eight sequences, of three pages each (one for what a step writes beyond), in a layer and the depth.
+    assert plan["cache_bytes"] == 4 * 3 * PAGE_SIZE * bytes_per_token(MOE_LAYER, True)
+    tokens = {"decode": 8, "prefill": 2 * 256}
     for name, part in ((name, plan[name]) for name in tokens):
         assert part["tokens"] == tokens[name]
         assert part["total_bytes"] > plan["weight_bytes"] + plan["cache_bytes"]
@@ -91,7 +92,8 @@ def test_the_printed_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_both_formats_compile_for_tpu(tpu_compiler: str, capsys: pytest.CaptureFixture) -> None:
-    found = reported(capsys, ASKED, tpu_devices("v5p:2x2x1"), None, "v5p")
+    model = dataclasses.replace(MOE_LAYER, num_nextn_predict_layers=0)
+    found = reported(capsys, ASKED, tpu_devices("v5p:2x2x1"), None, "v5p", model)
     assert found["weights"].keys() == {"bfloat16", "fp8"}
     assert found["hbm_bytes"] == int(CHIPS["v5p"].hbm_gib * GIB)
     for plan in found["weights"].values():
@@ -114,7 +116,7 @@ def test_both_formats_compile_for_tpu(tpu_compiler: str, capsys: pytest.CaptureF
 def test_what_does_not_fit_is_said(tpu_compiler: str, capsys: pytest.CaptureFixture) -> None:
     """Experts larger than the memory: the compiler refuses, and the report goes on."""
     asked = dataclasses.replace(ASKED, weights="bfloat16")
-    large = dataclasses.replace(MODEL, num_hidden_layers=3, hidden_size=8192, moe_intermediate_size=2**17)
+    large = dataclasses.replace(MODEL, first_k_dense_replace=0, hidden_size=8192, moe_intermediate_size=2**17)
     plan = reported(capsys, asked, tpu_devices("v5e:2x2"), MeshConfig(expert=4), "v5e", large)["weights"]["bfloat16"]
     assert plan["fits"] is plan["decode"]["fits"] is False
     assert plan["decode"]["total_bytes"] > CHIPS["v5e"].hbm_gib * GIB
@@ -123,7 +125,7 @@ def test_what_does_not_fit_is_said(tpu_compiler: str, capsys: pytest.CaptureFixt
 
 def test_the_smallest_mesh() -> None:
     """Of all that divide: a large cache is not repeated along `tensor`, and beside a small one no weight along `expert`."""
-    model = MODEL.with_dtype("bfloat16")
+    model = dataclasses.replace(MOE_LAYER, num_nextn_predict_layers=0).with_dtype("bfloat16")
     asked = dataclasses.replace(ASKED, weights="fp8")
 
     def bytes_on(tensor: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 from jax.sharding import AbstractMesh
@@ -13,7 +14,7 @@ from dsv3_jax.parallel.chips import Chip
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.plan.collectives import Collective
 from dsv3_jax.plan.compiled import Compiled
-from dsv3_jax.plan.serving import Serving, Weights, abstract_arguments
+from dsv3_jax.plan.serving import Arguments, Serving, Weights, abstract_arguments
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
 
 # Wide enough that a chunk of 16 is cheaper in expanded form, 16 (2 C - H - W) > C (H + W), and a token or two are not.
@@ -41,8 +42,13 @@ D, V, N, Q, C, H, P, W, F, E, K = 256, 64, 4, 128, 32, 4, 2, 8, 16, 8, 2
 EIGHT = (1, 1, 4, 1, 2)
 
 
+@functools.cache
+def arguments(serving: Serving, sizes: tuple[int, ...]) -> Arguments:
+    return abstract_arguments(CONFIG, serving, AbstractMesh(sizes, AXES))
+
+
 def worked(serving: Serving, step: Step, sizes: tuple[int, ...], backend: str = "pallas_tpu") -> Work:
-    return work(CONFIG, serving, step, abstract_arguments(CONFIG, serving, AbstractMesh(sizes, AXES)), backend)
+    return work(CONFIG, serving, step, arguments(serving, sizes), backend)
 
 
 @pytest.mark.parametrize("expert", [1, 4])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import runpy
 import shutil
-import subprocess
-import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import CONFIG, ROOT, TEXTS, plain_environment
+from tests.cli.conftest import CONFIG, ROOT, TEXTS, Done, in_this_process
 
 
 @pytest.fixture
@@ -28,15 +29,23 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def measured(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "trainer_overhead.py"), *flags]
-    return subprocess.run(command, cwd=folder, env=plain_environment(), capture_output=True, text=True)
+@pytest.fixture
+def measured(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Starts the benchmark in this process."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    program = functools.partial(runpy.run_path, str(ROOT / "benchmarks" / "trainer_overhead.py"), run_name="__main__")
+
+    def run(*flags: str) -> Done:
+        with in_this_process(workplace) as call:
+            return call(program, *flags)
+
+    return run
 
 
 @pytest.mark.slow
-def test_it_prints_one_line_of_numbers_however_few_the_steps(workplace: Path) -> None:
-    done = measured(workplace, "--steps", "5", "--repeats", "2")
-    assert done.returncode == 0, done.stderr
+def test_it_prints_one_line_of_numbers_however_few_the_steps(measured: Callable[..., Done]) -> None:
+    done = measured("--steps", "5", "--repeats", "2")
+    assert done.code == 0, done.stderr
     assert done.stdout.count("\n") == 1
 
     def no_number(word: str) -> None:
@@ -51,7 +60,7 @@ def test_it_prints_one_line_of_numbers_however_few_the_steps(workplace: Path) ->
 
 
 @pytest.mark.parametrize("flags", [("--steps", "1"), ("--repeats", "0")])
-def test_what_measures_nothing_is_refused(workplace: Path, flags: tuple[str, str]) -> None:
-    done = measured(workplace, *flags)
-    assert (done.returncode, done.stdout) == (2, "")
+def test_what_measures_nothing_is_refused(measured: Callable[..., Done], flags: tuple[str, str]) -> None:
+    done = measured(*flags)
+    assert (done.code, done.stdout) == (2, "")
     assert f"{flags[0]} is {flags[1]}; it must be at least" in done.stderr

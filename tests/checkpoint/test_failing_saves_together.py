@@ -27,7 +27,7 @@ def test_two_processes_fail_and_fall_back_together(tmp_path: Path) -> None:
     environment |= {
         "PYTHONPATH": str(_ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
     script = str(Path(__file__).with_name("saving_process.py"))
     children = [

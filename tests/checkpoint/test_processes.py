@@ -73,7 +73,7 @@ def _run_two(folder: Path) -> list[dict]:
         **os.environ,
         "PYTHONPATH": str(_ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     }
     script = Path(__file__).with_name("process.py")
     commands = [[sys.executable, str(script), str(index), str(port), str(folder)] for index in range(2)]

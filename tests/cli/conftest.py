@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
+import io
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 import infer
 import train
+from dsv3_jax import evaluate
 from dsv3_jax.config import CheckpointConfig, Config, DataConfig, InferConfig, ModelConfig, OptimizerConfig, TrainConfig
-from dsv3_jax.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = "bisect.py", "heapq.py", "shlex.py", "string.py", "textwrap.py", "this.py"
@@ -28,8 +28,8 @@ CONFIG = Config(
     model=ModelConfig(
         vocab_size=300,
         hidden_size=32,
-        num_hidden_layers=2,
-        first_k_dense_replace=1,
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
         num_nextn_predict_layers=1,
         num_attention_heads=2,
         q_lora_rank=12,
@@ -48,7 +48,7 @@ CONFIG = Config(
         dtype="float32",
     ),
     data=DataConfig(source="text", cache_dir="cache", heldout_fraction=0.2),
-    optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=3),
+    optimizer=OptimizerConfig(learning_rate=5e-3, final_learning_rate=5e-4, warmup_steps=3),
     train=TrainConfig(steps=12, batch_size=4, sequence_length=32, log_every=1, eval_every=6, eval_batches=1, seed=3),
     checkpoint=CheckpointConfig(every=6),
     infer=InferConfig(prompt="def f(", max_tokens=6),
@@ -73,11 +73,11 @@ class Done:
             assert fragment in self.stderr
 
 
-def plain_environment() -> dict[str, str]:
-    """The environment of a program that runs on one plain device."""
+def plain_environment(devices: int = 1) -> dict[str, str]:
+    """The environment of a program that runs on plain devices, and is compiled as the tests are."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "DSV3_"))}
-    # Compiling is most of the time here, and half of that is spent on code that would run faster.
-    return environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def started(folder: Path, *arguments: str) -> Done:
@@ -105,12 +105,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TRAIN = str(ROOT / "train.py"), "--config", "config.py", "--run-dir"
+ENDLESS = "--train.steps", "100000", "--train.eval-every", "0", "--model.num-nextn-predict-layers", "0"
 
 
 def started_for_long(folder: Path, run: str, *arguments: str) -> subprocess.Popen[str]:
-    """A run of train.py without an end to wait for, once it has logged two steps; `run` is below runs/, or absolute."""
+    """A run of train.py without an end to wait for, once it has logged two steps; `run` is below runs/, or absolute.
+
+    Without MTP and held-out losses, which take longer to compile than all the steps that are waited for.
+    """
     path = folder / "runs" / run
-    command = [sys.executable, *TRAIN, str(path), "--train.steps", "100000", *arguments]
+    command = [sys.executable, *TRAIN, str(path), *ENDLESS, *arguments]
     child = subprocess.Popen(
         command, cwd=folder, env=plain_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -122,36 +126,44 @@ def started_for_long(folder: Path, run: str, *arguments: str) -> subprocess.Pope
     return child
 
 
+@contextlib.contextmanager
+def in_this_process(folder: Path) -> Iterator[Callable[..., Done]]:
+    """Calls a program's `main` as if it were started in `folder`, which saves the seconds of a start.
+
+    JAX is at work already, on the eight devices of the tests, of which a program takes one unless a mesh is asked for, and
+    with one cache for all that they compile.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for program in (train, infer):
+            patch.setattr(program, "join_processes", lambda flags: None)
+        for program in (train, infer, evaluate):
+            patch.setattr(program, "cache_compilations", lambda folder: None)
+
+        def call(main: Callable[[], None], *arguments: str) -> Done:
+            patch.setattr(sys, "argv", ["program", *arguments])
+            code, out, err = 0, io.StringIO(), io.StringIO()
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    main()
+                except SystemExit as exit_:
+                    code = int(exit_.code or 0)
+            return Done(code, out.getvalue(), err.getvalue())
+
+        yield call
+
+
 @pytest.fixture(scope="session")
 def straight(workplace: Path) -> tuple[Path, Done]:
     """The run directory of a run without interruption, and how it ended. Not to be written to."""
-    done = started(workplace, *TRAIN, "runs/straight")
+    with in_this_process(workplace) as call:
+        done = call(train.main, *TRAIN[1:], "runs/straight")
     assert done.code == 0, done.stderr
     return workplace / "runs" / "straight", done
 
 
 @pytest.fixture
-def called(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Calls a program's `main` in this process, on one device, which saves the seconds of a start."""
-    monkeypatch.chdir(workplace)
-    # JAX is at work here already, on the eight devices of the tests.
-    for program in (train, infer):
-        monkeypatch.setattr(program, "join_processes", lambda flags: None)
-    monkeypatch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-
-    def call(main: Callable[[], None], *arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["program", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-        captured = capsys.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return call
+def called(workplace: Path) -> Iterator[Callable[..., Done]]:
+    """Calls a program's `main` in this process."""
+    with in_this_process(workplace) as call:
+        yield call

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.cli.conftest import ROOT
+from tests.cli.conftest import plain_environment
 
 
 def free_port() -> str:
@@ -22,9 +21,7 @@ def free_port() -> str:
 @contextlib.contextmanager
 def running(folder: Path, *processes: tuple[str, ...], devices: int, slurm: bool = False) -> Iterator[list[subprocess.Popen]]:
     """Processes of one program, each with its arguments to Python and so many CPU devices."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "DSV3_"))}
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = plain_environment(devices)
     port, count = free_port(), len(processes)
     children = []
     for index, arguments in enumerate(processes):

@@ -14,14 +14,14 @@ from dsv3_jax import evaluate
 from dsv3_jax.data import Document, HeldoutWindows, load_corpus
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.train.evaluation import Evaluator
-from tests.cli.conftest import CONFIG, Done, started
+from tests.cli.conftest import CONFIG, Done
 
 KEYS = {"checkpoint", "bytes", "tokens", "loss", "bits_per_byte", "gzip_bits_per_byte", "xz_bits_per_byte", "mtp_acceptance"}
 
 
-def test_the_figures_of_a_text_file(straight: tuple[Path, Done], workplace: Path) -> None:
+def test_the_figures_of_a_text_file(straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path) -> None:
     text = (workplace / "text" / "bisect.py").read_text()
-    done = started(workplace, "-m", "dsv3_jax.evaluate", "--checkpoint", "runs/straight", "--text", "text/bisect.py")
+    done = called(evaluate.main, "--checkpoint", "runs/straight", "--text", "text/bisect.py")
     assert done.code == 0, done.stderr
     (line,) = done.stdout.splitlines()
     figures = json.loads(line)

@@ -100,5 +100,5 @@ def test_no_prompt_token_is_learnt(chats: Path, workplace: Path, monkeypatch: py
 
 def test_another_model_than_the_checkpoints_is_refused(chats: Path, called: Callable[..., Done]) -> None:
     done = called(train.main, *FLAGS, "--run-dir", "runs/other", "--model.hidden-size", "48")
-    done.assert_refused("train.init_from 'chat_model' has another model than the config", "[1, 32] there and [1, 48] here")
+    done.assert_refused("train.init_from 'chat_model' has another model than the config", "[300, 32] there and [300, 48] here")
     assert not Path("runs/other").exists()

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 ASKED = "--checkpoint", "runs/straight", "--max-length", "48", "--temperature", "0"
 ON_MESH = str(ROOT / "infer.py"), "--checkpoint", "runs/straight", "--max-length", "48"
 BY_EXPERT, BY_TENSOR = ("--mesh.expert", "2"), ("--mesh.tensor", "2")
+MANY = "--max-batch", "2", "--chunk", "16", "--drafts", "0"
 
 
 def _ended(children: list[subprocess.Popen[str]]) -> list[Done]:
@@ -49,9 +50,9 @@ def test_a_batch_file_is_read_and_written_by_the_first_alone(
     lines = [{"prompt": text, "max_tokens": 4 + i} for i, text in enumerate(("def ", "import os", "x = ", "#"))]
     prompts, alone, together = (str(tmp_path / f"{name}.jsonl") for name in ("prompts", "alone", "together"))
     Path(prompts).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = called(infer.main, *ASKED, "--max-batch", "2", "--batch-file", prompts, alone)
+    done = called(infer.main, *ASKED, "--max-batch", "1", "--batch-file", prompts, alone)
     assert done.code == 0, done.stderr
-    asked = "--temperature", "0", "--max-batch", "2", "--batch-file", prompts, together
+    asked = "--temperature", "0", *MANY, "--batch-file", prompts, together
     first, second = _together(workplace, *[(*ON_MESH, *BY_EXPERT, *asked)] * 2)
     assert (first.code, second.code) == (0, 0), (first, second)
     assert second.stderr == ""
@@ -65,7 +66,7 @@ def test_a_server_drains_when_both_get_a_signal(
 ) -> None:
     expected = called(infer.main, *ASKED, "--prompt", "def f(", "--max-tokens", "8")
     question = {"model": "straight", "prompt": "def f(", "max_tokens": 8, "temperature": 0}
-    asked = *ON_MESH, *BY_EXPERT, "--serve", "--port", "0", "--max-batch", "2", "--chunk", "16", "--drafts", "0"
+    asked = *ON_MESH, *BY_EXPERT, "--serve", "--port", "0", *MANY
     with running(workplace, asked, asked, devices=1) as children:
         assert children[0].stderr is not None
         while not (line := children[0].stderr.readline()).startswith("serving straight on "):
@@ -84,8 +85,8 @@ def test_a_server_drains_when_both_get_a_signal(
     ("first", "second", "fragment"),
     [
         (("--prompt", "a"), ("--prompt", "b"), "process 1 has prompt 'b', process 0 has 'a'"),
-        (("--prompt", "a " * 99), ("--prompt", "a " * 99), "max_length"),
-        (("--mesh.tensor", "4"), ("--mesh.tensor", "4"), "2 devices"),
+        pytest.param(("--prompt", "a " * 99), ("--prompt", "a " * 99), "max_length", marks=pytest.mark.nightly),
+        pytest.param(("--mesh.tensor", "4"), ("--mesh.tensor", "4"), "2 devices", marks=pytest.mark.nightly),
         (("--batch-file", "absent", "new"), ("--batch-file", "absent", "new"), "absent"),
     ],
     ids=["other commands", "prompt", "mesh", "file"],

@@ -13,10 +13,10 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from dsv3_jax.config import MeshConfig  # noqa: E402
 from dsv3_jax.infer import Engine, SamplingParams  # noqa: E402
 from dsv3_jax.parallel.mesh import make_mesh  # noqa: E402
-from tests.infer.test_identity import MODEL  # noqa: E402
+from tests.infer.test_identity import ONE_LAYER  # noqa: E402
 from tests.model.tiny import random_variables  # noqa: E402
 
 mesh = make_mesh(MeshConfig(expert=4, tensor=2))
-engine = Engine(MODEL, random_variables(MODEL), max_batch=4, max_length=64, mesh=mesh, drafts=1, page_size=16, chunk=16)
-prompts = [[1, 2, 3], [4] * 20, [7, 8]]
+engine = Engine(ONE_LAYER, random_variables(ONE_LAYER), max_batch=4, max_length=64, mesh=mesh, drafts=1, page_size=16, chunk=16)
+prompts = [[1, 2, 3], [4] * 9, [7, 8]]
 print(json.dumps([completion.tokens for completion in engine.generate(prompts, SamplingParams(max_tokens=8))]))

@@ -16,7 +16,8 @@ from tests.model.tiny import CONFIG, random_variables
 MODEL = dataclasses.replace(
     CONFIG,
     vocab_size=TOKENIZER.vocab_size,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
+    first_k_dense_replace=0,
     num_nextn_predict_layers=0,
     bos_token_id=0,
     eos_token_id=1,

@@ -12,30 +12,58 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3_jax.infer import Completion, Engine, SamplingParams
 from dsv3_jax.infer.steps import decode, prefill
 from dsv3_jax.model import DeepSeekV3
 from tests.model.tiny import CONFIG, random_variables
 
-# A dense and an MoE layer; without an end token, so that completions have the length that is asked for.
-ENDLESS = dataclasses.replace(CONFIG, num_hidden_layers=2, num_nextn_predict_layers=0, eos_token_id=None)
+# An MoE layer, and a token for every byte; without an end token, so that completions have the length that is asked for.
+ENDLESS = dataclasses.replace(
+    CONFIG, vocab_size=270, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0, eos_token_id=None
+)
 CONTEXT = ENDLESS.max_position_embeddings
-PROMPTS = [[5], [3, 8, 21, 2], [int(i) for i in np.random.default_rng(0).integers(0, CONFIG.vocab_size, 17)]]
+# Of every engine that generates here: all of them share their programs.
+SIZES: dict[str, Any] = {"max_batch": 4, "chunk": 32, "page_size": 5}
+PROMPTS = [[5], [3, 8, 21, 2], [int(i) for i in np.random.default_rng(0).integers(0, 29, 17)]]
 TEN = SamplingParams(max_tokens=10)
+TEXTS = ["def f(x):", "for i in range(3): print(i)"]
 
 Greedy = Callable[[list[int], int], list[int]]
 
 
 @pytest.fixture(scope="module")
 def variables() -> dict[str, Any]:
-    return jax.tree.map(jnp.asarray, random_variables(ENDLESS))
+    """They belong to a device, as those of a checkpoint do."""
+    return jax.device_put(random_variables(ENDLESS), jax.devices()[0])
+
+
+def programs() -> np.ndarray:
+    """Entries in jax's caches of prefill and decode: one more is one more compilation."""
+    return np.array([prefill._cache_size(), decode._cache_size()])
 
 
 @pytest.fixture(scope="module")
-def engine(variables: dict[str, Any]) -> Engine:
-    return Engine(ENDLESS, variables, max_batch=4)
+def counted(variables: dict[str, Any]) -> tuple[Engine, list[list[int]]]:
+    """The module's first engine, and how many programs it had after each of the first things asked of it."""
+    before, engine, counts = programs(), Engine(ENDLESS, variables, **SIZES), []
+    drawn = SamplingParams(max_tokens=20, temperature=0.7, top_p=0.9, seed=3, logit_bias={3: 1.0}, repetition_penalty=1.2)
+    asked = (PROMPTS[:2], SamplingParams(max_tokens=25)), ([PROMPTS[2][:9], PROMPTS[0]], drawn), ([PROMPTS[2]], TEN)
+    for prompts, params in asked:
+        assert all(len(completion.tokens) == params.max_tokens for completion in engine.generate(prompts, params))
+        counts.append((programs() - before).tolist())
+    engine.warm_up()
+    return engine, [*counts, (programs() - before).tolist()]
+
+
+@pytest.fixture(scope="module")
+def engine(counted: tuple[Engine, list[list[int]]]) -> Engine:
+    return counted[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS * 3, 270, ["<bos>", "<eos>"])
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +95,26 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(engine: Engine) -> None:
     assert together == [next(engine.generate([prompt], TEN)).tokens for prompt in PROMPTS]
 
 
-def test_decode_compiles_once_and_prefill_once_a_length(variables: dict[str, Any]) -> None:
-    """One entry in jax's cache of the program: a second would be a second compilation."""
-    fresh = Engine(dataclasses.replace(ENDLESS, loss_chunk=5), variables, max_batch=4)
-    before = prefill._cache_size(), decode._cache_size()
-    assert all(len(completion.tokens) == 25 for completion in fresh.generate(PROMPTS[:2], SamplingParams(max_tokens=25)))
-    assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 1, before[1] + 1)
-    # Nor does another length, way of sampling or seed make another program.
-    drawn = SamplingParams(max_tokens=20, temperature=0.7, top_p=0.9, seed=3, logit_bias={3: 1.0}, repetition_penalty=1.2)
-    list(fresh.generate([PROMPTS[2][:9], PROMPTS[0]], drawn))
-    assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 1, before[1] + 1)
-    list(fresh.generate([PROMPTS[2]], TEN))
-    assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 2, before[1] + 1)
+def test_decode_compiles_once_and_prefill_once_a_length(counted: tuple[Engine, list[list[int]]]) -> None:
+    """Nor does another length, way of sampling or seed make another program; warming up makes those that are left.
+
+    Prefill has programs for 16 and for 32 tokens, as a first chunk and as a later one.
+    """
+    assert counted[1] == [[1, 1], [1, 1], [2, 1], [4, 1]]
+
+
+def test_a_warm_engine_compiles_nothing_more(
+    engine: Engine, variables: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nothing has come of warming it up."""
+    compiled, fresh = programs(), Engine(ENDLESS, variables, **SIZES)
+    fresh.warm_up()
+    prompts = [[5], list(range(20)), [7] * 40, [7] * 40, [*range(20), 3, 4]]
+    with jax.log_compiles():
+        found = list(fresh.generate(prompts, TEN))
+    assert [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()] == []
+    assert programs().tolist() == compiled.tolist()
+    assert found == list(Engine(ENDLESS, variables, **SIZES).generate(prompts, TEN))
 
 
 def test_only_tokens_leave_the_device(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,16 +153,15 @@ def test_a_short_and_a_long_prompt_end_at_their_own_limits(engine: Engine, greed
 
 
 def test_max_length_is_the_context_of_an_engine(variables: dict[str, Any], greedy: Greedy) -> None:
-    short = Engine(ENDLESS, variables, max_length=8)
-    assert next(short.generate([[5, 3]], TEN)).tokens == greedy([5, 3], 6)
-    message = r"8 tokens leave no room in max_length 8 \(the model's context is 64\); shorten it or raise max_length$"
+    short = Engine(ENDLESS, variables, **SIZES, max_length=60)
+    assert next(short.generate([[5, 3]], SamplingParams(max_tokens=1000))).tokens == greedy([5, 3], 58)
+    message = r"60 tokens leave no room in max_length 60 \(the model's context is 64\); shorten it or raise max_length$"
     with pytest.raises(ValueError, match=message):
-        short.generate([list(range(8))])
+        short.generate([[1] * 60])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("drafts", [0, 2])
-def test_the_cache_takes_what_its_formula_says(variables: dict[str, Any], dtype: str, drafts: int) -> None:
+@pytest.mark.parametrize(("dtype", "drafts"), [("float32", 2), ("bfloat16", 0)])
+def test_the_cache_takes_what_its_formula_says(dtype: str, drafts: int) -> None:
     config = dataclasses.replace(ENDLESS, num_nextn_predict_layers=1, dtype=dtype)
     engine = Engine(config, random_variables(config), max_batch=3, max_length=50, page_size=16, drafts=drafts)
     layers, values = config.num_hidden_layers + (drafts > 0), config.kv_lora_rank + config.qk_rope_head_dim
@@ -139,39 +174,45 @@ def test_the_cache_takes_what_its_formula_says(variables: dict[str, Any], dtype:
     assert "to prefill 16, 32, 64 tokens" in engine.describe()[1]
 
 
-def ending(tokens: list[int], index: int) -> int:
-    """A token that appears at `index` for the first time."""
-    assert tokens[index] not in tokens[:index]
-    return tokens[index]
+def first_met(tokens: list[int]) -> int:
+    """An index, 2 or more, of a token that appears there for the first time."""
+    return next(i for i in range(2, len(tokens)) if tokens[i] not in tokens[:i])
+
+
+@pytest.fixture
+def ending(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Gives the engine's model other tokens that end a text, of which no program knows."""
+    return lambda ends: monkeypatch.setattr(engine, "config", dataclasses.replace(ENDLESS, eos_token_id=ends))
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_an_end_token_stops_its_sequence_and_is_left_out(variables: dict[str, Any], greedy: Greedy, several: bool) -> None:
+def test_an_end_token_stops_its_sequence_and_is_left_out(
+    engine: Engine, greedy: Greedy, ending: Callable[[Any], None], several: bool
+) -> None:
     expected = [greedy(prompt, 10) for prompt in PROMPTS]
-    index = next(i for i in range(2, 10) if expected[1][i] not in expected[1][:i])
-    end = ending(expected[1], index)
-    unused = next(i for i in range(CONFIG.vocab_size) if not any(i in tokens for tokens in expected))
-    config = dataclasses.replace(ENDLESS, eos_token_id=(unused, end) if several else end)
-    completions = list(Engine(config, variables, max_batch=4).generate(PROMPTS, TEN))
+    index = first_met(expected[1])
+    end = expected[1][index]
+    unused = next(i for i in range(ENDLESS.vocab_size) if not any(i in tokens for tokens in expected))
+    ending((unused, end) if several else end)
+    completions = list(engine.generate(PROMPTS, TEN))
     assert completions[1] == Completion(expected[1][:index], None, "stop")
     for completion, tokens in zip(completions, expected, strict=True):
         cut = tokens.index(end) if end in tokens else 10
         assert completion == Completion(tokens[:cut], None, "stop" if cut < 10 else "length")
 
 
-def test_an_end_token_at_once_leaves_an_empty_completion(variables: dict[str, Any], greedy: Greedy) -> None:
-    config = dataclasses.replace(ENDLESS, eos_token_id=greedy(PROMPTS[0], 1)[0])
-    ended = Engine(config, variables)
-    assert list(ended.generate([PROMPTS[0]], TEN)) == [Completion([], None, "stop")]
-    assert list(ended.stream(PROMPTS[0], TEN)) == []
+def test_an_end_token_at_once_leaves_an_empty_completion(engine: Engine, greedy: Greedy, ending: Callable[[Any], None]) -> None:
+    ending(greedy(PROMPTS[0], 1)[0])
+    assert list(engine.generate([PROMPTS[0]], TEN)) == [Completion([], None, "stop")]
+    assert list(engine.stream(PROMPTS[0], TEN)) == []
 
 
-def test_an_end_token_in_place_of_the_last_is_a_stop(variables: dict[str, Any], greedy: Greedy) -> None:
+def test_an_end_token_in_place_of_the_last_is_a_stop(engine: Engine, greedy: Greedy, ending: Callable[[Any], None]) -> None:
     tokens = greedy(PROMPTS[1], 10)
-    index = next(i for i in range(2, 10) if tokens[i] not in tokens[:i])
-    config = dataclasses.replace(ENDLESS, eos_token_id=tokens[index])
+    index = first_met(tokens)
+    ending(tokens[index])
     limits = SamplingParams(max_tokens=index), SamplingParams(max_tokens=index + 1)
-    completions = [next(Engine(config, variables).generate([PROMPTS[1]], params)) for params in limits]
+    completions = [next(engine.generate([PROMPTS[1]], params)) for params in limits]
     assert completions == [Completion(tokens[:index], None, "length"), Completion(tokens[:index], None, "stop")]
 
 
@@ -210,13 +251,14 @@ def test_a_step_that_is_broken_off_ends_all_and_leaves_nothing_behind(
     variables: dict[str, Any], greedy: Greedy, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
     """Its pages, published when the step was planned, hold nothing; arrays that were given away are gone."""
-    engine = Engine(ENDLESS, variables, max_batch=2, page_size=4)
+    engine = Engine(ENDLESS, variables, **SIZES)
 
     def breaks(*_: Any, **__: Any) -> None:
         jax.tree.map(lambda leaf: leaf.delete(), engine._runner._cache)
         raise KeyboardInterrupt
 
-    requests = [engine.submit(prompt, TEN) for prompt in PROMPTS]
+    # Two of them wait.
+    requests = [engine.submit(prompt, TEN) for prompt in PROMPTS * 2]
     with monkeypatch.context() as broken:
         broken.setattr(engine._runner, program, breaks)
         if program == "decode":
@@ -245,7 +287,7 @@ def test_a_stream_that_is_left_frees_what_it_held(engine: Engine) -> None:
         ([], "the prompt is empty; give at least one token"),
         (list(range(25)) * 3, r"75 tokens leave no room in max_length 64 \(the model's context is 64\); shorten it$"),
         ([1] * CONTEXT, "64 tokens leave no room"),
-        ([3, CONFIG.vocab_size], f"token id {CONFIG.vocab_size} is outside the vocabulary of {CONFIG.vocab_size}"),
+        ([3, 270], "token id 270 is outside the vocabulary of 270"),
         ([-1], "token id -1 is outside the vocabulary"),
         ([1.0, 2.0], r"the prompt \[1.0, 2.0\] is neither text nor a list of token ids, which are integers; pass a list"),
         (["1"], r"the prompt \['1'\] is neither text nor a list of token ids"),
@@ -270,27 +312,6 @@ def test_one_string_is_no_list_of_prompts(engine: Engine) -> None:
         engine.generate("text")
 
 
-def test_a_warm_engine_compiles_nothing_more(variables: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    """And nothing has come of warming it up. Pages of 5 tokens are this test's own, and so are the programs.
-
-    The weights belong to a device, as those of a checkpoint do.
-    """
-    variables = jax.device_put(variables, jax.devices()[0])
-    options: dict[str, Any] = {"max_batch": 2, "chunk": 32, "page_size": 5}
-    before = prefill._cache_size(), decode._cache_size()
-    engine = Engine(ENDLESS, variables, **options)
-    engine.warm_up()
-    compiled = prefill._cache_size(), decode._cache_size()
-    # Of 16 and of 32 tokens, as a first chunk and as a later one.
-    assert (compiled[0] - before[0], compiled[1] - before[1]) == (4, 1)
-    prompts = [[5], list(range(20)), [7] * 40, [7] * 40, [*range(20), 3, 4]]
-    with jax.log_compiles():
-        found = list(engine.generate(prompts, TEN))
-    assert [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()] == []
-    assert (prefill._cache_size(), decode._cache_size()) == compiled
-    assert found == list(Engine(ENDLESS, variables, **options).generate(prompts, TEN))
-
-
 def test_an_engine_that_cannot_be_is_refused(variables: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="max_batch is 0; it must be at least 1"):
         Engine(ENDLESS, variables, max_batch=0)
@@ -301,9 +322,9 @@ def test_an_engine_that_cannot_be_is_refused(variables: dict[str, Any]) -> None:
     [
         (
             {"hidden_size": 20},
-            r"params/embed/embedding is \[29, 24\], not \[29, 20\]; give the config and the variables of one",
+            r"params/embed/embedding is \[270, 24\], not \[270, 20\]; give the config and the variables of one",
         ),
-        ({"num_hidden_layers": 3}, r"params/moe_layers/.* is \[1, .*\], not \[2, "),
+        ({"num_hidden_layers": 2}, r"params/moe_layers/.* is \[1, .*\], not \[2, "),
         ({"num_nextn_predict_layers": 1}, r"params/mtp_0/.* is missing, not \["),
     ],
 )
@@ -327,25 +348,11 @@ def test_weights_are_held_in_the_computation_dtype(variables: dict[str, Any]) ->
     )
 
 
-TEXTS = ["def f(x):", "for i in range(3): print(i)"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXTS * 3, 270, ["<bos>", "<eos>"])
-
-
-@pytest.fixture(scope="module")
-def large() -> tuple[ModelConfig, dict[str, Any]]:
-    """A model with a token for every byte."""
-    config = dataclasses.replace(ENDLESS, vocab_size=270)
-    return config, jax.tree.map(jnp.asarray, random_variables(config))
-
-
-def test_text_goes_in_after_the_bos_token_and_comes_out(tokenizer: Tokenizer, large: tuple) -> None:
-    config, variables = large
-    with_text, ids = Engine(config, variables, tokenizer), Engine(config, variables)
-    expected = list(ids.generate([[0, *tokenizer.encode(text)] for text in TEXTS], TEN))
+def test_text_goes_in_after_the_bos_token_and_comes_out(
+    engine: Engine, tokenizer: Tokenizer, variables: dict[str, Any]
+) -> None:
+    with_text = Engine(ENDLESS, variables, tokenizer, **SIZES)
+    expected = list(engine.generate([[0, *tokenizer.encode(text)] for text in TEXTS], TEN))
     found = list(with_text.generate(TEXTS, TEN))
     assert [completion.tokens for completion in found] == [completion.tokens for completion in expected]
     assert [completion.text for completion in found] == [tokenizer.decode(completion.tokens) for completion in expected]
@@ -355,16 +362,18 @@ def test_text_goes_in_after_the_bos_token_and_comes_out(tokenizer: Tokenizer, la
     assert list(with_text.stream([0, *tokenizer.encode(TEXTS[0])], TEN)) == expected[0].tokens
 
 
-def test_text_without_a_bos_token_goes_in_as_it_is(tokenizer: Tokenizer, large: tuple) -> None:
-    config, variables = large
-    bare = Engine(dataclasses.replace(config, bos_token_id=None), variables, tokenizer)
-    assert list(bare.stream(TEXTS[0], TEN)) == list(bare.stream(tokenizer.encode(TEXTS[0]), TEN))
+def test_text_without_a_bos_token_goes_in_as_it_is(engine: Engine, tokenizer: Tokenizer, variables: dict[str, Any]) -> None:
+    bare = Engine(ENDLESS, variables, tokenizer, **SIZES)
+    bare.config = dataclasses.replace(ENDLESS, bos_token_id=None)
+    assert list(bare.stream(TEXTS[0], TEN)) == list(engine.stream(tokenizer.encode(TEXTS[0]), TEN))
     with pytest.raises(ValueError, match="the prompt is empty"):
         bare.stream("")
 
 
 def test_a_tokenizer_too_large_for_the_model_is_noticed(
-    engine: Engine, tokenizer: Tokenizer, variables: dict[str, Any]
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine, "tokenizer", tokenizer)
+    monkeypatch.setattr(engine, "config", dataclasses.replace(ENDLESS, vocab_size=29))
     with pytest.raises(ValueError, match="is outside the vocabulary of 29"):
-        Engine(ENDLESS, variables, tokenizer).generate(["~"])
+        engine.generate(["~"])

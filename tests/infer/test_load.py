@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dsv3_jax.kernels.block_scaled import BlockScaled
 from dsv3_jax.parallel.mesh import make_mesh
 from tests.model.tiny import CONFIG, random_variables
 
-MODEL = dataclasses.replace(CONFIG, vocab_size=270)
+MODEL = dataclasses.replace(CONFIG, vocab_size=270, num_hidden_layers=2, num_nextn_predict_layers=1)
 RUN = Config(model=MODEL, train=TrainConfig(steps=9, sequence_length=24), infer=InferConfig(prompt="for ", max_tokens=3))
 TOKENIZER = train_tokenizer(["for i in range(3):"], 270, ["<bos>", "<eos>"])
 
@@ -36,22 +37,32 @@ def variables() -> dict[str, Any]:
     return jax.tree.map(jnp.asarray, random_variables(MODEL))
 
 
-@pytest.fixture
-def run(tmp_path: Path, variables: dict[str, Any]) -> Path:
-    path = tmp_path / "run"
-    opened = RunDirectory.create_or_resume(str(path), RUN, resume=False)
+def save_run(path: Path, config: Config, variables: dict[str, Any]) -> RunDirectory:
+    opened = RunDirectory.create_or_resume(str(path), config, resume=False)
     TOKENIZER.save(opened.tokenizer_file)
-    with Checkpoints(opened, RUN.checkpoint) as checkpoints:
+    with Checkpoints(opened, config.checkpoint) as checkpoints:
         checkpoints.save(6, variables, {"count": jnp.zeros(())})
+    return opened
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, variables: dict[str, Any]) -> Path:
+    """Both kinds of folders. Not to be written to."""
+    path = tmp_path_factory.mktemp("saved")
+    save_run(path / "run", RUN, variables)
+    save_hf(path / "published", MODEL, variables)
+    TOKENIZER.save(path / "published" / "tokenizer.json")
     return path
 
 
 @pytest.fixture
-def published(tmp_path: Path, variables: dict[str, Any]) -> Path:
-    path = tmp_path / "published"
-    save_hf(path, MODEL, variables)
-    TOKENIZER.save(path / "tokenizer.json")
-    return path
+def run(tmp_path: Path, saved: Path) -> Path:
+    return Path(shutil.copytree(saved / "run", tmp_path / "run"))
+
+
+@pytest.fixture
+def published(tmp_path: Path, saved: Path) -> Path:
+    return Path(shutil.copytree(saved / "published", tmp_path / "published"))
 
 
 def test_a_run_is_loaded_with_its_defaults(run: Path, variables: dict[str, Any]) -> None:
@@ -69,11 +80,7 @@ def test_backends_of_another_machine_are_forgotten(tmp_path: Path, variables: di
     elsewhere = {"expert_backend": "pallas_tpu", "attention_backend": "splash", "cache_backend": "pallas_tpu"}
     elsewhere["expert_exchange"] = "ragged"
     trained = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, **elsewhere))
-    opened = RunDirectory.create_or_resume(str(tmp_path / "run"), trained, resume=False)
-    TOKENIZER.save(opened.tokenizer_file)
-    with Checkpoints(opened, trained.checkpoint) as checkpoints:
-        checkpoints.save(6, variables, {"count": jnp.zeros(())})
-    assert opened.config() == trained
+    assert save_run(tmp_path / "run", trained, variables).config() == trained
     forgotten = dataclasses.replace(MODEL, **dict.fromkeys(elsewhere, "auto"))
     assert load_model(str(tmp_path / "run")).config == read_model(str(tmp_path / "run")) == forgotten
     assert model_to_train(str(tmp_path / "run")) == dataclasses.replace(forgotten, param_dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -10,9 +11,13 @@ import jax
 import pytest
 
 from dsv3_jax.infer import Engine, SamplingParams, lockstep
-from tests.infer.test_identity import MODEL
-from tests.model.tiny import random_variables
+from dsv3_jax.infer.request import Request
+from dsv3_jax.infer.runner import Runner
+from tests.model.tiny import MOE_ONLY, random_variables
 
+MODEL = dataclasses.replace(MOE_ONLY, num_hidden_layers=1, eos_token_id=None)
+# Log-probabilities are asked for everywhere, so that there is one set of programs.
+TWENTY = SamplingParams(max_tokens=20, logprobs=2)
 SIZES = {"max_batch": 2, "max_length": 48, "page_size": 16, "chunk": 16, "cache_tokens": 96, "drafts": 1}
 
 
@@ -32,14 +37,17 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return told
 
 
+def make_engine(seed: int = 0) -> Engine:
+    return Engine(MODEL, random_variables(MODEL, seed), **SIZES)
+
+
 @pytest.fixture(scope="module")
 def engines() -> tuple[Engine, Engine]:
-    variables = random_variables(MODEL)
-    return Engine(MODEL, variables, **SIZES), Engine(MODEL, variables, **SIZES)
+    return make_engine(), make_engine()
 
 
-def _follow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The tokens of everything that a follower is asked for, in order."""
+def _follow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Everything that a follower is asked for, in order."""
     requests, submit = [], engine.submit
 
     def noted(*args: object) -> object:
@@ -49,7 +57,7 @@ def _follow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(engine, "submit", noted)
     lockstep.follow(engine)
-    return [request.tokens for request in requests]
+    return requests
 
 
 def test_every_call_is_repeated(store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,20 +66,25 @@ def test_every_call_is_repeated(store: dict[str, str], engines: tuple[Engine, En
     drawn = SamplingParams(
         max_tokens=9, temperature=0.8, top_p=0.9, seed=3, logit_bias={4: 2.5}, stop_token_ids=(7,), logprobs=2
     )
+    warmed = []
+    monkeypatch.setattr(Runner, "warm_up", lambda runner: warmed.append(runner))
     with lockstep.leading(first):
         first.warm_up()
-        requests = [first.submit([1 + i, 2, 3, 4 * i], params) for i, params in enumerate((drawn, SamplingParams(), drawn))]
+        requests = [first.submit([1 + i, 2, 3, 4 * i], params) for i, params in enumerate((drawn, TWENTY, drawn))]
         for _ in range(5):
             first.step()
         first.cancel(requests[1])
-        streamed = list(first.stream([5] * 20, SamplingParams(max_tokens=6)))
-        generated = [completion.tokens for completion in first.generate([[1, 2], [3]], SamplingParams(max_tokens=4))]
+        streamed = list(first.stream([5] * 20, dataclasses.replace(TWENTY, max_tokens=6)))
+        four = dataclasses.replace(TWENTY, max_tokens=4)
+        generated = [completion.tokens for completion in first.generate([[1, 2], [3]], four)]
         assert requests[1].finish_reason == "cancelled"
-        assert 0 < len(requests[1].tokens) < SamplingParams().max_tokens
-    expected = [*(request.tokens for request in requests), streamed, *generated]
-    assert _follow(other, monkeypatch) == expected
+        assert 0 < len(requests[1].tokens) < TWENTY.max_tokens
+    repeated = _follow(other, monkeypatch)
+    assert [request.tokens for request in repeated] == [*(request.tokens for request in requests), streamed, *generated]
+    assert [request.params for request in repeated[:3]] == [request.params for request in requests]
     assert other.idle
     assert other.counts == first.counts
+    assert warmed == [first._runner, other._runner]
 
 
 def test_what_all_have_read_is_removed(
@@ -80,7 +93,7 @@ def test_what_all_have_read_is_removed(
     monkeypatch.setattr(lockstep, "CALLS_OF_A_PAGE", 4)
     monkeypatch.setattr(lockstep, "hear", lambda key, *_: store[key] if "/read/" not in key else store.get(key, "read"))
     with lockstep.leading(engines[0]):
-        tokens = list(engines[0].stream([1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True)))
+        tokens = list(engines[0].stream([1, 2, 3], TWENTY))
     assert len(tokens) == 20
     pages = {int(key.split("/")[2]) for key in store}
     assert max(pages) >= 3
@@ -91,7 +104,7 @@ def test_a_process_that_reads_says_how_far(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with lockstep.leading(engines[0]):
-        list(engines[0].stream([1, 2, 3], SamplingParams(max_tokens=3)))
+        list(engines[0].stream([1, 2, 3], dataclasses.replace(TWENTY, max_tokens=3)))
     calls = list(store.values())
     monkeypatch.setattr(lockstep, "CALLS_OF_A_PAGE", 2)
     store.clear()
@@ -106,14 +119,14 @@ def test_after_a_step_that_was_broken_off_nothing_goes_on(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor without `leading`, where each process asks its own engine."""
-    engine = Engine(MODEL, random_variables(MODEL), **SIZES)
+    engine = make_engine()
 
     def broken_off(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "_step", broken_off)
     with lockstep.leading(engine):
-        engine.submit([1, 2, 3])
+        engine.submit([1, 2, 3], TWENTY)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
         with pytest.raises(RuntimeError, match="start all of them anew"):
@@ -122,7 +135,7 @@ def test_after_a_step_that_was_broken_off_nothing_goes_on(
     with pytest.raises(ValueError, match="process 0 broke off a step"):
         _follow(engines[1], monkeypatch)
     engines[1].cancel(next(iter(engines[1]._requests.values())))
-    alone = Engine(MODEL, random_variables(MODEL), **SIZES)
+    alone = make_engine()
     monkeypatch.setattr(alone, "_step", broken_off)
     with pytest.raises(KeyboardInterrupt):
         alone.step()
@@ -133,7 +146,7 @@ def test_after_a_step_that_was_broken_off_nothing_goes_on(
 def test_a_call_that_may_not_have_been_told_is_the_last(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(MODEL, random_variables(MODEL), **SIZES)
+    engine = make_engine()
 
     def interrupted(*_: str) -> None:
         raise KeyboardInterrupt
@@ -159,10 +172,10 @@ def test_other_tokens_are_noticed(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here of a model with other weights."""
-    first = Engine(MODEL, random_variables(MODEL, seed=1), **SIZES)
+    first = make_engine(seed=1)
     with lockstep.leading(first):
-        list(first.stream([1, 2, 3], SamplingParams(max_tokens=20, ignore_eos=True)))
-    other = Engine(MODEL, random_variables(MODEL), **SIZES)
+        list(first.stream([1, 2, 3], TWENTY))
+    other = make_engine()
     with pytest.raises(RuntimeError, match="process 1 has come to other tokens than process 0"):
         _follow(other, monkeypatch)
 

@@ -77,37 +77,40 @@ def assert_same(found: ModelOutput, wanted: ModelOutput) -> None:
     chex.assert_trees_all_close(found.balance_loss, wanted.balance_loss, **TOLERANCE["float32"])
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_outputs_on_one_device(unrolled: bool) -> None:
-    """Scanned stacks, each layer placed by itself, and unrolled ones; the MTP depth as well."""
+def test_outputs_of_an_unrolled_model() -> None:
+    """Each layer placed by itself; the MTP depth as well."""
     variables, wanted = plain()
     placed = place_experts(variables, placements_of(wanted.load))
     assert placed["params"]["moe_layers"]["mlp"]["experts"]["up_proj"].shape[:2] == (2, SHARDS * SLOTS)
     assert placed["params"]["mtp_0"]["block"]["mlp"]["experts"]["up_proj"].shape[0] == SHARDS * SLOTS
-    found = run(unrolled)(unstack(placed) if unrolled else placed)
+    found = run(True)(unstack(placed))
     assert_same(found, wanted)
-    for name, counts in wanted.load.items():
-        ours = (
-            np.stack([found.load[f"{name}_{i}"] for i in range(2)]) if unrolled and name == "moe_layers" else found.load[name]
-        )
-        np.testing.assert_array_equal(ours, counts)
+    np.testing.assert_array_equal(np.stack([found.load[f"moe_layers_{i}"] for i in range(2)]), wanted.load["moe_layers"])
+    np.testing.assert_array_equal(found.load["mtp_0"], wanted.load["mtp_0"])
 
 
 def test_a_wrong_copy_would_show() -> None:
     """The comparison can fail: with two experts' weights swapped in the slots, it does."""
     variables, wanted = plain()
-    placed = place_experts(variables, placements_of(wanted.load))
-    experts = placed["params"]["moe_layers"]["mlp"]["experts"]
-    experts["down_proj"] = experts["down_proj"].at[:, :2].set(experts["down_proj"][:, 1::-1])
+    placed = unstack(place_experts(variables, placements_of(wanted.load)))
+    experts = placed["params"]["moe_layers_0"]["mlp"]["experts"]
+    experts["down_proj"] = experts["down_proj"].at[:2].set(experts["down_proj"][1::-1])
     with pytest.raises(AssertionError):
-        assert_same(run(False)(placed), wanted)
+        assert_same(run(True)(placed), wanted)
+
+
+@functools.cache
+def stacked_on_mesh() -> tuple[Any, Tree]:
+    """The variables, split as their rules say."""
+    mesh = make_mesh(MESH)
+    return mesh, jax.device_put(plain()[0], variable_shardings(CONFIG, mesh))
 
 
 @functools.cache
 def on_mesh() -> tuple[Any, Tree]:
-    """The variables, unrolled, split as their rules say."""
-    mesh = make_mesh(MESH)
-    return mesh, unstack(jax.device_put(plain()[0], variable_shardings(CONFIG, mesh)))
+    """The same, unrolled."""
+    mesh, stacked = stacked_on_mesh()
+    return mesh, unstack(stacked)
 
 
 def unrolled_load() -> dict[str, Any]:
@@ -116,13 +119,18 @@ def unrolled_load() -> dict[str, Any]:
 
 
 def test_outputs_on_a_mesh() -> None:
-    """Experts on four shards, their units on two; and the loads that the routes make of the shards, against the prediction."""
-    mesh, variables = on_mesh()
+    """A scanned stack, its experts on four shards, their units on two.
+
+    And the loads that the routes make of the shards, against the prediction.
+    """
+    mesh, variables = stacked_on_mesh()
+    wanted = plain()[1]
+    with jax.set_mesh(mesh):
+        found = run(False)(place_experts(variables, placements_of(wanted.load)))
+    assert_same(found, wanted)
+    chex.assert_trees_all_equal(found.load, wanted.load)
     load = unrolled_load()
     placements = placements_of(load)
-    with jax.set_mesh(mesh):
-        found = run(True)(place_experts(variables, placements))
-    assert_same(found, plain()[1])
     for layer, name in enumerate(["moe_layers_0", "moe_layers_1"]):
         counts, placement = np.asarray(load[name]), placements[name]
         slot_BTK = np.asarray(copies_of(placement, E).slots(found.routes[layer]))
@@ -166,25 +174,22 @@ def test_placed_anew(on_a_mesh: bool) -> None:
 
 def test_scanned_stacks_on_a_mesh() -> None:
     """The stack of both layers at once gives what each by itself gives."""
-    mesh, variables = on_mesh()
-    load = plain()[1].load
-    stacked = jax.device_put(plain()[0], variable_shardings(CONFIG, mesh))
-    placed = unstack(place_experts(stacked, placements_of(load)))
-    wanted = place_experts(variables, placements_of(unrolled_load()))
+    placed = unstack(place_experts(stacked_on_mesh()[1], placements_of(plain()[1].load)))
+    wanted = place_experts(on_mesh()[1], placements_of(unrolled_load()))
     chex.assert_trees_all_equal(placed["params"], wanted["params"])
 
 
 @functools.cache
-def layer() -> tuple[Tree, np.ndarray, np.ndarray]:
-    """An MoE layer whose experts 2 and 3, on one shard, are chosen by all; inputs [B, T, D], and its loads."""
+def layer() -> tuple[Tree, np.ndarray, np.ndarray, np.ndarray]:
+    """An MoE layer whose experts 2 and 3, on one shard, are chosen by all; inputs and outputs [B, T, D], and its loads."""
     config = dataclasses.replace(CONFIG, n_group=1, topk_group=1)
-    tree = jax.tree.map(jnp.asarray, {name: tree["moe_layers"]["mlp"] for name, tree in random_variables(config).items()})
+    tree = {name: tree["moe_layers"]["mlp"] for name, tree in random_variables(config).items()}
     tree = jax.tree.map(lambda leaf: leaf[0], tree)
-    bias_E = tree["router"]["gate"]["e_score_correction_bias"]
-    tree["router"]["gate"]["e_score_correction_bias"] = bias_E.at[jnp.array([2, 3])].add(10.0)
+    tree["router"]["gate"]["e_score_correction_bias"][[2, 3]] += 10.0
+    tree = jax.tree.map(jnp.asarray, tree)
     x_BTD = np.random.default_rng(1).standard_normal((8, 16, CONFIG.hidden_size)).astype(np.float32)
-    _, routing, _ = jax.jit(MoE(config).apply)(tree, x_BTD)
-    return tree, x_BTD, np.asarray(routing.load_E)
+    y_BTD, routing, _ = jax.jit(MoE(config).apply)(tree, x_BTD)
+    return tree, x_BTD, np.asarray(y_BTD), np.asarray(routing.load_E)
 
 
 def placed_layer(placement: np.ndarray) -> Tree:
@@ -204,31 +209,39 @@ def program(exchange: str) -> tuple[Any, Any]:
     return mesh, jax.jit(MoE(config).apply, in_shardings=(None, tokens))
 
 
+def assert_rounds(apply: Any, variables: Tree, rounds: int) -> None:
+    _, x_BTD, wanted_BTD, load_E = layer()
+    found_BTD, routing, found = apply(variables, x_BTD)
+    np.testing.assert_array_equal(routing.load_E, load_E)
+    chex.assert_trees_all_close(np.asarray(found_BTD), wanted_BTD, **TOLERANCE["float32"])
+    assert int(found) == rounds
+
+
 @pytest.mark.parametrize("exchange", ["dense", "ring", "ragged"])
 def test_every_exchange_needs_fewer_rounds(exchange: str) -> None:
-    """Two of three choices go to one shard of four without copies, 2.7 times its buffer; with them, to all alike."""
-    tree, x_BTD, load_E = layer()
+    """Two of three choices go to one shard of four with copies of others, 2.7 times its buffer; with their own, to all."""
+    *_, load_E = layer()
     assert load_E[2:4].tolist() == [128, 128]
     mesh, apply = program(exchange)
-    placement = place_copies(load_E, SHARDS, 4)
+    elsewhere, placement = np.array([0, 1, 4, 5, 2, 3, 0, 1, 0, 4, 5, 6, 0, 6, 7, 1]), place_copies(load_E, SHARDS, 4)
+    # Of the same shapes, so that one program does for both.
+    assert np.bincount(elsewhere).max() == np.bincount(placement).max() == 4
     with jax.set_mesh(mesh):
-        wanted_BTD, _, before = apply(tree, x_BTD)
-        found_BTD, routing, after = apply(placed_layer(placement), x_BTD)
-    np.testing.assert_array_equal(routing.load_E, load_E)
-    chex.assert_trees_all_close(found_BTD, wanted_BTD, **TOLERANCE["float32"])
-    assert (int(before), int(after)) == (3, 2), shard_loads(placement, load_E, SHARDS)
+        assert_rounds(apply, placed_layer(elsewhere), 3)
+        assert_rounds(apply, placed_layer(placement), 2)
 
 
 def test_no_other_collective() -> None:
     """The slots of choices are found where the tokens are: the program sends what it sent without copies."""
-    tree, x_BTD, load_E = layer()
+    tree, x_BTD, _, load_E = layer()
     mesh, apply = program("dense")
     found = []
     with jax.set_mesh(mesh):
-        for variables in (tree, placed_layer(np.arange(E)), placed_layer(place_copies(load_E, SHARDS, SLOTS))):
-            text = apply.lower(variables, x_BTD).compile().as_text()
-            found.append({(row.kind, row.axis, row.count) for row in collectives(text, dict(mesh.shape))})
-    assert found[0] == found[1] == found[2]
+        for variables, rounds in (tree, 3), (placed_layer(place_copies(load_E, SHARDS, 4)), 2):
+            compiled = apply.lower(variables, x_BTD).compile()
+            found.append({(row.kind, row.axis, row.count) for row in collectives(compiled.as_text(), dict(mesh.shape))})
+            assert_rounds(apply, variables, rounds)
+    assert found[0] == found[1]
     assert {("all-to-all", "expert")} <= {(kind, axis) for kind, axis, _ in found[0]}
 
 

@@ -409,7 +409,12 @@ class Traffic(stateful.RuleBasedStateMachine):
 
 
 TestTraffic = Traffic.TestCase
-TestTraffic.settings = hypothesis.settings(max_examples=300, stateful_step_count=40, deadline=None, derandomize=True)
+TestTraffic.settings = hypothesis.settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+
+
+@pytest.mark.nightly
+class TestMuchTraffic(TestTraffic):
+    settings = hypothesis.settings(TestTraffic.settings, max_examples=600)
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

@@ -13,9 +13,10 @@ import pytest
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from dsv3_jax.data import Batch
 from dsv3_jax.infer import Engine, SamplingParams
-from dsv3_jax.train.state import init_state
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.train.state import state_of
 from dsv3_jax.train.step import train_step
-from tests.model.tiny import CONFIG
+from tests.model.tiny import CONFIG, random_variables
 
 V, LENGTH, STEPS = 16, 24, 150
 RUN = Config(
@@ -23,9 +24,8 @@ RUN = Config(
         CONFIG,
         vocab_size=V,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_nextn_predict_layers=1,
-        initializer_range=0.1,
         rms_norm_eps=1e-6,
         rope_scaling=None,
         eos_token_id=None,
@@ -50,7 +50,7 @@ def texts(rng: np.random.Generator, count: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def trained() -> tuple[ModelConfig, dict[str, Any]]:
     rng = np.random.default_rng(0)
-    state = jax.jit(functools.partial(init_state, RUN))()
+    state = jax.jit(functools.partial(state_of, RUN))(random_variables(RUN.model))
     step = jax.jit(functools.partial(train_step, config=RUN), donate_argnums=0)
     for number in range(STEPS):
         rows = texts(rng, 16)[None]
@@ -60,13 +60,23 @@ def trained() -> tuple[ModelConfig, dict[str, Any]]:
     return RUN.model, state.variables
 
 
-@pytest.mark.parametrize(("drafts", "least"), [(1, 0.95), (2, 0.6)])
-def test_most_drafts_of_a_trained_model_stand(trained: tuple[ModelConfig, dict[str, Any]], drafts: int, least: float) -> None:
+def test_most_drafts_of_a_trained_model_stand(trained: tuple[ModelConfig, dict[str, Any]]) -> None:
+    """Of the two a step the first nearly always, the second more often than not; the tokens are the most likely ones."""
     config, variables = trained
     prompts = [row[:4].tolist() for row in texts(np.random.default_rng(1), 16)]
-    params = SamplingParams(max_tokens=19)  # One of prefill, and 18 of whole steps if all drafts stand.
-    engine = Engine(config, variables, max_length=64, drafts=drafts)
-    found = list(engine.generate(prompts, params))
-    share = (engine.step_tokens / engine.steps - 1) / drafts
-    assert share > least
-    assert found == list(Engine(config, variables, max_length=64).generate(prompts, params))
+    engine = Engine(config, variables, max_length=64, chunk=16, drafts=2)
+    requests = [engine.submit(prompt, SamplingParams(max_tokens=20)) for prompt in prompts]
+    counts = []
+    while not engine.idle:
+        # A first token is prefill's, and the last ones may have been cut off.
+        counts += [
+            len(update.tokens)
+            for update in engine.step()
+            if len(update.request.tokens) > len(update.tokens) and update.request.finish_reason is None
+        ]
+    assert np.mean(np.array(counts) > 1) > 0.95
+    assert np.mean(np.array(counts) > 2) > 0.3
+    assert engine.step_tokens == 16 * 19
+    whole = np.array([prompt + request.tokens for prompt, request in zip(prompts, requests, strict=True)], np.int32)
+    best = np.asarray(jax.jit(DeepSeekV3(config).apply)(variables, whole).logits).argmax(-1)
+    np.testing.assert_array_equal(best[:, 3:-1], whole[:, 4:])

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from tests.tolerances import TOLERANCE
 
 SCALE = 0.37
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -44,6 +53,47 @@ def naive_gradients(
     dk_BSNX = np.einsum("BNTS,BTNX->BSNX", ds_BNTS, q_BTNX)
     dv_BSNW = np.einsum("BNTS,BTNW->BSNW", p_BNTS, do_BTNW)
     return dq_BTNX, dk_BSNX.reshape(B, T, M, -1, X).sum(3), dv_BSNW.reshape(B, T, M, -1, W).sum(3)
+
+
+def expected_of(arrays: list[np.ndarray], scale: float = SCALE, seen_BTS: np.ndarray | None = None) -> tuple[Any, Any]:
+    """Output and gradients in float64 of q, k, v and output gradient."""
+    exact = [a.astype(np.float64) for a in arrays]
+    return naive(*exact[:3], scale, seen_BTS)[0], naive_gradients(*exact, scale, seen_BTS)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(attend: Callable[..., jax.Array], arrays: list[jax.Array], starts_BT: Any = None) -> tuple[Any, Any]:
+    """Of `attend(q, k, v, [starts_BT=])`, at q, k, v and output gradient; one function is compiled once for each shape."""
+    documents = {} if starts_BT is None else {"starts_BT": starts_BT}
+    o, pullback = jax.vjp(functools.partial(attend, **documents), *arrays[:3])
+    return o, pullback(arrays[3])
+
+
+def assert_is_attention(found: tuple[Any, Any], expected: tuple[Any, Any], arrays: list[np.ndarray], dtype: str) -> None:
+    """Output and gradients in the shapes and dtypes of the arrays that they belong to, and within the tolerance."""
+    q, k, v, do = arrays
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, (do, (q, k, v)))
+    found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
+    # Sums over many queries are of the size of their largest element, not of one.
+    unit = jax.tree.map(lambda a: max(1.0, np.abs(a).max()), expected)
+    chex.assert_trees_all_close(*(jax.tree.map(np.divide, tree, unit) for tree in (found, expected)), **TOLERANCE[dtype])
+
+
+def in_parts(
+    part_of: Callable[..., jax.Array], parts: int, q: jax.Array, k: jax.Array, v: jax.Array, starts_BT: Any = None
+) -> jax.Array:
+    """Each part of the queries against all keys, its place known only while it runs."""
+
+    def split(array: jax.Array) -> jax.Array:
+        return array.reshape(array.shape[0], parts, -1, *array.shape[2:]).swapaxes(0, 1)
+
+    def one(part: tuple[jax.Array, jax.Array, Any]) -> jax.Array:
+        q, first, starts_BT = part
+        return part_of(q, k, v, first=first, starts_BT=starts_BT)
+
+    firsts = jnp.arange(parts) * (q.shape[1] // parts)
+    o = jax.lax.map(one, (split(q), firsts, None if starts_BT is None else split(starts_BT)))
+    return o.swapaxes(0, 1).reshape(*q.shape[:3], -1)
 
 
 def draw(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax.kernels.attention_gpu import attention_hopper
 from dsv3_jax.plan.topology import h100_devices
 from tests.kernels.gpu_interpreter import INTERPRETED, assert_no_race, assert_no_spills, gpu_interpreter
-from tests.kernels.reference_attention import draw, naive, naive_gradients
-from tests.tolerances import TOLERANCE
+from tests.kernels.reference_attention import assert_is_attention, draw, expected_of
 
 __all__ = ["gpu_interpreter"]
 
@@ -43,15 +41,7 @@ def value_and_gradients(attend: Callable[..., jax.Array], arrays: Sequence[Any])
 
 def assert_is_softmax_attention(attend: Callable[..., jax.Array], arrays: list[np.ndarray]) -> None:
     """`attend` at SCALE: values and gradients of the whole sequence."""
-    q, k, v, do = arrays
-    found = value_and_gradients(attend, arrays)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, (do, (q, k, v)))
-    exact = [a.astype(np.float64) for a in arrays]
-    expected = naive(*exact[:3], SCALE)[0], naive_gradients(*exact, SCALE)
-    found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
-    # Sums over many queries are of the size of their largest element, not of one.
-    unit = jax.tree.map(lambda a: max(1.0, np.abs(a).max()), expected)
-    chex.assert_trees_all_close(*(jax.tree.map(np.divide, tree, unit) for tree in (found, expected)), **TOLERANCE["bfloat16"])
+    assert_is_attention(value_and_gradients(attend, arrays), expected_of(arrays, SCALE), arrays, "bfloat16")
     assert_no_race()
 
 
@@ -61,8 +51,8 @@ hopper = functools.partial(attention_hopper, scale=SCALE, interpret=INTERPRETED)
 @pytest.mark.parametrize(
     ("length", "batch", "heads", "kv_heads", "widths"),
     [
-        (1, 1, 1, 1, NARROW),
-        pytest.param(127, 2, 1, 1, NARROW, marks=pytest.mark.slow),
+        (1, 2, 1, 1, NARROW),
+        pytest.param(127, 2, 1, 1, NARROW, marks=pytest.mark.nightly),
         pytest.param(128, 1, 2, 2, NARROW, marks=pytest.mark.nightly),
         pytest.param(129, 1, 1, 1, WIDE_VALUES, marks=pytest.mark.nightly),
         pytest.param(300, 1, 2, 1, PUBLISHED, marks=pytest.mark.slow),
@@ -75,27 +65,24 @@ def test_it_is_softmax_attention(length: int, batch: int, heads: int, kv_heads: 
 
 @pytest.mark.slow
 def test_queries_of_a_part_of_the_sequence() -> None:
-    """Each part of the queries against all keys, its place known only while the kernels run."""
-    parts, size = 2, 100
+    """Each part of the queries against all keys, its place known only while the kernels run.
+
+    Blocks of keys after the last query are not read: they are NaN.
+    """
+    parts, size, length, longer = 2, 100, 200, 300
+    q, k, v, do = arrays = draw(length, 1, "bfloat16", batch=1, heads=1, widths=NARROW)
+    # Those of the last query's own block are read, and weighted with zero.
+    k_long, v_long = (np.concatenate([a, np.zeros_like(a[:, :56]), np.full_like(a[:, :44], np.nan)], axis=1) for a in (k, v))
+    assert k_long.shape[1] == longer
 
     def in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         starts = [jnp.asarray(part * size, jnp.int32) for part in range(parts)]
         return jnp.concatenate([hopper(q[:, first : first + size], k, v, first=first) for first in starts], axis=1)
 
-    assert_is_softmax_attention(in_parts, draw(parts * size, 1, "bfloat16", batch=1, heads=1, widths=NARROW))
-
-
-@pytest.mark.slow
-def test_blocks_of_keys_after_the_last_query_are_not_read() -> None:
-    length, longer = 100, 300
-    q, k, v, do = draw(length, 1, "bfloat16", batch=1, heads=1, widths=NARROW)
-    # Those of the last query's own block are read, and weighted with zero.
-    k_long, v_long = (np.concatenate([a, np.zeros_like(a[:, :28]), np.full_like(a, np.nan), a[:, :72]], axis=1) for a in (k, v))
-    assert k_long.shape[1] == longer
-    o, (dq, dk, dv) = value_and_gradients(hopper, (q, k_long, v_long, do))
-    expected = value_and_gradients(hopper, (q, k, v, do))
-    chex.assert_trees_all_equal((o, (dq, dk[:, :length], dv[:, :length])), expected)
-    chex.assert_trees_all_equal((dk[:, length:], dv[:, length:]), (jnp.zeros_like(k_long[:, length:]),) * 2)
+    o, (dq, dk, dv) = value_and_gradients(in_parts, (q, k_long, v_long, do))
+    assert_is_attention((o, (dq, dk[:, :length], dv[:, :length])), expected_of(arrays, SCALE), arrays, "bfloat16")
+    for gradient in (dk, dv):
+        np.testing.assert_array_equal(np.asarray(gradient)[:, length:], 0)
     assert_no_race()
 
 
@@ -141,8 +128,13 @@ def test_lowers_for_cuda() -> None:
         assert kernel in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("widths", [PUBLISHED, NARROW, WIDE_VALUES, (192, 64)])
+@pytest.mark.parametrize(
+    "widths",
+    [
+        pytest.param(PUBLISHED, marks=pytest.mark.slow),
+        *(pytest.param(widths, marks=pytest.mark.nightly) for widths in (NARROW, WIDE_VALUES, (192, 64))),
+    ],
+)
 def test_compiles_for_an_h100(
     widths: tuple[int, int], cuda_compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

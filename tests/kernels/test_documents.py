@@ -11,7 +11,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,44 +20,32 @@ from dsv3_jax.kernels import hopper, splash
 from dsv3_jax.kernels.attention import attend, causal_attention, choose_attention
 from dsv3_jax.kernels.documents import first_seen, has_ahead
 from dsv3_jax.kernels.splash import splash_attention
-from dsv3_jax.model.mla import MLA
-from dsv3_jax.model.rope import rotation
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan.topology import tpu_devices
 from tests.kernels.interpreter import STRICT, assert_no_race
-from tests.kernels.reference_attention import SCALE, draw, naive, naive_gradients, pack
-from tests.kernels.test_splash import LENGTH, MODEL, SMALL, assert_alike, interpreted  # noqa: F401
-from tests.model.tiny import random_variables
+from tests.kernels.reference_attention import (
+    SCALE,
+    assert_is_attention,
+    draw,
+    expected_of,
+    in_parts,
+    pack,
+    value_and_gradients,
+)
+from tests.kernels.test_splash import INTERPRETED, LENGTH, SMALL, assert_alike, interpreted, layers_on  # noqa: F401
 from tests.tolerances import TOLERANCE
-
-
-def value_and_gradients(attend: Callable[..., jax.Array], arrays: list[np.ndarray], starts_BT: Any) -> tuple[Any, Any]:
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, starts_BT: Any) -> tuple[jax.Array, tuple]:
-        o, pullback = jax.vjp(lambda q, k, v: attend(q, k, v, starts_BT), q, k, v)
-        return o, pullback(do)
-
-    return jax.jit(both)(*arrays, starts_BT)
 
 
 def assert_stays_within_documents(
     attend: Callable[..., jax.Array], arrays: list[np.ndarray], rows: list[list[int]], dtype: str
 ) -> None:
-    """`attend(q, k, v, starts_BT)` at SCALE: values and gradients, which are not those of attention across documents."""
-    q, k, v, do = arrays
-    starts_BT, seen_BTS = pack(rows, q.shape[1])
-    found = value_and_gradients(attend, arrays, starts_BT)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, (do, (q, k, v)))
-    exact = [a.astype(np.float64) for a in arrays]
-    expected, across = (
-        (naive(*exact[:3], seen_BTS=seen)[0], naive_gradients(*exact, seen_BTS=seen)) for seen in (seen_BTS, None)
-    )
-    found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
-    # Sums over up to 1000 queries are of the size of their largest element, not of one.
-    unit = jax.tree.map(lambda a: max(1.0, np.abs(a).max()), expected)
-    found, expected, across = (jax.tree.map(np.divide, tree, unit) for tree in (found, expected, across))
-    chex.assert_trees_all_close(found, expected, **TOLERANCE[dtype])
+    """`attend(q, k, v, starts_BT=)` at SCALE: values and gradients, which are not those of attention across documents."""
+    starts_BT, seen_BTS = pack(rows, arrays[0].shape[1])
+    expected, across = (expected_of(arrays, seen_BTS=seen) for seen in (seen_BTS, None))
+    assert_is_attention(value_and_gradients(attend, arrays, starts_BT), expected, arrays, dtype)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(across), strict=True):
-        assert np.abs(one - other).max() > 10 * TOLERANCE[dtype]["atol"], "a mask that is ignored would not show"
+        unit = max(1.0, np.abs(one).max())
+        assert np.abs(one - other).max() > 10 * unit * TOLERANCE[dtype]["atol"], "a mask that is ignored would not show"
 
 
 def random_rows(batch: int, length: int, seed: int) -> list[list[int]]:
@@ -74,58 +61,70 @@ def random_rows(batch: int, length: int, seed: int) -> list[list[int]]:
 
 # --- The chunked loop ------------------------------------------------------------------------------------------------
 
-CHUNKED = [
-    pytest.param(40, 8, [[8, 7, 9, 16], [16, 1, 23]], id="at, before and after the borders of tiles"),
-    pytest.param(37, 8, [[20, 17], [5, 5, 27]], id="length that tiles do not divide"),
-    pytest.param(37, 8, [[37], []], id="one document, and a row of padding"),
-    pytest.param(40, 8, [[-9, 3, -12, 10], [12]], id="padding before, between and after"),
-    pytest.param(24, 8, [[1] * 24, [1] * 7 + [17]], id="documents of one token"),
-    pytest.param(23, 64, [[10, 13], [4, 4, -3]], id="one tile"),
-    pytest.param(300, 64, random_rows(2, 300, 1), id="random"),
-    pytest.param(129, 32, random_rows(2, 129, 2), id="random, uneven"),
-]
+CHUNKED = {
+    (40, 8): {
+        "at, before and after the borders of tiles": [[8, 7, 9, 16], [16, 1, 23]],
+        "padding before, between and after": [[-9, 3, -12, 10], [12]],
+        "documents of one token": [[1] * 40, [1] * 7 + [33]],
+        "random": random_rows(2, 40, 1),
+    },
+    (37, 8): {
+        "a length that tiles do not divide": [[20, 17], [5, 5, 27]],
+        "one document, and a row of padding": [[37], []],
+        "random": random_rows(2, 37, 2),
+    },
+    (23, 64): {"one tile": [[10, 13], [4, 4, -3]]},
+    (300, 64): {"random": random_rows(2, 300, 1)},
+}
+"""By length and chunk: cases of these are compiled together."""
 
 
-@pytest.mark.parametrize(("kv_heads", "dtype"), [(4, "float32"), (1, "bfloat16")])
-@pytest.mark.parametrize(("length", "chunk", "rows"), CHUNKED)
-def test_the_chunked_loop(length: int, chunk: int, rows: list[list[int]], kv_heads: int, dtype: str) -> None:
-    def within(q: jax.Array, k: jax.Array, v: jax.Array, starts_BT: jax.Array) -> jax.Array:
-        return attend(q, k, v, scale=SCALE, chunk=chunk, starts_BT=starts_BT, backend="chunked")
+@pytest.mark.parametrize(
+    ("size", "kv_heads", "dtype"),
+    [
+        ((40, 8), 4, "float32"),
+        ((40, 8), 1, "bfloat16"),
+        ((37, 8), 1, "float32"),
+        ((23, 64), 4, "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.nightly)
+            for case in (
+                ((37, 8), 4, "bfloat16"),
+                ((23, 64), 1, "float32"),
+                ((300, 64), 4, "float32"),
+                ((300, 64), 1, "bfloat16"),
+            )
+        ),
+    ],
+)
+def test_the_chunked_loop(size: tuple[int, int], kv_heads: int, dtype: str) -> None:
+    within = functools.partial(attend, scale=SCALE, chunk=size[1], backend="chunked")
+    for rows in CHUNKED[size].values():
+        assert_stays_within_documents(within, draw(size[0], kv_heads, dtype), rows, dtype)
 
-    assert_stays_within_documents(within, draw(length, kv_heads, dtype), rows, dtype)
 
-
-@pytest.mark.parametrize(("length", "chunk"), [(40, 8), (37, 8), (7, 64)])
+@pytest.mark.parametrize(
+    ("length", "chunk"), [(7, 4), *(pytest.param(*size, marks=pytest.mark.nightly) for size in ((40, 8), (7, 64)))]
+)
 def test_one_document_is_attention_without_any_to_the_bit(length: int, chunk: int) -> None:
     """Operation by operation: what a compiler makes of loops of another form is its own business, and may round otherwise."""
 
-    def either(q: jax.Array, k: jax.Array, v: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
-        return causal_attention(q, k, v, scale=SCALE, chunk=chunk, starts_BT=starts_BT)
-
+    either = functools.partial(causal_attention, scale=SCALE, chunk=chunk)
     arrays = draw(length, 2)
     with jax.disable_jit():
         found, expected = (value_and_gradients(either, arrays, s) for s in (np.zeros((2, length), np.int32), None))
     chex.assert_trees_all_equal(found, expected)
 
 
-@pytest.mark.parametrize(("parts", "chunk"), [(2, 4), (3, 5), (4, 64), (2, 7)])
+@pytest.mark.parametrize(
+    ("parts", "chunk"), [(3, 5), (4, 64), *(pytest.param(2, chunk, marks=pytest.mark.nightly) for chunk in (4, 7))]
+)
 def test_the_chunked_loop_on_a_part_of_the_queries(parts: int, chunk: int) -> None:
-    """Each part against all keys, and documents that begin in a part before; the place of a part is known only as it runs."""
-    size = 12
+    """Documents that begin in a part before."""
     part_of = functools.partial(causal_attention, scale=SCALE, chunk=chunk)
-    length = parts * size
+    length = parts * 12
     rows = [[5, length - 9], random_rows(1, length, parts)[0]]
     assert_stays_within_documents(functools.partial(in_parts, part_of, parts), draw(length, 2), rows, "float32")
-
-
-def in_parts(part_of: Callable[..., jax.Array], parts: int, q: jax.Array, k: jax.Array, v: jax.Array, starts: Any) -> jax.Array:
-    def split(array: jax.Array) -> jax.Array:
-        return array.reshape(array.shape[0], parts, -1, *array.shape[2:]).swapaxes(0, 1)
-
-    firsts = jnp.arange(parts) * (q.shape[1] // parts)
-    parts_of = split(q), split(starts), firsts
-    o = jax.lax.map(lambda part: part_of(part[0], k, v, starts_BT=part[1], first=part[2]), parts_of)
-    return o.swapaxes(0, 1).reshape(*q.shape[:3], -1)
 
 
 def test_the_chunked_loop_passes_over_the_tiles_that_no_query_of_a_tile_sees() -> None:
@@ -134,59 +133,71 @@ def test_the_chunked_loop_passes_over_the_tiles_that_no_query_of_a_tile_sees() -
     v[:, :16], do[:, :16] = np.nan, 0
     starts_BT, _ = pack([[16, 16], [-4, 12, 8, 8]], 32)
 
-    def within(q: jax.Array, k: jax.Array, v: jax.Array, starts_BT: jax.Array) -> jax.Array:
-        return causal_attention(q, k, v, scale=SCALE, chunk=8, starts_BT=starts_BT)
-
+    within = functools.partial(causal_attention, scale=SCALE, chunk=8)
     o, (dq, dk, dv) = value_and_gradients(within, [q, k, v, do], starts_BT)
     chex.assert_tree_all_finite([array[:, 16:] for array in (o, dq, dk, dv)])
 
 
 # --- Splash ----------------------------------------------------------------------------------------------------------
 
-SPLASH = [
-    pytest.param(512, [[128, 127, 129, 128], [256, 1, 255]], id="at, before and after the borders of tiles"),
-    pytest.param(300, [[300], []], id="one document, and a row of padding"),
-    pytest.param(300, [[-9, 130, -120, 10], [120]], id="padding before, between and after"),
-    pytest.param(1000, random_rows(2, 1000, 5), id="random, dq by its own kernel"),
-]
+SPLASH = {
+    300: {
+        "at, before and after the borders of tiles": [[128, 127, 45], [256, 1, 43]],
+        "one document, and a row of padding": [[300], []],
+        "padding before, between and after": [[-9, 130, -120, 10], [120]],
+    },
+    768: {"random, dq by its own kernel": random_rows(2, 768, 5)},
+    512: {"at, before and after the borders of tiles": [[128, 127, 129, 128], [256, 1, 255]]},
+    1000: {"random, dq by its own kernel": random_rows(2, 1000, 5)},
+}
+"""By length: cases of one are compiled together."""
 
 
-def within_by_splash(q: jax.Array, k: jax.Array, v: jax.Array, starts_BT: jax.Array) -> jax.Array:
-    return splash_attention(q, k, v, scale=SCALE, starts_BT=starts_BT, **SMALL, interpret=True)
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "dtype"),
+    [
+        (300, 2, "float32"),
+        (300, 1, "bfloat16"),
+        (768, 1, "float32"),
+        *(
+            pytest.param(length, kv_heads, dtype, marks=pytest.mark.nightly)
+            for length in (512, 1000)
+            for kv_heads, dtype in ((2, "float32"), (1, "bfloat16"))
+        ),
+    ],
+)
+def test_splash(length: int, kv_heads: int, dtype: str) -> None:
+    for rows in SPLASH[length].values():
+        assert_stays_within_documents(INTERPRETED, draw(length, kv_heads, dtype, heads=2), rows, dtype)
 
 
-@pytest.mark.parametrize(("kv_heads", "dtype"), [(2, "float32"), (1, "bfloat16")])
-@pytest.mark.parametrize(("length", "rows"), SPLASH)
-def test_splash(length: int, rows: list[list[int]], kv_heads: int, dtype: str) -> None:
-    assert_stays_within_documents(within_by_splash, draw(length, kv_heads, dtype, heads=2), rows, dtype)
-
-
+@pytest.mark.nightly
 def test_splash_gets_the_documents_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splash, "splash_attention", functools.partial(splash_attention, **SMALL, interpret=True))
-
-    def within(q: jax.Array, k: jax.Array, v: jax.Array, starts_BT: jax.Array) -> jax.Array:
-        return attend(q, k, v, scale=SCALE, chunk=64, starts_BT=starts_BT, backend="splash")
-
+    within = functools.partial(attend, scale=SCALE, chunk=64, backend="splash")
     assert_stays_within_documents(within, draw(200, 3, heads=3), [[90, 110], [128, 72]], "float32")
 
 
-@pytest.mark.parametrize(("parts", "size"), [(3, 100), pytest.param(2, 256, marks=pytest.mark.slow), (4, 32)])
+# Parts of 32 queries are in test_splash.py.
+@pytest.mark.parametrize(
+    ("parts", "size"), [(3, 100), *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((2, 256), (4, 32)))]
+)
 def test_splash_on_a_part_of_the_queries(parts: int, size: int) -> None:
     """Each part numbers documents from its own starts alone, and the keys before it by the first of them."""
-    part_of = functools.partial(splash_attention, scale=SCALE, **SMALL, interpret=True)
     length = parts * size
     rows = [[5, length - 9], random_rows(1, length, parts)[0]]
-    assert_stays_within_documents(functools.partial(in_parts, part_of, parts), draw(length, 2, heads=2), rows, "float32")
+    within = functools.partial(in_parts, INTERPRETED, parts)
+    assert_stays_within_documents(within, draw(length, 2, heads=2), rows, "float32")
 
 
 def test_splash_has_no_race_and_reads_nothing_that_was_not_written(capfd: pytest.CaptureFixture[str]) -> None:
     block = {"forward": (128, 128, 128), "backward": (128, 128, 128)}
-
-    def within(q: jax.Array, k: jax.Array, v: jax.Array, starts_BT: jax.Array) -> jax.Array:
-        return splash_attention(q, k, v, scale=SCALE, starts_BT=starts_BT, **block, interpret=STRICT)
-
+    within = functools.partial(splash_attention, scale=SCALE, **block, interpret=STRICT)
     assert_stays_within_documents(within, draw(300, 3, batch=1, heads=3), [[140, 117, -20]], "float32")
     assert_no_race(capfd)
+
+
+table = jax.jit(splash._table_of_documents, static_argnums=(2, 3, 4), static_argnames="queries_innermost")
 
 
 @pytest.mark.parametrize("queries_innermost", [False, True])
@@ -199,8 +210,8 @@ def test_the_table_skips_what_no_query_sees_and_fetches_what_runs_next(
     queries, keys = 256, 512
     starts_BT, seen_BTS = pack(random_rows(2, keys, seed), keys)
     mine = slice(first, first + queries)
-    earliest = first_seen(starts_BT[:, mine], first).min(0)
-    info = splash._table_of_documents(first, earliest, keys, block_q, block_kv, queries_innermost=queries_innermost)
+    earliest = np.asarray(first_seen(starts_BT[:, mine], first)).min(0)
+    info = table(first, earliest, keys, block_q, block_kv, queries_innermost=queries_innermost)
     kinds, fetched = (np.asarray(array)[0] for array in (info.block_mask, info.data_next))
     tiles = seen_BTS[:, mine].any(0).reshape(queries // block_q, block_q, keys // block_kv, block_kv).any((1, 3))
     # All between the first key that any query of a block sees and the last: some of these only another sequence needs.
@@ -221,10 +232,10 @@ def test_the_table_skips_what_no_query_sees_and_fetches_what_runs_next(
 @pytest.mark.parametrize(
     ("chip", "batch", "length"),
     [
-        pytest.param("v5p:2x2x1", 1, 4096, id="v5p, one backward kernel"),
+        pytest.param("v5p:2x2x1", 1, 4096, id="v5p, one backward kernel", marks=pytest.mark.slow),
         pytest.param("v6e:2x2", 2, 8192, id="v6e, two"),
-        pytest.param("v6e:2x2", 1, 4096, id="v6e, one", marks=pytest.mark.slow),
-        pytest.param("v5p:2x2x1", 2, 8192, id="v5p, two", marks=pytest.mark.slow),
+        pytest.param("v6e:2x2", 1, 4096, id="v6e, one", marks=pytest.mark.nightly),
+        pytest.param("v5p:2x2x1", 2, 8192, id="v5p, two", marks=pytest.mark.nightly),
     ],
 )
 def test_splash_compiles_for_tpus(chip: str, batch: int, length: int, tpu_compiler: str) -> None:
@@ -252,33 +263,41 @@ def test_splash_compiles_for_tpus(chip: str, batch: int, length: int, tpu_compil
 # --- On a mesh -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["chunked", "splash"])
+@functools.cache
+def on_one_device() -> tuple[np.ndarray, Any, Any]:
+    """Where the documents of four rows begin, and `layers_on` one device with them and without, by the chunked loop."""
+    starts_BT, _ = pack([[70, 200, 30], [160, 160], [LENGTH], random_rows(1, LENGTH, 9)[0]], LENGTH)
+    within, across = layers_on(None, starts_BT, np.zeros_like(starts_BT))
+    assert abs(within[0] - across[0]) > 1, "a mask that is ignored would not show"
+    return starts_BT, within, across
+
+
+MESH, OTHER_MESH = {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 4, "data": 2}
+
+
 @pytest.mark.parametrize(
-    "sizes", [{"context": 2, "tensor": 2, "fsdp": 2}, pytest.param({"context": 4, "data": 2}, marks=pytest.mark.slow)]
+    ("sizes", "backend", "documents"),
+    [
+        (MESH, "chunked", True),
+        (MESH, "splash", True),
+        (MESH, "splash", False),
+        pytest.param(OTHER_MESH, "chunked", True, marks=pytest.mark.nightly),
+        pytest.param(OTHER_MESH, "splash", True, marks=pytest.mark.nightly),
+        pytest.param(OTHER_MESH, "splash", False, marks=pytest.mark.nightly),
+    ],
 )
-def test_a_layer_on_a_mesh_is_that_of_one_device(
+def test_layers_on_a_mesh_are_those_of_one_device(
     sizes: dict[str, int],
     backend: str,
+    documents: bool,
     interpreted: Callable[[], None],  # noqa: F811
 ) -> None:
-    """Value and all gradients; documents go on from device to device, and rows have their own."""
-    params = jax.tree.map(lambda leaf_L: leaf_L[0], random_variables(MODEL)["params"]["dense_layers"]["self_attn"])
-    x_BTD, dy_BTD = np.random.default_rng(0).standard_normal((2, 4, LENGTH, MODEL.hidden_size)).astype(np.float32)
-    starts_BT, _ = pack([[70, 200, 30], [160, 160], [LENGTH], random_rows(1, LENGTH, 9)[0]], LENGTH)
-
-    def loss(params: Any, x_BTD: jax.Array, starts_BT: jax.Array | None) -> jax.Array:
-        turns = rotation(MODEL, jnp.arange(LENGTH)[None])
-        return jnp.sum(dy_BTD * MLA(MODEL).apply({"params": params}, x_BTD, turns, starts_BT=starts_BT)[0])
-
-    def program() -> Callable[..., Any]:
-        return jax.jit(jax.value_and_grad(jax.checkpoint(lambda *at: loss(*at)), (0, 1)))
-
-    expected, across = (program()(params, x_BTD, starts) for starts in (starts_BT, None))
-    assert abs(expected[0] - across[0]) > 1
+    """Documents go on from device to device, and rows have their own; a query's place differs by device."""
+    starts_BT, within, across = on_one_device()
     if backend == "splash":
         interpreted()
-    with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
-        assert_alike(program()(params, x_BTD, starts_BT), expected)
+    (found,) = layers_on(make_mesh(MeshConfig(**sizes)), starts_BT if documents else None)
+    assert_alike(found, within if documents else across)
 
 
 # --- Who can, and who belongs to whom --------------------------------------------------------------------------------

@@ -60,8 +60,13 @@ def case(new: int, page: int | None) -> tuple[list[np.ndarray], CachedLatents, n
     return [kernel, q, q_rope, latent, rope], CachedLatents(*pools, jnp.asarray(table)), expected
 
 
-@pytest.mark.parametrize("page", [None, 16, 64, 1088])
-@pytest.mark.parametrize("new", [1, 33])
+@pytest.mark.parametrize(
+    ("new", "page"),
+    [
+        *((1, 16), (1, 1088), (33, None), (33, 64)),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((1, None), (1, 64), (33, 16), (33, 1088))),
+    ],
+)
 def test_it_is_softmax_attention(page: int | None, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_OWN_BLOCK", 16)  # So that there are several, the last one short.
     arguments, cached, expected = case(new, page)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -16,8 +18,8 @@ from dsv3_jax.kernels import choose_backend, expert_ffn
 from dsv3_jax.kernels.block_scaled import BlockScaled
 from tests.tolerances import TOLERANCE
 
-# Group sizes by shape: rows, hidden size, expert hidden size, experts; cases of one shape are compiled once. Rows past
-# the sum of the sizes are poisoned with NaN.
+# Group sizes by shape: rows, hidden size, expert hidden size, experts; cases of one shape are compiled once, which is what
+# these tests cost. Rows past the sum of the sizes are poisoned with NaN.
 SIZES = {
     # Tiles of 8 rows.
     (40, 13, 7, 6): {
@@ -29,7 +31,10 @@ SIZES = {
         "no rows at all": [0, 0, 0, 0, 0, 0],
     },
     # Tiles of 16 rows.
-    (160, 16, 8, 17): {"sizes up to a tile and one more": list(range(1, 18))},
+    (160, 16, 8, 17): {
+        "sizes up to a tile and one more": list(range(1, 18)),
+        "around twice a tile": [1, 31, 0, 32, 33, 0, 0, 63, *[0] * 9],
+    },
     # Tiles of 256 and of 32 rows.
     (620, 8, 6, 5): {
         "around both tiles": [1, 289, 0, 255, 33],
@@ -43,8 +48,19 @@ SIZES = {
     (1, 6, 8, 2): {"one row": [0, 1]},
 }
 CASES = {case: (shape, sizes) for shape, cases in SIZES.items() for case, sizes in cases.items()}
-LARGER_CASES = [case for case, (shape, _) in CASES.items() if shape[0] >= 40]
-"""Compiling is what these tests cost; the smallest shapes are about loop bounds, which no dtype changes."""
+OFTEN = {40: ["float32"], 620: ["float32"], 80: ["float32"], 3: ["float32"], 160: ["bfloat16"], 1: ["bfloat16"], 21: []}
+"""By the number of rows: the dtypes whose tests are not left to the nightly run. Each shape and dtype has its turn."""
+
+
+def cases_and_dtypes(often: dict[int, list[str]] = OFTEN) -> list[Any]:
+    """Every case in float32, and in bfloat16 but for the smallest: these are about loop bounds, which no dtype changes."""
+    pairs = [
+        (case, shape[0], dtype)
+        for case, (shape, _) in CASES.items()
+        for dtype in ("float32", "bfloat16")
+        if dtype == "float32" or shape[0] >= 40 or dtype in often[shape[0]]
+    ]
+    return [pytest.param(case, dtype, marks=() if dtype in often[rows] else pytest.mark.nightly) for case, rows, dtype in pairs]
 
 
 def make_inputs(case: str, dtype: str) -> tuple[jax.Array, ...]:
@@ -52,16 +68,16 @@ def make_inputs(case: str, dtype: str) -> tuple[jax.Array, ...]:
     (num_rows, hidden, expert_hidden, num_experts), sizes = CASES[case]
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int, scale: float) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape) * scale, dtype)
+    def normal(*shape: int, scale: float) -> np.ndarray:
+        return (rng.standard_normal(shape) * scale).astype(jnp.dtype(dtype))
 
     x_RD = normal(num_rows, hidden, scale=1.0)
     w_gate_EDF = normal(num_experts, hidden, expert_hidden, scale=hidden**-0.5)
     w_up_EDF = normal(num_experts, hidden, expert_hidden, scale=hidden**-0.5)
     w_down_EFD = normal(num_experts, expert_hidden, hidden, scale=expert_hidden**-0.5)
     dy_RD = normal(num_rows, hidden, scale=max(*sizes, 1) ** -0.5)
-    x_RD, dy_RD = (a.at[sum(sizes) :].set(jnp.nan) for a in (x_RD, dy_RD))
-    return x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, jnp.asarray(sizes, jnp.int32), dy_RD
+    x_RD[sum(sizes) :] = dy_RD[sum(sizes) :] = np.nan
+    return tuple(map(jnp.asarray, (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, np.asarray(sizes, np.int32), dy_RD)))
 
 
 @functools.partial(jax.jit, static_argnames="backend")
@@ -87,20 +103,20 @@ def expected(case: str, dtype: str) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("backend", ["tiles", "ragged_dot"])
-@pytest.mark.parametrize(("case", "dtype"), [*((c, "float32") for c in CASES), *((c, "bfloat16") for c in LARGER_CASES)])
+@pytest.mark.parametrize(("case", "dtype"), cases_and_dtypes())
 def test_backend_matches_reference(case: str, dtype: str, backend: str) -> None:
     inputs = make_inputs(case, dtype)
     found = value_and_gradients(*inputs, backend=backend)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected(case, dtype))
     chex.assert_trees_all_close(found, expected(case, dtype), **TOLERANCE[dtype])
     used = int(inputs[-2].sum())
-    np.testing.assert_array_equal(found["y"][used:], 0)
-    np.testing.assert_array_equal(found["dx"][used:], 0)
+    for name in ("y", "dx"):
+        np.testing.assert_array_equal(np.asarray(found[name])[used:], 0)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_reference_matches_numpy(case: str) -> None:
-    x, w_gate, w_up, w_down, sizes, dy = (np.asarray(a, np.float64) for a in make_inputs(case, "float32"))
+@pytest.mark.parametrize(("case", "dtype"), [param for param in cases_and_dtypes() if "float32" in param.values])
+def test_reference_matches_numpy(case: str, dtype: str) -> None:
+    x, w_gate, w_up, w_down, sizes, dy = (np.asarray(a, np.float64) for a in make_inputs(case, dtype))
     want = {"y": x, "dx": x, "dw_gate": w_gate, "dw_up": w_up, "dw_down": w_down}
     want = {name: np.zeros_like(array) for name, array in want.items()}
     row = 0
@@ -117,57 +133,58 @@ def test_reference_matches_numpy(case: str) -> None:
             want["dw_up"][e] += np.outer(x[r], dup)
             want["dw_down"][e] += np.outer(gate * sigmoid * up, dy[r])
         row += size
-    chex.assert_trees_all_close(expected(case, "float32"), want, **TOLERANCE["float32"])
+    chex.assert_trees_all_close(expected(case, dtype), want, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("backend", ["tiles", "ragged_dot"])
-def test_inside_scan_and_checkpoint(backend: str) -> None:
-    x_RD, *weights, group_sizes_E, dy_RD = make_inputs("some", "float32")
-    layers = [jnp.stack([w, 0.5 * w, -w]) for w in weights]
+def layers_on_devices(ffn: Callable[..., jax.Array], *, check_vma: bool = True) -> tuple[Any, Any]:
+    """Value and gradients of layers in a scan, computed again backwards: rows split over two devices, weights on each.
 
-    def loss(x_RD: jax.Array, layers: list[jax.Array], name: str) -> jax.Array:
+    Args:
+      ffn: of x, weights and group sizes.
+      check_vma: whether JAX checks what varies where.
+
+    Returns:
+      What `ffn` gives in `jax.shard_map`, and what the reference gives for one part after the other.
+    """
+    rng = np.random.default_rng(0)
+    sizes_YE = np.array([[0, 0, 8], [1, 3, 4]], np.int32)
+    x_RD, dy_RD = (rng.standard_normal((sizes_YE.sum(), 6)).astype(np.float32) for _ in range(2))
+    shapes = (3, 6, 5), (3, 6, 5), (3, 5, 6)
+    layers = [np.multiply.outer([1, 0.5, -1], rng.standard_normal(shape) / 2).astype(np.float32) for shape in shapes]
+    mesh = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(ffn: Callable[..., jax.Array], x_RD: jax.Array, layers: list[jax.Array], sizes_1E: jax.Array) -> jax.Array:
         @jax.checkpoint
         def layer(x_RD: jax.Array, weights: list[jax.Array]) -> tuple[jax.Array, None]:
-            return x_RD + expert_ffn(x_RD, *weights, group_sizes_E, backend=name), None
+            return x_RD + ffn(x_RD, *weights, sizes_1E[0]), None
 
-        return jnp.sum(dy_RD * jax.lax.scan(layer, x_RD, layers)[0])
+        return jax.lax.scan(layer, x_RD, layers)[0]
 
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
-    chex.assert_trees_all_close(gradients(x_RD, layers, backend), gradients(x_RD, layers, "reference"), **TOLERANCE["float32"])
+    def in_parts(x_RD: jax.Array, layers: list[jax.Array], sizes_YE: np.ndarray) -> jax.Array:
+        reference = functools.partial(local, functools.partial(expert_ffn, backend="reference"))
+        parts = zip(jnp.split(x_RD, 2), np.split(sizes_YE, 2), strict=True)
+        return jnp.concatenate([reference(x_RD, layers, sizes_1E) for x_RD, sizes_1E in parts])
+
+    specs = {"in_specs": (P("expert"), P(), P("expert")), "out_specs": P("expert"), "check_vma": check_vma}
+    sharded = jax.shard_map(functools.partial(local, ffn), mesh=mesh, **specs)
+
+    def differentiated(forward: Callable[..., jax.Array]) -> Any:
+        loss = jax.value_and_grad(lambda x_RD, layers: jnp.vdot(dy_RD, forward(x_RD, layers, sizes_YE)), argnums=(0, 1))
+        return jax.jit(loss)(x_RD, layers)
+
+    return differentiated(sharded), differentiated(in_parts)
 
 
 @pytest.mark.parametrize("backend", ["tiles", "ragged_dot", "reference"])
-def test_inside_shard_map_weight_gradients_are_summed(backend: str) -> None:
-    """Rows split over devices, weights on each, and JAX's check of what varies where left on."""
-    devices, rows = 4, 8
-    sizes = jnp.asarray([[8, 0, 0], [1, 3, 4], [0, 0, 8], [2, 2, 2]], jnp.int32)
-    rng = np.random.default_rng(0)
-    x_RD, dy_RD = (jnp.asarray(rng.standard_normal((devices * rows, 6)), jnp.float32) for _ in range(2))
-    shapes = (3, 6, 5), (3, 6, 5), (3, 5, 6)
-    weights = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
-    mesh = jax.make_mesh((devices,), ("expert",), devices=jax.devices()[:devices], axis_types=(jax.sharding.AxisType.Auto,))
-
-    def local(x_RD: jax.Array, weights: list[jax.Array], sizes_1E: jax.Array) -> jax.Array:
-        return expert_ffn(x_RD, *weights, sizes_1E[0], backend=backend)
-
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=(P("expert"), P(), P("expert")), out_specs=P("expert"))
-
-    def loss_sharded(x_RD: jax.Array, weights: list[jax.Array]) -> jax.Array:
-        return jnp.sum(dy_RD * sharded(x_RD, weights, sizes))
-
-    def loss_of_parts(x_RD: jax.Array, weights: list[jax.Array]) -> jax.Array:
-        parts = zip(jnp.split(x_RD, devices), sizes, strict=True)
-        return jnp.sum(dy_RD * jnp.concatenate([expert_ffn(x, *weights, s, backend="reference") for x, s in parts]))
-
-    found = jax.jit(jax.value_and_grad(loss_sharded, argnums=(0, 1)))(x_RD, weights)
-    want = jax.jit(jax.value_and_grad(loss_of_parts, argnums=(0, 1)))(x_RD, weights)
+def test_inside_shard_map_scan_and_checkpoint_weight_gradients_are_summed(backend: str) -> None:
+    found, want = layers_on_devices(functools.partial(expert_ffn, backend=backend))
     chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-4)
 
 
 def test_tiles_never_touch_idle_experts() -> None:
     x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD = make_inputs("some", "float32")
-    idle_E11 = (group_sizes_E == 0)[:, None, None]
-    poisoned = (jnp.where(idle_E11, jnp.nan, w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    idle_E11 = (np.asarray(group_sizes_E) == 0)[:, None, None]
+    poisoned = (np.where(idle_E11, np.nan, w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
     found = value_and_gradients(x_RD, *poisoned, group_sizes_E, dy_RD, backend="tiles")
     chex.assert_trees_all_close(found, expected("some", "float32"), **TOLERANCE["float32"])
 
@@ -187,7 +204,9 @@ def test_auto_is_the_default_platform() -> None:
     chosen = choose_backend("auto", "float32")
     assert chosen == choose_backend("auto", "float32", jax.default_backend())
     inputs = make_inputs("some", "float32")[:-1]
-    chex.assert_trees_all_equal(expert_ffn(*inputs, backend="auto"), expert_ffn(*inputs, backend=chosen))
+    one, other = (str(jax.make_jaxpr(functools.partial(expert_ffn, backend=name))(*inputs)) for name in ("auto", chosen))
+    assert one == other
+    assert one != str(jax.make_jaxpr(functools.partial(expert_ffn, backend="reference"))(*inputs))
 
 
 def test_a_backend_for_other_machines_says_so() -> None:
@@ -235,10 +254,14 @@ def test_weights_in_8_bits(backend: str) -> None:
     (_, D, F, E), _ = CASES["some"]
     x_RD, *_, sizes_E, _ = make_inputs("some", "float32")
     weights = in_8_bits((E, D, F), 0), in_8_bits((E, D, F), 1), in_8_bits((E, F, D), 2)
-    wide = (w.astype(jnp.float32) for w in weights)
-    expected = expert_ffn(x_RD, *wide, sizes_E, backend="reference")
-    found = jax.jit(functools.partial(expert_ffn, backend=backend))(x_RD, *weights, sizes_E)
-    chex.assert_trees_all_close(found, expected, **TOLERANCE["float32"])
+
+    @jax.jit
+    def both(x_RD: jax.Array, weights: tuple[BlockScaled, ...], sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+        wide = (w.astype(jnp.float32) for w in weights)
+        expected = expert_ffn(x_RD, *wide, sizes_E, backend="reference")
+        return expert_ffn(x_RD, *weights, sizes_E, backend=backend), expected
+
+    chex.assert_trees_all_close(*both(x_RD, weights, sizes_E), **TOLERANCE["float32"])
 
 
 def test_tiles_widen_one_expert_at_a_time() -> None:

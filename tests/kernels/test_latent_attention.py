@@ -23,8 +23,10 @@ from tests.tolerances import TOLERANCE
 
 SCALE = 0.37
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-# Each block of 256 tokens, each chunk of 512, and each half of the batch has its ends among them.
-LENGTHS = 129, 0, 1000, 300, 1, 127, 0, 128, 1100
+# Each block of 256 tokens, each chunk of 512, and each half of the batch has its ends among them. Sequences that have ended
+# still pass through decoding, and their count runs on: beyond the cache it is a full one.
+LENGTHS = 129, 0, 1000, 300, 1, 127, 0, 128, 1100, 5000
+ROOM = 1152
 N, C, P = 3, 24, 8
 INTERPRETED: dict[str, Any] = {"interpreted": True, "strict": STRICT, "two_cores": TWO_CORES}
 
@@ -54,11 +56,11 @@ def case(
     rng = np.random.default_rng(new)
     C, P = widths
     length_B = np.array(LENGTHS, np.int32)
-    B, S = len(length_B), 1152
+    B, S = len(length_B), ROOM
     shapes = {"q": (new, N, C), "q_rope": (new, N, P), "latent": (new, C), "rope": (new, P), "old": (S, C), "old_rope": (S, P)}
     arrays = {name: rng.standard_normal((B, *shape)).astype(DTYPES[dtype]) for name, shape in shapes.items()}
     expected = np.zeros((B, new, N, C))
-    for b, past in enumerate(length_B):
+    for b, past in enumerate(np.minimum(length_B, S)):
         x = {name: array[b].astype(np.float64) for name, array in arrays.items()}
         latent_SC, rope_SP = (np.concatenate([x[f"old{k}"][:past], x[own]]) for k, own in (("", "latent"), ("_rope", "rope")))
         expected[b] = naive(x["q"], x["q_rope"], latent_SC, rope_SP, past)
@@ -78,28 +80,45 @@ def case(
     return own, CachedLatents(*pools, np.where(past_end_BJ, nowhere_BJ, table_BJ).astype(np.int32)), length_B, expected
 
 
-def run(backend: str, own: list[np.ndarray], cached: CachedLatents, length_B: np.ndarray, monkeypatch: Any) -> jax.Array:
-    """`latent_attention` by name, or by the TPU kernel in one of the ways it is interpreted, in blocks of 256 tokens."""
-    if backend in INTERPRETED:
-        kernel = functools.partial(past_attention_tpu, interpret=INTERPRETED[backend], block=256)
-        monkeypatch.setitem(contract._BACKENDS, "pallas_tpu", kernel)
-        backend = "pallas_tpu"
-    return jax.jit(functools.partial(latent_attention, scale=SCALE, backend=backend))(*own, cached, length_B)
+@pytest.fixture(autouse=True)
+def interpreted_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TPU kernel by the names of the ways it is interpreted in, in blocks of 256 tokens."""
+    for name, how in INTERPRETED.items():
+        monkeypatch.setitem(contract._BACKENDS, name, functools.partial(past_attention_tpu, interpret=how, block=256))
 
 
-CASES = [
+@functools.partial(jax.jit, static_argnames="backend")
+def run(own: list[jax.Array], cached: CachedLatents, length_B: jax.Array, backend: str) -> jax.Array:
+    return latent_attention(*own, cached, length_B, scale=SCALE, backend=backend)
+
+
+# Backends, new tokens, dtypes and pages: each with each other.
+OFTEN = [
+    ("chunked", 1, "float32", None),
+    ("chunked", 1, "bfloat16", 16),
+    ("chunked", 3, "bfloat16", None),
+    ("chunked", 3, "float32", 128),
+    ("interpreted", 1, "bfloat16", None),
+    ("interpreted", 3, "float32", 32),
+    ("strict", 1, "float32", 64),
+    ("strict", 3, "bfloat16", None),
+    ("two_cores", 1, "float32", 128),
+]
+NIGHTLY = [
     *(("chunked", new, dtype, page) for new in (1, 3) for dtype in DTYPES for page in (None, 16, 128)),
     *(("interpreted", new, dtype, page) for new, dtype in ((1, "bfloat16"), (3, "float32")) for page in (None, 32, 128)),
     *(("strict", new, dtype, page) for new, dtype in ((1, "float32"), (3, "bfloat16")) for page in (None, 64, 128)),
-    ("two_cores", 1, "float32", 128),
 ]
 
 
-@pytest.mark.parametrize(("backend", "new", "dtype", "page"), CASES)
-def test_latent_attention(backend: str, new: int, dtype: str, page: int | None, monkeypatch: Any, capfd: Any) -> None:
+@pytest.mark.parametrize(
+    ("backend", "new", "dtype", "page"),
+    [*OFTEN, *(pytest.param(*case, marks=pytest.mark.nightly) for case in NIGHTLY if case not in OFTEN)],
+)
+def test_latent_attention(backend: str, new: int, dtype: str, page: int | None, capfd: Any) -> None:
     """Mixed lengths, around the borders of blocks, and sequences without a past; garbage wherever no token is."""
     own, cached, length_B, expected = case(new, dtype, page)
-    found = run(backend, own, cached, length_B, monkeypatch)
+    found = run(own, cached, length_B, backend)
     chex.assert_shape(found, expected.shape)
     assert found.dtype == DTYPES[dtype]
     chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE[dtype])
@@ -112,9 +131,9 @@ def test_no_backend_is_given_an_entry_that_names_no_page(monkeypatch: Any) -> No
     pages = len(cached.latent_YZC)
     given: list[np.ndarray] = []
 
-    def past(*args: Any, scale: float) -> tuple[jax.Array, jax.Array]:
-        given.append(np.asarray(args[4]))
-        return contract.past_attention_chunked(*args, scale=scale)
+    def past(q_latent_BTNC: jax.Array, *args: Any, scale: float) -> tuple[jax.Array, jax.Array]:
+        given.append(np.asarray(args[3]))
+        return q_latent_BTNC, q_latent_BTNC[..., 0]
 
     monkeypatch.setitem(contract._BACKENDS, "pallas_tpu", past)
     latent_attention(*own, cached, length_B, scale=SCALE, backend="pallas_tpu")
@@ -122,43 +141,31 @@ def test_no_backend_is_given_an_entry_that_names_no_page(monkeypatch: Any) -> No
     chex.assert_trees_all_equal(table_BJ, np.clip(np.asarray(cached.table_BJ), 0, pages - 1))
 
 
-@pytest.mark.parametrize("backend", ["chunked", "strict"])
-def test_without_a_past_there_is_only_the_tokens_own_attention(backend: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("backend", "dtype", "page"), [("chunked", "float32", 128), ("strict", "bfloat16", None)])
+def test_without_a_past_there_is_only_the_tokens_own_attention(backend: str, dtype: str, page: int | None) -> None:
     """To the bit, whatever the cache holds."""
-    own, cached, length_B, _ = case(3, "float32", 128)
-    garbage = run(backend, own, cached, np.zeros_like(length_B), monkeypatch)
-    zeros = run(backend, own, jax.tree.map(np.zeros_like, cached), np.zeros_like(length_B), monkeypatch)
+    own, cached, length_B, _ = case(3, dtype, page)
+    garbage = run(own, cached, np.zeros_like(length_B), backend)
+    zeros = run(own, jax.tree.map(np.zeros_like, cached), np.zeros_like(length_B), backend)
     expected = np.stack([naive(*(a[b].astype(np.float64) for a in own), past=0) for b in range(len(length_B))])
     chex.assert_trees_all_equal(garbage, zeros)
-    chex.assert_trees_all_close(np.asarray(garbage, np.float64), expected, **TOLERANCE["float32"])
-
-
-@pytest.mark.parametrize("backend", ["chunked", "strict"])
-def test_a_length_beyond_the_cache_is_a_full_cache(backend: str, monkeypatch: Any) -> None:
-    """Sequences that have ended still pass through decoding, and their count runs on."""
-    rng = np.random.default_rng(0)
-    shapes = (2, 1, N, C), (2, 1, N, P), (2, 1, C), (2, 1, P), (2, 256, C), (2, 256, P)
-    *own, old, old_rope = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    exact = [a.astype(np.float64) for a in own]
-    found = run(backend, own, CachedLatents(old, old_rope), np.array([999, 257], np.int32), monkeypatch)
-    for b in range(2):
-        latent_SC, rope_SP = np.concatenate([old[b], exact[2][b]]), np.concatenate([old_rope[b], exact[3][b]])
-        expected = naive(exact[0][b], exact[1][b], latent_SC, rope_SP, past=256)
-        chex.assert_trees_all_close(np.asarray(found[b], np.float64), expected, **TOLERANCE["float32"])
+    chex.assert_trees_all_close(np.asarray(garbage, np.float64), expected, **TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("backend", ["chunked", "interpreted"])
-@pytest.mark.parametrize("rising", [True, False])
-def test_large_logits_neither_overflow_nor_lose_the_row(backend: str, rising: bool, monkeypatch: Any) -> None:
+def test_large_logits_neither_overflow_nor_lose_the_row(backend: str) -> None:
     """The running maximum rises from block to block, or is reached in the first one."""
     rng = np.random.default_rng(0)
-    shapes = (1, 1, N, C), (1, 1, N, P), (1, 1, C), (1, 1, P), (1, 1024, C), (1, 1024, P)
+    B, S = 2, 1024
+    shapes = (B, 1, N, C), (B, 1, N, P), (B, 1, C), (B, 1, P), (B, S, C), (B, S, P)
     *own, old, old_rope = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    old *= np.linspace(1, 40, 1024, dtype=np.float32)[:: 1 if rising else -1, None]
-    found = run(backend, own, CachedLatents(old, old_rope), np.array([1024], np.int32), monkeypatch)
-    exact = [a[0].astype(np.float64) for a in own]
-    expected = naive(exact[0], exact[1], np.concatenate([old[0], exact[2]]), np.concatenate([old_rope[0], exact[3]]), past=1024)
-    chex.assert_trees_all_close(np.asarray(found[0], np.float64), expected, rtol=1e-4, atol=5e-4)
+    rising_S = np.linspace(1, 40, S, dtype=np.float32)
+    old *= np.stack([rising_S, rising_S[::-1]])[..., None]
+    found = run(own, CachedLatents(old, old_rope), np.full(B, S, np.int32), backend)
+    for b in range(B):
+        q, q_rope, latent, rope = (a[b].astype(np.float64) for a in own)
+        expected = naive(q, q_rope, np.concatenate([old[b], latent]), np.concatenate([old_rope[b], rope]), past=S)
+        chex.assert_trees_all_close(np.asarray(found[b], np.float64), expected, rtol=1e-4, atol=5e-4)
 
 
 @pytest.mark.parametrize("page", [None, 128])
@@ -171,24 +178,26 @@ def test_no_array_has_all_heads_and_a_whole_cache(page: int | None) -> None:
 
 
 @pytest.mark.parametrize("backend", ["chunked", "interpreted"])
-def test_on_a_mesh_each_device_has_its_sequences(backend: str, monkeypatch: Any) -> None:
+def test_on_a_mesh_each_device_has_its_sequences(backend: str) -> None:
     """Within `jax.shard_map`: a batch that is split, and one query that all devices share.
 
     JAX cannot check the interpreted kernel there (hlo_interpreter.py); the compiled one is checked below.
     """
     own, cached, length_B, expected = (jax.tree.map(lambda a: a[:4], tree) for tree in case(1, "float32", None))
     own, q = own[1:], own[0][:1]
+    for b in range(1, 4):
+        exact = [a[b].astype(np.float64) for a in own]
+        latent_SC, rope_SP = (np.concatenate([a[b, : length_B[b]], new]) for a, new in zip(cached[:2], exact[1:], strict=True))
+        expected[b] = naive(q[0].astype(np.float64), exact[0], latent_SC, rope_SP, length_B[b])
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     whole, split = PartitionSpec(), PartitionSpec("x")
 
     def attend(q: jax.Array, *rest: Any) -> jax.Array:
-        return run(backend, [jnp.broadcast_to(q, (2, *q.shape[1:])), *rest[:3]], *rest[3:], monkeypatch)
+        return run([jnp.broadcast_to(q, (2, *q.shape[1:])), *rest[:3]], *rest[3:], backend)
 
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=(whole, *(split,) * 5), out_specs=split, check_vma=backend == "chunked")
     found = jax.jit(sharded)(q, *own, cached, length_B)
-    repeated = [np.repeat(q, 4, axis=0), *own]
-    chex.assert_trees_all_close(found, run("chunked", repeated, cached, length_B, monkeypatch), **TOLERANCE["float32"])
-    chex.assert_trees_all_close(np.asarray(found[0], np.float64), expected[0], **TOLERANCE["float32"])
+    chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize(
@@ -210,11 +219,11 @@ def test_what_the_kernel_has_no_room_for_is_refused(B: int, T: int, J: int, dtyp
         jax.eval_shape(attend, *own, cached, shape(B, of=jnp.int32))
 
 
-def test_pages_that_a_tpu_cannot_tile_are_refused(monkeypatch: Any) -> None:
+def test_pages_that_a_tpu_cannot_tile_are_refused() -> None:
     own = [np.zeros(shape, DTYPES["bfloat16"]) for shape in ((1, 1, N, C), (1, 1, N, P), (1, 1, C), (1, 1, P))]
     cached = CachedLatents(*(np.zeros((1, 24, width), DTYPES["bfloat16"]) for width in (C, P)))
     with pytest.raises(ValueError, match=r"pages of 24 tokens of bfloat16 .* multiple of 16"):
-        run("interpreted", own, cached, np.ones(1, np.int32), monkeypatch)
+        run(own, cached, np.ones(1, np.int32), "interpreted")
 
 
 # --- The TPU compiler -------------------------------------------------------------------------------------------------
@@ -222,11 +231,11 @@ def test_pages_that_a_tpu_cannot_tile_are_refused(monkeypatch: Any) -> None:
 PUBLISHED = [
     ("v5p:2x2x1", 1, 128, 128),
     ("v6e:2x2", 1, 128, 128),
-    ("tpu7x:2x2x1", 1, 128, 128),
-    ("v5p:2x2x1", 4, 128, None),
     ("tpu7x:2x2x1", 2, 16, None),
-    ("v5p:2x2x1", 2, 16, 16),
-    ("v6e:2x2", 4, 128, 64),
+    pytest.param("v6e:2x2", 4, 128, 64, marks=pytest.mark.slow),
+    pytest.param("tpu7x:2x2x1", 1, 128, 128, marks=pytest.mark.nightly),
+    pytest.param("v5p:2x2x1", 4, 128, None, marks=pytest.mark.nightly),
+    pytest.param("v5p:2x2x1", 2, 16, 16, marks=pytest.mark.nightly),
 ]
 
 

@@ -32,30 +32,34 @@ from tests.tolerances import TOLERANCE
 __all__ = ["gpu_interpreter"]
 
 C, P = 128, 64
-SEQUENCES = 6
-"""Of those of `case`, with 129, 0, 1000, 300, 1 and 127 tokens."""
+SHORT = 0, 1, 3, 4, 5
+ALL = 0, 1, 2, 3, 4, 5
+"""Of the sequences of `case`, those with 129, 0, (1000,) 300, 1 and 127 tokens."""
 
 
 @needs_accumulator_stores
 @pytest.mark.usefixtures("gpu_interpreter")
 @pytest.mark.parametrize(
-    ("new", "page", "splits"),
+    ("new", "page", "splits", "sequences"),
     [
-        (1, None, 1),
-        pytest.param(3, None, 4, marks=pytest.mark.slow),
-        (1, 16, 3),
-        pytest.param(1, 64, 18, marks=pytest.mark.slow),
-        (3, 128, 2),
+        (1, 16, 3, SHORT),
+        (3, None, 1, SHORT),
+        pytest.param(1, 64, 18, ALL, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, ALL, marks=pytest.mark.nightly)
+            for case in ((1, None, 1), (3, None, 4), (1, 16, 3), (3, 128, 2))
+        ),
     ],
 )
-def test_latent_attention(new: int, page: int | None, splits: int, monkeypatch: Any) -> None:
+def test_latent_attention(new: int, page: int | None, splits: int, sequences: tuple[int, ...], monkeypatch: Any) -> None:
     """Mixed lengths, around the borders of blocks, and sequences without a past; garbage wherever no token is; empty splits."""
     own, cached, length_B, expected = case(new, "bfloat16", page, (C, P))
-    own, length_B, expected = [a[:SEQUENCES] for a in own], length_B[:SEQUENCES], expected[:SEQUENCES]
+    taken = np.array(sequences)
+    own, length_B, expected = [a[taken] for a in own], length_B[taken], expected[taken]
     if page is None:
-        cached = jax.tree.map(lambda a: a[:SEQUENCES], cached)
+        cached = jax.tree.map(lambda a: a[taken], cached)
     else:
-        cached = cached._replace(table_BJ=cached.table_BJ[:SEQUENCES])
+        cached = cached._replace(table_BJ=cached.table_BJ[taken])
     monkeypatch.setattr(kernel, "number_of_splits", lambda *_: splits)
     monkeypatch.setitem(
         contract._BACKENDS, "interpreted", functools.partial(past_attention_gpu, num_sms=1, interpret=INTERPRETED)
@@ -70,23 +74,24 @@ def test_latent_attention(new: int, page: int | None, splits: int, monkeypatch: 
 
 @needs_accumulator_stores
 @pytest.mark.usefixtures("gpu_interpreter")
-@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("splits", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_more_rows_than_a_block_has(splits: int, monkeypatch: Any) -> None:
     """80 rows are a whole block and a part of one. Logits are large, and largest in the first block or in the last."""
     rng = np.random.default_rng(0)
-    shapes = (3, 2, 40, C), (3, 2, 40, P), (3, 208, C), (3, 208, P)
+    shapes = (3, 2, 40, C), (3, 2, 40, P), (3, 144, C), (3, 144, P)
     q, q_rope, latent, rope = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
-    rope[0] *= np.linspace(1, 20, 208)[:, None]
-    rope[1] *= np.linspace(20, 1, 208)[:, None]
+    rope[0] *= np.linspace(1, 20, 144)[:, None]
+    rope[1] *= np.linspace(20, 1, 144)[:, None]
     arrays = [jnp.asarray(a, jnp.bfloat16) for a in (q, q_rope, latent, rope)]
-    length_B = jnp.array([208, 200, 0], jnp.int32)
+    length_B = jnp.asarray(np.array([144, 136, 0], np.int32))
     monkeypatch.setattr(kernel, "number_of_splits", lambda *_: splits)
     found = past_attention_gpu(*arrays, None, length_B, scale=SCALE, num_sms=splits, interpret=INTERPRETED)
-    expected = past_attention_chunked(*(a.astype(jnp.float32) for a in arrays), None, length_B, scale=SCALE)
+    wide = [jnp.asarray(np.asarray(a, np.float32)) for a in arrays]
+    expected = jax.jit(functools.partial(past_attention_chunked, table_BJ=None, scale=SCALE))(*wide, length_B=length_B)
     chex.assert_trees_all_close(found, expected, **TOLERANCE["bfloat16"])
     assert found[0].dtype == found[1].dtype == jnp.float32
-    assert (found[0][2] == 0).all()
-    assert (found[1][2] == -jnp.inf).all()
+    assert (np.asarray(found[0])[2] == 0).all()
+    assert (np.asarray(found[1])[2] == -np.inf).all()
     assert_no_race()
 
 
@@ -127,9 +132,6 @@ def test_other_gpus_are_refused(monkeypatch: Any) -> None:
         past_attention_gpu(*arrays, None, jnp.ones(1, jnp.int32), scale=SCALE)
 
 
-CASES = [(1, 64), (1, None), (3, 16)]
-
-
 def published(mesh: Mesh, new: int, page: int | None) -> tuple[Any, list[Any]]:
     """The kernel at the published widths, inside `jax.shard_map` with its checks, and arrays without content."""
     B, S, split = 16, 4096, NamedSharding(mesh, PartitionSpec("x"))
@@ -143,7 +145,7 @@ def published(mesh: Mesh, new: int, page: int | None) -> tuple[Any, list[Any]]:
     return jax.jit(attend), [*arrays, table, length]
 
 
-@pytest.mark.parametrize(("new", "page"), CASES)
+@pytest.mark.parametrize(("new", "page"), [(3, 16), (1, None), pytest.param(1, 64, marks=pytest.mark.nightly)])
 def test_lowers_for_cuda(new: int, page: int | None, monkeypatch: Any) -> None:
     """On a machine without a GPU."""
     monkeypatch.setattr(hopper, "current_gpu", lambda: hopper.GPU("NVIDIA H200", 132))
@@ -153,8 +155,13 @@ def test_lowers_for_cuda(new: int, page: int | None, monkeypatch: Any) -> None:
     assert "latent_attention" in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("new", "page"), CASES)
+@pytest.mark.parametrize(
+    ("new", "page"),
+    [
+        pytest.param(1, 64, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((1, None), (3, 16))),
+    ],
+)
 def test_compiles_for_an_h100(new: int, page: int | None, cuda_compiler: str, tmp_path: Path, monkeypatch: Any) -> None:
     """To machine code, in which no register is spilled."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))

@@ -38,15 +38,11 @@ SIZES = {
         "no rows at all": [0, 0, 0, 0, 0, 0],
     },
     # Fewer rows than a tile, in pieces of every power of two, and widths that are padded.
-    (91, 40, 24, 7): {"small groups": [1, 2, 31, 4, 0, 33, 7]},
+    (78, 40, 24, 4): {"small groups": [5, 31, 0, 33]},
+    (91, 40, 24, 7): {"more small groups": [1, 2, 31, 4, 0, 33, 7]},
     (30, 128, 128, 256): {"256 experts": [(i % 19 == 0) * (1 + i % 3) for i in range(256)]},
     (140, 128, 128, 1): {"one expert": [139]},
 }
-SLOW = "one expert has everything", "rows past the last group"
-NIGHTLY = (
-    "all rows in the last expert", "no rows at all", "256 experts", "one expert", "around a tile and its halves",
-)  # fmt: skip
-MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(NIGHTLY, pytest.mark.nightly)
 CASES = {case: (shape, sizes) for shape, cases in SIZES.items() for case, sizes in cases.items()}
 
 
@@ -67,14 +63,14 @@ def make_inputs(shape: Sequence[int], sizes: Sequence[int]) -> tuple[jax.Array, 
     num_rows, hidden, expert_hidden, num_experts = shape
     rng = np.random.default_rng(0)
 
-    def normal(*axes: int, scale: float) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(axes) * scale, jnp.bfloat16)
+    def normal(*axes: int, scale: float) -> np.ndarray:
+        return (rng.standard_normal(axes) * scale).astype(jnp.bfloat16)
 
     widths = (hidden, expert_hidden), (hidden, expert_hidden), (expert_hidden, hidden)
     x_RD, *weights = normal(num_rows, hidden, scale=1.0), *(normal(num_experts, *w, scale=w[0] ** -0.5) for w in widths)
     dy_RD = normal(num_rows, hidden, scale=max(*sizes, 1) ** -0.5)
-    x_RD, dy_RD = (a.at[sum(sizes) :].set(jnp.nan) for a in (x_RD, dy_RD))
-    return x_RD, *weights, jnp.asarray(sizes, jnp.int32), dy_RD
+    x_RD[sum(sizes) :] = dy_RD[sum(sizes) :] = np.nan
+    return tuple(map(jnp.asarray, (x_RD, *weights, np.asarray(sizes, np.int32), dy_RD)))
 
 
 def interpreted(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, num_sms: int = 1) -> dict[str, jax.Array]:
@@ -88,7 +84,7 @@ def interpreted(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, nu
 
 
 @pytest.mark.usefixtures("gpu_interpreter")
-@pytest.mark.parametrize("case", [pytest.param(c, marks=MARKS.get(c, ())) for c in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c == "small groups" else pytest.mark.nightly) for c in CASES])
 def test_kernels_match_reference(case: str) -> None:
     """Memory is NaN until it is written, as is what a copy reads beyond an array."""
     inputs = make_inputs(*CASES[case])
@@ -97,24 +93,29 @@ def test_kernels_match_reference(case: str) -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes(found, want)
     chex.assert_trees_all_close(found, want, **TOLERANCE["bfloat16"])
     used = int(inputs[-2].sum())
-    np.testing.assert_array_equal(found["y"][used:], 0)
-    np.testing.assert_array_equal(found["dx"][used:], 0)
+    for name in ("y", "dx"):
+        np.testing.assert_array_equal(np.asarray(found[name])[used:], 0)
     assert_no_race()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu_interpreter")
 def test_poisoned_rows_of_one_group_stay_in_it() -> None:
-    """Tiles reach into the next group, in the products of rows and in those of weights."""
-    shape, sizes = CASES["around a tile and its halves"]
-    x_RD, *weights, sizes_E, dy_RD = make_inputs(shape, sizes)
-    inputs = x_RD, *weights, sizes_E, dy_RD
-    mine = slice(129, 192)  # Rows of expert 2.
-    found, want = interpreted(x_RD.at[mine].set(jnp.nan), *inputs[1:]), value_and_gradients(*inputs, backend="reference")
-    others_E, others_R = np.arange(6) != 2, np.r_[0:129, 192:400]
-    for name, others in {"dw_gate": others_E, "dw_up": others_E, "dw_down": others_E, "y": others_R, "dx": others_R}.items():
-        chex.assert_trees_all_close(found[name][others], want[name][others], **TOLERANCE["bfloat16"])
-    assert np.isnan(found["dw_gate"][2]).all()
+    """Tiles reach into the next group, in the products of rows and in those of weights.
+
+    Two multiprocessors, a group of more than a tile and one of no rows, widths of a tile and a half, rows past the groups.
+    """
+    x_RD, *others = make_inputs((208, 192, 192, 4), [60, 130, 0, 7])
+    mine_R = np.isin(np.arange(208), np.r_[60:190])  # Rows of expert 1.
+    found = interpreted(jnp.asarray(np.where(mine_R[:, None], np.nan, x_RD).astype(x_RD.dtype)), *others, num_sms=2)
+    found, want = (jax.tree.map(np.asarray, a) for a in (found, value_and_gradients(x_RD, *others, backend="reference")))
+    others_E, others_R = np.arange(4) != 1, ~mine_R
+    for name, kept in {"dw_gate": others_E, "dw_up": others_E, "dw_down": others_E, "y": others_R, "dx": others_R}.items():
+        chex.assert_trees_all_close(found[name][kept], want[name][kept], **TOLERANCE["bfloat16"])
+    assert np.isnan(found["dw_gate"][1].astype(np.float32)).all()
+    for name in ("y", "dx"):
+        np.testing.assert_array_equal(found[name][197:], 0)
+    assert_no_race()
 
 
 # --- Which machine, which dtype ---------------------------------------------------------------------------------------
@@ -152,10 +153,11 @@ def test_elsewhere_they_are_refused() -> None:
 # --- CUDA --------------------------------------------------------------------------------------------------------------
 
 PUBLISHED = 8192, 7168, 2048, 8
-SHAPES = [PUBLISHED, (45, 13, 7, 6), (1030, 2048, 1408, 16)]
+NARROW = 45, 13, 7, 6
+OTHER = 1030, 2048, 1408, 16
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [NARROW, *(pytest.param(shape, marks=pytest.mark.nightly) for shape in (PUBLISHED, OTHER))])
 def test_lowers_for_cuda(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """To the program that a GPU's driver would be given, on a machine without one: values and gradients."""
     monkeypatch.setattr(hopper, "current_gpu", lambda: hopper.GPU("NVIDIA H200", 132))
@@ -178,8 +180,13 @@ def test_lowers_for_cuda(shape: tuple[int, int, int, int], monkeypatch: pytest.M
         assert f"expert_{kernel}" in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(PUBLISHED, marks=pytest.mark.slow),
+        *(pytest.param(shape, marks=pytest.mark.nightly) for shape in (NARROW, OTHER)),
+    ],
+)
 def test_compiles_for_an_h100(
     shape: tuple[int, int, int, int], cuda_compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ That the TPU compiler takes it is shown in tests/plan/test_program.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -15,73 +16,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from dsv3_jax.config import MeshConfig
 from dsv3_jax.kernels import splash
 from dsv3_jax.kernels.splash import splash_attention
 from dsv3_jax.kernels.tpu_memory import round_up
 from dsv3_jax.model import mla, training_loss
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.rope import rotation
-from dsv3_jax.parallel.mesh import make_mesh
 from tests.intermediates import intermediate_shapes
 from tests.kernels.interpreter import STRICT, assert_no_race
-from tests.kernels.reference_attention import SCALE, draw, naive, naive_gradients
+from tests.kernels.reference_attention import SCALE, assert_is_attention, draw, expected_of, in_parts, value_and_gradients
 from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
-from tests.tolerances import TOLERANCE
 
 SMALL = {"forward": (128, 256, 128), "backward": (256, 128, 128)}
-"""Blocks of several shapes, so that short sequences have several of each; for 1000 keys dq has its own kernel."""
+"""Blocks of several shapes, so that short sequences have several of each; for more than 512 keys dq has its own kernel."""
 
 
-def value_and_gradients(attend: Callable[..., jax.Array], arrays: list[np.ndarray]) -> tuple[jax.Array, tuple]:
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, tuple]:
-        o, pullback = jax.vjp(attend, q, k, v)
-        return o, pullback(do)
-
-    return jax.jit(both)(*arrays)
+INTERPRETED = functools.partial(splash_attention, scale=SCALE, **SMALL, interpret=True)
 
 
 def assert_is_softmax_attention(attend: Callable[..., jax.Array], arrays: list[np.ndarray], dtype: str) -> None:
     """`attend` at SCALE: values and gradients of the whole sequence."""
-    q, k, v, do = arrays
-    found = value_and_gradients(attend, arrays)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, (do, (q, k, v)))
-    exact = [a.astype(np.float64) for a in arrays]
-    expected = naive(*exact[:3])[0], naive_gradients(*exact)
-    found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
-    # Sums over up to 1000 queries are of the size of their largest element, not of one.
-    unit = jax.tree.map(lambda a: max(1.0, np.abs(a).max()), expected)
-    chex.assert_trees_all_close(*(jax.tree.map(np.divide, tree, unit) for tree in (found, expected)), **TOLERANCE[dtype])
+    assert_is_attention(value_and_gradients(attend, arrays), expected_of(arrays), arrays, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (127, 1), (128, 2), (129, 1), (1000, 2)])
+OFTEN = [(1, 2, "bfloat16"), (128, 2, "float32"), (129, 1, "float32"), (600, 1, "bfloat16")]
+NIGHTLY = [
+    *((length, kv_heads, "float32") for length, kv_heads in ((1, 2), (127, 1), (1000, 2))),
+    *((length, kv_heads, "bfloat16") for length, kv_heads in ((127, 1), (128, 2), (129, 1), (1000, 2))),
+]
+
+
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "dtype"), [*OFTEN, *(pytest.param(*case, marks=pytest.mark.nightly) for case in NIGHTLY)]
+)
 def test_splash_attention_is_softmax_attention(length: int, kv_heads: int, dtype: str) -> None:
     """A key-value head for each query head, or one for all, as in the absorbed form."""
-    attend = functools.partial(splash_attention, scale=SCALE, **SMALL, interpret=True)
-    assert_is_softmax_attention(attend, draw(length, kv_heads, dtype, heads=2), dtype)
+    assert_is_softmax_attention(INTERPRETED, draw(length, kv_heads, dtype, heads=2), dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 def test_at_the_published_widths_and_with_its_own_blocks(dtype: str) -> None:
     q, k, v, do = draw(300, 2, dtype, batch=1, heads=2, widths=(192, 128))
     q = (q.astype(np.float32) / 8).astype(q.dtype)  # Logits of about unit size.
     assert_is_softmax_attention(functools.partial(splash_attention, scale=SCALE, interpret=True), [q, k, v, do], dtype)
 
 
-@pytest.mark.parametrize(("parts", "size"), [(3, 100), (2, 256), (4, 32)])
+# Parts of a hundred queries are in test_documents.py.
+@pytest.mark.parametrize(
+    ("parts", "size"), [(4, 32), *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((3, 100), (2, 256)))]
+)
 def test_queries_of_a_part_of_the_sequence(parts: int, size: int) -> None:
-    """Each part of the queries against all keys, its place known only while it runs."""
-    whole = functools.partial(splash_attention, scale=SCALE, **SMALL, interpret=True)
+    arrays = draw(parts * size, 2, heads=2)
+    assert_is_softmax_attention(functools.partial(in_parts, INTERPRETED, parts), arrays, "float32")
 
-    def in_parts(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        starts = jnp.arange(parts) * size
-        rows = q.reshape(q.shape[0], parts, size, *q.shape[2:]).swapaxes(0, 1)
-        o = jax.lax.map(lambda part: whole(part[0], k, v, first=part[1]), (rows, starts))
-        return o.swapaxes(0, 1).reshape(*q.shape[:3], -1)
 
-    assert_is_softmax_attention(in_parts, draw(parts * size, 2, heads=2), "float32")
+table = jax.jit(splash._table, static_argnums=(1, 2, 3, 4), static_argnames="queries_innermost")
 
 
 @pytest.mark.parametrize("queries_innermost", [False, True])
@@ -95,7 +86,7 @@ def test_the_table_skips_what_no_query_sees_and_fetches_what_runs_next(
     seen = (first + np.arange(queries)[:, None]) >= np.arange(keys)
     tiles = seen.reshape(queries // block_q, block_q, keys // block_kv, block_kv).swapaxes(1, 2)
     some, full = tiles.any((2, 3)), tiles.all((2, 3))
-    info = splash._table(first, queries, keys, block_q, block_kv, queries_innermost=queries_innermost)
+    info = table(first, queries, keys, block_q, block_kv, queries_innermost=queries_innermost)
     kinds, fetched = (np.asarray(array)[0] for array in (info.block_mask, info.data_next))
     chex.assert_trees_all_equal(kinds, (some.astype(np.int8) + full))
 
@@ -110,6 +101,7 @@ def test_the_table_skips_what_no_query_sees_and_fetches_what_runs_next(
             assert fetched_of_line[place] == following, (place, runs_here)
 
 
+@pytest.mark.slow
 def test_no_race_and_nothing_that_was_not_written(capfd: pytest.CaptureFixture[str]) -> None:
     """Under an interpreter that fills memory with NaN, walks heads in any order, and reports accesses that nothing orders.
 
@@ -125,7 +117,7 @@ def test_the_matrix_is_never_built() -> None:
     length = 1000
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(splash_attention(q, k, v, scale=SCALE, **SMALL, interpret=True)))
+        return jnp.sum(jnp.square(INTERPRETED(q, k, v)))
 
     shapes = intermediate_shapes(jax.value_and_grad(loss, (0, 1, 2)), *draw(length, 2, heads=2)[:3])
     assert any(max(shape, default=0) >= length for shape in shapes)
@@ -188,27 +180,31 @@ def assert_alike(found: Any, expected: Any) -> None:
         assert apart < 1e-5, (jax.tree_util.keystr(path), apart)
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"context": 2, "tensor": 2, "fsdp": 2}, pytest.param({"context": 4, "data": 2}, marks=pytest.mark.slow)]
-)
-def test_a_layer_on_a_mesh_is_the_chunked_one_of_one_device(interpreted: Callable[[], None], sizes: dict[str, int]) -> None:
-    """Value and all gradients; the layer is computed again in the backward pass, and a query's place differs by device."""
-    params = jax.tree.map(lambda leaf_L: leaf_L[0], random_variables(MODEL)["params"]["dense_layers"]["self_attn"])
+def layers_on(mesh: Mesh | None, *documents: np.ndarray | None) -> list[Any]:
+    """Value and all gradients of two layers in a scan, which are computed again in the backward pass. For test_documents.py.
+
+    Args:
+      mesh: None for one device.
+      documents: where they begin, [B, T], for each result.
+    """
+    params = random_variables(MODEL)["params"]["dense_layers"]["self_attn"]
     x_BTD, dy_BTD = np.random.default_rng(0).standard_normal((2, 4, LENGTH, MODEL.hidden_size)).astype(np.float32)
 
-    def loss(params: Any, x_BTD: jax.Array) -> jax.Array:
+    def loss(params: Any, x_BTD: jax.Array, starts_BT: Any) -> jax.Array:
         turns = rotation(MODEL, jnp.arange(LENGTH)[None])
-        return jnp.sum(dy_BTD * MLA(MODEL).apply({"params": params}, x_BTD, turns)[0])
 
-    def program() -> Callable[..., Any]:
-        return jax.jit(jax.value_and_grad(jax.checkpoint(lambda *at: loss(*at)), (0, 1)))
+        @jax.checkpoint
+        def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return x_BTD + MLA(MODEL).apply({"params": params}, x_BTD, turns, starts_BT=starts_BT)[0], None
 
-    expected = program()(params, x_BTD)
-    interpreted()
-    with jax.set_mesh(make_mesh(MeshConfig(**sizes))):
-        assert_alike(program()(params, x_BTD), expected)
+        return jnp.sum(dy_BTD * jax.lax.scan(layer, x_BTD, params)[0])
+
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        program = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        return [program(params, x_BTD, starts_BT) for starts_BT in documents]
 
 
+@pytest.mark.slow
 def test_a_scanned_model_that_computes_its_layers_again(interpreted: Callable[[], None]) -> None:
     variables = random_variables(MODEL)
     tokens_BT = random_tokens(2, 161)

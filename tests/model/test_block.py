@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -19,18 +22,26 @@ B, T = 2, 11
 EVERYTHING = "latents", "routes", "hidden"
 
 
+@functools.cache
+def program(moe: bool) -> Any:
+    return jax.jit(Block(CONFIG, moe, keep=EVERYTHING).apply)
+
+
+def inputs(moe: bool) -> tuple[Any, np.ndarray, Any]:
+    """The first block of a kind, states, and their rotation."""
+    name = "moe_layers" if moe else "dense_layers"
+    layer = {c: jax.tree.map(lambda leaf: leaf[0], tree[name]) for c, tree in random_variables().items() if name in tree}
+    h_BTD = np.random.default_rng(1).standard_normal((B, T, CONFIG.hidden_size)).astype(np.float32)
+    return layer, h_BTD, rotation(CONFIG, jnp.arange(T)[None])
+
+
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 def test_block(moe: bool) -> None:
     """h += attention(norm(h)); h += ffn(norm(h)); and everything it can keep."""
-    variables = random_variables()
-    name, index = ("moe_layers", 1) if moe else ("dense_layers", 0)
-    layer = {c: jax.tree.map(lambda leaf: leaf[0], tree[name]) for c, tree in variables.items() if name in tree}
-    h_BTD = np.random.default_rng(1).standard_normal((B, T, CONFIG.hidden_size)).astype(np.float32)
-    turns = rotation(CONFIG, jnp.arange(T)[None])
-    run = jax.jit(Block(CONFIG, moe, keep=EVERYTHING).apply)
-    found_BTD, output = run(layer, h_BTD, None, turns)
+    layer, h_BTD, turns = inputs(moe)
+    found_BTD, output = program(moe)(layer, h_BTD, None, turns)
 
-    tensors = reference_model.layer_tensors(oracle_tensors(CONFIG, variables), index)
+    tensors = reference_model.layer_tensors(oracle_tensors(CONFIG, random_variables()), 1 if moe else 0)
     expected_BTD, routing = reference_model.block(published(CONFIG), tensors, np.float64(h_BTD), moe)
     chex.assert_trees_all_equal_shapes_and_dtypes(found_BTD, h_BTD)
     chex.assert_trees_all_close(np.float64(found_BTD), expected_BTD, **TOLERANCE["float32"])
@@ -61,11 +72,7 @@ def test_nothing_is_kept_unasked() -> None:
 
 def test_cached_block_is_the_uncached_one() -> None:
     """The last token alone, on the latents that the block kept of the others: the same row, and the same latents."""
-    variables = random_variables()
-    layer = {c: jax.tree.map(lambda leaf: leaf[0], tree["moe_layers"]) for c, tree in variables.items()}
-    h_BTD = np.random.default_rng(1).standard_normal((B, T, CONFIG.hidden_size)).astype(np.float32)
-    turns = rotation(CONFIG, jnp.arange(T)[None])
-    run = jax.jit(Block(CONFIG, moe=True, keep=("latents",)).apply)
+    (layer, h_BTD, turns), run = inputs(moe=True), program(moe=True)
     whole_BTD, output = run(layer, h_BTD, None, turns)
     cache = Latents(*(np.where(np.arange(T)[:, None] < T - 1, part, np.nan) for part in output.latents))
     last = jax.tree.map(lambda part: part[:, -1:], turns)

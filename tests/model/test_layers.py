@@ -27,42 +27,43 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def gradients(module: nn.Module, params: dict[str, Any], x: np.ndarray, dy: np.ndarray) -> tuple[Any, jax.Array]:
-    """Of sum(dy * module(x)), with respect to the parameters and x."""
+def values_and_gradients(
+    module: nn.Module, params: dict[str, Any], x: np.ndarray, dy: np.ndarray
+) -> tuple[jax.Array, tuple[Any, jax.Array]]:
+    """module(x), and the gradient of sum(dy * module(x)) with respect to the parameters and x."""
 
-    def loss(params: dict[str, Any], x: jax.Array) -> jax.Array:
-        return jnp.sum(dy * module.apply({"params": params}, x))
+    def loss(params: dict[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = module.apply({"params": params}, x)
+        return jnp.sum(dy * y), y
 
-    return jax.jit(jax.grad(loss, (0, 1)))(params, x)
+    gradients, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+    return y, gradients
 
 
 # --- RMSNorm ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 6), (2, 3, 4, 6)])
-@pytest.mark.parametrize("epsilon", [None, 0.5])
+@pytest.mark.parametrize(("shape", "epsilon"), [((2, 3, 6), 0.5), ((2, 3, 4, 6), None)])
 def test_rms_norm(shape: tuple[int, ...], epsilon: float | None) -> None:
     """scale * x / rms(x) over the last axis of any array, with the config's epsilon or its own; and the chain rule by hand."""
     config = dataclasses.replace(CONFIG, rms_norm_eps=0.1)
     norm = RMSNorm(config, 6, epsilon=epsilon)
     x, scale, dy = normal(*shape), normal(6, seed=1), normal(*shape, seed=2)
-    found = norm.apply({"params": {"scale": scale}}, x)
+    found, gradients = values_and_gradients(norm, {"scale": scale}, x, dy)
     chex.assert_shape(found, shape)
 
     inverse = 1 / np.sqrt(np.mean(np.float64(x) ** 2, axis=-1, keepdims=True) + (0.1 if epsilon is None else epsilon))
     chex.assert_trees_all_close(np.float64(found), scale * x * inverse, **TOLERANCE["float32"])
     dscale = np.sum((dy * x * inverse).reshape(-1, 6), axis=0)
     dx = scale * dy * inverse - x * inverse**3 * np.mean(scale * dy * x, axis=-1, keepdims=True)
-    chex.assert_trees_all_close(
-        jax.tree.map(np.float64, gradients(norm, {"scale": scale}, x, dy)), ({"scale": dscale}, dx), **TOLERANCE["float32"]
-    )
+    chex.assert_trees_all_close(jax.tree.map(np.float64, gradients), ({"scale": dscale}, dx), **TOLERANCE["float32"])
 
 
 def test_rms_norm_takes_statistics_in_float32() -> None:
     """In bfloat16 the mean square of these would be off by percents; the result is rounded once, at the end."""
-    x = jnp.asarray(normal(4, 1000) + 3, jnp.bfloat16)
-    scale = jnp.asarray(normal(1000, seed=1), jnp.bfloat16)
-    found = RMSNorm(BFLOAT16, 1000).apply({"params": {"scale": scale}}, x)
+    x = (normal(4, 1000) + 3).astype(jnp.bfloat16)
+    scale = normal(1000, seed=1).astype(jnp.bfloat16)
+    found = jax.jit(RMSNorm(BFLOAT16, 1000).apply)({"params": {"scale": scale}}, x)
     assert found.dtype == jnp.bfloat16
     exact = np.float64(x)
     exact = np.float64(scale) * exact / np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + BFLOAT16.rms_norm_eps)
@@ -77,7 +78,7 @@ def test_linear(shape: tuple[int, ...], num_in: int, equation: str) -> None:
     linear = Linear(CONFIG, shape, ("a", "b", "c"), num_in)
     x, kernel = normal(2, 7, *shape[:num_in]), normal(*shape, seed=1)
     dy = normal(2, 7, *shape[num_in:], seed=2)
-    found = linear.apply({"params": {"kernel": kernel}}, x)
+    found, gradients = values_and_gradients(linear, {"kernel": kernel}, x, dy)
     chex.assert_trees_all_close(
         np.float64(found), np.einsum(equation, np.float64(x), np.float64(kernel)), **TOLERANCE["float32"]
     )
@@ -86,21 +87,17 @@ def test_linear(shape: tuple[int, ...], num_in: int, equation: str) -> None:
     left, right = ins.split(",")
     dkernel = np.einsum(f"{left},{out}->{right}", np.float64(x), np.float64(dy))
     dx = np.einsum(f"{out},{right}->{left}", np.float64(dy), np.float64(kernel))
-    chex.assert_trees_all_close(
-        jax.tree.map(np.float64, gradients(linear, {"kernel": kernel}, x, dy)),
-        ({"kernel": dkernel}, dx),
-        **TOLERANCE["float32"],
-    )
+    chex.assert_trees_all_close(jax.tree.map(np.float64, gradients), ({"kernel": dkernel}, dx), **TOLERANCE["float32"])
 
 
 def test_products_run_in_the_computation_dtype_and_parameters_stay_in_theirs() -> None:
     config = dataclasses.replace(CONFIG, dtype="bfloat16", param_dtype="float32")
     linear = Linear(config, (4, 5), ("a", "b"))
     x = normal(2, 3, 4)
-    found, variables = linear.init_with_output(jax.random.key(0), x)
+    found, variables = jax.jit(lambda: linear.init_with_output(jax.random.key(0), x))()
     kernel = nn.meta.unbox(variables)["params"]["kernel"]
     chex.assert_type([found, kernel], [jnp.bfloat16, jnp.float32])
-    rounded = [np.float64(jnp.asarray(a, jnp.bfloat16)) for a in (x, kernel)]
+    rounded = [np.float64(np.asarray(a).astype(jnp.bfloat16)) for a in (x, kernel)]
     chex.assert_trees_all_close(np.float64(found), rounded[0] @ rounded[1], rtol=2**-8, atol=1e-6)
 
 
@@ -110,14 +107,16 @@ def test_products_run_in_the_computation_dtype_and_parameters_stay_in_theirs() -
 def test_embedding_takes_rows_and_adds_their_gradients() -> None:
     V, D = CONFIG.vocab_size, CONFIG.hidden_size
     table_VD, tokens_BT = normal(V, D), np.array([[3, 0, 3, V - 1], [5, 3, 0, 0]])
-    embedding = Embedding(CONFIG)
-    found_BTD = embedding.apply({"params": {"embedding": table_VD}}, tokens_BT)
-    chex.assert_trees_all_equal(np.asarray(found_BTD), table_VD[tokens_BT])
-
     dy_BTD, expected_VD = normal(2, 4, D, seed=1), np.zeros((V, D))
     np.add.at(expected_VD, tokens_BT, dy_BTD)
-    found = jax.grad(lambda p: jnp.sum(dy_BTD * embedding.apply({"params": p}, tokens_BT)))({"embedding": table_VD})
-    chex.assert_trees_all_close(np.float64(found["embedding"]), expected_VD, **TOLERANCE["float32"])
+
+    def loss(table_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found_BTD = Embedding(CONFIG).apply({"params": {"embedding": table_VD}}, tokens_BT)
+        return jnp.sum(dy_BTD * found_BTD), found_BTD
+
+    gradient_VD, found_BTD = jax.jit(jax.grad(loss, has_aux=True))(table_VD)
+    chex.assert_trees_all_equal(np.asarray(found_BTD), table_VD[tokens_BT])
+    chex.assert_trees_all_close(np.float64(gradient_VD), expected_VD, **TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -125,12 +124,12 @@ def test_an_id_outside_the_table_is_nan_and_never_another_row(dtype: str) -> Non
     """Within jit nothing can be raised; an id that is clamped or wrapped would train on a wrong token in silence."""
     config = CONFIG.with_dtype(dtype)
     V, D = config.vocab_size, config.hidden_size
-    variables = {"params": {"embedding": jnp.asarray(normal(V, D), dtype)}}
+    table_VD = normal(V, D).astype(dtype)
     tokens_BT = np.array([[0, V, V - 1, V + 1000, -1, -V, 7]])
-    found_BTD = jax.jit(Embedding(config).apply)(variables, tokens_BT)
+    found_BTD = np.asarray(jax.jit(Embedding(config).apply)({"params": {"embedding": table_VD}}, tokens_BT))
     is_nan_BT = np.isnan(np.float32(found_BTD)).all(-1)
     chex.assert_trees_all_equal(is_nan_BT, np.array([[False, True, False, True, True, True, False]]))
-    chex.assert_trees_all_equal(found_BTD[0, [0, 2, 6]], variables["params"]["embedding"][np.array([0, V - 1, 7])])
+    chex.assert_trees_all_equal(found_BTD[0, [0, 2, 6]], table_VD[[0, V - 1, 7]])
 
 
 @pytest.mark.parametrize("rules", [RULES, SERVING])
@@ -164,11 +163,10 @@ def test_swiglu() -> None:
         gated = x_BTD @ gate
         return (gated / (1 + np.exp(-gated)) * (x_BTD @ up)) @ down
 
-    module = SwiGLU(CONFIG, F)
-    found_BTD = module.apply({"params": params}, x_BTD)
+    found_BTD, gradients = values_and_gradients(SwiGLU(CONFIG, F), params, x_BTD, dy_BTD)
     exact = jax.tree.map(np.float64, (params, x_BTD))
     chex.assert_trees_all_close(np.float64(found_BTD), oracle(*exact), **TOLERANCE["float32"])
-    assert_gradient(gradients(module, params, x_BTD, dy_BTD), lambda at: float(np.sum(dy_BTD * oracle(*at))), exact)
+    assert_gradient(gradients, lambda at: float(np.sum(dy_BTD * oracle(*at))), exact)
 
 
 # --- What they are born with -----------------------------------------------------------------------------------------
@@ -189,7 +187,7 @@ def test_swiglu() -> None:
 )
 def test_initial_weights_and_their_logical_axes(module: nn.Module, x: jax.Array, name: str, axes: tuple[str, ...]) -> None:
     """Norms one, everything else normal with `initializer_range`; every parameter knows its axes."""
-    box = module.init(jax.random.key(0), x)["params"][name]
+    box = jax.jit(lambda: module.init(jax.random.key(0), x))()["params"][name]
     assert box.names == axes
     values = np.asarray(box.unbox())
     chex.assert_rank(values, len(axes))

@@ -113,7 +113,9 @@ def test_uncounted_tokens_are_computed_all_the_same() -> None:
     layer, x_BTD = draw(ONE_LAYER)
     counted_BT = np.arange(25) < np.array([[25], [4]])
     apply = jax.jit(MoE(ONE_LAYER).apply)
-    (y_BTD, routing, rounds), (masked_BTD, masked, _) = apply(layer, x_BTD), apply(layer, x_BTD, counted_BT)
+    (y_BTD, routing, rounds), (masked_BTD, masked, _) = (
+        apply(layer, x_BTD, mask) for mask in (np.ones_like(counted_BT), counted_BT)
+    )
     assert rounds == 1
     chex.assert_trees_all_equal(y_BTD, masked_BTD)
     K = ONE_LAYER.num_experts_per_tok

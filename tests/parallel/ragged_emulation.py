@@ -28,24 +28,22 @@ def emulated_ragged_all_to_all(
     *,
     axis_name: str,
 ) -> jax.Array:
-    """The same arguments and result; sizes that sender and receiver do not agree on give NaN."""
+    """The same arguments and result; sizes that sender and receiver do not agree on, and slices that overlap, give NaN."""
     here = jax.lax.axis_index(axis_name)
     operands, starts, sizes, targets = (
         jax.lax.all_gather(array, axis_name) for array in (operand, input_offsets, send_sizes, output_offsets)
     )
     num_devices = operands.shape[0]
     slices = input_offsets.shape[0] // num_devices
-    places = jnp.arange(output.shape[0])
-    agreed = jnp.bool_(True)
-    for source in range(num_devices):
-        for k in range(slices):
-            i = here * slices + k
-            start, size, target = starts[source, i], sizes[source, i], targets[source, i]
-            agreed &= size == recv_sizes[source * slices + k]
-            written = (places >= target) & (places < target + size)
-            rows = operands[source][jnp.clip(start + places - target, 0, operand.shape[0] - 1)]
-            output = jnp.where(written[:, None], rows, output)
-            # A slice that points outside of either array would be lost, or worse.
-            agreed &= (size == 0) | ((start >= 0) & (start + size <= operand.shape[0]))
-            agreed &= (size == 0) | ((target >= 0) & (target + size <= output.shape[0]))
-    return jnp.where(agreed, output, jnp.nan)
+    # Of every slice that is meant for this device, those of one source after those of another.
+    start, size, target = (
+        jax.lax.dynamic_slice_in_dim(array, here * slices, slices, axis=1).reshape(-1) for array in (starts, sizes, targets)
+    )
+    place = jnp.arange(output.shape[0])
+    written = (place[:, None] >= target) & (place[:, None] < target + size)
+    of = jnp.argmax(written, axis=1)
+    rows = operands[of // slices, jnp.clip(start[of] + place - target[of], 0, operand.shape[0] - 1)]
+    # A slice that points outside of either array would be lost, or worse.
+    inside = (start >= 0) & (start + size <= operand.shape[0]) & (target >= 0) & (target + size <= output.shape[0])
+    agreed = jnp.all((size == recv_sizes) & (inside | (size == 0))) & jnp.all(written.sum(axis=1) <= 1)
+    return jnp.where(agreed, jnp.where(written.any(axis=1)[:, None], rows, output), jnp.nan)

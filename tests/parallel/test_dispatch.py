@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import chex
@@ -96,18 +97,31 @@ def check(sizes: str, exchange: str, factor: float, chosen: np.ndarray) -> int:
     return int(rounds)
 
 
-@pytest.mark.parametrize("exchange", ["ragged", "dense", "ring"])
-@pytest.mark.parametrize("sizes", MESHES)
+# Of these the tests below have "fsdp, expert" with every exchange; on "fsdp" nothing travels, whatever its name.
+COVER = {("fsdp", "dense"), ("expert", "ragged"), ("data, expert, tensor", "ring"), ("context, expert, tensor", "dense")}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "exchange"),
+    [
+        pytest.param(*case, marks=() if case in COVER else pytest.mark.nightly)
+        for case in itertools.product(MESHES, ("ragged", "dense", "ring"))
+    ],
+)
 def test_values_and_gradients_on_every_mesh(sizes: str, exchange: str) -> None:
     rounds = check(sizes, exchange, 1.5, random_routing())
     assert rounds == 1 or MESHES[sizes].get("expert", 1) > 1
 
 
+NARROW = 0.4
+"""A receive_factor with room for less than half of the rows on average: two tiles of them."""
+
+
 @pytest.mark.parametrize("exchange", ["ragged", "dense", "ring"])
 def test_all_tokens_to_one_expert_take_more_rounds_and_lose_nothing(exchange: str) -> None:
-    """Every choice of every token, at receive_factor 1: the four devices of a group all send to one of them."""
-    rounds = check("fsdp, expert", exchange, 1.0, np.full((B, T, K), 5, np.int32))
-    assert rounds == 4
+    """Every choice of every token: the four devices of a group all send their 24 rows to one, 16 at a time."""
+    rounds = check("fsdp, expert", exchange, NARROW, np.full((B, T, K), 5, np.int32))
+    assert rounds == 4 * 24 / 16
 
 
 def test_a_ring_with_room_for_every_choice_has_no_loop_over_rounds() -> None:
@@ -128,12 +142,12 @@ def test_a_ring_with_room_for_every_choice_has_no_loop_over_rounds() -> None:
 @hypothesis.given(seed=strategies.integers(0, 2**32 - 1), skew=strategies.floats(0.02, 20))
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 def test_no_routing_loses_a_token(exchange: str, seed: int, skew: float) -> None:
-    """Experts drawn with popularities from even to nearly all on one; with a buffer of less than half the rows."""
+    """Experts drawn with popularities from even to nearly all on one."""
     rng = np.random.default_rng(seed)
     popularity = rng.gamma(skew, size=E) + 1e-9
     # The K largest of log p + Gumbel noise are K draws without replacement.
     noisy = np.log(popularity / popularity.sum()) + rng.gumbel(size=(B, T, E))
-    check("fsdp, expert", exchange, 0.4, np.argsort(-noisy, axis=-1)[..., :K].astype(np.int32))
+    check("fsdp, expert", exchange, NARROW, np.argsort(-noisy, axis=-1)[..., :K].astype(np.int32))
 
 
 def test_a_row_that_is_dropped_would_show() -> None:
@@ -142,8 +156,7 @@ def test_a_row_that_is_dropped_would_show() -> None:
     program, mesh = on_mesh("fsdp, expert", "dense", 1.0)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         patch.setattr(jax.lax, "pmax", lambda x, axes: jnp.minimum(jax.lax.psum(x, axes), 1))
-        fresh = jax.jit(lambda *args: program.__wrapped__(*args))
-        y, *_ = fresh(*inputs(), chosen)
+        y = jax.jit(lambda *args: program.__wrapped__(*args)[0])(*inputs(), chosen)
     wanted, *_ = on_one_device()(*inputs(), chosen)
     assert np.abs(y - wanted).max() > 0.1
 

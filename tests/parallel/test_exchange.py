@@ -45,21 +45,23 @@ def program(name: str, factor: float, rounds: int):
     def on_device(token_T1: jax.Array, chosen_TK: jax.Array, weight_TK: jax.Array) -> tuple[jax.Array, ...]:
         plan = EXCHANGES[name].plan(chosen_TK, E, factor)
         first = jax.lax.axis_index("expert") * (E // X)
-        received, sizes, weights = [], [], []
-        sums, values = jnp.zeros(token_T1.shape), jnp.zeros(weight_TK.shape)
-        for r in range(rounds):
-            rows = plan.send_tokens(jnp.int32(r), token_T1)
-            group = plan.group_sizes(jnp.int32(r))
+
+        def one_round(totals: tuple[jax.Array, ...], r: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+            sums, values = totals
+            rows = plan.send_tokens(r, token_T1)
+            group = plan.group_sizes(r)
             mine = jnp.arange(rows.shape[0])
             expert = jnp.sum(mine[:, None] >= jnp.cumsum(group), axis=1)
             used = mine < group.sum()
             answer = jnp.where(used, first + expert, 0).astype(jnp.float32)
-            sums += plan.return_sums(jnp.int32(r), (answer + 1)[:, None] * used[:, None] * rows, weight_TK)
-            values += plan.return_choices(jnp.int32(r), answer)
-            received.append(jnp.where(used, rows[:, 0], -1))
-            weights.append(jnp.where(used, plan.send_choices(jnp.int32(r), weight_TK), -1))
-            sizes.append(group)
-        return jnp.stack(received), jnp.stack(weights), jnp.stack(sizes), sums, values, plan.rounds()[None]
+            sums += plan.return_sums(r, (answer + 1)[:, None] * used[:, None] * rows, weight_TK)
+            values += plan.return_choices(r, answer)
+            received = jnp.where(used, rows[:, 0], -1)
+            return (sums, values), (received, jnp.where(used, plan.send_choices(r, weight_TK), -1), group)
+
+        start = jnp.zeros(token_T1.shape), jnp.zeros(weight_TK.shape)
+        (sums, values), by_round = jax.lax.scan(one_round, start, jnp.arange(rounds, dtype=jnp.int32))
+        return *by_round, sums, values, plan.rounds()[None]
 
     spec = PartitionSpec("expert")
     stacked = PartitionSpec(None, "expert")

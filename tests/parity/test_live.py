@@ -6,8 +6,10 @@ transformers is imported by a fixture and not above, for the default suite, whic
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,12 +53,33 @@ def transformers() -> ModuleType:
     return importlib.import_module("tests.parity.transformers_reference")
 
 
-@pytest.fixture(scope="module", params=cases.LIVE, ids=lambda case: case.name)
-def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, transformers: ModuleType) -> Subject:
-    case = request.param
-    folder = tmp_path_factory.mktemp(case.name)
-    tensors = write_checkpoint(case, folder)
-    return Subject(case, folder, tensors, transformers.load(folder), *load_hf(folder))
+@pytest.fixture(scope="session")
+def subjects(tmp_path_factory: pytest.TempPathFactory, transformers: ModuleType) -> Callable[[str], Subject]:
+    """Each case by name, made once."""
+
+    @functools.cache
+    def make(name: str) -> Subject:
+        (case,) = (case for case in cases.LIVE if case.name == name)
+        folder = tmp_path_factory.mktemp(name)
+        tensors = write_checkpoint(case, folder)
+        return Subject(case, folder, tensors, transformers.load(folder), *load_hf(folder))
+
+    return make
+
+
+@pytest.fixture(params=[case.name for case in cases.LIVE])
+def subject(request: pytest.FixtureRequest, subjects: Callable[[str], Subject]) -> Subject:
+    return subjects(request.param)
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    """These cases only: a pairwise cover, together with what `tests/test_parity_fixtures.py` tries of the same choices."""
+    return pytest.mark.parametrize("subject", names, indirect=True)
+
+
+def on_each(name: str, **values: Any) -> pytest.MarkDecorator:
+    """The same, with an argument of this name for each case."""
+    return pytest.mark.parametrize(("subject", name), values.items(), indirect=["subject"])
 
 
 def test_oracle_is_transformers(subject: Subject, transformers: ModuleType) -> None:
@@ -85,8 +108,16 @@ def test_checkpoint_tests_what_it_should(subject: Subject) -> None:
     assert all(len(np.unique(bias)) == bias.size and bias.min() < -2 for bias in biases)
 
 
-@pytest.mark.parametrize("length", cases.LENGTHS)
-def test_forward(subject: Subject, transformers: ModuleType, length: int) -> None:
+def test_forward(subject: Subject, transformers: ModuleType) -> None:
+    check_forward(subject, transformers, max(cases.LENGTHS))
+
+
+@on_each("length", all_biases_negative=1, moonlight=7, odd_dims=7, raw_gate=1)
+def test_forward_short(subject: Subject, transformers: ModuleType, length: int) -> None:
+    check_forward(subject, transformers, length)
+
+
+def check_forward(subject: Subject, transformers: ModuleType, length: int) -> None:
     tokens_BT = random_tokens(subject.case, BATCH, length)
     theirs = transformers.forward(subject.theirs, tokens_BT)
     ours = compare.run(subject.config, subject.variables, tokens_BT)
@@ -98,17 +129,18 @@ def test_forward(subject: Subject, transformers: ModuleType, length: int) -> Non
         np.testing.assert_array_equal(np.sort(ours.routes, axis=-1), theirs["routes"])
 
 
-def test_attention_in_chunks(subject: Subject, transformers: ModuleType) -> None:
+@on_each("absorbed", odd_dims=True, moonlight=False, raw_gate=True, two_mtp_depths=False)
+def test_attention_in_chunks(subject: Subject, transformers: ModuleType, absorbed: bool) -> None:
     """Tiles that do not divide the sequence, in either form of attention."""
     tokens_BT = random_tokens(subject.case, BATCH, 300)
     theirs = transformers.forward(subject.theirs, tokens_BT)
     config = dataclasses.replace(subject.config, attention_chunk=64)
-    for absorbed in (False, True):
-        ours = compare.run(config, subject.variables, tokens_BT, absorbed)
-        assert compare.largest_difference(ours.logits, theirs["logits"]) < compare.LOGITS
-        assert compare.largest_difference(ours.hidden_states, theirs["hidden_states"]) < compare.HIDDEN_STATES
+    ours = compare.run(config, subject.variables, tokens_BT, absorbed)
+    assert compare.largest_difference(ours.logits, theirs["logits"]) < compare.LOGITS
+    assert compare.largest_difference(ours.hidden_states, theirs["hidden_states"]) < compare.HIDDEN_STATES
 
 
+@on("odd_dims", "raw_gate", "all_dense")
 def test_cached(subject: Subject, transformers: ModuleType) -> None:
     """A prompt, then pieces of several tokens, then single ones, all upon the latent cache."""
     pieces = [7, 1, 1, 30, 1]
@@ -118,31 +150,40 @@ def test_cached(subject: Subject, transformers: ModuleType) -> None:
     assert compare.largest_difference(ours, theirs["logits"]) < compare.LOGITS
 
 
-def test_greedy(subject: Subject, transformers: ModuleType) -> None:
+@on_each("drafts", moonlight=0, odd_dims=3, raw_gate=1, two_mtp_depths=1, all_dense=None)
+def test_greedy(subject: Subject, transformers: ModuleType, drafts: int | None) -> None:
+    """By the default engine, or with so many drafts a step, in small chunks and pages."""
     prompts = [random_tokens(subject.case, 1, length)[0].tolist() for length in cases.LENGTHS]
     theirs = [transformers.greedy(subject.theirs, np.array(prompt), cases.GREEDY_TOKENS) for prompt in prompts]
     assert all(len(tokens) == cases.GREEDY_TOKENS for tokens in theirs), "an end-of-text token cut the reference short"
-    assert compare.greedy(subject.config, subject.variables, prompts) == theirs
-    small = {"chunk": 16, "page_size": 16}
-    for drafts in (1, 3) if subject.config.num_nextn_predict_layers else (0,):
-        assert compare.greedy(subject.config, subject.variables, prompts, drafts=drafts, **small) == theirs
+    options = {} if drafts is None else {"drafts": drafts, "chunk": 16, "page_size": 16}
+    assert compare.greedy(subject.config, subject.variables, prompts, **options) == theirs
 
 
 def test_mtp(subject: Subject, transformers: ModuleType) -> None:
     """Every depth against the numpy model; the first also against transformers' own MTP layer."""
+    check_mtp(subject, transformers, max(cases.LENGTHS))
+
+
+@on("odd_dims")
+def test_mtp_short(subject: Subject, transformers: ModuleType) -> None:
+    check_mtp(subject, transformers, 7)
+
+
+def check_mtp(subject: Subject, transformers: ModuleType, length: int) -> None:
     case, depths = subject.case, subject.case.config["num_nextn_predict_layers"]
-    for length in cases.LENGTHS[1:]:
-        tokens_BT = random_tokens(case, BATCH, length)
-        oracle = reference_model.forward(case.config, subject.tensors, tokens_BT)
-        ours = compare.run(subject.config, subject.variables, tokens_BT)
-        assert len(ours.mtp_logits) == len(oracle.mtp_logits) == depths
-        for logits_BTV, reference_BTV in zip(ours.mtp_logits, oracle.mtp_logits, strict=True):
-            assert compare.largest_difference(logits_BTV, reference_BTV) < compare.LOGITS
-        if depths:
-            theirs = transformers.mtp_logits(subject.theirs, case.config, subject.tensors, tokens_BT)
-            assert compare.largest_difference(ours.mtp_logits[0], theirs) < compare.LOGITS
+    tokens_BT = random_tokens(case, BATCH, length)
+    oracle = reference_model.forward(case.config, subject.tensors, tokens_BT)
+    ours = compare.run(subject.config, subject.variables, tokens_BT)
+    assert len(ours.mtp_logits) == len(oracle.mtp_logits) == depths
+    for logits_BTV, reference_BTV in zip(ours.mtp_logits, oracle.mtp_logits, strict=True):
+        assert compare.largest_difference(logits_BTV, reference_BTV) < compare.LOGITS
+    if depths:
+        theirs = transformers.mtp_logits(subject.theirs, case.config, subject.tensors, tokens_BT)
+        assert compare.largest_difference(ours.mtp_logits[0], theirs) < compare.LOGITS
 
 
+@on("moonlight", "odd_dims", "all_dense")
 def test_loss_and_gradients(subject: Subject, transformers: ModuleType) -> None:
     tokens_BT = random_tokens(subject.case, BATCH, 100)
     their_loss, theirs = transformers.loss_and_gradients(subject.theirs, tokens_BT)

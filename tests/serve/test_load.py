@@ -1,24 +1,30 @@
-"""A server under load by OpenAI's client: many at once, some who hang up, some who send rubbish. Nothing may stick."""
+"""A program that serves, under load by OpenAI's client: many at once, some who hang up, some who send rubbish.
+
+Nothing may stick, and signals end it as they should.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
 import openai
-import pytest
 
 from dsv3_jax.infer import Engine, SamplingParams
+from tests.cli.conftest import ROOT
 from tests.serve.running import CONTEXT, MODEL, NAME, metric
-from tests.serve.test_server import program
 
-REQUESTS, AT_ONCE = 200, 32
+REQUESTS, AT_ONCE = 100, 32
 KEY = "sesame"
 OTHERS = ("malformed", "unknown", "huge", "type", "negative", "absurd", "long", "key", "model")
 """What is wrong with a request, each some of the requests."""
@@ -126,7 +132,7 @@ async def drained(url: str, pid: int) -> list[str]:
         begun = asyncio.Barrier(17)
 
         async def stream(i: int) -> str:
-            asked: dict[str, Any] = {"model": NAME, "prompt": [i + 5], "max_tokens": 200, "temperature": 0, "stream": True}
+            asked: dict[str, Any] = {"model": NAME, "prompt": [i + 5], "max_tokens": 100, "temperature": 0, "stream": True}
             stream = await client.completions.create(**asked, extra_body={"ignore_eos": True})
             await begun.wait()
             return "".join([piece.choices[0].text async for piece in stream])
@@ -139,12 +145,47 @@ async def drained(url: str, pid: int) -> list[str]:
         return texts
 
 
-def test_a_server_under_load(offline: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def program() -> Iterator[subprocess.Popen[str]]:
+    """The server as a program; it serves twice."""
+    command = [sys.executable, "-m", "tests.serve.running"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DSV3_JAX_API_KEY": KEY}
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def listening(child: subprocess.Popen[str]) -> str:
+    """The program's address, once it listens."""
+    assert child.stderr is not None
+    line = child.stderr.readline()
+    assert line.startswith(f"serving {NAME} on http://127.0.0.1:"), line + child.stderr.read()
+    return line.split()[-1]
+
+
+def ended_by_a_second_signal(url: str, child: subprocess.Popen[str]) -> int:
+    """The program's code, at two signals: 64 answers in four slots take seconds, which the second does not wait for."""
+    http = httpx2.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+    assert http.get("/health").status_code == 200
+    asked = {"model": NAME, "prompt": "Hello", "n": 64, "stream": True, "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    with http.stream("POST", "/v1/completions", json=asked) as answer:
+        next(answer.iter_lines())
+        child.send_signal(signal.SIGTERM)
+        while http.get("/health").status_code != 503:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGTERM)
+        return child.wait(10)
+
+
+def test_a_server_under_load(offline: Engine) -> None:
     """The good ones' answers are those of an engine alone; at the end every page is free or only cached."""
-    monkeypatch.setenv("DSV3_JAX_API_KEY", KEY)
     requests = asks()
     good = [i for i, ask in enumerate(requests) if ask.kind in ("whole", "stream")]
-    with program() as (child, url):
+    with program() as child:
+        url = listening(child)
         answers = asyncio.run(under_load(url, requests))
         text = _settled(url)
         assert metric(text, "dsv3_free_pages") + metric(text, "dsv3_cached_pages") == metric(text, "dsv3_pages")
@@ -152,11 +193,13 @@ def test_a_server_under_load(offline: Engine, monkeypatch: pytest.MonkeyPatch) -
         assert metric(text, "dsv3_requests_total", status="499") >= REQUESTS / 20
         assert metric(text, "dsv3_requests_total", status="500") == 0
         last = asyncio.run(drained(url, child.pid))
-        assert child.wait(30) == 0
+        assert child.stderr is not None
+        assert child.stderr.readline() == "ended with 0\n"
+        assert ended_by_a_second_signal(listening(child), child) == 1
     params = [SamplingParams(max_tokens=requests[i].max_tokens, ignore_eos=True) for i in good]
     expected = [completion.text for completion in offline.generate([requests[i].prompt for i in good], params)]
     assert [answers[i] for i in good] == expected
-    alone = SamplingParams(max_tokens=200, ignore_eos=True)
+    alone = SamplingParams(max_tokens=100, ignore_eos=True)
     assert last == [completion.text for completion in offline.generate([[i + 5] for i in range(16)], alone)]
 
 

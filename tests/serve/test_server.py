@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,27 +18,11 @@ from starlette.responses import Response
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions, serve
 from dsv3_jax.serve.service import Service
-from tests.cli.conftest import ROOT
 from tests.data.test_chat_template import TEMPLATE
 from tests.serve.running import MODEL, NAME, Served, served, variables
 
 LONG: dict[str, Any] = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 Answer = httpx2.Response | httpx2.TransportError
-
-
-@contextlib.contextmanager
-def program(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The server as a program, once it listens, and its address."""
-    command = [sys.executable, "-m", "tests.serve.running", *options]
-    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    try:
-        line = child.stderr.readline()
-        assert line.startswith(f"serving {NAME} on http://127.0.0.1:"), line + child.stderr.read()
-        yield child, line.split()[-1]
-    finally:
-        child.kill()
-        child.communicate()
 
 
 @contextlib.contextmanager
@@ -178,20 +159,6 @@ def test_an_engine_that_fails_ends_the_server(slow: Engine, monkeypatch: pytest.
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")
 
 
-def test_the_program_drains_at_sigterm_and_ends_at_a_second() -> None:
-    """Both at once: 64 answers in four slots take seconds, which the second signal does not wait for."""
-    with program("drain_timeout=60") as (child, url):
-        http = httpx2.Client(base_url=url, timeout=60)
-        assert http.get("/health").status_code == 200
-        with http.stream("POST", "/v1/completions", json={"model": NAME, "n": 64, "stream": True, **LONG}) as answer:
-            next(answer.iter_lines())
-            child.send_signal(signal.SIGTERM)
-            while http.get("/health").status_code != 503:
-                time.sleep(0.01)
-            child.send_signal(signal.SIGTERM)
-            assert child.wait(10) == 1
-
-
 @pytest.mark.parametrize("warm_up", [False, True])
 def test_programs_are_compiled_before_the_server_listens(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, warm_up: bool
@@ -211,7 +178,7 @@ def test_an_address_in_use_is_refused(engine: Engine) -> None:
         with pytest.raises(
             ValueError, match=rf"cannot listen on port {port} of 127\.0\.0\.1 \(.*\); use another --port or --host"
         ):
-            serve(engine, NAME, TEMPLATE, ServeOptions(port=port))
+            serve(engine, NAME, TEMPLATE, ServeOptions(port=port, warm_up=False))
 
 
 def test_what_cannot_be_served_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

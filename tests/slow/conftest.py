@@ -1,5 +1,5 @@
 """What these tests share with those of the programs."""
 
-from tests.cli.conftest import straight, workplace
+from tests.cli.conftest import called, straight, workplace
 
-__all__ = ["straight", "workplace"]
+__all__ = ["called", "straight", "workplace"]

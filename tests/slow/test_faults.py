@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+import train
 from dsv3_jax.checkpoint.orbax import load_run
-from tests.cli.conftest import TRAIN, Done, started, started_for_long
+from dsv3_jax.data import prepare
+from tests.cli.conftest import ENDLESS, TRAIN, Done, started_for_long
 
 pytestmark = pytest.mark.slow
 PATIENCE = 200
@@ -76,36 +79,39 @@ def test_a_full_disk_fails_saves_and_no_run(workplace: Path, small_disk: Path) -
     assert load_run(str(run))[2] == logged[-1] > good
 
 
-def test_a_signal_inside_a_save_leaves_it_whole(workplace: Path) -> None:
+def test_a_signal_inside_a_save_leaves_it_whole_and_says_how_to_go_on(workplace: Path, called: Callable[..., Done]) -> None:
+    """And before it a second start in the folder, which is refused and harms nothing."""
     run = workplace / "runs" / "signalled"
     child = started_for_long(workplace, "signalled", "--checkpoint.every", "10")
+    second = called(train.main, *TRAIN[1:], "runs/signalled", *ENDLESS, "--resume")
+    second.assert_refused("runs/signalled is being trained in by process", "name another --run-dir")
     waited_for(lambda: any(path.name[0].isdigit() and "tmp" in path.name for path in (run / "checkpoints").iterdir()))
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=PATIENCE)
     assert (child.returncode, err) == (0, "")
-    step = int(re.search(r"SIGINT: stopped after step (\d+)", out)[1])  # type: ignore[index]
+    found = re.search(r"SIGINT: stopped after step (\d+) of 100000, saved; go on with: python (.*)", out)
+    assert found, out
+    step = int(found[1])
     assert load_run(str(run))[2] == step
     assert not [path for path in (run / "checkpoints").iterdir() if "tmp" in path.name]
 
-
-def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(workplace: Path) -> None:
-    child = started_for_long(workplace, "shared")
-    done = started(workplace, *TRAIN, "runs/shared", "--train.steps", "100000", "--resume")
-    done.assert_refused("runs/shared is being trained in by process", "name another --run-dir")
-    assert child.poll() is None
-    child.send_signal(signal.SIGTERM)
-    assert child.communicate(timeout=PATIENCE)[1] == ""
-    assert child.returncode == 0
+    program, *arguments = shlex.split(found[2])
+    assert program == TRAIN[0]
+    done = called(train.main, *arguments, "--train.steps", str(step + 2))
+    assert done.code == 0, done.stderr
+    assert f"continuing after step {step} of {step + 2}" in done.stdout
+    logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, step + 3))
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
-    straight: tuple[Path, Done], workplace: Path, tmp_path: Path
+    straight: tuple[Path, Done], called: Callable[..., Done], workplace: Path
 ) -> None:
     run = workplace / "runs" / "damaged_newest"
     shutil.copytree(straight[0], run)
     largest = max((run / "checkpoints" / "12" / "variables").rglob("*"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    done = started(workplace, *TRAIN, "runs/damaged_newest", "--resume")
+    done = called(train.main, *TRAIN[1:], "runs/damaged_newest", "--resume")
     assert done.code == 0, done.stderr
     assert "continuing after step 6 of 12" in done.stdout
     assert done.stderr.count("\n") == 1
@@ -117,11 +123,13 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     assert load_run(str(run))[2] == 12
 
 
-def test_text_that_disappears_ends_the_run_by_its_name(workplace: Path, straight: tuple[Path, Done]) -> None:
+def test_text_that_disappears_ends_the_run_by_its_name(
+    workplace: Path, straight: tuple[Path, Done], called: Callable[..., Done]
+) -> None:
     prepared = workplace / "prepared"
     tokenizer = str(straight[0] / "tokenizer.json")
     flags = "--source", "text", "--tokenizer", tokenizer, "--output", "prepared", "--heldout-fraction", "0.2"
-    done = started(workplace, "-m", "dsv3_jax.data.prepare", *flags)
+    done = called(prepare.main, *flags)
     assert done.code == 0, done.stderr
     child = started_for_long(workplace, "vanishing", "--data.source", "prepared", "--checkpoint.every", "10")
     run = workplace / "runs" / "vanishing"

@@ -18,7 +18,6 @@ import pytest
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.data import Document, HeldoutBatch, HeldoutWindows
 from dsv3_jax.data.tokenizer import train_tokenizer
-from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
@@ -31,14 +30,17 @@ from dsv3_jax.train.evaluation import (
     evaluate_sources,
     heldout_scores,
 )
+from tests import reference_model
 from tests.intermediates import intermediate_shapes
-from tests.model.tiny import DENSE_ONLY, random_tokens, random_variables
+from tests.model.tiny import DENSE_ONLY, oracle_tensors, published, random_tokens, random_variables
 from tests.parallel.ragged_emulation import emulate_ragged
 from tests.parallel.test_dispatch import MESHES
 from tests.train.test_on_mesh import MODEL as MESH_MODEL
 
-B, T = 3, 16
-CONFIG = DENSE_ONLY  # compiles fast
+B, T = 3, 128
+CONFIG = dataclasses.replace(
+    DENSE_ONLY, num_hidden_layers=1, first_k_dense_replace=1, vocab_size=300, max_position_embeddings=T
+)
 
 
 def batches(count: int) -> list[HeldoutBatch]:
@@ -53,17 +55,25 @@ def batches(count: int) -> list[HeldoutBatch]:
     return made
 
 
-def test_nats_and_tokens_are_those_of_every_scored_token() -> None:
+def by_the_oracle(config: ModelConfig, variables: dict, tokens_BT: np.ndarray) -> reference_model.Reference:
+    return reference_model.forward(published(config), oracle_tensors(config, variables), tokens_BT)
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    """Of CONFIG and batches [B, T]."""
+    return Evaluator(CONFIG)
+
+
+def test_nats_and_tokens_are_those_of_every_scored_token(evaluator: Evaluator) -> None:
     variables, scored = random_variables(CONFIG), batches(3)
-    model = jax.jit(DeepSeekV3(CONFIG).apply)
     nats, count = 0.0, 0
     for tokens_BT, targets_BT, weights_BT, _ in scored:
-        logits_BTV = np.asarray(model(variables, tokens_BT).logits, np.float64)
+        logits_BTV = by_the_oracle(CONFIG, variables, tokens_BT).logits_BTV
         for b, t in zip(*np.nonzero(weights_BT), strict=True):
             row_V = logits_BTV[b, t]
             nats -= row_V[targets_BT[b, t]] - math.log(np.exp(row_V).sum())
             count += 1
-    evaluator = Evaluator(CONFIG)
     evaluation = evaluator(variables, scored)
     assert evaluation.tokens == count
     assert evaluation.nats == pytest.approx(nats, rel=1e-5)
@@ -90,18 +100,17 @@ def test_sums_keep_their_digits_over_many_tokens(monkeypatch: pytest.MonkeyPatch
     assert evaluator({}, parts) == Evaluation(2**24 + 2, 3, 3, 6)
 
 
-def test_bits_per_byte_of_a_text() -> None:
-    """Over windows of a text, and once over its whole stream of tokens in one go."""
+def test_bits_per_byte_of_a_text(evaluator: Evaluator) -> None:
+    """Of windows of a text, and of its whole stream of tokens in one go."""
     text = "for x in range(3):\n    print(x, 'ünï')\n" * 3
     tokenizer = train_tokenizer([text], 270, ["<bos>", "<eos>"])
-    model = dataclasses.replace(CONFIG, vocab_size=300, max_position_embeddings=512)
-    variables = random_variables(model)
-    windows = HeldoutWindows([Document("a", text)], tokenizer, model, batch_size=1, sequence_length=512)
-    evaluation = Evaluator(model)(variables, windows)
+    variables = random_variables(CONFIG)
+    windows = HeldoutWindows([Document("a", text)], tokenizer, CONFIG, batch_size=B, sequence_length=T)
+    evaluation = evaluator(variables, windows)
 
     ids = [1, 0, *tokenizer.encode(text)]
-    chex.assert_axis_dimension_lt(np.array([ids]), 1, 512)
-    logits_TV = np.asarray(jax.jit(DeepSeekV3(model).apply)(variables, np.array([ids[:-1]])).logits[0, 1:], np.float64)
+    chex.assert_axis_dimension_lt(np.array([ids]), 1, T)
+    logits_TV = by_the_oracle(CONFIG, variables, np.array([ids[:-1]])).logits_BTV[0, 1:]
     log_p_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
     bits = -log_p_TV[np.arange(len(ids) - 2), ids[2:]].sum() / math.log(2)
     assert evaluation.tokens == len(ids) - 2
@@ -112,7 +121,7 @@ def test_bits_per_byte_of_a_text() -> None:
 # --- Drafts of the MTP module ------------------------------------------------------------------------------------------
 
 # So few tokens that chance accepts an eighth of the drafts.
-DRAFTING = dataclasses.replace(MESH_MODEL, vocab_size=8, num_hidden_layers=2)
+DRAFTING = dataclasses.replace(MESH_MODEL, vocab_size=8, num_hidden_layers=1, first_k_dense_replace=0)
 WIDE, LONG = 8, 32
 
 
@@ -127,11 +136,10 @@ def drafting_batches(count: int) -> list[HeldoutBatch]:
 
 def looked_at(config: ModelConfig, variables: dict, batches: list[HeldoutBatch]) -> Evaluation:
     """Every draft verified by itself, in whole logits."""
-    model = jax.jit(lambda variables, tokens_BT: DeepSeekV3(config).apply(variables, tokens_BT, mtp=True))
     nats, tokens, accepted, drafted = 0.0, 0, 0, 0
     for tokens_BT, targets_BT, weights_BT, _ in batches:
-        output = model(variables, tokens_BT)
-        main_BTV, draft_BTV = np.asarray(output.logits, np.float64), np.asarray(output.mtp_logits[0])
+        output = by_the_oracle(config, variables, tokens_BT)
+        main_BTV, draft_BTV = output.logits_BTV, output.mtp_logits[0]
         for b, t in zip(*np.nonzero(weights_BT), strict=True):
             tokens += 1
             nats += math.log(np.exp(main_BTV[b, t]).sum()) - main_BTV[b, t, targets_BT[b, t]]
@@ -146,7 +154,7 @@ def assert_equal(found: Evaluation, expected: Evaluation) -> None:
     assert found.nats == pytest.approx(expected.nats, rel=1e-5)
 
 
-@pytest.mark.parametrize("depths", [1, 2])
+@pytest.mark.parametrize("depths", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_drafts_are_verified_as_greedy_decoding_would(depths: int) -> None:
     config = dataclasses.replace(DRAFTING, num_nextn_predict_layers=depths)
     variables, batches = random_variables(config), drafting_batches(2)
@@ -193,9 +201,8 @@ def test_logits_of_whole_windows_never_exist() -> None:
 
 def windows_of(texts: list[str], length: int = 8) -> HeldoutWindows:
     tokenizer = train_tokenizer(["abc abd abe\n" * 9], 260, ["<bos>", "<eos>"])
-    model = dataclasses.replace(CONFIG, vocab_size=300)
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
-    return HeldoutWindows(documents, tokenizer, model, batch_size=2, sequence_length=length)
+    return HeldoutWindows(documents, tokenizer, CONFIG, batch_size=2, sequence_length=length)
 
 
 def told(nats_per_token: float, accepted: float | None = None) -> Callable[..., Evaluation]:

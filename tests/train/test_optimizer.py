@@ -15,9 +15,8 @@ import optax
 import pytest
 
 from dsv3_jax.config import OptimizerConfig
-from dsv3_jax.model import init_variables
 from dsv3_jax.train.optimizer import decayed, make_optimizer, scale_by_adam
-from tests.model.tiny import CONFIG
+from tests.model.tiny import CONFIG, abstract_variables
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
 Tree = Any
@@ -89,7 +88,7 @@ def test_gradients_in_bfloat16_are_squared_in_float32() -> None:
 
 
 def test_every_parameter_decays_but_the_norm_scales() -> None:
-    params = jax.eval_shape(lambda: init_variables(CONFIG, jax.random.key(0)))["params"]
+    params = abstract_variables(CONFIG)["params"]
     kept_out = {
         "/".join(key.key for key in path) for path, decays in jax.tree_util.tree_leaves_with_path(decayed(params)) if not decays
     }
@@ -114,9 +113,9 @@ def test_the_whole_optimizer_is_adamw_written_out(clip_norm: float) -> None:
     rates = np.linspace(0.005, 0.01, 6)
     optimizer = make_optimizer(settings)
     ours: Tree = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-    state = optimizer.init(ours)
+    state, update = optimizer.init(ours), jax.jit(optimizer.update)
     for rate, grad in zip(rates, grads, strict=True):
-        updates, state = optimizer.update(jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grad), state, ours)
+        updates, state = update(jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grad), state, ours)
         ours = jax.tree.map(lambda p, u, rate=rate: p - jnp.float32(rate) * u, ours, updates)
 
     moments = {name: [0.0, 0.0] for name in ("proj", "norm")}
@@ -135,7 +134,7 @@ def test_the_whole_optimizer_is_adamw_written_out(clip_norm: float) -> None:
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 def test_the_optimizer_knows_the_parameters_and_not_the_router_biases(moment_dtype: Any) -> None:
     settings = dataclasses.replace(OptimizerConfig(), moment_dtype=moment_dtype)
-    variables = jax.eval_shape(lambda: init_variables(CONFIG, jax.random.key(0)))
+    variables = abstract_variables(CONFIG)
     state = jax.eval_shape(make_optimizer(settings).init, variables["params"])
     adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
     for moments in (adam.mu, adam.nu):

@@ -149,15 +149,16 @@ def test_names_are_no_formulas() -> None:
     assert set(curves(panel(figure, "cross entropy"))) == {"$a", "b^$"}
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 40])
+@pytest.mark.parametrize("count", [0, 1, 40])  # Others are drawn above.
 def test_any_number_of_rows_is_a_picture(count: int) -> None:
     assert rendered(draw(rows(count), LOAD, CONFIG)).shape[2] == 4
 
 
-@pytest.mark.parametrize("value", [3.4e38, 1e30, 0.0, -1.0, 1e-38])
-def test_any_float32_can_be_drawn(value: float) -> None:
+@pytest.mark.parametrize("values", [(3.4e38,), (1e-38, 1e30), (0.0, -1.0)])
+def test_any_float32_can_be_drawn(values: tuple[float, ...]) -> None:
     logged = rows(4)
-    logged[2] |= {name: value for name in logged[2] if name not in ("step", "tokens")}
+    for row, value in zip(logged[2:], values, strict=False):
+        row |= {name: value for name in row if name not in ("step", "tokens")}
     rendered(draw(logged, {"moe_layers": np.array([[3.4e38, 0.0]], np.float32)}, CONFIG))
 
 

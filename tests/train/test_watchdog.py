@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 
@@ -27,24 +28,24 @@ def said(capfd: pytest.CaptureFixture, steps: Callable[[Watchdog], None], least:
 def test_a_step_that_hangs_shows_where_and_once(capfd: pytest.CaptureFixture) -> None:
     def steps(watchdog: Watchdog) -> None:
         for number in (8, 9):
-            hang_here(2.0)
+            hang_here(1.0)
             watchdog.step_done(number)
 
     text = said(capfd, steps)
     assert text.count("where all threads stand") == 2
     assert "step 8 has taken" in text
     assert "hang_here" in text
-    assert "step 8 is done after 2 s" in text
-    assert "step 9 is done after 2 s" in text
+    for step in (8, 9):
+        assert re.search(rf"step {step} is done after [1-3] s", text)
 
 
 @pytest.mark.parametrize("least", [0.5, 60.0])
 def test_pauses_and_what_is_short_by_the_clock_say_nothing(capfd: pytest.CaptureFixture, least: float) -> None:
     def steps(watchdog: Watchdog) -> None:
         if least > 1:
-            hang_here(1.0)
+            hang_here(0.7)
         with watchdog.paused():
-            hang_here(1.0)
+            hang_here(0.7)
         watchdog.step_done(8)
 
     assert said(capfd, steps, least) == ""
@@ -52,6 +53,6 @@ def test_pauses_and_what_is_short_by_the_clock_say_nothing(capfd: pytest.Capture
 
 def test_the_first_step_is_not_watched(capfd: pytest.CaptureFixture) -> None:
     with Watchdog(factor=5.0, least=0.2) as watchdog:
-        hang_here(1.0)
+        hang_here(0.5)
         watchdog.step_done(1)
     assert capfd.readouterr().err == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import shutil
@@ -14,12 +15,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
 import infer
 import train
 from dsv3_jax import evaluate
 from dsv3_jax.config import CheckpointConfig, Config, DataConfig, InferConfig, ModelConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = "bisect.py", "heapq.py", "shlex.py", "string.py", "textwrap.py", "this.py"
@@ -130,13 +133,13 @@ def started_for_long(folder: Path, run: str, *arguments: str) -> subprocess.Pope
 def in_this_process(folder: Path) -> Iterator[Callable[..., Done]]:
     """Calls a program's `main` as if it were started in `folder`, which saves the seconds of a start.
 
-    JAX is at work already, on the eight devices of the tests, of which a program takes one unless a mesh is asked for, and
-    with one cache for all that they compile.
+    JAX is at work already, with one cache for all that is compiled, and on the eight devices of the tests; train.py gets one.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for program in (train, infer):
             patch.setattr(program, "join_processes", lambda flags: None)
+        patch.setattr(train, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
         for program in (train, infer, evaluate):
             patch.setattr(program, "cache_compilations", lambda folder: None)
 

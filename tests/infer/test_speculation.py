@@ -75,7 +75,7 @@ def test_most_drafts_of_a_trained_model_stand(trained: tuple[ModelConfig, dict[s
             if len(update.request.tokens) > len(update.tokens) and update.request.finish_reason is None
         ]
     assert np.mean(np.array(counts) > 1) > 0.95
-    assert np.mean(np.array(counts) > 2) > 0.3
+    assert np.mean(np.array(counts) > 2) > 0.5
     assert engine.step_tokens == 16 * 19
     whole = np.array([prompt + request.tokens for prompt, request in zip(prompts, requests, strict=True)], np.int32)
     best = np.asarray(jax.jit(DeepSeekV3(config).apply)(variables, whole).logits).argmax(-1)

@@ -1,8 +1,8 @@
 """Runs that are killed with SIGKILL again and again, and resumed each time, end as the run that never was: to the last bit.
 
 A kill counts if it lands between two checkpoints (steps were logged after the newest) or inside a save (the folder of one
-that was not finished is left). `DSV3_JAX_KILLS=20 pytest -m slow tests/slow/test_kills.py -s` makes 20 in a run and prints
-the counts.
+that was not finished is left). `DSV3_JAX_KILLS=20 pytest -m "slow or nightly" tests/slow/test_kills.py -s` makes 20 in a
+run, on eight devices too, and prints the counts.
 """
 
 from __future__ import annotations

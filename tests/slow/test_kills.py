@@ -34,7 +34,7 @@ from tests.cli.processes import running
 pytestmark = pytest.mark.slow
 
 RUN = "--model.num-nextn-predict-layers", "0", "--train.eval-every", "90", "--checkpoint.keep", "3", "--resume"
-ON_FOUR = "--mesh.fsdp", "2", "--mesh.expert", "2"
+ON_TWO = "--mesh.expert", "2"
 ON_EIGHT = "--mesh.fsdp", "2", "--mesh.expert", "4", "--model.q-lora-rank", "16", "--train.batch-size", "8"
 TIMED = "tokens_per_second", "input_wait", "model_flops_per_second"
 PATIENCE = 240
@@ -153,7 +153,7 @@ def final_state(run: Path, steps: int) -> Any:
         pytest.param(
             *("eight_devices", ON_EIGHT, {"processes": 1, "devices": 8, "every": 20}, KILLS), marks=pytest.mark.nightly
         ),
-        ("two_processes", ON_FOUR, {"processes": 2, "devices": 2, "every": 10}, (KILLS + 3) // 4),
+        ("two_processes", ON_TWO, {"processes": 2, "devices": 1, "every": 10}, (KILLS + 3) // 4),
     ],
 )
 def test_a_run_killed_again_and_again_is_the_run_never_killed(

@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import re
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -148,7 +149,10 @@ def test_the_page_shows_errors_and_gives_the_message_back(visited: tuple[Page, S
     assert page.evaluate(ERROR) == ""
 
 
-def test_an_error_in_the_middle_of_an_answer_is_shown(page: Page, slow: Engine) -> None:
+def test_an_error_in_the_middle_of_an_answer_is_shown(page: Page, slow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = slow.step
+    # So slow that a whole answer takes several times the limit.
+    monkeypatch.setattr(slow, "step", lambda: time.sleep(0.1) or step())
     with served(slow, options=ServeOptions(timeout=1)) as server:
         page.open(server.url)
         page.wait(LOADED)

@@ -11,7 +11,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile
 # Machine code as programs outside the tests have it; most tests compile it unoptimized, in less time.
-OPTIMIZED := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true"
+OPTIMIZED := DSV3_JAX_OPTIMIZED=1
 PIP := $(RUN) -m pip -qq --disable-pip-version-check --no-input
 READY := $(VENV)/ready
 PARITY_READY := $(VENV)/ready-parity

@@ -15,7 +15,7 @@ import pytest
 # Before jax is imported, since it reads these once. The eight devices are there for the sharding tests, the compilation
 # cache for the second run: most of the time goes into compiling. An entry that cannot be read is compiled again. LLVM's
 # optimization and XLA's fusion emitters cost more than faster code saves (the gradient of a tiny model takes 9.5 s of processor
-# time with both off, 14.9 s with the emitters on). Where programs are compared with those of others the Makefile leaves both on.
+# time with both off, 14.9 s with the emitters on). Where results are compared with others', the Makefile leaves both on.
 FLAGS = "--xla_force_host_platform_device_count=8"
 if not os.environ.get("DSV3_JAX_OPTIMIZED"):
     FLAGS += " --xla_backend_optimization_level=0"

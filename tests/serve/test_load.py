@@ -167,7 +167,7 @@ def listening(child: subprocess.Popen[str]) -> str:
 
 
 def ended_by_a_second_signal(url: str, child: subprocess.Popen[str]) -> int:
-    """The program's code, at two signals: 64 answers in four slots take seconds, which the second does not wait for."""
+    """The program's code, at two signals: 64 answers in four slots take a minute, which the second does not wait for."""
     http = httpx2.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
     assert http.get("/health").status_code == 200
     asked = {"model": NAME, "prompt": "Hello", "n": 64, "stream": True, "max_tokens": 200, "ignore_eos": True, "temperature": 0}

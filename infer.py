@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from dsv3_jax import Engine, SamplingParams
-from dsv3_jax.config.checkpoint_model import read_model
-from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
+from dsv3_jax.config.cli import exits_with_one_line, parse_flags
+from dsv3_jax.config.hugging_face import read_model
 from dsv3_jax.data.cache import digest
 from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
 from dsv3_jax.data.tokenizer import load_tokenizer

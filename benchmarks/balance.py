@@ -24,7 +24,7 @@ import matplotlib
 import numpy as np
 from machine import machine
 
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.cli import load_config
 from dsv3_jax.model import init_variables
 from dsv3_jax.train.state import save_run_start
 

@@ -41,7 +41,7 @@ from machine import machine
 
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.cli import load_config
 from dsv3_jax.data import Batch
 from dsv3_jax.kernels.attention import attend, choose_attention
 from dsv3_jax.kernels.expert_ffn import choose_backend, expert_ffn

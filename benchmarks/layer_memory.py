@@ -22,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from machine import machine
 
 from dsv3_jax.config import MeshConfig, ModelConfig
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.cli import load_config
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.rope import rotation

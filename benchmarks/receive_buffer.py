@@ -15,7 +15,7 @@ import json
 from machine import machine
 
 from dsv3_jax.config import Config, MeshConfig, TrainConfig
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.cli import load_config
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan.program import compile_program
 from dsv3_jax.plan.topology import chip_of, tpu_devices

@@ -31,7 +31,7 @@ from machine import machine
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.cli import load_config
 from dsv3_jax.data import TrainBatches, prepare_text
 from dsv3_jax.parallel.feed import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh

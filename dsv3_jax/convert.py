@@ -18,8 +18,8 @@ from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype, save_hf
 from dsv3_jax.checkpoint.orbax import load_run
 from dsv3_jax.checkpoint.saving import new_folder
 from dsv3_jax.config import Config, DataConfig, TrainConfig
-from dsv3_jax.config.checkpoint_model import is_hugging_face
-from dsv3_jax.config.command_line import exits_with_one_line
+from dsv3_jax.config.cli import exits_with_one_line
+from dsv3_jax.config.hugging_face import is_hugging_face
 from dsv3_jax.train.state import save_run_start
 
 _TOKENIZER = "tokenizer.json"

@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 
 from dsv3_jax.config import Config
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.cli import load_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

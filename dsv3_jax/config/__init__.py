@@ -1,7 +1,6 @@
 """Configuration: the architecture (`ModelConfig`) and a run (`Config`)."""
 
-from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.config.rope_scaling import RopeScaling
+from dsv3_jax.config.model import ModelConfig, RopeScaling
 from dsv3_jax.config.run import (
     CheckpointConfig,
     Config,

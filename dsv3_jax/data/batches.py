@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dsv3_jax.config import TrainConfig
-from dsv3_jax.config.schedules import Schedules
+from dsv3_jax.config.run import Schedules
 from dsv3_jax.data.rows import Row, Rows
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import require, require_positive, require_seed
-from dsv3_jax.config.command_line import exits_with_one_line, parse_flags
+from dsv3_jax.config.cli import exits_with_one_line, parse_flags
 from dsv3_jax.data.cache import digest
 from dsv3_jax.data.fim import FillInTheMiddle
 from dsv3_jax.data.pieces import Segment, cut_into_pieces

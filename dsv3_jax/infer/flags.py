@@ -9,7 +9,7 @@ from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config import DataConfig, InferConfig, MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.config.command_line import DistributedFlags
+from dsv3_jax.config.cli import DistributedFlags
 from dsv3_jax.infer.sampling import SamplingParams
 from dsv3_jax.infer.sizes import require_sizes
 

@@ -22,7 +22,7 @@ import jax
 from etils import epath
 from jax._src.distributed import global_state  # The store has no public name; Orbax takes it from here too.
 
-from dsv3_jax.config.command_line import DistributedFlags
+from dsv3_jax.config.cli import DistributedFlags
 
 Result = TypeVar("Result")
 

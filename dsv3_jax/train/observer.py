@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
-from dsv3_jax.config.schedules import StepValues
+from dsv3_jax.config.run import StepValues
 from dsv3_jax.train.clock import Clock
 from dsv3_jax.train.evaluation import HeldoutReport
 from dsv3_jax.train.expert_load import ExpertLoad

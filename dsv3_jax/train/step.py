@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.config.schedules import StepValues
+from dsv3_jax.config.run import StepValues
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.expert_ffn import choose_backend

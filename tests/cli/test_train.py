@@ -22,7 +22,7 @@ import train
 from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
-from dsv3_jax.config.command_line import how_to_resume
+from dsv3_jax.config.cli import how_to_resume
 from dsv3_jax.convert import main as convert
 from dsv3_jax.data import batches as batches_module
 from dsv3_jax.data import load_corpus, load_tokenizer

@@ -21,7 +21,7 @@ from dsv3_jax.config import (
     RopeScaling,
     TrainConfig,
 )
-from dsv3_jax.config.command_line import load_config, parse_run
+from dsv3_jax.config.cli import load_config, parse_run
 from tests.shipped import SHIPPED, shipped
 
 ROOT = pathlib.Path(__file__).parent.parent.parent

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import OptimizerConfig, TrainConfig
-from dsv3_jax.config.schedules import Schedules
+from dsv3_jax.config.run import Schedules
 from dsv3_jax.data.batches import Batch, TrainBatches
 from tests.data.test_rows import flat_tokens, rows_of
 

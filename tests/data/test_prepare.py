@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import DataConfig, ModelConfig, TrainConfig
-from dsv3_jax.config.command_line import parse_flags
+from dsv3_jax.config.cli import parse_flags
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.fim import FillInTheMiddle
 from dsv3_jax.data.prepare import PrepareFlags, main, prepare

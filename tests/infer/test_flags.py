@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from dsv3_jax.config import InferConfig, MeshConfig
-from dsv3_jax.config.command_line import parse_flags
+from dsv3_jax.config.cli import parse_flags
 from dsv3_jax.infer import SamplingParams
 from dsv3_jax.infer.flags import InferFlags
 from tests.model.tiny import CONFIG, DENSE_ONLY

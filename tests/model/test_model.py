@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.cli import load_config
 from dsv3_jax.model import DeepSeekV3, logical_axes, unstack
 from tests import reference_model
 from tests.model.tiny import (

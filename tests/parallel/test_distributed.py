@@ -19,7 +19,7 @@ import pytest
 from etils import epath
 
 from dsv3_jax.config import Config
-from dsv3_jax.config.command_line import DistributedFlags
+from dsv3_jax.config.cli import DistributedFlags
 from dsv3_jax.parallel import distributed
 
 _CLUSTERS = "SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR", "TPU_", "MEGASCALE_"

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.command_line import load_config
+from dsv3_jax.config.cli import load_config
 from dsv3_jax.plan.__main__ import main
 from dsv3_jax.plan.parameters import count_parameters
 from tests.model.tiny import CONFIG, DENSE_ONLY

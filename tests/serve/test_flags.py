@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsv3_jax.config.command_line import parse_flags
+from dsv3_jax.config.cli import parse_flags
 from dsv3_jax.serve import ServeOptions
 from dsv3_jax.serve.flags import Flags
 from tests.model.tiny import CONFIG

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from dsv3_jax.config import Config, OptimizerConfig, TrainConfig
-from dsv3_jax.config.schedules import StepValues
+from dsv3_jax.config.run import StepValues
 from dsv3_jax.data import Batch
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.train.state import TrainState

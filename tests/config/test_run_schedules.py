@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import Config, OptimizerConfig, TrainConfig
-from dsv3_jax.config.command_line import load_config
-from dsv3_jax.config.schedules import Schedules
+from dsv3_jax.config.cli import load_config
+from dsv3_jax.config.run import Schedules
 
 PUBLISHED = load_config("configs/v3_671b.py")
 TRILLION = 10**12

@@ -12,7 +12,7 @@ import typing
 import pytest
 
 from dsv3_jax.config import Config, ModelConfig, RopeScaling, TrainConfig
-from dsv3_jax.config.command_line import exits_with_one_line, load_config, parse_flags, parse_run, parse_with_config
+from dsv3_jax.config.cli import exits_with_one_line, load_config, parse_flags, parse_run, parse_with_config
 
 CONFIG = """
 from dsv3_jax.config import Config, ModelConfig, RopeScaling, TrainConfig
@@ -180,7 +180,7 @@ def test_what_the_machine_or_the_user_ends_gets_one_line(
 
 def test_a_closed_pipe_ends_a_program_without_a_word():
     program = (
-        "from dsv3_jax.config.command_line import exits_with_one_line\n"
+        "from dsv3_jax.config.cli import exits_with_one_line\n"
         "@exits_with_one_line\n"
         "def main():\n"
         "    for i in range(10**6): print(i)\n"

@@ -25,10 +25,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from dsv3_jax.config.checkpoint_model import model_to_train
 from dsv3_jax.config.checks import require
-from dsv3_jax.config.model import ModelConfig
-from dsv3_jax.config.rope_scaling import RopeScaling
+from dsv3_jax.config.hugging_face import model_to_train
+from dsv3_jax.config.model import ModelConfig, RopeScaling
 from dsv3_jax.config.run import Config
 
 Flags = TypeVar("Flags")

@@ -35,9 +35,9 @@ from dsv3_jax.infer.prompt import prompt_ids
 from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
 from dsv3_jax.infer.report import Speed, opening
 from dsv3_jax.infer.sizes import LONGEST_BY_DEFAULT, Sizes
-from dsv3_jax.parallel.compilation import cache_compilations
-from dsv3_jax.parallel.distributed import first_process_first, is_first_process, join_processes, require_agreement
+from dsv3_jax.parallel.devices import cache_compilations
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.multihost import first_process_first, is_first_process, join_processes, require_agreement
 from dsv3_jax.serve import require_servable, serve
 from dsv3_jax.serve.flags import Flags
 

@@ -23,8 +23,9 @@ from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config.cli import exits_with_one_line, how_to_resume, parse_run
 from dsv3_jax.data import TrainBatches, compressor_bits_per_byte, prepare_text
-from dsv3_jax.parallel.compilation import cache_compilations
-from dsv3_jax.parallel.distributed import (
+from dsv3_jax.parallel.devices import BatchPlacement, cache_compilations
+from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
+from dsv3_jax.parallel.multihost import (
     by_first_process,
     first_process_first,
     is_first_process,
@@ -33,8 +34,6 @@ from dsv3_jax.parallel.distributed import (
     require_shared,
     wait_for_first_process,
 )
-from dsv3_jax.parallel.feed import BatchPlacement
-from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
 from dsv3_jax.train.evaluation import Evaluator, evaluate_sources
 from dsv3_jax.train.observer import Observer
 from dsv3_jax.train.profiling import profiled_steps

@@ -20,7 +20,7 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.data import HeldoutWindows, load_corpus
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.parallel.exchange import receive_rows
+from dsv3_jax.parallel.all_to_all import receive_rows
 
 
 def main() -> None:

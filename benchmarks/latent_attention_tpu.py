@@ -20,7 +20,7 @@ from machine import machine
 from tpu_schedule import CLOCK, CORES, TOPOLOGIES, Job, peak_flops_per_cycle, read_schedules
 
 from dsv3_jax.kernels.latent_attention_tpu import block_tokens, past_attention_tpu
-from dsv3_jax.parallel.chips import CHIPS
+from dsv3_jax.parallel.devices import CHIPS
 
 C, P = 512, 64
 QUERIES = (1, 128), (2, 128), (4, 128), (1, 16)

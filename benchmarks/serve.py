@@ -35,7 +35,7 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.model import init_variables
-from dsv3_jax.parallel.compilation import cache_compilations
+from dsv3_jax.parallel.devices import cache_compilations
 from dsv3_jax.serve import ServeOptions, serve
 
 NAME, MAX_LENGTH, MAX_BATCH, CHUNK = "benchmark", 512, 8, 128

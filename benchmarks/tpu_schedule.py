@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv3_jax.parallel.chips import CHIPS
+from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.plan.topology import find_tpu_compiler, tpu_devices
 
 TOPOLOGIES = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}

@@ -33,7 +33,7 @@ from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.config.cli import load_config
 from dsv3_jax.data import TrainBatches, prepare_text
-from dsv3_jax.parallel.feed import BatchPlacement
+from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.observer import Observer
 from dsv3_jax.train.skipping import SkippedSteps, keep_batch

@@ -21,7 +21,7 @@ from tpu_schedule import CLOCK, CORES, TOPOLOGIES, Job, Schedule, peak_flops_per
 
 from dsv3_jax.kernels.grouped_rows_tpu import RowTiles
 from dsv3_jax.kernels.grouped_weights_tpu import WeightTiles, fit_weights
-from dsv3_jax.parallel.chips import CHIPS
+from dsv3_jax.parallel.devices import CHIPS
 
 ROW_TILES = [
     RowTiles(block, tile, remainder, columns)

@@ -16,7 +16,7 @@ from dsv3_jax.config.cli import exits_with_one_line, parse_flags
 from dsv3_jax.data import HeldoutWindows, compressor_bits_per_byte
 from dsv3_jax.data.sources import read_source
 from dsv3_jax.infer.load import load_model
-from dsv3_jax.parallel.compilation import cache_compilations
+from dsv3_jax.parallel.devices import cache_compilations
 from dsv3_jax.train.evaluation import Evaluator
 
 

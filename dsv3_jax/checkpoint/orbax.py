@@ -24,7 +24,7 @@ from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel.distributed import by_first_process, is_first_process, require_agreement
+from dsv3_jax.parallel.multihost import by_first_process, is_first_process, require_agreement
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 

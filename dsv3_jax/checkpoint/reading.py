@@ -21,7 +21,7 @@ from dsv3_jax.checkpoint.checksums import checksums
 from dsv3_jax.checkpoint.faults import io_reason, is_of_the_machine, late_reads_keep_quiet, one_line, orbax_keeps_quiet
 from dsv3_jax.checkpoint.paths import by_path
 from dsv3_jax.checkpoint.record import Record, Stored
-from dsv3_jax.parallel.distributed import on_every_process
+from dsv3_jax.parallel.multihost import on_every_process
 
 RECORD = "progress"
 _CAST_BYTES = 2**32

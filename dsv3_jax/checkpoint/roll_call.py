@@ -13,7 +13,7 @@ import sys
 import jax
 
 from dsv3_jax.checkpoint.faults import io_reason, one_line
-from dsv3_jax.parallel.distributed import forget, hear, is_first_process, tell
+from dsv3_jax.parallel.multihost import forget, hear, is_first_process, tell
 
 
 class FailedElsewhere(OSError):

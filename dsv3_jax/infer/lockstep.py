@@ -2,7 +2,7 @@
 
 What the programs of an engine are given follows from the requests, their order among the steps, and the tokens that came, which
 every process reads. So each process has an engine of its own, made alike, and process 0 tells what is asked of its own, call by
-call; the others repeat it. What is told goes through the key-value store of `parallel/distributed.py`: a device that waits for
+call; the others repeat it. What is told goes through the key-value store of `parallel/multihost.py`: a device that waits for
 a request is not occupied, and process 0 waits for the others' devices only.
 """
 
@@ -21,7 +21,7 @@ import jax
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.request import Request
 from dsv3_jax.infer.sampling import SamplingParams
-from dsv3_jax.parallel.distributed import OF_INPUT, forget, hear, tell
+from dsv3_jax.parallel.multihost import OF_INPUT, forget, hear, tell
 
 CALLS_OF_A_PAGE = 1000
 """Calls told under one folder of the store; it is removed when every process has read on for as many."""

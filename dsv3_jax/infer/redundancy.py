@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.parallel.exchange import EXPERT_AXIS
+from dsv3_jax.parallel.all_to_all import EXPERT_AXIS
 from dsv3_jax.parallel.redundancy import Array, Copies, copies_of
 
 

@@ -23,9 +23,8 @@ from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
 from dsv3_jax.kernels.block_scaled import in_dtype, is_block_scaled
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.sharding import place_variables
-from dsv3_jax.parallel.donation import release
-from dsv3_jax.parallel.feed import place_alike
-from dsv3_jax.parallel.rules import SERVING, use_rules
+from dsv3_jax.parallel.devices import place_alike, release
+from dsv3_jax.parallel.sharding import SERVING, use_rules
 
 WHOLE = PartitionSpec()
 

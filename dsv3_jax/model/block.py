@@ -13,7 +13,7 @@ from dsv3_jax.model.layers import RMSNorm, SwiGLU
 from dsv3_jax.model.mla import MLA, Latents, Places
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.rope import Rotation
-from dsv3_jax.parallel.placement import place_tokens
+from dsv3_jax.parallel.sharding import place_tokens
 
 
 class BlockOutput(NamedTuple):

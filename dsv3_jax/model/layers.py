@@ -12,8 +12,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
-from dsv3_jax.parallel.placement import project
-from dsv3_jax.parallel.rules import TOKENS, current_rules
+from dsv3_jax.parallel.sharding import TOKENS, current_rules, project
 
 EMBEDDING_AXES = "vocab", "embed"
 

@@ -19,8 +19,7 @@ from dsv3_jax.kernels.varying import varying_alike, zeros_beside
 from dsv3_jax.model.model import HEAD_AXES, DeepSeekV3
 from dsv3_jax.model.mtp import rows_of_depth
 from dsv3_jax.parallel.mesh import AXES, current_mesh
-from dsv3_jax.parallel.placement import scattered_sum, whole_weight
-from dsv3_jax.parallel.rules import TOKENS, current_rules
+from dsv3_jax.parallel.sharding import TOKENS, current_rules, scattered_sum, whole_weight
 
 
 class Losses(NamedTuple):

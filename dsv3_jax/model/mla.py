@@ -27,8 +27,7 @@ from dsv3_jax.kernels.varying import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh, current_platform
-from dsv3_jax.parallel.placement import Weight, splittable, whole_weight
-from dsv3_jax.parallel.rules import TOKENS
+from dsv3_jax.parallel.sharding import TOKENS, Weight, splittable, whole_weight
 
 KV_B_AXES = "latent", "heads", "head_dim"
 # The reference fixes it, whatever rms_norm_eps says (model of the published code; both are 1e-6 there).

@@ -24,7 +24,7 @@ from dsv3_jax.model.mtp import MTPDepth, rows_of_depth
 from dsv3_jax.model.rope import Rotation, rotation
 from dsv3_jax.model.stack import run_scanned, run_unrolled, stack_sizes
 from dsv3_jax.parallel.mesh import without_mesh
-from dsv3_jax.parallel.placement import place_tokens, project
+from dsv3_jax.parallel.sharding import place_tokens, project
 
 HEAD_AXES = "embed", "vocab"
 

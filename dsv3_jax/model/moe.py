@@ -16,7 +16,7 @@ from dsv3_jax.kernels.expert_ffn import choose_backend, expert_ffn
 from dsv3_jax.kernels.permute import combine, dispatch, sort_by_expert
 from dsv3_jax.model.layers import SwiGLU, normal_init
 from dsv3_jax.model.router import Router, Routing
-from dsv3_jax.parallel.dispatch import WEIGHT_AXES, ExpertWeights, routed_experts_on_mesh
+from dsv3_jax.parallel.all_to_all import WEIGHT_AXES, ExpertWeights, routed_experts_on_mesh
 from dsv3_jax.parallel.mesh import current_mesh, current_platform
 from dsv3_jax.parallel.redundancy import Copies
 

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import normal_init
-from dsv3_jax.parallel.placement import project
+from dsv3_jax.parallel.sharding import project
 
 KERNEL_AXES = "embed", "router"
 

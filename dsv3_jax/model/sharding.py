@@ -13,8 +13,8 @@ from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model.mla import ABSORBED_AXES, absorbed
 from dsv3_jax.model.model import abstract_variables, logical_axes
 from dsv3_jax.model.stack import STACKS, stack_sizes
-from dsv3_jax.parallel.donation import release
-from dsv3_jax.parallel.rules import RULES, ShardingRules, named_shardings
+from dsv3_jax.parallel.devices import release
+from dsv3_jax.parallel.sharding import RULES, ShardingRules, named_shardings
 
 
 def variable_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULES) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def scale_sharding(sharding: NamedSharding, depth: int) -> NamedSharding:
     """Of the scales of an 8-bit weight with `depth` stack axes: split by experts as the weight is, the rest on every device.
 
     They are a four-thousandth of its bytes. Blocks need not end where a device's part of the weight does, so what of them a
-    device needs is found out where it is needed (`parallel/placement.py`).
+    device needs is found out where it is needed (`parallel/sharding.py`).
     """
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:depth]))
 

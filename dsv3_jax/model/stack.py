@@ -16,7 +16,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block, BlockOutput
 from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.rope import Rotation
-from dsv3_jax.parallel.donation import release
+from dsv3_jax.parallel.devices import release
 
 STACKS = "dense_layers", "moe_layers"
 SAVED_BY_SAVE_LATENTS = "c_q", "c_kv", "ffn_input"

@@ -22,7 +22,7 @@ from dsv3_jax.config import Config, MeshConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.config.cli import exits_with_one_line, parse_with_config
 from dsv3_jax.model.flops import flops_per_token
-from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import AXES, check_fits
 from dsv3_jax.plan.compiled import GIB, PROVES
 from dsv3_jax.plan.memory_table import print_memory

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from dsv3_jax.parallel.rules import EXPERT_FSDP_AXES, FSDP_AXES
+from dsv3_jax.parallel.sharding import EXPERT_FSDP_AXES, FSDP_AXES
 
 
 def placed(shape: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:

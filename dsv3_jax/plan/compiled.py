@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.plan.collectives import Collective
 from dsv3_jax.plan.collectives import collectives as collectives_in
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.plan.compiled import GIB
 
 

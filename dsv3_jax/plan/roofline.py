@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from dsv3_jax.config.model import RematPolicy
-from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.plan.collectives import Collective
 
 # Arithmetic of a step over that of its model. Recomputing a block adds a forward to a forward and a backward of twice

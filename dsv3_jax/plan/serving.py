@@ -24,7 +24,7 @@ from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.rules import SERVING, named_shardings
+from dsv3_jax.parallel.sharding import SERVING, named_shardings
 from dsv3_jax.plan.arrays import device_bytes, placed
 
 PAGE_SIZE = 128

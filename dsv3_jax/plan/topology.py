@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.parallel.chips import CHIPS, Chip
+from dsv3_jax.parallel.devices import CHIPS, Chip
 from dsv3_jax.parallel.mesh import make_mesh
 
 # libtpu looks for a TPU host around it, and there is none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.flops import flops_per_token
-from dsv3_jax.parallel.chips import peak_flops
+from dsv3_jax.parallel.devices import peak_flops
 
 
 def model_flops(config: Config, tokens_per_second: float) -> float:

@@ -23,10 +23,10 @@ from dsv3_jax.model import training_loss
 from dsv3_jax.model.losses import Losses, depth_weights
 from dsv3_jax.model.router import max_violation, updated_bias
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel.compilation import TPU_OPTIONS
-from dsv3_jax.parallel.exchange import choose_exchange
+from dsv3_jax.parallel.all_to_all import choose_exchange
+from dsv3_jax.parallel.devices import TPU_OPTIONS
 from dsv3_jax.parallel.mesh import current_mesh, current_platform
-from dsv3_jax.parallel.rules import MICRO_BATCHES
+from dsv3_jax.parallel.sharding import MICRO_BATCHES
 from dsv3_jax.train.optimizer import make_optimizer
 from dsv3_jax.train.state import TrainState, state_shardings
 

@@ -6,7 +6,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from dsv3_jax.parallel.distributed import read_note, write_note
+from dsv3_jax.parallel.multihost import read_note, write_note
 
 _NOTE = "stop"
 # Processes are at most two steps apart: each waits for the metrics of a step before it sends off the next but one.

@@ -24,7 +24,7 @@ from orbax.checkpoint._src.serialization import serialization
 from dsv3_jax.checkpoint.orbax import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
-from dsv3_jax.parallel.distributed import by_first_process
+from dsv3_jax.parallel.multihost import by_first_process
 from tests.checkpoint.tiny import make_mesh
 
 RUN = Config(checkpoint=CheckpointConfig(keep=3))

@@ -20,7 +20,7 @@ from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.redundancy import copies_of, place_copies, shard_loads
-from dsv3_jax.parallel.rules import TOKENS
+from dsv3_jax.parallel.sharding import TOKENS
 from dsv3_jax.plan.collectives import collectives
 from tests.model.tiny import CONFIG as TINY
 from tests.model.tiny import random_tokens, random_variables

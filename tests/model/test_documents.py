@@ -16,7 +16,7 @@ from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.model import DeepSeekV3, unstack
 from dsv3_jax.model.losses import cross_entropy, depth_weights
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel.feed import BatchPlacement
+from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
 from tests import reference_model
 from tests.kernels.reference_attention import pack

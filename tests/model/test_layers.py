@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.model.layers import EMBEDDING_AXES, Embedding, Linear, RMSNorm, SwiGLU
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.rules import RULES, SERVING, TOKENS, ShardingRules, use_rules
+from dsv3_jax.parallel.sharding import RULES, SERVING, TOKENS, ShardingRules, use_rules
 from tests.model.tiny import CONFIG, assert_gradient
 from tests.tolerances import TOLERANCE
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.plan.collectives import Collective
 from dsv3_jax.plan.roofline import Roofline, roofline
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 import dsv3_jax.plan.__main__ as command
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import bytes_per_token
-from dsv3_jax.parallel.chips import CHIPS
+from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import AXES, make_mesh
 from dsv3_jax.plan import serve_report
 from dsv3_jax.plan.arrays import device_bytes

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.flops import flops_per_token
-from dsv3_jax.parallel.chips import Chip
+from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.plan.collectives import Collective
 from dsv3_jax.plan.compiled import Compiled

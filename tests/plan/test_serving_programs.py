@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.parallel.chips import CHIPS
+from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan import serving_programs
 from dsv3_jax.plan.arrays import device_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsv3_jax.parallel.chips import CHIPS
+from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.plan import topology
 
 

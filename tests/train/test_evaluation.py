@@ -19,7 +19,7 @@ from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.data import Document, HeldoutBatch, HeldoutWindows
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel.feed import BatchPlacement
+from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.evaluation import (
     Evaluation,
@@ -34,7 +34,7 @@ from tests import reference_model
 from tests.intermediates import intermediate_shapes
 from tests.model.tiny import DENSE_ONLY, oracle_tensors, published, random_tokens, random_variables
 from tests.parallel.ragged_emulation import emulate_ragged
-from tests.parallel.test_dispatch import MESHES
+from tests.parallel.test_all_to_all import MESHES
 from tests.train.test_on_mesh import MODEL as MESH_MODEL
 
 B, T = 3, 128

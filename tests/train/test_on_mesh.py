@@ -20,14 +20,14 @@ from dsv3_jax.data import Batch
 from dsv3_jax.model import DeepSeekV3, training_loss, unstack
 from dsv3_jax.model import router as router_module
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel.feed import BatchPlacement
+from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, make_mesh
-from dsv3_jax.parallel.rules import MICRO_BATCHES, TOKENS
+from dsv3_jax.parallel.sharding import MICRO_BATCHES, TOKENS
 from dsv3_jax.train.state import TrainState, state_shardings
 from dsv3_jax.train.step import train_step
 from tests.model.tiny import CONFIG, random_variables
 from tests.parallel.ragged_emulation import emulate_ragged
-from tests.parallel.test_dispatch import MESHES
+from tests.parallel.test_all_to_all import MESHES
 from tests.train.first_states import first_state
 
 MODEL = dataclasses.replace(

@@ -20,7 +20,7 @@ from etils import epath
 
 from dsv3_jax.config import Config
 from dsv3_jax.config.cli import DistributedFlags
-from dsv3_jax.parallel import distributed
+from dsv3_jax.parallel import multihost
 
 _CLUSTERS = "SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR", "TPU_", "MEGASCALE_"
 
@@ -59,10 +59,10 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             here.turn = getattr(here, "turn", -1) + 1
             return here.turn
 
-    monkeypatch.setattr(distributed, "_turns", Turns())
+    monkeypatch.setattr(multihost, "_turns", Turns())
 
     def call(function: Callable[[int], Any]) -> list[Any]:
-        monkeypatch.setattr(distributed.global_state, "client", _Store())
+        monkeypatch.setattr(multihost.global_state, "client", _Store())
 
         def process(index: int) -> Any:
             here.index, here.turn = index, -1
@@ -83,55 +83,53 @@ def _said(outcomes: list[Any]) -> list[str]:
 
 def test_one_process_just_does_it() -> None:
     done: list[str] = []
-    distributed.by_first_process(lambda: done.append("by the first"))
-    assert distributed.first_process_first(lambda: 3) == 3
-    assert distributed.on_every_process(lambda: 4) == 4
-    distributed.require_agreement({"a": 1})
-    distributed.wait_for_first_process()
+    multihost.by_first_process(lambda: done.append("by the first"))
+    assert multihost.first_process_first(lambda: 3) == 3
+    assert multihost.on_every_process(lambda: 4) == 4
+    multihost.require_agreement({"a": 1})
+    multihost.wait_for_first_process()
     assert done == ["by the first"]
     with pytest.raises(OSError, match="disk"):
-        distributed.by_first_process(lambda: _raise(OSError("disk")))
+        multihost.by_first_process(lambda: _raise(OSError("disk")))
 
 
 def test_only_the_first_process_does_it_and_before_the_others_go_on(together: Callable[..., list[Any]]) -> None:
     done: list[int] = []
 
     def process(index: int) -> list[int]:
-        distributed.by_first_process(lambda: (time.sleep(0.1), done.append(index)))
+        multihost.by_first_process(lambda: (time.sleep(0.1), done.append(index)))
         return list(done)
 
     assert together(process) == [[0], [0], [0]]
 
 
 def test_what_the_first_process_refuses_ends_all(together: Callable[..., list[Any]]) -> None:
-    outcomes = together(lambda index: distributed.by_first_process(lambda: _raise(ValueError("runs/ä holds a run"))))
+    outcomes = together(lambda index: multihost.by_first_process(lambda: _raise(ValueError("runs/ä holds a run"))))
     assert _said(outcomes) == ["ValueError: runs/ä holds a run"] * 3
 
 
 def test_what_fails_on_the_first_process_ends_all(together: Callable[..., list[Any]]) -> None:
-    outcomes = together(lambda index: distributed.by_first_process(lambda: _raise(OSError("no space"))))
+    outcomes = together(lambda index: multihost.by_first_process(lambda: _raise(OSError("no space"))))
     assert _said(outcomes) == ["OSError: no space", *["ValueError: no space"] * 2]
-    outcomes = together(lambda index: distributed.by_first_process(lambda: _raise(RuntimeError("no such thing"))))
+    outcomes = together(lambda index: multihost.by_first_process(lambda: _raise(RuntimeError("no such thing"))))
     assert _said(outcomes) == ["RuntimeError: no such thing", *["RuntimeError: process 0 failed: no such thing"] * 2]
 
 
 def test_what_another_process_refuses_ends_all(together: Callable[..., list[Any]]) -> None:
     outcomes = together(
-        lambda index: distributed.on_every_process(lambda: _raise(ValueError("no such file")) if index == 2 else index)
+        lambda index: multihost.on_every_process(lambda: _raise(ValueError("no such file")) if index == 2 else index)
     )
     assert _said(outcomes) == ["ValueError: process 2: no such file"] * 3
-    outcomes = together(
-        lambda index: distributed.on_every_process(lambda: _raise(OSError("no space")) if index == 1 else index)
-    )
+    outcomes = together(lambda index: multihost.on_every_process(lambda: _raise(OSError("no space")) if index == 1 else index))
     assert _said(outcomes) == ["ValueError: process 1: no space"] * 3
-    assert together(lambda index: distributed.on_every_process(lambda: index)) == [0, 1, 2]
+    assert together(lambda index: multihost.on_every_process(lambda: index)) == [0, 1, 2]
 
 
 def test_the_first_process_goes_first(together: Callable[..., list[Any]]) -> None:
     order: list[int] = []
 
     def process(index: int) -> int:
-        return distributed.first_process_first(lambda: (time.sleep(0.1 if index == 0 else 0), order.append(index), index)[2])
+        return multihost.first_process_first(lambda: (time.sleep(0.1 if index == 0 else 0), order.append(index), index)[2])
 
     assert together(process) == [0, 1, 2]
     assert order[0] == 0
@@ -151,7 +149,7 @@ def test_the_first_process_goes_first(together: Callable[..., list[Any]]) -> Non
 def test_other_values_are_refused_by_name(
     together: Callable[..., list[Any]], values: list[dict[str, Any]], fragment: str
 ) -> None:
-    outcomes = together(lambda index: distributed.require_agreement(values[index]))
+    outcomes = together(lambda index: multihost.require_agreement(values[index]))
     assert len(set(_said(outcomes))) == 1
     assert isinstance(outcomes[0], ValueError)
     assert fragment in str(outcomes[0])
@@ -159,13 +157,13 @@ def test_other_values_are_refused_by_name(
 
 def test_same_configs_agree(together: Callable[..., list[Any]]) -> None:
     values = {"run_dir": "runs/a", "nothing": None, **dataclasses.asdict(Config())}
-    assert together(lambda index: distributed.require_agreement(values)) == [None] * 3
+    assert together(lambda index: multihost.require_agreement(values)) == [None] * 3
 
 
 def test_a_folder_that_is_not_shared_is_refused(together: Callable[..., list[Any]], tmp_path) -> None:
     (tmp_path / "shared").touch()
     paths = [tmp_path / "shared", tmp_path / "shared", tmp_path / "absent"]
-    outcomes = together(lambda index: distributed.require_shared(epath.Path(paths[index])))
+    outcomes = together(lambda index: multihost.require_shared(epath.Path(paths[index])))
     assert (
         _said(outcomes)
         == [
@@ -174,7 +172,7 @@ def test_a_folder_that_is_not_shared_is_refused(together: Callable[..., list[Any
         ]
         * 3
     )
-    assert together(lambda index: distributed.require_shared(epath.Path(paths[0]))) == [None] * 3
+    assert together(lambda index: multihost.require_shared(epath.Path(paths[0]))) == [None] * 3
 
 
 @pytest.fixture
@@ -184,7 +182,7 @@ def initialized(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     for name in [name for name in os.environ if name.startswith(_CLUSTERS)]:
         monkeypatch.delenv(name)
     # What a start sees is the environment; what comes after is JAX's, and needs the others.
-    monkeypatch.setattr(type(distributed.global_state), "initialize", _detect(calls))
+    monkeypatch.setattr(type(multihost.global_state), "initialize", _detect(calls))
     before = jax.config.jax_enable_preemption_service
     monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
     yield calls
@@ -213,7 +211,7 @@ def test_where_there_is_no_cluster_one_process_starts_at_once_and_in_silence(
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        distributed.join_processes(DistributedFlags())
+        multihost.join_processes(DistributedFlags())
     assert time.perf_counter() - started < 1
     assert initialized == []
     assert capfd.readouterr() == ("", "")
@@ -245,7 +243,7 @@ def test_slurm_is_found_where_a_step_runs(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    distributed.join_processes(DistributedFlags())
+    multihost.join_processes(DistributedFlags())
     assert [(address.split(":")[0], *rest) for address, *rest in initialized] == [
         (address.split(":")[0], *rest) for address, *rest in expected
     ]
@@ -263,7 +261,7 @@ def test_two_slices_of_gke_are_found(initialized: list[tuple], monkeypatch: pyte
     slices = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
     for name, value in (hosts | slices).items():
         monkeypatch.setenv(name, value)
-    distributed.join_processes(DistributedFlags())
+    multihost.join_processes(DistributedFlags())
     assert initialized == [("localhost:8482", 8, 6)]
 
 
@@ -271,21 +269,21 @@ def test_two_slices_of_gke_are_found(initialized: list[tuple], monkeypatch: pyte
 def test_tpu_vms_are_found(initialized: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"agent-worker-number": "3", "worker-network-endpoints": "a:b:127.0.0.1,a:b:10.0.0.2,a:b:10.0.0.3,a:b:10.0.0.4"}
     monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.get_metadata", lambda key: (told.get(key, ""), 200))
-    distributed.join_processes(DistributedFlags())
+    multihost.join_processes(DistributedFlags())
     assert initialized == [("127.0.0.1:8482", 4, 3)]
 
 
 def test_the_flags_win(initialized: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in _STEP.items():
         monkeypatch.setenv(name, value)
-    distributed.join_processes(DistributedFlags("host:1234", 4, 3))
+    multihost.join_processes(DistributedFlags("host:1234", 4, 3))
     assert initialized == [("host:1234", 4, 3)]
 
 
 def test_a_process_may_be_told_to_stay_alone(initialized: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in _STEP.items():
         monkeypatch.setenv(name, value)
-    distributed.join_processes(DistributedFlags(num_processes=1))
+    multihost.join_processes(DistributedFlags(num_processes=1))
     assert initialized == []
     for incomplete in (
         {"num_processes": 2},
@@ -300,7 +298,7 @@ def test_a_process_may_be_told_to_stay_alone(initialized: list[tuple], monkeypat
 @pytest.mark.parametrize("coordinator", ["host0", "host0:", ":port"])
 def test_a_coordinator_without_a_port_is_refused(coordinator: str) -> None:
     with pytest.raises(ValueError, match="write host:port of process 0"):
-        distributed.join_processes(DistributedFlags(coordinator, 2, 0))
+        multihost.join_processes(DistributedFlags(coordinator, 2, 0))
 
 
 def test_processes_that_do_not_come_together_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +308,7 @@ def test_processes_that_do_not_come_together_are_one_line(monkeypatch: pytest.Mo
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     before = jax.config.jax_enable_preemption_service
     with pytest.raises(ValueError, match=r"did not come together: DEADLINE_EXCEEDED: connection refused$"):
-        distributed.join_processes(DistributedFlags("host:1234", 4, 3))
+        multihost.join_processes(DistributedFlags("host:1234", 4, 3))
     jax.config.update("jax_enable_preemption_service", before)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from jax._src.pallas.mosaic.tpu_info import chip_version_from_device_kind
 
-from dsv3_jax.parallel.chips import CHIPS, PEAK_FLOPS, peak_flops
+from dsv3_jax.parallel.devices import CHIPS, PEAK_FLOPS, peak_flops
 
 
 def test_chips_are_what_the_vendor_states() -> None:

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.parallel import exchange as module
-from dsv3_jax.parallel.exchange import EXCHANGES, choose_exchange, receive_rows
+from dsv3_jax.parallel import all_to_all as module
+from dsv3_jax.parallel.all_to_all import EXCHANGES, choose_exchange, receive_rows
 from dsv3_jax.parallel.mesh import make_mesh
 from tests.parallel.ragged_emulation import emulated_ragged_all_to_all
 

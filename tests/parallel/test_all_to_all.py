@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.model.moe import routed_experts
-from dsv3_jax.parallel.dispatch import WEIGHT_AXES, routed_experts_on_mesh
+from dsv3_jax.parallel.all_to_all import WEIGHT_AXES, routed_experts_on_mesh
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.rules import RULES, TOKENS
+from dsv3_jax.parallel.sharding import RULES, TOKENS
 from tests.model.tiny import CONFIG
 from tests.parallel.ragged_emulation import emulate_ragged
 from tests.tolerances import TOLERANCE

@@ -13,7 +13,7 @@ PROGRAM = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(message)s")
 import jax, jax.numpy as jnp
-from dsv3_jax.parallel.compilation import cache_compilations
+from dsv3_jax.parallel.devices import cache_compilations
 cache_compilations(sys.argv[1])
 # However fast this machine compiles it.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from dsv3_jax.config import MeshConfig, TrainConfig
-from dsv3_jax.parallel.feed import BatchPlacement
+from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.rules import TOKENS
+from dsv3_jax.parallel.sharding import TOKENS
 
 _BATCH_BT = np.arange(8 * 6, dtype=np.int32).reshape(8, 6)
 _MESHES = [

@@ -17,10 +17,9 @@ from jax.sharding import NamedSharding
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.kernels.block_scaled import BlockScaled
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.placement import _rounded, place_tokens, project
-from dsv3_jax.parallel.rules import RULES, SERVING, TOKENS, use_rules
+from dsv3_jax.parallel.sharding import RULES, SERVING, TOKENS, _rounded, place_tokens, project, use_rules
 from dsv3_jax.plan.collectives import collectives
-from tests.parallel.test_dispatch import MESHES
+from tests.parallel.test_all_to_all import MESHES
 from tests.tolerances import TOLERANCE
 
 B, T = 8, 4

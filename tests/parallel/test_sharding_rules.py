@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.parallel.rules import RULES, SERVING, ShardingRules, current_rules, named_shardings, use_rules
+from dsv3_jax.parallel.sharding import RULES, SERVING, ShardingRules, current_rules, named_shardings, use_rules
 
 MESH = AbstractMesh((2, 2, 4, 1, 2), AXES)
 

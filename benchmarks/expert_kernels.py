@@ -17,12 +17,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from tpu_schedule import CORES, Schedule, peak_flops_per_cycle
 
-from dsv3_jax.kernels.grouped_ffn import expert_ffn_by
-from dsv3_jax.kernels.grouped_rows_tpu import RowTiles, fit_rows
-from dsv3_jax.kernels.grouped_weights_tpu import WeightTiles
-from dsv3_jax.kernels.groups import steps_by_block, visits_of
-from dsv3_jax.kernels.pallas_tpu import TILES, How, Tiles, this_machine
-from dsv3_jax.kernels.tpu_memory import Machine, sublanes
+from dsv3_jax.kernels.grouped import expert_ffn_by, steps_by_block, visits_of
+from dsv3_jax.kernels.tpu.experts import TILES, How, Tiles, this_machine
+from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, fit_rows
+from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles
+from dsv3_jax.kernels.tpu.memory import Machine, sublanes
 
 D, F, E = 7168, 2048, 8
 """The published widths, and the experts of one device."""

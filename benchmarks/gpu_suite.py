@@ -44,7 +44,7 @@ from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from dsv3_jax.config.cli import load_config
 from dsv3_jax.data import Batch
 from dsv3_jax.kernels.attention import attend, choose_attention
-from dsv3_jax.kernels.expert_ffn import choose_backend, expert_ffn
+from dsv3_jax.kernels.experts import choose_backend, expert_ffn
 from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.mesh import current_platform

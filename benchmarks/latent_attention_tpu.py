@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from machine import machine
 from tpu_schedule import CLOCK, CORES, TOPOLOGIES, Job, peak_flops_per_cycle, read_schedules
 
-from dsv3_jax.kernels.latent_attention_tpu import block_tokens, past_attention_tpu
+from dsv3_jax.kernels.tpu.latent_attention import block_tokens, past_attention_tpu
 from dsv3_jax.parallel.devices import CHIPS
 
 C, P = 512, 64

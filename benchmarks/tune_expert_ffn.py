@@ -4,7 +4,7 @@
 
 Compiles every kernel at the published widths with each candidate, and ranks candidates by what bounds the kernel: its bundles,
 the arithmetic at the datasheet's peak, or its HBM bytes at the datasheet's bandwidth. Prints one JSON line a candidate and, at
-the end, the best for each kernel: `TILES` in dsv3_jax/kernels/pallas_tpu.py is made of these by hand, weighing what is good for
+the end, the best for each kernel: `TILES` in dsv3_jax/kernels/tpu/experts.py is made of these by hand, weighing what is good for
 one number of rows against others. Takes about 10 minutes a chip.
 """
 
@@ -19,8 +19,8 @@ from expert_kernels import ROW_KERNELS, WEIGHT_KERNELS, Cost, E, how_on, row_cos
 from machine import machine
 from tpu_schedule import CLOCK, CORES, TOPOLOGIES, Job, Schedule, peak_flops_per_cycle, read_schedules
 
-from dsv3_jax.kernels.grouped_rows_tpu import RowTiles
-from dsv3_jax.kernels.grouped_weights_tpu import WeightTiles, fit_weights
+from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles
+from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles, fit_weights
 from dsv3_jax.parallel.devices import CHIPS
 
 ROW_TILES = [

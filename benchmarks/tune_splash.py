@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from machine import machine
 from tpu_schedule import TOPOLOGIES, Job, Schedule, peak_flops_per_cycle, read_schedules
 
-from dsv3_jax.kernels.splash import Block, splash_attention
+from dsv3_jax.kernels.tpu.splash import Block, splash_attention
 
 X, W = 192, 128
 """Widths of queries and keys, and of values."""

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from dsv3_jax.checkpoint.fp8 import SCALE_SUFFIX, scale_shape
 from dsv3_jax.checkpoint.loading import Weights, load_array
 from dsv3_jax.checkpoint.names import Leaf
-from dsv3_jax.kernels.block_scaled import BlockScaled
+from dsv3_jax.kernels.quantized import BlockScaled
 from dsv3_jax.model.sharding import scale_sharding
 
 

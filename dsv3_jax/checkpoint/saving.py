@@ -27,7 +27,7 @@ from dsv3_jax.checkpoint.processes import all_or_none, first_alone, same_everywh
 from dsv3_jax.checkpoint.tensor_files import Outgoing, write_file
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.files import folder_to_disk, names_to_disk
-from dsv3_jax.kernels.block_scaled import is_block_scaled
+from dsv3_jax.kernels.quantized import is_block_scaled
 
 
 def checked_arrays(config: ModelConfig, variables: dict[str, Any]) -> list[tuple[Leaf, Any]]:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.load import LoadedModel
 from dsv3_jax.kernels.attention import choose_attention
-from dsv3_jax.kernels.expert_ffn import choose_backend
+from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.kernels.latent_attention import choose_latent_backend
 from dsv3_jax.parallel.mesh import describe
 

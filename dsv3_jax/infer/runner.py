@@ -20,7 +20,7 @@ from dsv3_jax.infer.sampling import Sampler, SamplingParams, with_row
 from dsv3_jax.infer.sequence import Chunk, Sequence
 from dsv3_jax.infer.sizes import Sizes, chunk_sizes
 from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
-from dsv3_jax.kernels.block_scaled import in_dtype, is_block_scaled
+from dsv3_jax.kernels.quantized import in_dtype, is_block_scaled
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.parallel.devices import place_alike, release

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels import attention_gpu, hopper, splash
-from dsv3_jax.kernels.choice import Choice
-from dsv3_jax.kernels.documents import first_seen
-from dsv3_jax.kernels.online_softmax import MASKED, Running
-from dsv3_jax.kernels.varying import varying_alike, zeros_beside
+from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.gpu import attention, hopper
+from dsv3_jax.kernels.online_softmax import MASKED, Running, first_seen
+from dsv3_jax.kernels.tpu import splash
+from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 
 _CHOICE = Choice(
     "attention_backend",
@@ -44,7 +44,7 @@ def choose_attention(
     """
 
     def refusal() -> str | None:
-        return (_ACROSS_DOCUMENTS if documents else None) or hopper.refusal(dtype) or attention_gpu.refusal(*widths)
+        return (_ACROSS_DOCUMENTS if documents else None) or hopper.refusal(dtype) or attention.refusal(*widths)
 
     return _CHOICE.of(name, platform, {"pallas_gpu": refusal})
 
@@ -70,7 +70,7 @@ def attend(
     if backend == "pallas_gpu":
         if starts_BT is not None:
             raise ValueError(f"attention by 'pallas_gpu' {_ACROSS_DOCUMENTS}; use attention_backend chunked")
-        return attention_gpu.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
+        return attention.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
     return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first, starts_BT=starts_BT)
 
 

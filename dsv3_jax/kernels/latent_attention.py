@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels import hopper, latent_attention_gpu
-from dsv3_jax.kernels.choice import Choice
-from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
+from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.gpu import hopper
+from dsv3_jax.kernels.gpu import latent_attention as gpu_latent_attention
 from dsv3_jax.kernels.online_softmax import MASKED, Running
-from dsv3_jax.kernels.varying import varying_alike
+from dsv3_jax.kernels.tpu.latent_attention import past_attention_tpu
+from dsv3_jax.kernels.vma import varying_alike
 
 # Tokens that the chunked walk takes at a time, in whole pages.
 CHUNK = 512
@@ -58,7 +59,7 @@ def choose_latent_backend(name: str, dtype: Any, widths: tuple[int, int], platfo
       widths: C and P.
       platform: as `choose_backend` for the experts takes it, whose errors this raises, too.
     """
-    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: hopper.refusal(dtype) or latent_attention_gpu.refusal(*widths)})
+    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: hopper.refusal(dtype) or gpu_latent_attention.refusal(*widths)})
 
 
 def latent_attention(
@@ -203,6 +204,65 @@ def _pages(cached: CachedLatents) -> tuple[Callable[[jax.Array], tuple], int]:
 
 _BACKENDS: dict[str, _Past] = {
     "pallas_tpu": past_attention_tpu,
-    "pallas_gpu": latent_attention_gpu.past_attention_gpu,
+    "pallas_gpu": gpu_latent_attention.past_attention_gpu,
     "chunked": past_attention_chunked,
 }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention over a cache of latents in the materialised form: what prefill needs after a prompt's first chunk.
+
+
+_OWN_BLOCK = 512
+
+
+def expanded_attention(
+    kernel_CNX: jax.Array,
+    q_nope_BTNH: jax.Array,
+    q_rope_BTNP: jax.Array,
+    new_latent_BTC: jax.Array,
+    new_rope_BTP: jax.Array,
+    cached: CachedLatents,
+    length_B: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Attention of T new tokens over the cached latents and, causally, over their own.
+
+    Args:
+      kernel_CNX: W_kvb, which expands a latent to every head's key and value, [nope | v].
+      q_nope_BTNH, q_rope_BTNP: queries, the second part rotated.
+      new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves, not in the cache yet.
+      cached: the cache. What lies past a sequence's length, and in pages of nobody, is never read as data.
+      length_B: int32, tokens in each sequence's cache, from 0.
+      scale: positive factor on the logits.
+
+    Returns:
+      The mixture of values of every head, [B, T, N, W] in the latents' dtype; logits and softmax are float32.
+    """
+    T, H = q_nope_BTNH.shape[1], q_nope_BTNH.shape[-1]
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def fold(running: Running, latent_BZC: jax.Array, rope_BZP: jax.Array, seen_BTZ: jax.Array) -> Running:
+        k_BZNH, v_BZNW = jnp.split(jnp.einsum("BZC,CNX->BZNX", latent_BZC, kernel_CNX), [H], axis=-1)
+        logits = einsum("BTNH,BZNH->BTNZ", q_nope_BTNH, k_BZNH) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, rope_BZP)
+        logits = jnp.where(seen_BTZ[:, :, None], logits * scale, MASKED)
+        return running.fold(logits, v_BZNW, "BTNZ,BZNW->BTNW")
+
+    rows = q_nope_BTNH.shape[:3]
+    running = Running.of_nothing(q_nope_BTNH, rows, kernel_CNX.shape[2] - H)
+    # The queries' own tokens first: each sees itself, so that no row is ever without a logit.
+    for first in range(0, T, _OWN_BLOCK):
+        own = slice(first, first + _OWN_BLOCK)
+        causal_TZ = jnp.arange(T)[:, None] >= jnp.arange(T)[own]
+        seen_BTZ = jnp.broadcast_to(causal_TZ, (rows[0], *causal_TZ.shape))
+        running = fold(running, new_latent_BTC[:, own], new_rope_BTP[:, own], seen_BTZ)
+
+    take, size = blocks_of(cached)
+
+    def step(i: jax.Array, running: Running) -> Running:
+        latent_BZC, rope_BZP, counted_BZ = take(i, length_B)
+        return fold(running, latent_BZC, rope_BZP, jnp.broadcast_to(counted_BZ[:, None], (*rows[:2], size)))
+
+    _, total, mixed = jax.lax.fori_loop(0, (length_B.max() + size - 1) // size, step, running)
+    return (mixed / total[..., None]).astype(new_latent_BTC.dtype)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.varying import zeros_beside
+from dsv3_jax.kernels.vma import zeros_beside
 
 MASKED = -1e30
 """The logit of what is not seen; finite, so that a fully masked row stays free of NaN."""
@@ -45,3 +45,19 @@ class Running(NamedTuple):
         shrink = jnp.exp(self.top - top)
         more = jnp.einsum(product, p.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return Running(top, self.total * shrink + p.sum(-1), self.mixed * shrink[..., None] + more)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents packed in one row, and attention that stays within them.
+
+
+def first_seen(starts_BT: jax.Array, first: jax.Array | int) -> jax.Array:
+    """The position of the first key that each query sees, [B, T] int32; `first` is that of the first query."""
+    place = (first + jnp.arange(starts_BT.shape[1])).astype(jnp.int32)
+    return jnp.where(starts_BT < 0, place, starts_BT.astype(jnp.int32))
+
+
+def has_ahead(starts_BT: jax.Array, distance: int) -> jax.Array:
+    """Which tokens have another one of their document `distance` further on: bool [B, T]. Padding has none at any distance."""
+    within = jnp.arange(starts_BT.shape[1]) < starts_BT.shape[1] - distance
+    return within & (starts_BT >= 0) & (jnp.roll(starts_BT, -distance, axis=1) == starts_BT)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.varying import varying_alike, zeros_beside
+from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 from dsv3_jax.model.model import HEAD_AXES, DeepSeekV3
 from dsv3_jax.model.mtp import rows_of_depth
 from dsv3_jax.parallel.mesh import AXES, current_mesh

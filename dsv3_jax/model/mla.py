@@ -21,9 +21,8 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention import attend, causal_attention, choose_attention
-from dsv3_jax.kernels.expanded_attention import expanded_attention
-from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
-from dsv3_jax.kernels.varying import varying_axes, varying_over
+from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, expanded_attention, latent_attention
+from dsv3_jax.kernels.vma import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import Rotation, rotate
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh, current_platform
@@ -104,7 +103,7 @@ class MLA(nn.Module):
           rotation: cos and sin of the tokens' positions.
           cache: latents of the tokens before x, a row for each sequence or pages; None if x starts its sequences.
           places: where in it each sequence's are.
-          starts_BT: where the document of each token begins, to attend within it (`kernels/documents.py`); not with a cache.
+          starts_BT: where the document of each token begins, to attend within it (`kernels/online_softmax.py`); not with a cache.
 
         Returns:
           The attention output [B, T, D], and the latents of x for the cache.

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.block_scaled import in_dtype
-from dsv3_jax.kernels.expert_ffn import choose_backend, expert_ffn
-from dsv3_jax.kernels.permute import combine, dispatch, sort_by_expert
+from dsv3_jax.kernels.experts import choose_backend, combine, dispatch, expert_ffn, sort_by_expert
+from dsv3_jax.kernels.quantized import in_dtype
 from dsv3_jax.model.layers import SwiGLU, normal_init
 from dsv3_jax.model.router import Router, Routing
 from dsv3_jax.parallel.all_to_all import WEIGHT_AXES, ExpertWeights, routed_experts_on_mesh

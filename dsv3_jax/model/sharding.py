@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
+from dsv3_jax.kernels.quantized import BlockScaled, is_block_scaled
 from dsv3_jax.model.mla import ABSORBED_AXES, absorbed
 from dsv3_jax.model.model import abstract_variables, logical_axes
 from dsv3_jax.model.stack import STACKS, stack_sizes

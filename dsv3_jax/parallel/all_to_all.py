@@ -22,10 +22,9 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.choice import Choice
-from dsv3_jax.kernels.expert_ffn import expert_ffn
-from dsv3_jax.kernels.permute import ExpertOrder, rows_at, sort_by_expert, sum_over_choices
-from dsv3_jax.kernels.varying import varying_alike, zeros_beside
+from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.experts import ExpertOrder, expert_ffn, rows_at, sort_by_expert, sum_over_choices
+from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
 from dsv3_jax.parallel.sharding import TOKENS, Weight, scattered_sum, splittable, whole_weight
 

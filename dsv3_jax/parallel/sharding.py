@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.kernels.block_scaled import BlockScaled
-from dsv3_jax.kernels.varying import varying_axes, varying_over
+from dsv3_jax.kernels.quantized import BlockScaled
+from dsv3_jax.kernels.vma import varying_axes, varying_over
 from dsv3_jax.parallel.mesh import AXES, BATCH_AXES, current_mesh
 
 FSDP_AXES = "fsdp", "expert", "context"

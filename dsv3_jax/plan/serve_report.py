@@ -13,7 +13,7 @@ from rich.console import Console
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import num_shards
 from dsv3_jax.infer.runner import on_mesh
-from dsv3_jax.kernels.expert_ffn import choose_backend
+from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import current_platform, describe
 from dsv3_jax.plan.arrays import device_bytes

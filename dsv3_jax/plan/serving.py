@@ -20,7 +20,7 @@ from dsv3_jax.infer.cache import ROWS, empty_cache
 from dsv3_jax.infer.runner import laid_out
 from dsv3_jax.infer.sizes import SMALLEST_CHUNK, chunk_sizes, pages_for
 from dsv3_jax.infer.steps import Slots
-from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
+from dsv3_jax.kernels.quantized import BlockScaled, is_block_scaled
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
 from dsv3_jax.parallel.mesh import AXES

@@ -18,7 +18,7 @@ from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.config.run import StepValues
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.kernels.attention import choose_attention
-from dsv3_jax.kernels.expert_ffn import choose_backend
+from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.model import training_loss
 from dsv3_jax.model.losses import Losses, depth_weights
 from dsv3_jax.model.router import max_violation, updated_bias

@@ -19,7 +19,7 @@ from dsv3_jax.checkpoint.fp8 import quantise
 from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, save_hf
 from dsv3_jax.config import Config, MeshConfig, ModelConfig
 from dsv3_jax.infer.engine import Engine
-from dsv3_jax.kernels.block_scaled import BlockScaled, is_block_scaled
+from dsv3_jax.kernels.quantized import BlockScaled, is_block_scaled
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.mla import Places
 from dsv3_jax.model.sharding import place_variables, variable_shardings

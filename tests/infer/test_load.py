@@ -23,7 +23,7 @@ from dsv3_jax.config import Config, InferConfig, MeshConfig, TrainConfig
 from dsv3_jax.config.hugging_face import is_hugging_face, model_to_train, read_model
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
-from dsv3_jax.kernels.block_scaled import BlockScaled
+from dsv3_jax.kernels.quantized import BlockScaled
 from dsv3_jax.parallel.mesh import make_mesh
 from tests.model.tiny import CONFIG, random_variables
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.kernels import latent_attention as contract
 from dsv3_jax.kernels.latent_attention import CachedLatents, latent_attention
-from dsv3_jax.kernels.latent_attention_tpu import past_attention_tpu
+from dsv3_jax.kernels.tpu.latent_attention import past_attention_tpu
 from dsv3_jax.plan.topology import tpu_devices
 from tests.intermediates import intermediate_shapes
 from tests.kernels.interpreter import STRICT, TWO_CORES, assert_no_race

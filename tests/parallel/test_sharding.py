@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.kernels.block_scaled import BlockScaled
+from dsv3_jax.kernels.quantized import BlockScaled
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, SERVING, TOKENS, _rounded, place_tokens, project, use_rules
 from dsv3_jax.plan.collectives import collectives

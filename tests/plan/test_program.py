@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from dsv3_jax.kernels.grouped_ffn import KERNELS
+from dsv3_jax.kernels.grouped import KERNELS
 from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import AXES, make_mesh
 from dsv3_jax.plan.arrays import device_bytes

@@ -1,0 +1,439 @@
+"""The routed experts' feed-forward over rows sorted by expert (section 2.1.2 of the report): contract and choice.
+
+This is where DeepSeek-V3 spends its arithmetic. `reference.py` says what is computed; every other backend computes
+the same faster: `pallas_tpu.py` on TPUs, `pallas_gpu.py` on Hopper GPUs, `tiles.py` elsewhere, `ragged_dot.py` by XLA's own
+grouped product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.gpu.experts import expert_ffn_pallas_gpu
+from dsv3_jax.kernels.gpu.hopper import refusal
+from dsv3_jax.kernels.quantized import BlockScaled, require_trainable
+from dsv3_jax.kernels.tpu.experts import expert_ffn_pallas_tpu
+from dsv3_jax.kernels.vma import varying_alike, zeros_beside
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What `expert_ffn` computes, written for the eye: every expert sees all rows, and its own are kept.
+
+
+def expert_ffn_reference(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """`expert_ffn` for the tests; see there."""
+    dtype = x_RD.dtype
+    accumulate = jnp.promote_types(dtype, jnp.float32)
+    end_E = jnp.cumsum(group_sizes_E)
+    row_R1 = jnp.arange(x_RD.shape[0])[:, None]
+
+    def add_expert(y_RD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        w_gate_DF, w_up_DF, w_down_FD, start, end = expert
+        mine_R1 = (start <= row_R1) & (row_R1 < end)
+        mine_RD = jnp.where(mine_R1, x_RD, 0)
+        gate_RF = jnp.dot(mine_RD, w_gate_DF, preferred_element_type=accumulate)
+        up_RF = jnp.dot(mine_RD, w_up_DF, preferred_element_type=accumulate)
+        hidden_RF = (jax.nn.silu(gate_RF) * up_RF).astype(dtype)
+        out_RD = jnp.dot(hidden_RF, w_down_FD, preferred_element_type=accumulate).astype(dtype)
+        return jnp.where(mine_R1, out_RD, y_RD), None
+
+    experts = (w_gate_EDF, w_up_EDF, w_down_EFD, end_E - group_sizes_E, end_E)
+    return jax.lax.scan(add_expert, jnp.zeros_like(x_RD), experts)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `expert_ffn` by plain XLA: matrix products over the tiles of rows of one expert after the other.
+
+
+_LARGEST_TILE = 256
+_REMAINDER_TILE = 32
+
+
+class _Tile(NamedTuple):
+    """Consecutive rows, of which `mine_A1` belong to the expert at hand; the others are read as zero and kept."""
+
+    start: jax.Array
+    mine_A1: jax.Array
+
+    def read(self, array_RX: jax.Array) -> jax.Array:
+        return jnp.where(self.mine_A1, self._slice(array_RX), 0)
+
+    def write(self, array_RX: jax.Array, rows_AX: jax.Array) -> jax.Array:
+        kept_AX = jnp.where(self.mine_A1, rows_AX.astype(array_RX.dtype), self._slice(array_RX))
+        return jax.lax.dynamic_update_slice_in_dim(array_RX, kept_AX, self.start, 0)
+
+    def _slice(self, array_RX: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(array_RX, self.start, self.mine_A1.shape[0], 0)
+
+
+def _tile_rows(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """Rows of a tile, largest first, for experts that have num_rows / num_experts rows on average.
+
+    Every product packs the weights anew and every tile adds to the weight gradients, so a tile should hold most of an
+    expert's rows; past 64 rows that is paid for, and small tiles for the remainder save more than they cost.
+    """
+    mean = -(-num_rows // num_experts)
+    largest = min(1 << (mean - 1).bit_length(), _LARGEST_TILE, num_rows)
+    return (largest, _REMAINDER_TILE) if largest >= 4 * _REMAINDER_TILE else (largest,)
+
+
+def _over_experts(visit: Callable[[jax.Array, Callable, Any], Any], carry: Any, group_sizes_E: jax.Array, num_rows: int) -> Any:
+    """Folds `visit(e, over_tiles, carry)` over the experts that have rows.
+
+    In it, `over_tiles(body, carry)` folds `body(tile, carry)` over the tiles of expert e.
+    """
+    num_experts = group_sizes_E.shape[0]
+    busy_E = jnp.nonzero(group_sizes_E, size=num_experts, fill_value=0)[0]
+    end_E = jnp.cumsum(group_sizes_E)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        e = busy_E[i]
+        end = end_E[e]
+
+        def over_tiles(body: Callable[[_Tile, Any], Any], carry: Any) -> Any:
+            first = end - group_sizes_E[e]
+            *larger, smallest = _tile_rows(num_rows, num_experts)
+            for rows in larger:
+                count = (end - first) // rows
+                carry = _over_equal_tiles(body, carry, first, end, rows, count, num_rows)
+                first += count * rows
+            return _over_equal_tiles(body, carry, first, end, smallest, -(-(end - first) // smallest), num_rows)
+
+        return visit(e, over_tiles, carry)
+
+    return jax.lax.fori_loop(0, jnp.sum(group_sizes_E > 0), step, carry)
+
+
+def _over_equal_tiles(
+    body: Callable[[_Tile, Any], Any], carry: Any, first: jax.Array, end: jax.Array, rows: int, count: jax.Array, num_rows: int
+) -> Any:
+    def step(i: jax.Array, carry: Any) -> Any:
+        begin = first + i * rows
+        # A slice that would run past the array is moved back by JAX, so do it here, where the mask can know.
+        start = jnp.minimum(begin, num_rows - rows)
+        row_A1 = start + jnp.arange(rows, dtype=start.dtype)[:, None]
+        return body(_Tile(start, (begin <= row_A1) & (row_A1 < end)), carry)
+
+    return jax.lax.fori_loop(0, count, step, carry)
+
+
+def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+Weight = jax.Array | BlockScaled
+
+
+@jax.custom_vjp
+def expert_ffn_tiles(
+    x_RD: jax.Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight, group_sizes_E: jax.Array
+) -> jax.Array:
+    """`expert_ffn` by tiles; see there."""
+
+    def visit(e: jax.Array, over_tiles: Callable, y_RD: jax.Array) -> jax.Array:
+        # Of weights in 8 bits, an expert's are wide only while it is visited.
+        weights = tuple(w_EXX[e].astype(x_RD.dtype) for w_EXX in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        return over_tiles(lambda tile, y_RD: tile.write(y_RD, _expert(tile.read(x_RD), *weights)[0]), y_RD)
+
+    return _over_experts(visit, jnp.zeros_like(x_RD), group_sizes_E, x_RD.shape[0])
+
+
+def _expert(
+    x_AD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One expert's y, gate and up."""
+    gate_AF, up_AF = _dot("AD,DF->AF", x_AD, w_gate_DF), _dot("AD,DF->AF", x_AD, w_up_DF)
+    hidden_AF = (jax.nn.silu(gate_AF) * up_AF).astype(x_AD.dtype)
+    return _dot("AF,FD->AD", hidden_AF, w_down_FD), gate_AF, up_AF
+
+
+def _forward(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """As `expert_ffn_tiles`, keeping gate and up: to read them back is cheaper than two of eight products again."""
+    require_trainable((w_gate_EDF, w_up_EDF, w_down_EFD))
+    num_rows, hidden = x_RD.shape[0], w_gate_EDF.shape[2]
+
+    def visit(e: jax.Array, over_tiles: Callable, carry: Any) -> Any:
+        weights = w_gate_EDF[e], w_up_EDF[e], w_down_EFD[e]
+
+        def body(tile: _Tile, carry: Any) -> Any:
+            return tuple(tile.write(array, rows) for array, rows in zip(carry, _expert(tile.read(x_RD), *weights), strict=True))
+
+        return over_tiles(body, carry)
+
+    pre_RF = zeros_beside(x_RD, (num_rows, hidden), jnp.promote_types(x_RD.dtype, jnp.float32))
+    y_RD, gate_RF, up_RF = _over_experts(visit, (jnp.zeros_like(x_RD), pre_RF, pre_RF), group_sizes_E, num_rows)
+    return y_RD, (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, gate_RF, up_RF)
+
+
+def _backward(residuals: tuple[jax.Array, ...], dy_RD: jax.Array) -> tuple[jax.Array | None, ...]:
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, gate_RF, up_RF = residuals
+
+    def visit(e: jax.Array, over_tiles: Callable, carry: Any) -> Any:
+        w_gate_DF, w_up_DF, w_down_FD = w_gate_EDF[e], w_up_EDF[e], w_down_EFD[e]
+
+        def body(tile: _Tile, carry: Any) -> Any:
+            dx_RD, (dw_gate_DF, dw_up_DF, dw_down_FD) = carry
+            x_AD, dy_AD = tile.read(x_RD), tile.read(dy_RD)
+            dhidden_AF = _dot("AD,FD->AF", dy_AD, w_down_FD)
+            hidden_AF, dgate_AF, dup_AF = _swiglu_gradient(tile.read(gate_RF), tile.read(up_RF), dhidden_AF, x_RD.dtype)
+            dx_AD = _dot("AF,DF->AD", dgate_AF, w_gate_DF) + _dot("AF,DF->AD", dup_AF, w_up_DF)
+            return tile.write(dx_RD, dx_AD), (
+                dw_gate_DF + _dot("AD,AF->DF", x_AD, dgate_AF),
+                dw_up_DF + _dot("AD,AF->DF", x_AD, dup_AF),
+                dw_down_FD + _dot("AF,AD->FD", hidden_AF, dy_AD),
+            )
+
+        dx_RD, dweights = carry
+        sums = tuple(zeros_beside(x_RD, dw.shape[1:], gate_RF.dtype) for dw in dweights)
+        dx_RD, sums = over_tiles(body, (dx_RD, sums))
+        return dx_RD, tuple(dw.at[e].set(total.astype(dw.dtype)) for dw, total in zip(dweights, sums, strict=True))
+
+    carry = jnp.zeros_like(x_RD), tuple(jnp.zeros_like(w) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    dx_RD, dweights = _over_experts(visit, carry, group_sizes_E, x_RD.shape[0])
+    return dx_RD, *dweights, None
+
+
+def _swiglu_gradient(
+    gate_AF: jax.Array, up_AF: jax.Array, dhidden_AF: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """hidden = silu(gate) * up, and the gradients of gate and up, rounded to `dtype` for the products they enter."""
+    sigmoid_AF = jax.nn.sigmoid(gate_AF)
+    silu_AF = gate_AF * sigmoid_AF
+    dgate_AF = dhidden_AF * up_AF * (sigmoid_AF + silu_AF * (1 - sigmoid_AF))
+    return (silu_AF * up_AF).astype(dtype), dgate_AF.astype(dtype), (dhidden_AF * silu_AF).astype(dtype)
+
+
+expert_ffn_tiles.defvjp(_forward, _backward)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `expert_ffn` from `jax.lax.ragged_dot`: XLA's own grouped product, on any platform.
+
+
+def expert_ffn_ragged_dot(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """`expert_ffn` by three ragged products; see there."""
+    dtype = x_RD.dtype
+    accumulate = jnp.promote_types(dtype, jnp.float32)
+    # What ragged_dot leaves in the rows past the last group differs between platforms: masking them on both sides
+    # keeps whatever stands there out of y and, in the backward pass, out of every gradient.
+    used_R1 = jnp.arange(x_RD.shape[0])[:, None] < jnp.sum(group_sizes_E)
+
+    def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(rows, weights, group_sizes_E, preferred_element_type=accumulate)
+
+    x_RD = jnp.where(used_R1, x_RD, 0)
+    hidden_RF = jax.nn.silu(product(x_RD, w_gate_EDF)) * product(x_RD, w_up_EDF)
+    y_RD = product(jnp.where(used_R1, hidden_RF, 0).astype(dtype), w_down_EFD).astype(dtype)
+    return jnp.where(used_R1, y_RD, 0)
+
+
+_BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "pallas_tpu": expert_ffn_pallas_tpu,
+    "pallas_gpu": expert_ffn_pallas_gpu,
+    "tiles": expert_ffn_tiles,
+    "ragged_dot": expert_ffn_ragged_dot,
+    "reference": expert_ffn_reference,
+}
+# XLA's grouped product multiplies every row with every expert and masks, on a CPU as on a TPU (libtpu 0.0.42) and a GPU.
+_CHOICE = Choice(
+    "expert_backend",
+    auto={"cpu": "tiles", "gpu": "pallas_gpu", "tpu": "pallas_tpu"},
+    anywhere=("tiles", "ragged_dot", "reference"),
+    only_on={"pallas_tpu": "tpu", "pallas_gpu": "gpu"},
+)
+
+
+def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
+    """The backend of `expert_ffn` that `name` stands for.
+
+    Args:
+      name: a backend, or "auto" for the one that suits the machine: on a GPU that is "pallas_gpu" for bfloat16 on Hopper, and
+        "tiles" for everything else.
+      dtype: what the experts compute in.
+      platform: what the program will run on ("cpu", "gpu", "tpu"); None for JAX's default backend. Name it when
+        compiling for a machine that is not there.
+
+    Raises:
+      ValueError: for any other name, an unknown platform, and a backend that the platform cannot run.
+    """
+    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: refusal(dtype)})
+
+
+def expert_ffn(
+    x_RD: jax.Array,
+    w_gate_EDF: jax.Array | BlockScaled,
+    w_up_EDF: jax.Array | BlockScaled,
+    w_down_EFD: jax.Array | BlockScaled,
+    group_sizes_E: jax.Array,
+    *,
+    backend: str,
+) -> jax.Array:
+    """Every row through its own expert: y = (silu(x w_gate[e]) * (x w_up[e])) w_down[e].
+
+    Differentiable in x and the weights. Products accumulate in float32 and the hidden activations are float32 until
+    they enter the down product, whatever the dtype of the operands.
+
+    Args:
+      x_RD: rows sorted by expert. Those past the last group may hold anything, NaN too.
+      w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, of x's dtype or in 8 bits. Of these, "tiles" dequantises one
+        expert after the other, and only those that have rows; every other backend is given all of them in x's dtype.
+      group_sizes_E: int32, rows of each expert; their sum is at most R.
+      backend: a name that `choose_backend` knows.
+
+    Returns:
+      y_RD in x's dtype. Rows past the last group are exactly zero, in y and in the gradient of x.
+
+    Raises:
+      ValueError: for an unknown backend, one that cannot run here or with this dtype, and for shapes or dtypes that do not
+        fit together.
+    """
+    # A backend that is named was chosen for a platform that need not be the default one.
+    ffn = _BACKENDS[backend if backend in _BACKENDS else choose_backend(backend, x_RD.dtype)]
+    if ffn is not expert_ffn_tiles:
+        w_gate_EDF, w_up_EDF, w_down_EFD = (_unscaled(w, x_RD.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
+    return ffn(*varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
+
+
+def _unscaled(weight: jax.Array | BlockScaled, dtype: Any) -> jax.Array:
+    return weight.astype(dtype) if isinstance(weight, BlockScaled) else weight
+
+
+def _check(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: Any, group_sizes_E: jax.Array) -> None:
+    arrays: dict[str, Any] = {
+        "x": x_RD,
+        "w_gate": w_gate_EDF,
+        "w_up": w_up_EDF,
+        "w_down": w_down_EFD,
+        "group_sizes": group_sizes_E,
+    }
+    floats = {a.dtype for name, a in arrays.items() if name != "group_sizes" and not isinstance(a, BlockScaled)}
+    fits = x_RD.ndim == 2 and w_gate_EDF.ndim == 3 and min(x_RD.shape + w_gate_EDF.shape) >= 1
+    if fits:
+        E, D, F = w_gate_EDF.shape
+        fits = (x_RD.shape[1], w_up_EDF.shape, w_down_EFD.shape, group_sizes_E.shape) == (D, (E, D, F), (E, F, D), (E,))
+    if not fits or len(floats) > 1 or not jnp.issubdtype(x_RD.dtype, jnp.floating) or group_sizes_E.dtype != jnp.int32:
+        raise ValueError(
+            "expert_ffn got "
+            + ", ".join(f"{name} {a.dtype.name}{list(a.shape)}" for name, a in arrays.items())
+            + "; it needs x [R, D], w_gate and w_up [E, D, F] and w_down [E, F, D] of one float dtype and no empty axis, "
+            "and group_sizes int32[E]"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows to experts and back on one device: the dispatch and combine of DeepSeekMoE (section 2.1.2 of the report).
+
+
+class ExpertOrder(NamedTuple):
+    """How the choices of a batch are sorted by expert; equal experts keep the order of their choices."""
+
+    order: jax.Array
+    """int32 [R]: the choice that row r holds."""
+    inverse: jax.Array
+    """int32 [R]: the row that holds choice i."""
+    group_sizes_E: jax.Array
+    """int32 [E]: rows of each expert."""
+
+
+def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
+    """Sorts the choices by expert.
+
+    Args:
+      chosen_TK: int32, the experts of each token, all in [0, num_experts).
+      num_experts: E.
+
+    Raises:
+      ValueError: if num_experts * T * K does not fit in an int32.
+    """
+    num_choices = chosen_TK.size
+    if num_experts * num_choices >= 2**31:
+        raise ValueError(
+            f"{num_choices} choices among {num_experts} experts are too many to sort at once; split the batch so that "
+            "their product stays below 2**31"
+        )
+    choice = jnp.arange(num_choices, dtype=jnp.int32)
+    # One integer that holds both expert and choice: sorting it alone takes a sixth of the time of a stable argsort on CPUs.
+    key = jax.lax.sort(chosen_TK.reshape(-1).astype(jnp.int32) * num_choices + choice)
+    order = key % num_choices
+    inverse = jnp.zeros_like(order).at[order].set(choice, unique_indices=True, mode="promise_in_bounds")
+    first_row = jnp.searchsorted(key, jnp.arange(num_experts + 1, dtype=jnp.int32) * num_choices)
+    return ExpertOrder(order, inverse, jnp.diff(first_row).astype(jnp.int32))
+
+
+@jax.custom_vjp
+def dispatch(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """The token of every row: [R, D], row r being x[order[r] // K].
+
+    The gradient of x is summed over K in float32.
+
+    Args:
+      x_TD: the tokens.
+      order, inverse: as `sort_by_expert` gives them; K is R / T.
+    """
+    return rows_at(x_TD, order // (order.shape[0] // x_TD.shape[0]))
+
+
+@jax.custom_vjp
+def combine(y_RD: jax.Array, weight_TK: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """sum_k weight_k y_k of every token, in float32, then y's dtype: [T, D].
+
+    Args:
+      y_RD: what the experts made of the rows.
+      weight_TK: the weight of each choice.
+      order, inverse: as `sort_by_expert` gives them.
+    """
+    return sum_over_choices(y_RD, inverse.reshape(weight_TK.shape), weight_TK).astype(y_RD.dtype)
+
+
+def rows_at(array_XD: jax.Array, index_R: jax.Array) -> jax.Array:
+    """The rows at indices that are known to lie within the array."""
+    return array_XD.at[index_R].get(mode="promise_in_bounds")
+
+
+def sum_over_choices(y_RD: jax.Array, row_TK: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
+    """sum_k weight_k y[row_k] of every token, or the plain sum: [T, D], float32 at the least."""
+    # One gather for each k, rather than one of [T, K, D], fuses into a single pass without a temporary.
+    total_TD = jnp.zeros_like(y_RD, shape=(row_TK.shape[0], y_RD.shape[1]), dtype=jnp.promote_types(y_RD.dtype, jnp.float32))
+    for k in range(row_TK.shape[1]):
+        chosen_TD = rows_at(y_RD, row_TK[:, k])
+        total_TD += chosen_TD if weight_TK is None else weight_TK[:, k, None] * chosen_TD
+    return total_TD
+
+
+def _dispatch_forward(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # The number of tokens travels with the inverse: [T, K].
+    return dispatch(x_TD, order, inverse), inverse.reshape(x_TD.shape[0], -1)
+
+
+def _dispatch_backward(row_TK: jax.Array, dx_RD: jax.Array) -> tuple[jax.Array, None, None]:
+    return sum_over_choices(dx_RD, row_TK, None).astype(dx_RD.dtype), None, None
+
+
+def _combine_forward(
+    y_RD: jax.Array, weight_TK: jax.Array, order: jax.Array, inverse: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return combine(y_RD, weight_TK, order, inverse), (y_RD, weight_TK, order, inverse)
+
+
+def _combine_backward(residuals: tuple[jax.Array, ...], dout_TD: jax.Array) -> tuple[jax.Array | None, ...]:
+    y_RD, weight_TK, order, inverse = residuals
+    wide = jnp.promote_types(y_RD.dtype, jnp.float32)
+    dout_RD = rows_at(dout_TD, order // weight_TK.shape[1]).astype(wide)
+    dy_RD = rows_at(weight_TK.reshape(-1), order)[:, None] * dout_RD
+    dweight_TK = rows_at(jnp.sum(y_RD * dout_RD, axis=1), inverse).reshape(weight_TK.shape)
+    return dy_RD.astype(y_RD.dtype), dweight_TK.astype(weight_TK.dtype), None, None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+combine.defvjp(_combine_forward, _combine_backward)

@@ -1,0 +1,269 @@
+"""The expert FFN as six products over sorted rows, forward and backward: what Pallas kernels for TPUs and GPUs share.
+
+| kernel | computes | columns |
+|---|---|---|
+| `expert_gate_up` | hidden = silu(x w_gate) * (x w_up); for a gradient, gate and up, too | F |
+| `expert_down` | y = hidden w_down | D |
+| `expert_dhidden` | dhidden = dy w_down^T, and of it dgate and dup | F |
+| `expert_dx` | dx = dgate w_gate^T + dup w_up^T, one sum | D |
+| `expert_dw_gate_up` | x^T dgate, x^T dup | D x F an expert |
+| `expert_dw_down` | hidden^T dy | F x D an expert |
+
+What a kernel makes of its products it makes before they are written, in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+KERNELS = "gate_up", "down", "dhidden", "dx", "dw_gate_up", "dw_down"
+
+Compute = Callable[[list[jax.Array], list[jax.Array]], Sequence[jax.Array]]
+"""From float32 products of some rows and columns, and the same places of other arrays, to outputs at these places."""
+
+
+class Products(Protocol):
+    """Kernels of one kind of machine. Compared by value: an instance is part of what a program is compiled for."""
+
+    def rows(
+        self,
+        kernel: str,
+        compute: Compute,
+        rows: Sequence[jax.Array],
+        weights: Sequence[jax.Array],
+        beside: Sequence[jax.Array],
+        group_sizes_E: jax.Array,
+        *,
+        num_outputs: int,
+        transposed: bool,
+    ) -> Sequence[jax.Array]:
+        """Products of every row with the weights of its group, and what `compute` makes of them.
+
+        Args:
+          kernel: one of KERNELS.
+          compute: takes and returns what `Compute` says, within the kernel.
+          rows: one array [R, K] for all weights, each of which gives a product; or one for each of the weights, whose
+            products are added up to a single one.
+          weights: arrays [E, K, N], or [E, N, K] if transposed.
+          beside: arrays [R, N].
+          group_sizes_E: int32, rows of each group.
+          num_outputs: of `compute`.
+          transposed: how the weights lie.
+
+        Returns:
+          The outputs, [R, N] in the dtype of the rows. Rows past the last group are zero.
+        """
+
+    def weights(
+        self, kernel: str, left_RX: jax.Array, rights: Sequence[jax.Array], group_sizes_E: jax.Array
+    ) -> Sequence[jax.Array]:
+        """left^T right over the rows of every group, for each of the right arrays [R, Y]: [E, X, Y] in the dtype of the rows.
+
+        Sums are float32; groups without rows get zeros, and rows past the last group count for nobody.
+        """
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def expert_ffn_by(
+    x_RD: jax.Array,
+    w_gate_EDF: jax.Array,
+    w_up_EDF: jax.Array,
+    w_down_EFD: jax.Array,
+    group_sizes_E: jax.Array,
+    products: Products,
+) -> jax.Array:
+    """`expert_ffn` by the kernels of choice."""
+    (hidden_RF,) = products.rows(
+        "gate_up", _hidden, [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=1, transposed=False
+    )
+    return _down(hidden_RF, w_down_EFD, group_sizes_E, products)
+
+
+def _forward(
+    x_RD: jax.Array,
+    w_gate_EDF: jax.Array,
+    w_up_EDF: jax.Array,
+    w_down_EFD: jax.Array,
+    group_sizes_E: jax.Array,
+    products: Products,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    # To read gate and up back is cheaper than two of eight products again.
+    hidden_RF, gate_RF, up_RF = products.rows(
+        "gate_up", _hidden_gate_up, [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=3, transposed=False
+    )
+    y_RD = _down(hidden_RF, w_down_EFD, group_sizes_E, products)
+    return y_RD, (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hidden_RF, gate_RF, up_RF)
+
+
+def _backward(products: Products, residuals: tuple[jax.Array, ...], dy_RD: jax.Array) -> tuple[jax.Array | None, ...]:
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hidden_RF, gate_RF, up_RF = residuals
+    dgate_RF, dup_RF = products.rows(
+        "dhidden", _dgate_dup, [dy_RD], [w_down_EFD], [gate_RF, up_RF], group_sizes_E, num_outputs=2, transposed=True
+    )
+    (dx_RD,) = products.rows(
+        "dx", _same, [dgate_RF, dup_RF], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=1, transposed=True
+    )
+    dw_gate_EDF, dw_up_EDF = products.weights("dw_gate_up", x_RD, [dgate_RF, dup_RF], group_sizes_E)
+    (dw_down_EFD,) = products.weights("dw_down", hidden_RF, [dy_RD], group_sizes_E)
+    return dx_RD, dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
+
+
+expert_ffn_by.defvjp(_forward, _backward)
+
+
+def _down(hidden_RF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array, products: Products) -> jax.Array:
+    (y_RD,) = products.rows("down", _same, [hidden_RF], [w_down_EFD], [], group_sizes_E, num_outputs=1, transposed=False)
+    return y_RD
+
+
+# What is made of the products: `Compute`.
+
+
+def _same(products: Any, beside: Any) -> Sequence[jax.Array]:
+    return products
+
+
+def _hidden(products: Any, beside: Any) -> Sequence[jax.Array]:
+    gate_AX, up_AX = products
+    return (jax.nn.silu(gate_AX) * up_AX,)
+
+
+def _hidden_gate_up(products: Any, beside: Any) -> Sequence[jax.Array]:
+    return *_hidden(products, beside), *products
+
+
+def _dgate_dup(products: Any, beside: Any) -> Sequence[jax.Array]:
+    (dhidden_AX,) = products
+    gate_AX, up_AX = (a.astype(jnp.float32) for a in beside)
+    sigmoid_AX = jax.nn.sigmoid(gate_AX)
+    silu_AX = gate_AX * sigmoid_AX
+    dgate_AX = dhidden_AX * up_AX * (sigmoid_AX + silu_AX * (1 - sigmoid_AX))
+    return dgate_AX, dhidden_AX * silu_AX
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows sorted by group, cut into blocks: which visits of which blocks a kernel has to make.
+
+
+class Visits(NamedTuple):
+    """Visits in the order of the rows; those from `number` on are padding and name a valid group and block all the same."""
+
+    group_V: jax.Array
+    block_V: jax.Array
+    number: jax.Array
+    start_G: jax.Array
+    """int32 [G + 1]: the first row of every group, and the end of the last."""
+
+
+class Steps(NamedTuple):
+    """The order in which a kernel works through visits and column tiles; see `steps_by_block`."""
+
+    group_I: jax.Array
+    block_I: jax.Array
+    tile_I: jax.Array
+    start_G: jax.Array
+
+
+def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit_empty: bool) -> Visits:
+    """One visit for each pair of a group and a block that share rows.
+
+    Args:
+      group_sizes_G: int32, rows of each group.
+      num_rows: R, at least the sum of the sizes.
+      block_rows: rows of a block; the last block may be cut short.
+      visit_empty: whether a group without rows gets a visit, too (which finds no row of its own).
+    """
+    num_groups, num_blocks = group_sizes_G.shape[0], -(-num_rows // block_rows)
+    start_and_end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes_G, dtype=jnp.int32)])
+    start_G, end_G = start_and_end[:-1], start_and_end[1:]
+    first_block_G = jnp.minimum(start_G // block_rows, num_blocks - 1)
+    visits_G = jnp.where(group_sizes_G > 0, (end_G - 1) // block_rows - first_block_G + 1, int(visit_empty))
+    # Groups that share a block add one visit each to those of the blocks.
+    visit_V = jnp.arange(num_blocks + num_groups, dtype=jnp.int32)
+    group_V, within_V = _places(visit_V, visits_G)
+    block_V = jnp.minimum(first_block_G[group_V] + within_V, num_blocks - 1)
+    return Visits(group_V, block_V, jnp.sum(visits_G, dtype=jnp.int32), start_and_end)
+
+
+def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Steps, jax.Array]:
+    """Every column tile of every visit: block by block, within a block tile by tile, within a tile visit by visit.
+
+    So a block of rows is fetched once, an output tile is complete before the next one begins, and a group's weights are fetched
+    once for each block that the group has rows in. Every block needs a visit.
+
+    Returns:
+      The steps, and how many they are.
+    """
+    visit_V = jnp.arange(visits.group_V.shape[0], dtype=jnp.int32)
+    here_SV = (jnp.arange(num_blocks)[:, None] == visits.block_V) & (visit_V < visits.number)
+    visits_S = jnp.sum(here_SV, axis=1, dtype=jnp.int32)
+    step_I = jnp.arange(visit_V.size * num_tiles, dtype=jnp.int32)
+    block_I, within_I = _places(step_I, visits_S * num_tiles)
+    tile_I = jnp.minimum(within_I // visits_S[block_I], num_tiles - 1)
+    visit_I = (jnp.cumsum(visits_S) - visits_S)[block_I] + within_I % visits_S[block_I]
+    return Steps(visits.group_V[visit_I], block_I, tile_I, visits.start_G), visits.number * num_tiles
+
+
+class RowSteps(NamedTuple):
+    """The order in which a kernel works through tiles that begin near their group; see `steps_by_band`."""
+
+    group_I: jax.Array
+    row_I: jax.Array
+    """The tile's first row."""
+    begin_I: jax.Array
+    """Rows of the tile before the group's own."""
+    end_I: jax.Array
+    """Those, and the group's own."""
+    tile_I: jax.Array
+    """The column tile."""
+
+
+def steps_by_band(
+    group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int, grain: int
+) -> tuple[RowSteps, jax.Array]:
+    """Every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
+
+    A group's first tile begins with it or up to `grain` - 1 rows before, and its last one may reach beyond it. Within a band
+    the order is column by column, so that those who work on neighbouring steps at the same time share rows and weights.
+
+    Args:
+      group_sizes_G: int32, rows of each group, R in all.
+      num_rows: R.
+      tile_rows: rows of a tile, a multiple of `grain`.
+      num_tiles: column tiles.
+      band: tiles of rows.
+      grain: tiles begin at multiples of it.
+
+    Returns:
+      The steps, of which those past the last are padding, and how many they are.
+    """
+    start_G = jnp.cumsum(group_sizes_G, dtype=jnp.int32) - group_sizes_G
+    before_G = start_G % grain
+    visits_G = jnp.where(group_sizes_G > 0, -(-(group_sizes_G + before_G) // tile_rows), 0)
+    most = (num_rows + group_sizes_G.size * (grain + tile_rows - 2)) // tile_rows
+    step_I = jnp.arange(most * num_tiles, dtype=jnp.int32)
+    group_I, within_I = _places(step_I, visits_G * num_tiles)
+    band_I, within_I = within_I // (band * num_tiles), within_I % (band * num_tiles)
+    visits_I = jnp.clip(visits_G[group_I] - band_I * band, 1, band)
+    offset_I = (band_I * band + within_I % visits_I) * tile_rows
+    before_I = before_G[group_I]
+    begin_I = jnp.clip(before_I - offset_I, 0, tile_rows)
+    end_I = jnp.clip(group_sizes_G[group_I] + before_I - offset_I, 0, tile_rows)
+    tile_I = jnp.minimum(within_I // visits_I, num_tiles - 1)
+    steps = RowSteps(group_I, start_G[group_I] - before_I + offset_I, begin_I, end_I, tile_I)
+    return steps, jnp.sum(visits_G, dtype=jnp.int32) * num_tiles
+
+
+def _places(index_I: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which run each index lies in, and where in it, if runs of `count_Y` follow one another; the last run goes on for ever.
+
+    By comparing all with all, which is a single pass over a small matrix, where a search or a scatter would be a loop.
+    """
+    end_Y = jnp.cumsum(count_Y, dtype=jnp.int32)
+    run_I = jnp.minimum(jnp.sum(index_I[:, None] >= end_Y, axis=1, dtype=jnp.int32), count_Y.size - 1)
+    return run_I, index_I - (end_Y - count_Y)[run_I]

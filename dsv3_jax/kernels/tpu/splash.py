@@ -1,0 +1,252 @@
+"""Causal attention on a TPU: JAX's splash attention, a Pallas kernel, under the contract of `causal_attention`.
+
+Splash walks a grid of tiles and is told of each whether no, some or all of its queries look at its keys; where some do,
+it compares positions in registers. That table is all it knows of the mask. It is made here from the position of the first
+query, which may be traced: on a mesh a device has the queries of its part of the sequence, and all devices run one program.
+Documents to be kept apart are its segments, numbered by where they begin, and tiles before all of a block's documents skipped.
+
+Axes beyond the project's legend: M key-value heads, X query/key width, h and m the heads of all sequences of the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+from dsv3_jax.kernels.online_softmax import first_seen
+from dsv3_jax.kernels.tpu.memory import LANES, require_dtype, round_up
+
+Block = tuple[int, int, int]
+"""Queries and keys of a grid step, and the keys of those that are multiplied at once; multiples of the lanes."""
+FORWARD: Block = 1024, 1024, 512
+BACKWARD: Block = 1024, 1024, 256
+"""One for all chips, from their schedules at the published widths (docs/log.md; benchmarks/tune_splash.py searches again)."""
+ROW_BYTES = 2 * (256 + 128)
+"""Fast memory of a key of 192 and a value of 128 there, in bfloat16 and padded to the lanes: what these blocks are for."""
+DQ_COPIES = 4
+"""A backward pass in one kernel leaves a gradient of the queries for each block of keys, summed after it. Beyond so many
+blocks these copies would be too much memory, and a second kernel computes it: 1.3 times the instructions."""
+CORES = 2
+"""The heads are walked in two independent halves: a v5p chip has two cores, and splash gives a backward pass to one."""
+
+
+def splash_attention(
+    q_BTNX: jax.Array,
+    k_BSMX: jax.Array,
+    v_BSMW: jax.Array,
+    *,
+    scale: float,
+    first: jax.Array | int = 0,
+    starts_BT: jax.Array | None = None,
+    forward: Block = FORWARD,
+    backward: Block = BACKWARD,
+    interpret: Any = False,
+) -> jax.Array:
+    """softmax(q k^T * scale, over positions up to the query's own) v, differentiable in q, k and v.
+
+    The kernel has no scale: q is scaled in float32 and rounded once more to its dtype (docs/numerics.md). Lengths are
+    padded to whole blocks; padded keys come after every query that counts, and padded queries are cut.
+
+    Args:
+      q_BTNX: queries of N heads.
+      k_BSMX: keys of M heads; M divides N, and query head n reads key-value head n * M // N.
+      v_BSMW: values of the same M heads.
+      scale: factor on the logits.
+      first: position of the first query among the keys; not 0 where other devices hold the queries before it. All queries
+        lie among the keys: first + T <= S.
+      starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key before.
+        None keeps no documents apart.
+      forward, backward: blocks, made smaller for wider heads, float32 and short sequences.
+      interpret: as `pallas_call` takes it: to run on any platform, as JAX operations. For tests.
+
+    Returns:
+      [B, T, N, W] in v's dtype; logits and softmax are float32.
+
+    Raises:
+      ValueError: if q, k and v differ in dtype, or are neither float32 nor bfloat16.
+    """
+    if not q_BTNX.dtype == k_BSMX.dtype == v_BSMW.dtype:
+        raise ValueError(
+            f"splash attention got q {q_BTNX.dtype}, k {k_BSMX.dtype} and v {v_BSMW.dtype}; cast them to one dtype, or use "
+            "attention_backend chunked"
+        )
+    require_dtype("splash attention", q_BTNX.dtype, "attention_backend chunked")
+    B, T, N, X = q_BTNX.shape
+    S, M, W = v_BSMW.shape[1:]
+    row_bytes = (round_up(X, LANES) + round_up(W, LANES)) * q_BTNX.dtype.itemsize
+    forward = _evenly(_smaller(forward, row_bytes), T, S)
+    queries, keys = round_up(T, forward[0]), round_up(S, forward[1])
+    backward = _dividing(_smaller(backward, row_bytes), queries, keys)
+    scaled = (q_BTNX.astype(jnp.float32) * scale).astype(q_BTNX.dtype)
+    by_head = _by_head(scaled, queries), _by_head(k_BSMX, keys), _by_head(v_BSMW, keys)
+    if starts_BT is None:
+        parts = CORES if B * M % CORES == 0 else 1
+        segments: tuple[Any, ...] = ()
+        earliest = None
+    else:
+        # A sequence has its own segments.
+        halves = CORES if M % CORES == 0 else 1
+        parts = B * halves
+        ids = _segments(starts_BT, first, queries, keys, S)
+        segments = (jax.tree.map(lambda ids: jnp.repeat(ids, halves, axis=0), ids),)
+        earliest = ids.q.min(0)
+    split = (array.reshape(parts, -1, *array.shape[1:]) for array in by_head)
+    o: Any = jax.vmap(_kernel(first, earliest, queries, keys, forward, backward, interpret))(*split, *segments)
+    return o.reshape(B, N, queries, W)[:, :, :T].swapaxes(1, 2)
+
+
+def _segments(starts_BT: jax.Array, first: jax.Array | int, queries: int, keys: int, S: int) -> splash.SegmentIds:
+    """The number of every query's document, [B, queries], and of every key's, [B, keys]: the position where it begins.
+
+    Of the keys before the queries only those count that share the first query's document, and those after are never seen, so
+    that no device needs the others' starts.
+    """
+    ids_BT = first_seen(starts_BT, first)
+    T = ids_BT.shape[1]
+    same_BS = jnp.where(jnp.arange(S) >= ids_BT[:, :1], ids_BT[:, :1], -1)
+    ids_BS = jax.lax.dynamic_update_slice_in_dim(same_BS, ids_BT, first, 1)
+    # Padded queries see what the last one does, so that each has a key; padded keys come after every query that counts.
+    q = jnp.pad(ids_BT, ((0, 0), (0, queries - T)), mode="edge")
+    return splash.SegmentIds(q, jnp.pad(ids_BS, ((0, 0), (0, keys - S)), constant_values=-1))
+
+
+def _smaller(block: Block, row_bytes: int) -> Block:
+    """The block for wider rows, so that it takes as much fast memory."""
+    shrink = 2 ** math.ceil(math.log2(max(1, row_bytes / ROW_BYTES)))
+    queries, keys = (max(LANES, size // shrink) for size in block[:2])
+    return queries, keys, min(block[2], keys)
+
+
+def _evenly(block: Block, T: int, S: int) -> Block:
+    """A block of which as many cover the sequence as of `block`, but which pads it little: by less than 256 a block."""
+    queries, keys, at_once = block
+
+    def part(length: int, size: int, multiple: int) -> int:
+        return min(size, round_up(-(-length // -(-length // size)), multiple))
+
+    # Blocks of an odd number of lanes could only be multiplied so few keys at a time.
+    keys = part(S, keys, 2 * LANES if min(S, keys) > 2 * LANES else LANES)
+    return part(T, queries, LANES), keys, _divisor(keys, at_once)
+
+
+def _dividing(block: Block, queries: int, keys: int) -> Block:
+    """The largest block, no larger than `block`, that divides the padded sequence."""
+    keys_of_block = _divisor(keys, block[1])
+    return _divisor(queries, block[0]), keys_of_block, _divisor(keys_of_block, block[2])
+
+
+def _divisor(length: int, largest: int) -> int:
+    """The largest divisor up to `largest` that is a multiple of the lanes, as `length` is."""
+    return next(size for size in range(min(length, largest), 0, -LANES) if length % size == 0)
+
+
+def _by_head(array_BTNX: jax.Array, length: int) -> jax.Array:
+    """[B * N, length, X]: to the kernel, the sequences of a batch are so many more heads."""
+    B, T, N, X = array_BTNX.shape
+    by_head = array_BTNX.swapaxes(1, 2).reshape(B * N, T, X)
+    return jnp.pad(by_head, ((0, 0), (0, length - T), (0, 0)))
+
+
+def _kernel(
+    first: jax.Array | int,
+    earliest: jax.Array | None,
+    queries: int,
+    keys: int,
+    forward: Block,
+    backward: Block,
+    interpret: Any,
+) -> Any:
+    """Splash for q [h, queries, X], k [m, keys, X] and v [m, keys, W]; `earliest` as `_table_of_documents` takes it."""
+    if earliest is None:
+        table = functools.partial(_table, first, queries, keys)
+    else:
+        table = functools.partial(_table_of_documents, first, earliest, keys)
+    fused = keys // backward[1] <= DQ_COPIES
+    block_q, block_kv = (None, None) if fused else backward[:2]
+    sizes = splash.BlockSizes(*forward, *backward, block_q, block_kv, use_fused_bwd_kernel=fused)
+    return splash.SplashAttentionKernel(
+        table(*forward[:2]),
+        None if fused else table(*backward[:2]),
+        table(*backward[:2], queries_innermost=True),
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=_seen,
+        interpret=interpret,
+    )
+
+
+def _seen(query: jax.Array, key: jax.Array) -> jax.Array:
+    return query >= key
+
+
+def _table(
+    first: jax.Array | int, queries: int, keys: int, block_q: int, block_kv: int, *, queries_innermost: bool = False
+) -> MaskInfo:
+    """What splash knows of the mask: the kind of each tile, and the block to fetch while it is at hand.
+
+    Kinds are 0 (no query looks at a key: the tile is skipped), 1 (some do) and 2 (all do). A tile that runs names its own
+    block, and one that is skipped that of the next one to run, which so travels early: the first block of keys, where the grid
+    goes through keys before queries; else the first block of queries that looks at these keys.
+    """
+    i, j = jnp.arange(queries // block_q)[:, None], jnp.arange(keys // block_kv)
+    first_query = first + i * block_q
+    runs = j * block_kv < first_query + block_q
+    full = (j + 1) * block_kv <= first_query + 1
+    if queries_innermost:
+        begin = jnp.maximum(j * block_kv - first, 0) // block_q
+        fetch = jnp.minimum(jnp.maximum(i, begin), len(i) - 1)
+    else:
+        fetch = jnp.where(runs, j, 0)
+    places: Any = (first + jnp.arange(queries)).astype(jnp.int32)
+    return MaskInfo(
+        # One table for all heads, in small integers: it is held in scalar memory.
+        data_next=fetch[None].astype(jnp.int16),
+        mask_next=None,
+        block_mask=jnp.where(runs, jnp.where(full, 2, 1), 0)[None].astype(jnp.int8),
+        partial_mask_blocks=None,
+        q_sequence=places,
+    )
+
+
+def _table_of_documents(
+    first: jax.Array | int, earliest: jax.Array, keys: int, block_q: int, block_kv: int, *, queries_innermost: bool = False
+) -> MaskInfo:
+    """The same where documents are kept apart: tiles are skipped, too, whose keys come before what any of the queries sees.
+
+    Args:
+      first: position of the first query among the keys.
+      earliest: [queries], of each the first key that it sees in any sequence.
+      keys: their number.
+      block_q, block_kv: of a tile.
+      queries_innermost: as above.
+    """
+    info: Any = _table(first, len(earliest), keys, block_q, block_kv, queries_innermost=queries_innermost)
+    causal = info.block_mask[0] > 0
+    begins = earliest.reshape(-1, block_q).min(1)[:, None]
+    runs = causal & ((jnp.arange(keys // block_kv) + 1) * block_kv > begins)
+    if queries_innermost:
+        fetch = _next_to_run(runs.T, next_line=0).T
+    else:
+        fetch = _next_to_run(runs, next_line=1)
+    return info._replace(data_next=fetch[None].astype(jnp.int16), block_mask=runs[None].astype(jnp.int8))
+
+
+def _next_to_run(runs: jax.Array, next_line: int) -> jax.Array:
+    """Of every step of a line the first from it on that runs; past the last one, the first of the line `next_line` further on.
+
+    With queries innermost that is the same line, for the next head. A line in which none runs has the last step.
+    """
+    width = runs.shape[1]
+    following = jax.lax.cummin(jnp.where(runs, jnp.arange(width), width), axis=1, reverse=True)
+    first = jnp.roll(following[:, :1], -next_line, axis=0)
+    return jnp.minimum(jnp.where(following < width, following, first), width - 1)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.mla import Latents, Places
-from dsv3_jax.model.stack import stack_sizes
+from dsv3_jax.model.transformer import stack_sizes
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
 
 Cache = dict[str, Latents]

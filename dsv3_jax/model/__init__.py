@@ -3,7 +3,7 @@
 from dsv3_jax.model.losses import Losses, training_loss
 from dsv3_jax.model.mla import with_absorbed_weights
 from dsv3_jax.model.model import DeepSeekV3, ModelOutput, abstract_variables, init_variables, logical_axes
-from dsv3_jax.model.stack import unstack
+from dsv3_jax.model.transformer import unstack
 
 __all__ = [
     "DeepSeekV3",

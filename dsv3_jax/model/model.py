@@ -17,12 +17,11 @@ from flax import linen as nn
 from flax import struct
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.block import BlockOutput
 from dsv3_jax.model.layers import Embedding, Linear, RMSNorm
 from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.mtp import MTPDepth, rows_of_depth
 from dsv3_jax.model.rope import Rotation, rotation
-from dsv3_jax.model.stack import run_scanned, run_unrolled, stack_sizes
+from dsv3_jax.model.transformer import BlockOutput, run_scanned, run_unrolled, stack_sizes
 from dsv3_jax.parallel.mesh import without_mesh
 from dsv3_jax.parallel.sharding import place_tokens, project
 

@@ -12,11 +12,10 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.online_softmax import has_ahead
-from dsv3_jax.model.block import Block, BlockOutput
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.rope import Rotation
-from dsv3_jax.model.stack import rematerialised
+from dsv3_jax.model.transformer import Block, BlockOutput, rematerialised
 
 
 def rows_of_depth(shape: tuple[int, ...], starts_BT: jax.Array | None, depth: int) -> jax.Array:

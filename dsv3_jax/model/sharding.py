@@ -12,7 +12,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.quantized import BlockScaled, is_block_scaled
 from dsv3_jax.model.mla import ABSORBED_AXES, absorbed
 from dsv3_jax.model.model import abstract_variables, logical_axes
-from dsv3_jax.model.stack import STACKS, stack_sizes
+from dsv3_jax.model.transformer import STACKS, stack_sizes
 from dsv3_jax.parallel.devices import release
 from dsv3_jax.parallel.sharding import RULES, ShardingRules, named_shardings
 

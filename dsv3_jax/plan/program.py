@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from dsv3_jax.config import Config
 from dsv3_jax.data.batches import Batch
 from dsv3_jax.model.flops import flops_per_token
-from dsv3_jax.model.stack import STACKS
+from dsv3_jax.model.transformer import STACKS
 from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import TOKEN_AXES
 from dsv3_jax.plan.arrays import device_bytes, device_values, gathered, placed

@@ -21,7 +21,7 @@ from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.model import training_loss
 from dsv3_jax.model.losses import Losses, depth_weights
-from dsv3_jax.model.router import max_violation, updated_bias
+from dsv3_jax.model.moe import max_violation, updated_bias
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.all_to_all import choose_exchange
 from dsv3_jax.parallel.devices import TPU_OPTIONS

@@ -21,7 +21,7 @@ from dsv3_jax.infer.runner import models, on_mesh
 from dsv3_jax.infer.steps import decode
 from dsv3_jax.model import DeepSeekV3, ModelOutput
 from dsv3_jax.model.sharding import place_variables
-from dsv3_jax.model.stack import STACKS
+from dsv3_jax.model.transformer import STACKS
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, SERVING
 from dsv3_jax.plan.collectives import collectives

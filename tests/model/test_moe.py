@@ -14,8 +14,7 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.model import ExpertBackend
-from dsv3_jax.model.moe import MoE
-from dsv3_jax.model.router import Routing
+from dsv3_jax.model.moe import MoE, Routing
 from tests import reference_model
 from tests.model.tiny import CONFIG, assert_gradient, oracle_tensors, published, random_variables
 from tests.tolerances import TOLERANCE

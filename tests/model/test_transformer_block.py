@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.block import Block, BlockOutput
 from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.rope import rotation
+from dsv3_jax.model.transformer import Block, BlockOutput
 from tests import reference_model
 from tests.model.tiny import CONFIG, oracle_tensors, published, random_variables
 from tests.tolerances import TOLERANCE

@@ -15,9 +15,8 @@ import pytest
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.block import Block
 from dsv3_jax.model.rope import rotation
-from dsv3_jax.model.stack import rematerialised, run_scanned, run_unrolled, stack_sizes, unstack
+from dsv3_jax.model.transformer import Block, rematerialised, run_scanned, run_unrolled, stack_sizes, unstack
 from tests.model.tiny import CONFIG, DENSE_ONLY, MOE_ONLY, random_variables
 from tests.tolerances import TOLERANCE
 

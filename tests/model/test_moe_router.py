@@ -13,7 +13,7 @@ import pytest
 
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from dsv3_jax.data import Batch
-from dsv3_jax.model.router import Router, choose_experts, max_violation, sequence_balance_loss, updated_bias
+from dsv3_jax.model.moe import Router, choose_experts, max_violation, sequence_balance_loss, updated_bias
 from dsv3_jax.train.state import TrainState, state_of
 from dsv3_jax.train.step import train_step
 from tests.model.tiny import CONFIG, assert_gradient, balance_by_sequence, random_tokens, random_variables

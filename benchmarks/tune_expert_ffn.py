@@ -4,8 +4,8 @@
 
 Compiles every kernel at the published widths with each candidate, and ranks candidates by what bounds the kernel: its bundles,
 the arithmetic at the datasheet's peak, or its HBM bytes at the datasheet's bandwidth. Prints one JSON line a candidate and, at
-the end, the best for each kernel: `TILES` in dsv3_jax/kernels/tpu/experts.py is made of these by hand, weighing what is good for
-one number of rows against others. Takes about 10 minutes a chip.
+the end, the best for each kernel: `TILES` in dsv3_jax/kernels/tpu/experts.py is made of these by hand, weighing numbers of rows
+against each other. Takes about 10 minutes a chip.
 """
 
 from __future__ import annotations

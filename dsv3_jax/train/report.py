@@ -7,13 +7,13 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.files import write_whole
-from dsv3_jax.train.amounts import in_short
-from dsv3_jax.train.expert_load import ExpertLoad
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -250,3 +250,92 @@ def _heat(axis: Axes, names: list[str], loads: np.ndarray) -> None:
 
 def _ticks(highest: float) -> list[float]:
     return [0.0, 0.5, 1.0, *np.arange(1.5 if highest < 3 else 2.0, highest + 1e-6, 0.5 if highest < 3 else 1.0)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Large numbers as people read them: 1.2M tokens, 3.4 hours.
+
+
+_SUFFIXES = "", "K", "M", "B", "T"
+
+
+def in_short(number: float, decimals: int = 1) -> str:
+    """A count in few digits: 980, 1.2M, 123K, 14.8T; `decimals` at most, and those only below 100."""
+    value, power = float(f"{number:.{decimals + 2}g}"), 0  # Rounded first: 999,960 is 1M.
+    if abs(value) >= 1e15:
+        return f"{value:.3g}"
+    while abs(value) >= 1000:
+        value, power = value / 1000, power + 1
+    digits = f"{value:.{decimals}f}" if abs(value) < 100 else f"{value:.0f}"
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + _SUFFIXES[power]
+
+
+def in_time(seconds: float) -> str:
+    """A duration in its largest unit that it holds twice over: 119 s, 12 min, 2.5 h, 3.0 days."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which experts the tokens went to between two logged steps: expert_load.npz of a run.
+
+
+class ExpertLoad:
+    """Sums the loads of the steps since the last log on the devices, and writes them at each log.
+
+    The file holds the last logged interval alone: for each stack of `ModelOutput.load` ("moe_layers" [L, E], "mtp_0" [E], ...)
+    float32 loads over the mean of their layer, so that 1 is an even share.
+    """
+
+    def __init__(self, run: RunDirectory, *, writes: bool = True) -> None:
+        """Args: writes: whether this process writes; the others of a run only keep step with it."""
+        self._run = run
+        self._writes = writes
+        self._sums: dict[str, jax.Array] | None = None
+
+    def accumulate(self, load: dict[str, jax.Array]) -> None:
+        """Adds a step's tokens per expert; waits for nothing, so it may be called before the step is done."""
+        self._sums = load if self._sums is None else _added(self._sums, load)
+
+    def write(self) -> dict[str, np.ndarray]:
+        """Ends the interval: writes its loads over their means, if this process does, and returns them.
+
+        Nothing is written if no step, or no MoE layer, has been seen since the last time.
+        """
+        sums, self._sums = self._sums or {}, None
+        relative = {name: over_mean(np.asarray(load)) for name, load in sums.items()}
+        if self._writes and relative:
+            file = io.BytesIO()
+            np.savez(file, **relative)  # type: ignore[arg-type]  # Its own keywords are no names of stacks.
+            write_whole(self._run.expert_load_file, file.getvalue())
+        return relative
+
+    @staticmethod
+    def read(run: RunDirectory) -> dict[str, np.ndarray]:
+        """What was written last; empty if nothing was.
+
+        Raises:
+          ValueError: if the file is damaged.
+        """
+        if not run.expert_load_file.exists():
+            return {}
+        try:
+            with np.load(io.BytesIO(run.expert_load_file.read_bytes())) as arrays:
+                return dict(arrays)
+        except Exception as error:  # What a damaged archive raises has no narrower type.
+            raise ValueError(f"{run.expert_load_file} cannot be read ({error}); remove it") from error
+
+
+@jax.jit
+def _added(sums: dict[str, jax.Array], load: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(jnp.add, sums, load)
+
+
+def over_mean(load: Any) -> np.ndarray:
+    """Loads [..., E] over the mean of their layer, float32; 0 in a layer that no token came to."""
+    exact = np.asarray(load, np.float64)
+    mean = exact.mean(-1, keepdims=True)
+    return np.divide(exact, mean, out=np.zeros_like(exact), where=mean > 0).astype(np.float32)

@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.train.expert_load import ExpertLoad
-from dsv3_jax.train.report import draw, write_report
+from dsv3_jax.train.report import ExpertLoad, draw, write_report
 from tests.model.tiny import CONFIG
 
 LOAD = {

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Pallas kernels for NVIDIA GPUs, one file a kernel."""

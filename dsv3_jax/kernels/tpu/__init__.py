@@ -1,1 +1,1 @@
-"""TODO"""
+"""Pallas kernels for TPUs, one file a kernel."""

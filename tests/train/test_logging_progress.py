@@ -8,8 +8,8 @@ import io
 import pytest
 from rich.console import Console
 
-from dsv3_jax.train import progress
-from dsv3_jax.train.progress import ProgressBar
+from dsv3_jax.train import logging
+from dsv3_jax.train.logging import ProgressBar
 
 STEP = 1000
 """Tokens."""
@@ -24,7 +24,7 @@ def row(step: int, **more: float) -> dict[str, float]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, in a list of one."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(logging.time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -108,7 +108,7 @@ def test_only_one_process_prints(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_terminal_gets_a_bar(width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     terminal = io.StringIO()
     console = functools.partial(Console, file=terminal, force_terminal=True, width=width, color_system=None)
-    monkeypatch.setattr(progress, "Console", console)
+    monkeypatch.setattr(logging, "Console", console)
     with ProgressBar(25 * STEP, 100 * STEP) as bar:
         bar.say("said above")
         bar.show(row(50))

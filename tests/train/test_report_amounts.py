@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsv3_jax.train.amounts import in_short, in_time
+from dsv3_jax.train.report import in_short, in_time
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from dsv3_jax.config import Config, ModelConfig, TrainConfig
-from dsv3_jax.train.speed import mfu, model_flops, speed
+from dsv3_jax.train.logging import mfu, model_flops, speed
 
 PUBLISHED = Config(
     model=dataclasses.replace(ModelConfig(), num_nextn_predict_layers=0, max_position_embeddings=8192),

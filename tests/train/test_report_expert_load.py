@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.train.expert_load import ExpertLoad
+from dsv3_jax.train.report import ExpertLoad
 
 L, E = 3, 8
 

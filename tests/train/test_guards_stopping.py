@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from dsv3_jax.train import stopping
-from dsv3_jax.train.stopping import StopRequest
+from dsv3_jax.train import guards
+from dsv3_jax.train.guards import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -37,8 +37,8 @@ def test_without_a_signal_nothing_stops_and_the_handlers_come_back() -> None:
 def test_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two requests share the notes of a run; one is told, and is a step or two behind or ahead of the other."""
     notes: dict[str, str] = {}
-    monkeypatch.setattr(stopping, "write_note", notes.setdefault)
-    monkeypatch.setattr(stopping, "read_note", notes.get)
+    monkeypatch.setattr(guards, "write_note", notes.setdefault)
+    monkeypatch.setattr(guards, "read_note", notes.get)
     for told_at, lead in ((5, 2), (5, -2), (5, 0)):
         notes.clear()
         told, other = StopRequest(2), StopRequest(2)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dsv3_jax.train.watchdog import Watchdog
+from dsv3_jax.train.guards import Watchdog
 
 
 def hang_here(seconds: float) -> None:

@@ -12,7 +12,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.train.metrics import MetricsLog, read_metrics
+from dsv3_jax.train.logging import MetricsLog, read_metrics
 
 NAMES = ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
 
@@ -114,7 +114,7 @@ def test_a_restart_that_fails_loses_no_row(run: RunDirectory, monkeypatch: pytes
 
 def test_rows_are_never_appended_on_an_object_store(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr("dsv3_jax.train.metrics.write_whole", lambda path, text: written.append(text))
+    monkeypatch.setattr("dsv3_jax.train.logging.write_whole", lambda path, text: written.append(text))
     with MetricsLog(run, 0) as log:
         log.path = epath.Path("gs://bucket/run/metrics.jsonl")
         for step in (1, 2):
@@ -160,7 +160,7 @@ def test_a_full_disk_costs_no_row(
         log._board.flush()
         with monkeypatch.context() as patch, open("/dev/full", "wb", buffering=0) as file:
             patch.setattr(log, "path", full)
-            patch.setattr("dsv3_jax.train.metrics.write_whole", lambda path, text: full.write_text(text))
+            patch.setattr("dsv3_jax.train.logging.write_whole", lambda path, text: full.write_text(text))
             patch.setattr(log._board._writer._py_recordio_writer, "_writer", file)
             patch.setattr(EventsWriter, "__init__", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             for step in (2, 3):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from dsv3_jax.train import clock as clock_module
-from dsv3_jax.train.clock import Clock
+from dsv3_jax.train import logging as clock_module
+from dsv3_jax.train.logging import Clock
 
 
 def test_laps_count_their_own_time_and_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,209 @@
+"""Steps whose loss or gradient was not finite: the step leaves the state as it was, and here they are counted."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.data import TrainBatches
+from dsv3_jax.parallel.multihost import read_note, write_note
+
+
+class SkippedSteps:
+    """Counts them. The flag of a step is read once the next is on its way, so that the devices need not wait."""
+
+    def __init__(self, limit: int, keep: Callable[[int], str], total: int = 0, in_a_row: int = 0) -> None:
+        """Sets the counts.
+
+        Args:
+          limit: in a row, at which the run ends.
+          keep: writes down the batch of a step, and says so.
+          total, in_a_row: before the step at which the run resumes.
+        """
+        self._limit = limit
+        self._keep = keep
+        self.stuck: str | None = None
+        """Why the run ends, once `limit` steps in a row were skipped."""
+        self.total = total
+        self.in_a_row = in_a_row
+        self._unread: tuple[int, Any] | None = None
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What a checkpoint keeps of them, as the arguments to go on with."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def see(self, step: int, flag: Any) -> None:
+        """Takes the flag of a step (a scalar on the devices, 1 if it was skipped), and reads that of the step before."""
+        self.settle()
+        self._unread = step, flag
+
+    def settle(self) -> None:
+        """Waits for the last flag, and reads it."""
+        if self._unread is None:
+            return
+        (step, flag), self._unread = self._unread, None
+        if not float(flag):
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self._limit and self.stuck is None:
+            self.stuck = (
+                f"the loss or gradient of {self.in_a_row} steps in a row, up to step {step}, was not finite; none was taken; "
+                f"{self._keep(step)}; lower optimizer.learning_rate, in another --run-dir"
+            )
+
+
+def keep_batch(run: RunDirectory, batches: TrainBatches, writes: bool, step: int) -> str:
+    """Writes the whole batch of a step (counted from 1) into the run directory, as an .npz of its arrays by their names.
+
+    Args: writes: whether this process does. Returns: what became of it, in words.
+    """
+    file = run.path / f"skipped_step_{step}.npz"
+    if writes:
+        arrays = {name: array for name, array in batches[step - 1]._asdict().items() if array is not None}
+        try:
+            with file.open("wb") as out:
+                np.savez(out, **arrays)
+        except OSError as error:
+            return f"the batch of the last cannot be written to {file} ({error.strerror or error})"
+    return f"the batch of the last is in {file}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a run ends before its time: SIGTERM and SIGINT are noted, the step at hand is finished and saved.
+
+
+_NOTE = "stop"
+# Processes are at most two steps apart: each waits for the metrics of a step before it sends off the next but one.
+_STEPS_AHEAD = 4
+
+
+class StopRequest:
+    """Whether a signal asks the run to stop; a context manager, within which SIGTERM and a first SIGINT end no process.
+
+    A second SIGINT does. Of several processes any may be told: all of them then stop after the same step.
+    """
+
+    def __init__(self, num_processes: int) -> None:
+        self._alone = num_processes == 1
+        self._signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._last_step: int | None = None
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def reason(self) -> str:
+        """What asked for it, in words."""
+        return self._signal.name if self._signal is not None else "another process"
+
+    def after(self, step: int) -> bool:
+        """Whether the run stops after this step, which every process asks of every step."""
+        if self._alone:
+            return self._signal is not None
+        if self._last_step is None:
+            if self._signal is not None:
+                write_note(_NOTE, str(step + _STEPS_AHEAD))
+            note = read_note(_NOTE)
+            self._last_step = int(note) if note is not None else None
+        return self._last_step is not None and step >= self._last_step
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self._signal = self._signal or signal.Signals(number)
+        if number == signal.SIGINT:  # From a keyboard; schedulers repeat SIGTERM.
+            signal.signal(number, self._before[signal.SIGINT])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A thread that speaks up when a step takes far longer than the steps before it: it dumps the stacks of all threads.
+
+
+_REMEMBERED_STEPS = 100
+_FEWEST_STEPS = 5
+
+
+class Watchdog:
+    """Watches the steps of a loop; a context manager.
+
+    When a step takes more than `factor` times the median of those before it, and more than `least` seconds, the stacks of
+    all threads go to stderr, once, and another line when it goes on. The run is left alone: what to do is the reader's
+    decision. The first step, which compiles, is not watched.
+    """
+
+    def __init__(self, factor: float = 10.0, least: float = 10.0) -> None:
+        self._factor = factor
+        self._least = least
+        self._seconds: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._lock = threading.Lock()
+        self._step = 0
+        self._since: float | None = None
+        self._warned = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def step_done(self, step: int) -> None:
+        """Says that a step is done, and the next begins."""
+        now = time.perf_counter()
+        with self._lock:
+            if self._since is not None:
+                if self._warned:
+                    print(f"step {step} is done after {now - self._since:.0f} s", file=sys.stderr, flush=True)
+                self._seconds.append(now - self._since)
+            self._step, self._since, self._warned = step, now, False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what belongs to no step: what it takes is not counted."""
+        with self._lock:
+            spent = None if self._since is None else time.perf_counter() - self._since
+            self._since = None
+        yield
+        with self._lock:
+            self._since = None if spent is None else time.perf_counter() - spent
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self._least / 4)):
+            with self._lock:
+                self._look()
+
+    def _look(self) -> None:
+        if self._since is None or self._warned or len(self._seconds) < _FEWEST_STEPS:
+            return
+        taken, median = time.perf_counter() - self._since, statistics.median(self._seconds)
+        if taken > max(self._factor * median, self._least):
+            self._warned = True
+            print(
+                f"step {self._step + 1} has taken {taken:.0f} s, and the median is {median:.2f} s; where all threads stand:",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)

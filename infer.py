@@ -26,15 +26,13 @@ from dsv3_jax.config.hugging_face import read_model
 from dsv3_jax.data.cache import digest
 from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
 from dsv3_jax.data.tokenizer import load_tokenizer
-from dsv3_jax.infer.batch import complete_lines, submit_lines
+from dsv3_jax.infer.batch import CompletionLines, PromptLines, complete_lines, read_prompt_lines, require_place, submit_lines
+from dsv3_jax.infer.cache import LONGEST_BY_DEFAULT, Sizes
 from dsv3_jax.infer.chat import Conversation, converse
-from dsv3_jax.infer.completion_lines import CompletionLines, require_place
 from dsv3_jax.infer.load import LoadedModel, load_model
-from dsv3_jax.infer.lockstep import follow, leading
-from dsv3_jax.infer.prompt import prompt_ids
-from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
+from dsv3_jax.infer.multihost import follow, leading
 from dsv3_jax.infer.report import Speed, opening
-from dsv3_jax.infer.sizes import LONGEST_BY_DEFAULT, Sizes
+from dsv3_jax.infer.request import prompt_ids
 from dsv3_jax.parallel.devices import cache_compilations
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.multihost import first_process_first, is_first_process, join_processes, require_agreement

@@ -1,12 +1,8 @@
-"""The latent cache: for every token and layer the normalised c_kv and the rotated shared key, 576 values as published.
-
-Paged: a pool of pages of `page_size` tokens for each layer, and a table that says which pages hold a sequence. One table serves
-all layers. On a mesh pages are split like the batch, and a table's numbers are those of its own device's pages. The first MTP
-depth, where it drafts, has latents like any other layer; row i of it knows token i + 1.
-"""
+"""How large an engine is: its slots, its pages and its longest sequence, all of it checked before a weight is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -15,9 +11,159 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.checks import require
 from dsv3_jax.model.mla import Latents, Places
 from dsv3_jax.model.transformer import stack_sizes
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
+
+LONGEST_BY_DEFAULT = 4096
+SMALLEST_CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The numbers of an engine. `Sizes.of` makes them out of what is asked for."""
+
+    num_shards: int
+    """Equal parts that slots and pages are split in, as a mesh splits the batch."""
+    slots_per_shard: int
+    """Sequences that a shard decodes at a time."""
+    pages_per_shard: int
+    page_size: int
+    """Tokens in a page."""
+    max_length: int
+    """Longest prompt and completion together, in tokens."""
+    chunk: int
+    """Most tokens of a prompt that a shard works on at a time."""
+    drafts: int
+    """Tokens that the first MTP depth drafts a step; it yields 1 to drafts + 1 tokens."""
+
+    def __post_init__(self) -> None:
+        for name, size in dataclasses.asdict(self).items():
+            require(size >= 1 or name == "drafts", f"{name} is {size}; it must be at least 1")
+        require(self.drafts >= 0, f"drafts is {self.drafts}; it cannot be negative, use 0")
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        mesh: Mesh | None = None,
+        *,
+        max_batch: int = 8,
+        max_length: int | None = None,
+        drafts: int = 0,
+        chunk: int = 512,
+        page_size: int | None = None,
+        cache_tokens: int | None = None,
+    ) -> Sizes:
+        """The sizes of an engine for a model. Arguments and errors as those of `Engine`."""
+        require_sizes(
+            max_batch=max_batch,
+            max_length=max_length,
+            drafts=drafts,
+            chunk=chunk,
+            page_size=page_size,
+            cache_tokens=cache_tokens,
+        )
+        context = config.max_position_embeddings
+        can_draft = config.num_nextn_predict_layers > 0
+        require(can_draft or not drafts, f"drafts is {drafts}; the model has no MTP depth to draft with, use 0")
+        parts = 1 if mesh is None else mesh.shape["context"]
+        require(parts == 1, f"mesh.context is {parts}; inference does not split sequences, use 1")
+        shards = num_shards(mesh)
+        page_size = (128 if jax.default_backend() == "tpu" else 64) if page_size is None else page_size
+        slots = -(-max_batch // shards)
+        longest = min(LONGEST_BY_DEFAULT, context) if max_length is None else max_length
+        if cache_tokens is None:
+            pages = slots * pages_for(longest, drafts, page_size)
+        else:
+            pages = cache_tokens // shards // page_size
+            room = pages * page_size - _places_beyond(drafts)
+            longest = min(longest, room) if max_length is None else longest
+            require(
+                2 <= longest <= room,
+                f"cache_tokens is {cache_tokens}, and in pages of {page_size} for each of {shards} parts of the batch the "
+                f"longest sequence it holds has {max(room, 0)} tokens; raise it"
+                + ("" if max_length is None else f", or lower max_length ({max_length})"),
+            )
+        require(2 <= longest <= context, f"max_length is {longest}; it must lie in 2..{context} (max_position_embeddings)")
+        return cls(shards, slots, pages, page_size, longest, chunk, drafts)
+
+    @property
+    def slots(self) -> int:
+        """Sequences decoded at a time, in all shards together."""
+        return self.num_shards * self.slots_per_shard
+
+    @property
+    def pages(self) -> int:
+        """Pages of all shards together."""
+        return self.num_shards * self.pages_per_shard
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache has room for."""
+        return self.pages * self.page_size
+
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """What the chunks of its prompts are padded to."""
+        return chunk_sizes(min(self.chunk, self.max_length - 1))
+
+    @property
+    def pages_of_one(self) -> int:
+        """Most pages of a sequence."""
+        return pages_for(self.max_length, self.drafts, self.page_size)
+
+
+def pages_for(length: int, drafts: int, page_size: int) -> int:
+    """Pages that a sequence of `length` tokens can need."""
+    return math.ceil((length + _places_beyond(drafts)) / page_size)
+
+
+def _places_beyond(drafts: int) -> int:
+    # A step writes up to 2 n + 1 places from a sequence's last token on.
+    return 2 * drafts + 1
+
+
+def chunk_sizes(longest: int) -> list[int]:
+    """What chunks of up to `longest` tokens are padded to."""
+    sizes = [SMALLEST_CHUNK]
+    while sizes[-1] < longest:
+        sizes.append(2 * sizes[-1])
+    return sizes
+
+
+def require_sizes(
+    *,
+    max_batch: int | None,
+    max_length: int | None,
+    drafts: int | None,
+    chunk: int,
+    page_size: int | None,
+    cache_tokens: int | None,
+) -> None:
+    """Raises ValueError for what is wrong with any model. None is what the engine, or the command line, chooses."""
+    given = {
+        "max_batch": max_batch,
+        "max_length": max_length,
+        "drafts": drafts,
+        "chunk": chunk,
+        "page_size": page_size,
+        "cache_tokens": cache_tokens,
+    }
+    for name, size in given.items():
+        is_integer = isinstance(size, int) and not isinstance(size, bool)
+        require(size is None or is_integer, f"{name} is {size!r}; use an integer")
+    require(max_batch is None or max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
+    require(drafts is None or drafts >= 0, f"drafts is {drafts}; it cannot be negative, use 0")
+    is_power = chunk >= SMALLEST_CHUNK and not chunk & (chunk - 1)
+    require(is_power, f"chunk is {chunk}; it must be a power of two from {SMALLEST_CHUNK}")
+    require(page_size is None or page_size >= 1, f"page_size is {page_size}; it must be at least 1")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The latent cache: for every token and layer the normalised c_kv and the rotated shared key, 576 values as published.
+
 
 Cache = dict[str, Latents]
 """Pages by layer (`moe_layers_0`, ..., and `mtp_0` where it drafts): c_kv [Y, Z, C], k_rope [Y, Z, P], Y pages of Z tokens."""

@@ -19,16 +19,12 @@ from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint.names import leaves
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.infer.cache import bytes_per_token
-from dsv3_jax.infer.prompt import Prompt, prompt_ids, require_id
-from dsv3_jax.infer.request import Completion, Request, TextCodec, TokenLogprobs, Update
-from dsv3_jax.infer.runner import Runner
+from dsv3_jax.infer.cache import Sizes, bytes_per_token
+from dsv3_jax.infer.request import Chunk, Completion, Prompt, Request, TextCodec, TokenLogprobs, Update, prompt_ids, require_id
+from dsv3_jax.infer.request import Sequence as Scheduled
+from dsv3_jax.infer.runner import Drawn, Runner
 from dsv3_jax.infer.sampling import Sampler, SamplingParams
 from dsv3_jax.infer.scheduler import Scheduler
-from dsv3_jax.infer.sequence import Chunk
-from dsv3_jax.infer.sequence import Sequence as Scheduled
-from dsv3_jax.infer.sizes import Sizes
-from dsv3_jax.infer.steps import Drawn
 
 GREEDY = SamplingParams()
 

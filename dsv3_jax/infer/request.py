@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence as Ids
 from typing import Literal, NamedTuple, Protocol
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.tokenizer import StreamDecoder
 from dsv3_jax.infer.sampling import SamplingParams
-from dsv3_jax.infer.sequence import Sequence
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -143,3 +144,128 @@ class _StopStrings:
     def _begun(self, stop: str) -> int:
         """How many characters at the end may begin `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A prompt, as text or as token ids, and whether a model can complete it.
+
+
+Prompt = str | Ids[int]
+
+
+def prompt_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None, max_length: int) -> list[int]:
+    """What `token_ids` gives. Raises ValueError also for a prompt that leaves no room in `max_length`."""
+    ids = token_ids(prompt, config, tokenizer)
+    if len(ids) >= max_length:
+        context = config.max_position_embeddings
+        raise ValueError(
+            f"the prompt's {len(ids)} tokens leave no room in max_length {max_length} (the model's context is {context}); "
+            "shorten it" + (" or raise max_length" if max_length < context else "")
+        )
+    return ids
+
+
+def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) -> list[int]:
+    """A prompt's token ids; a text begins with `bos_token_id`.
+
+    Raises:
+      ValueError: for an empty prompt, what is no id of the vocabulary, and text without a tokenizer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("the prompt is text, but the engine has no tokenizer; pass token ids, or a tokenizer")
+        bos = config.bos_token_id
+        ids = ([] if bos is None else [bos]) + tokenizer.encode(prompt)
+    else:
+        try:
+            ids = [operator.index(i) for i in prompt]
+        except TypeError:
+            raise ValueError(
+                f"the prompt {prompt!r:.100} is neither text nor a list of token ids, which are integers; pass a list of such "
+                "prompts"
+            ) from None
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    for i in ids:
+        require_id(i, config)
+    return ids
+
+
+def require_id(i: int, config: ModelConfig) -> None:
+    """Raises ValueError for what is no id of the vocabulary."""
+    if not 0 <= i < config.vocab_size:
+        raise ValueError(f"token id {i} is outside the vocabulary of {config.vocab_size}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the scheduler works with: a sequence on its way, and the step that the engine dispatches.
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A prompt, what has come of it, and where it lives."""
+
+    prompt: list[int]
+    max_tokens: int
+    arrival: int = -1
+    """Place in the order of `submit`; lower is older."""
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    """Generated and accepted."""
+    pages: list[int] = dataclasses.field(default_factory=list)
+    """Page numbers of its shard, in the order of the text. Some may be shared; those are full and only read."""
+    shard: int | None = None
+    slot: int | None = None
+    """Counted over all shards: shard * slots_per_shard + i."""
+    cached: int = 0
+    """How many tokens of the text have their latents in the pages, or dispatched to be written there."""
+    reused: int = 0
+    """How many of them were found in the prefix cache since the last admission."""
+    epoch: int = 0
+    """Raised when it loses its place: results that were dispatched before are not for it any more."""
+    state: Literal["waiting", "prefilling", "running", "done"] = "waiting"
+    sampling: bool = False
+    """Its last chunk is in flight, which yields a token."""
+    decodes: int = 0
+    """Decode steps in flight; each yields at least one token."""
+    published: int = 0
+    """Pages that were offered to the prefix cache, or came from it."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text: prompt and generated."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Shard and slot of a sequence that has them."""
+        assert self.shard is not None
+        assert self.slot is not None
+        return self.shard, self.slot
+
+    def text(self, start: int, stop: int) -> list[int]:
+        """Tokens start to stop of prompt and generated, without joining the two."""
+        first = len(self.prompt)
+        return self.prompt[start:stop] + self.tokens[max(start - first, 0) : max(stop - first, 0)]
+
+
+class Chunk(NamedTuple):
+    """Tokens of one text to prefill."""
+
+    sequence: Sequence
+    epoch: int
+    start: int
+    """Where the tokens stand in the text; the latents of all before are in the pages."""
+    tokens: list[int]
+    following: int | None
+    """The token after the chunk. None after a text's last chunk: the device samples it."""
+
+
+class Step(NamedTuple):
+    """What to dispatch: the chunks, then one decode step."""
+
+    chunks: list[Chunk]
+    """At most one a shard."""
+    decoding: list[Sequence]
+    """Every one to decode, in order of arrival. None of them is in `chunks`."""
+    tables_changed: bool
+    """Whether the pages of any slot are others than at the step before."""

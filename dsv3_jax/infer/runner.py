@@ -7,23 +7,36 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.infer.cache import ROWS, empty_cache
+from dsv3_jax.infer.cache import DRAFTER, ROWS, Cache, Sizes, append, chunk_sizes, empty_cache
 from dsv3_jax.infer.redundancy import place_experts
-from dsv3_jax.infer.sampling import Sampler, SamplingParams, with_row
-from dsv3_jax.infer.sequence import Chunk, Sequence
-from dsv3_jax.infer.sizes import Sizes, chunk_sizes
-from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
+from dsv3_jax.infer.request import Chunk, Sequence
+from dsv3_jax.infer.sampling import (
+    MOST_LOGPROBS,
+    Sampler,
+    SamplingParams,
+    Stream,
+    distribution,
+    draw,
+    logprobs,
+    seen_along,
+    verify,
+    with_row,
+)
 from dsv3_jax.kernels.quantized import in_dtype, is_block_scaled
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
+from dsv3_jax.model.mla import Places
 from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.parallel.devices import place_alike, release
+from dsv3_jax.parallel.mesh import current_mesh
 from dsv3_jax.parallel.sharding import SERVING, use_rules
 
 WHOLE = PartitionSpec()
@@ -185,3 +198,208 @@ def laid_out(
     params = jax.tree.map(convert, variables["params"], is_leaf=is_block_scaled)
     variables = place_experts({"params": params, "router": variables["router"]}, placement)
     return with_absorbed_weights(unstack(variables, donate=donate), config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two programs of generation: prefill of a chunk of a prompt, and one step of decoding for all slots.
+
+
+@struct.dataclass
+class Slots:
+    """What the device knows of every slot. Axes: n drafts."""
+
+    token_B: jax.Array
+    """The newest token, int32."""
+    length_B: jax.Array
+    """Tokens in the cache, int32."""
+    draft_Bn: jax.Array
+    """Drafts of the tokens after the newest, int32."""
+    draft_probs_BnV: jax.Array
+    """What they were drawn from, float32."""
+    sampler: Sampler
+
+    @classmethod
+    def empty(cls, slots: int, drafts: int, vocab_size: int) -> Slots:
+        """Slots without sequences."""
+        zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+        probs = jnp.zeros((slots, drafts, vocab_size), jnp.float32)
+        return cls(zeros(slots), zeros(slots), zeros((slots, drafts)), probs, Sampler.empty(slots, vocab_size))
+
+
+class Chunks(NamedTuple):
+    """Parts of prompts, one row for each part of the slots (of a mesh); a row of nobody has slot -1."""
+
+    tokens_BT: Any
+    """Padded on the right with any valid id."""
+    count_B: Any
+    """Tokens of the chunk, at least 1."""
+    start_B: Any
+    """Tokens of the text before it."""
+    following_B: Any
+    """The token after it; -1 if that is to be drawn, which makes the slot ready to decode."""
+    slot_B: Any
+
+
+class Report(NamedTuple):
+    """Log-probabilities of the model itself, before any of the sampler's changes."""
+
+    chosen_BT: jax.Array
+    top_BTR: jax.Array
+    top_id_BTR: jax.Array
+
+
+class Drawn(NamedTuple):
+    """What a program has for the host."""
+
+    token_BT: jax.Array
+    """New tokens of each row, of which the first `count_B` are valid."""
+    count_B: jax.Array
+    report: Report | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("model", "first", "report"), donate_argnames=("cache", "slots"))
+def prefill(
+    model: DeepSeekV3,
+    variables: Any,
+    cache: Cache,
+    slots: Slots,
+    chunks: Chunks,
+    table_BJ: jax.Array,
+    *,
+    first: bool,
+    report: bool = False,
+) -> tuple[Cache, Slots, Drawn]:
+    """Works through a chunk of a prompt in every row.
+
+    Args:
+      model: the unrolled model.
+      variables: its variables, as `unstack` lays them out.
+      cache: the cache; given away.
+      slots: all slots; given away.
+      chunks: the chunks.
+      table_BJ: pages of each row's sequence.
+      first: no row has tokens before its chunk: attention needs no cache.
+      report: also report log-probabilities.
+
+    Returns:
+      The cache with the chunks in it; the slots, those ready whose chunk was the last; and the tokens drawn for these.
+    """
+    tokens_BT, count_B, start_B, following_B, slot_B = chunks
+    num_slots, n = slots.draft_Bn.shape
+    places, last = Places(start_B, table_BJ), (count_B - 1)[:, None, None]
+    h_BTD, new = model.apply(variables, tokens_BT, None if first else cache, places, method="extend")
+    cache = append(cache, new, places)
+    logits_B1V = model.apply(variables, jnp.take_along_axis(h_BTD, last, axis=1), method="head")
+    sampler = jax.tree.map(lambda rows: rows[jnp.maximum(slot_B, 0)], slots.sampler)
+    length_B = start_B + count_B
+    token_B, _ = _choose(logits_B1V, sampler, length_B, Stream.TARGET)
+    sampler = _having_seen(sampler, token_B[:, None], jnp.ones_like(token_B))
+
+    draft_Bn, probs_BnV = jnp.zeros((len(token_B), 0), jnp.int32), jnp.zeros((len(token_B), 0, logits_B1V.shape[-1]))
+    if n:
+        next_B = jnp.where(following_B >= 0, following_B, token_B)
+        ahead_BT = jnp.roll(tokens_BT, -1, axis=1).at[jnp.arange(len(next_B)), count_B - 1].set(next_B)
+        own = None if first else cache[DRAFTER]
+        normed_BTD, new_own = model.apply(variables, h_BTD, ahead_BT, own, places, method="draft")
+        cache = append(cache, {DRAFTER: new_own}, places)
+        state_B1D = jnp.take_along_axis(normed_BTD, last, axis=1)
+        after = Places(length_B, table_BJ)
+        cache, draft_Bn, probs_BnV = _drafts(model, variables, cache, state_B1D, after, sampler, n)
+
+    ready_B = (slot_B >= 0) & (following_B < 0)
+    to_B = jnp.where(ready_B, slot_B, num_slots)
+    rows = Slots(token_B, length_B, draft_Bn, probs_BnV, sampler)
+    slots = jax.tree.map(lambda old, new: old.at[to_B].set(new, mode="drop"), slots, rows)
+    token_BT = token_B[:, None]
+    return cache, slots, _for_hosts(token_BT, ready_B.astype(jnp.int32), logits_B1V if report else None)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "report"), donate_argnames=("cache", "slots"))
+def decode(
+    model: DeepSeekV3,
+    variables: Any,
+    cache: Cache,
+    slots: Slots,
+    table_BJ: jax.Array,
+    active_B: jax.Array,
+    *,
+    report: bool = False,
+) -> tuple[Cache, Slots, Drawn]:
+    """One step of all slots: 1 to n + 1 new tokens for each that is active; the others stay as they are.
+
+    Args as `prefill`'s; the table's rows of slots that are not active name no page of the pool.
+    """
+    n = slots.draft_Bn.shape[1]
+    sampler, before_B = slots.sampler, jnp.where(active_B, slots.length_B, 0)
+    tokens_BT = jnp.concatenate([slots.token_B[:, None], slots.draft_Bn], axis=1)
+    places = Places(before_B, table_BJ)
+    h_BTD, new = model.apply(variables, tokens_BT, cache, places, method="extend")
+    cache = append(cache, new, places)
+    logits_BTV = model.apply(variables, h_BTD, method="head")
+    target_BTV = distribution(logits_BTV, sampler, seen_along(sampler.seen_BV, slots.draft_Bn))
+    token_BT, count_B = verify(target_BTV, slots.draft_probs_BnV, slots.draft_Bn, sampler.seed_B, before_B + 1)
+    newest_B = jnp.take_along_axis(token_BT, (count_B - 1)[:, None], axis=1)[:, 0]
+    sampler = _having_seen(sampler, token_BT, count_B)
+
+    after = Slots(newest_B, before_B + count_B, slots.draft_Bn, slots.draft_probs_BnV, sampler)
+    if n:
+        normed_BTD, new_own = model.apply(variables, h_BTD, token_BT, cache[DRAFTER], places, method="draft")
+        cache = append(cache, {DRAFTER: new_own}, places)
+        state_B1D = jnp.take_along_axis(normed_BTD, (count_B - 1)[:, None, None], axis=1)
+        cache, draft_Bn, probs_BnV = _drafts(model, variables, cache, state_B1D, Places(after.length_B, table_BJ), sampler, n)
+        after = dataclasses.replace(after, draft_Bn=draft_Bn, draft_probs_BnV=probs_BnV)
+
+    def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(active_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    drawn = _for_hosts(token_BT, jnp.where(active_B, count_B, 0), logits_BTV if report else None)
+    return cache, jax.tree.map(kept, slots, after), drawn
+
+
+def _drafts(
+    model: DeepSeekV3, variables: Any, cache: Cache, state_B1D: jax.Array, places: Places, sampler: Sampler, n: int
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """n drafts after the newest token, each from the state that the one before gave; and what they were drawn from.
+
+    Args:
+      cache: its rows for drafts are written for now, and again when the tokens are known.
+      state_B1D: the depth's state in the row that knows the newest token.
+      places: the cache without that token.
+      sampler: with the newest token among the seen.
+    """
+    tokens, probs = [], []
+    for i in range(n):
+        length_B = places.length_B + i
+        logits_B1V = model.apply(variables, state_B1D, method="head")
+        token_B, probs_BV = _choose(logits_B1V, sampler, length_B + 1, Stream.DRAFT)
+        tokens.append(token_B)
+        probs.append(probs_BV)
+        if i < n - 1:
+            at = Places(length_B, places.table_BJ)
+            state_B1D, new = model.apply(variables, state_B1D, token_B[:, None], cache[DRAFTER], at, method="draft")
+            cache = append(cache, {DRAFTER: new}, at)
+            sampler = _having_seen(sampler, token_B[:, None], jnp.ones_like(token_B))
+    return cache, jnp.stack(tokens, axis=1), jnp.stack(probs, axis=1)
+
+
+def _choose(logits_B1V: jax.Array, sampler: Sampler, place_B: jax.Array, stream: Stream) -> tuple[jax.Array, jax.Array]:
+    """A token for position `place_B` of every row, and what it was drawn from."""
+    probs_BV = distribution(logits_B1V, sampler, sampler.seen_BV[:, None])[:, 0]
+    return draw(probs_BV, sampler.seed_B, place_B, stream), probs_BV
+
+
+def _having_seen(sampler: Sampler, token_BT: jax.Array, count_B: jax.Array) -> Sampler:
+    """`sampler` with the first `count_B` tokens of each row among the seen."""
+    V = sampler.seen_BV.shape[1]
+    token_BT = jnp.where(jnp.arange(token_BT.shape[1]) < count_B[:, None], token_BT, V)
+    row_B1 = jnp.arange(len(token_BT))[:, None]
+    return dataclasses.replace(sampler, seen_BV=sampler.seen_BV.at[row_B1, token_BT].set(True, mode="drop"))
+
+
+def _for_hosts(token_BT: jax.Array, count_B: jax.Array, logits_BTV: jax.Array | None) -> Drawn:
+    """What leaves the device, log-probabilities too if there are logits; on a mesh every process can read all of it."""
+    report = None
+    if logits_BTV is not None:
+        report = Report(*logprobs(logits_BTV, token_BT, min(MOST_LOGPROBS, logits_BTV.shape[-1])))
+    drawn = Drawn(token_BT, count_B, report)
+    return drawn if current_mesh() is None else jax.lax.with_sharding_constraint(drawn, PartitionSpec())

@@ -16,10 +16,8 @@ from dsv3_jax.checkpoint.fp8 import EXPORT_BLOCK, scale_shape
 from dsv3_jax.checkpoint.names import Leaf, leaves
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.infer.cache import ROWS, empty_cache
-from dsv3_jax.infer.runner import laid_out
-from dsv3_jax.infer.sizes import SMALLEST_CHUNK, chunk_sizes, pages_for
-from dsv3_jax.infer.steps import Slots
+from dsv3_jax.infer.cache import ROWS, SMALLEST_CHUNK, chunk_sizes, empty_cache, pages_for
+from dsv3_jax.infer.runner import Slots, laid_out
 from dsv3_jax.kernels.quantized import BlockScaled, is_block_scaled
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import scale_sharding, unrolled_axes

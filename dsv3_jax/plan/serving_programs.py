@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import num_shards
-from dsv3_jax.infer.runner import models, on_mesh
-from dsv3_jax.infer.steps import Chunks, decode, prefill
+from dsv3_jax.infer.runner import Chunks, decode, models, on_mesh, prefill
 from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.plan.arrays import device_bytes
 from dsv3_jax.plan.compiled import Compiled, compile_for, rows_sent

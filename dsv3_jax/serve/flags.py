@@ -7,7 +7,7 @@ from typing import Any
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.infer.flags import BATCH_BY_DEFAULT, SAMPLED_BY, InferFlags
+from dsv3_jax.infer.cli import BATCH_BY_DEFAULT, SAMPLED_BY, InferFlags
 from dsv3_jax.serve.options import ServeOptions
 
 

@@ -17,7 +17,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.chat_template import ChatTemplate, closing_tokens, encode_prompt
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer import SamplingParams
-from dsv3_jax.infer.prompt import require_id, token_ids
+from dsv3_jax.infer.request import require_id, token_ids
 from dsv3_jax.infer.sampling import MOST_LOGPROBS
 from dsv3_jax.serve.errors import ApiError, refuse
 from dsv3_jax.serve.fields import Fields

@@ -21,7 +21,7 @@ import infer
 from dsv3_jax import Completion, Engine, SamplingParams
 from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
 from dsv3_jax.data.tokenizer import load_tokenizer
-from dsv3_jax.infer.flags import BATCH_BY_DEFAULT, DRAFTS_BY_DEFAULT
+from dsv3_jax.infer.cli import BATCH_BY_DEFAULT, DRAFTS_BY_DEFAULT
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.serve import ServeOptions
 from tests.cli.conftest import CONFIG, ROOT, Done, plain_environment
@@ -69,7 +69,7 @@ def test_the_runs_own_prompt_and_limits_are_the_defaults(straight: tuple[Path, D
 def test_the_whole_context_of_the_model_may_be_used(
     straight: tuple[Path, Done], called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv3_jax.infer.sizes.LONGEST_BY_DEFAULT", 16)
+    monkeypatch.setattr("dsv3_jax.infer.cache.LONGEST_BY_DEFAULT", 16)
     monkeypatch.setattr("infer.LONGEST_BY_DEFAULT", 16)
     longest = CONFIG.model.max_position_embeddings - len(load_tokenizer(straight[0]).encode("x = 1\n")) - 1
     expected, _ = completed(straight[0], "x = 1\n", SamplingParams(max_tokens=longest))

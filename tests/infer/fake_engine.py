@@ -13,9 +13,9 @@ import zlib
 from collections import Counter
 from typing import Any
 
+from dsv3_jax.infer.cache import Sizes
+from dsv3_jax.infer.request import Chunk, Sequence, Step
 from dsv3_jax.infer.scheduler import Scheduler
-from dsv3_jax.infer.sequence import Chunk, Sequence, Step
-from dsv3_jax.infer.sizes import Sizes
 
 VOCAB = 3
 JUNK = (-1, -1)

@@ -11,9 +11,7 @@ import pytest
 
 from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
 from dsv3_jax.infer import Completion, Engine, SamplingParams
-from dsv3_jax.infer.batch import complete_lines, submit_lines
-from dsv3_jax.infer.completion_lines import CompletionLines
-from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
+from dsv3_jax.infer.batch import CompletionLines, PromptLines, complete_lines, read_prompt_lines, submit_lines
 from dsv3_jax.infer.report import Speed
 from tests.data.test_chat_template import ASSISTANT, IDS
 from tests.infer.talkative import TEMPLATE, TOKENIZER, make_engine

@@ -14,7 +14,7 @@ import pytest
 
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3_jax.infer import Completion, Engine, SamplingParams
-from dsv3_jax.infer.steps import decode, prefill
+from dsv3_jax.infer.runner import decode, prefill
 from dsv3_jax.model import DeepSeekV3
 from tests.model.tiny import CONFIG, random_variables
 

@@ -17,8 +17,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.infer import Engine, SamplingParams
 from dsv3_jax.infer import runner as runner_module
-from dsv3_jax.infer.runner import models, on_mesh
-from dsv3_jax.infer.steps import decode
+from dsv3_jax.infer.runner import decode, models, on_mesh
 from dsv3_jax.model import DeepSeekV3, ModelOutput
 from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.model.transformer import STACKS

@@ -9,9 +9,9 @@ import hypothesis
 import pytest
 from hypothesis import stateful, strategies
 
+from dsv3_jax.infer.cache import Sizes
+from dsv3_jax.infer.request import Chunk, Sequence
 from dsv3_jax.infer.scheduler import Scheduler
-from dsv3_jax.infer.sequence import Chunk, Sequence
-from dsv3_jax.infer.sizes import Sizes
 from tests.infer.fake_engine import VOCAB, Engine, complete
 
 SIZES: dict[str, Any] = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.infer.cache import Cache, append, empty_cache
-from dsv3_jax.infer.steps import Chunks, Drawn, Slots, decode, prefill
+from dsv3_jax.infer.runner import Chunks, Drawn, Slots, decode, prefill
 from dsv3_jax.model import DeepSeekV3, unstack
 from dsv3_jax.model.mla import Places, expanding_pays
 from tests.model.tiny import CONFIG as WITH_MTP

@@ -10,8 +10,8 @@ from tyro.conf import FlagConversionOff
 from dsv3_jax.config import DataConfig, InferConfig, MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.config.cli import DistributedFlags
+from dsv3_jax.infer.cache import require_sizes
 from dsv3_jax.infer.sampling import SamplingParams
-from dsv3_jax.infer.sizes import require_sizes
 
 DRAFTS_BY_DEFAULT = 1
 """Of a model that can draft."""

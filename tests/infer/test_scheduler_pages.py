@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsv3_jax.infer.pages import PagePool
+from dsv3_jax.infer.scheduler import PagePool
 
 SIZE = 2
 

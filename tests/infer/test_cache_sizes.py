@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.infer.sizes import Sizes, chunk_sizes
+from dsv3_jax.infer.cache import Sizes, chunk_sizes
 from dsv3_jax.parallel.mesh import make_mesh
 from tests.model.tiny import CONFIG, DENSE_ONLY
 

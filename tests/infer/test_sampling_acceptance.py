@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import scipy.special
 
-from dsv3_jax.infer import acceptance
-from dsv3_jax.infer.acceptance import logprobs, verify
-from dsv3_jax.infer.sampling import Stream, draw
+from dsv3_jax.infer import sampling
+from dsv3_jax.infer.sampling import Stream, draw, logprobs, verify
 
 V, N, COUNT, NEW, ROWS = 8, 2, 20_000, 3, 500
 PROMPT = (3, 5)
@@ -57,14 +56,14 @@ BIASED = "all drafts accepted", "a threshold in place of chance", "rejected draf
 @jax.jit
 def biased_step(text_BS: jax.Array, length_B: jax.Array, rule: Any) -> tuple[jax.Array, jax.Array]:
     """The same by one of the rules that are `BIASED`."""
-    is_accepted, residual = acceptance.is_accepted, acceptance.residual
+    is_accepted, residual = sampling.is_accepted, sampling.residual
 
     def accepts(p: jax.Array, q: jax.Array, uniform: jax.Array) -> jax.Array:
         return jnp.select([rule == 0, rule == 1], [jnp.ones(p.shape, bool), p >= q], is_accepted(p, q, uniform))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acceptance, "is_accepted", accepts)
-        patch.setattr(acceptance, "residual", lambda p, q: jnp.where(rule == 2, p, residual(p, q)))
+        patch.setattr(sampling, "is_accepted", accepts)
+        patch.setattr(sampling, "residual", lambda p, q: jnp.where(rule == 2, p, residual(p, q)))
         return step.__wrapped__(text_BS, length_B, Stream.DRAFT)
 
 

@@ -9,7 +9,7 @@ import pytest
 from dsv3_jax.config import InferConfig, MeshConfig
 from dsv3_jax.config.cli import parse_flags
 from dsv3_jax.infer import SamplingParams
-from dsv3_jax.infer.flags import InferFlags
+from dsv3_jax.infer.cli import InferFlags
 from tests.model.tiny import CONFIG, DENSE_ONLY
 
 RUN = InferConfig(prompt="def ", max_tokens=7, temperature=0.5, top_p=0.8)

@@ -11,7 +11,7 @@ import pytest
 
 from dsv3_jax.data.chat_template import encode_prompt
 from dsv3_jax.infer import SamplingParams
-from dsv3_jax.infer.prompt_lines import PromptLines, read_prompt_lines
+from dsv3_jax.infer.batch import PromptLines, read_prompt_lines
 from tests.infer.talkative import TEMPLATE, TOKENIZER
 
 USER = [{"role": "user", "content": "Hi"}]

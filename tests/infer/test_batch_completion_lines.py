@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from dsv3_jax.infer import Completion, SamplingParams
-from dsv3_jax.infer.completion_lines import CompletionLines, require_place
-from dsv3_jax.infer.prompt_lines import PromptLine
+from dsv3_jax.infer.batch import CompletionLines, PromptLine, require_place
 from dsv3_jax.infer.request import TokenLogprobs
 
 SETTINGS = {"prompts": "digest", "temperature": 0.5, "stop": ("\n",), "logit_bias": {3: 1.0}}

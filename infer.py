@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config.cli import exits_with_one_line, parse_flags
 from dsv3_jax.config.hugging_face import read_model
-from dsv3_jax.data.cache import digest
 from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
+from dsv3_jax.data.storage import digest
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.infer.batch import CompletionLines, PromptLines, complete_lines, read_prompt_lines, require_place, submit_lines
 from dsv3_jax.infer.cache import LONGEST_BY_DEFAULT, Sizes

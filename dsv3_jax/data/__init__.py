@@ -3,13 +3,18 @@
 from dsv3_jax.data.batches import Batch, TrainBatches
 from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt, load_chat_template
 from dsv3_jax.data.corpus import Corpus, CorpusReport, load_corpus
-from dsv3_jax.data.fim import FillInTheMiddle, fill_in_the_middle
-from dsv3_jax.data.heldout import HeldoutBatch, HeldoutWindows, compressor_bits_per_byte
 from dsv3_jax.data.rows import PackedRows, Row, Rows, TokenStream
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.text import Text, prepare_text
 from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, document_marks, load_tokenizer, prepare_tokenizer
-from dsv3_jax.data.tokens import tokenize_corpus
+from dsv3_jax.data.tokens import (
+    FillInTheMiddle,
+    HeldoutBatch,
+    HeldoutWindows,
+    compressor_bits_per_byte,
+    fill_in_the_middle,
+    tokenize_corpus,
+)
 
 __all__ = [
     "Batch",

@@ -27,8 +27,7 @@ import jinja2.sandbox
 from etils import epath
 
 from dsv3_jax.config.checks import require
-from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.data.tokenizer_files import named_tokens, tokenizer_config, tokenizer_folder
+from dsv3_jax.data.tokenizer import Tokenizer, named_tokens, tokenizer_config, tokenizer_folder
 from dsv3_jax.files import write_whole
 
 Message = Mapping[str, Any]

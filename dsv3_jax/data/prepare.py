@@ -12,14 +12,21 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import gzip
+import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
+import numpy as np
 import tokenizers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -27,15 +34,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import require, require_positive, require_seed
 from dsv3_jax.config.cli import exits_with_one_line, parse_flags
-from dsv3_jax.data.cache import digest
-from dsv3_jax.data.fim import FillInTheMiddle
-from dsv3_jax.data.pieces import Segment, cut_into_pieces
-from dsv3_jax.data.shard_writer import COUNTS, Job, make_shard, start_worker, write_whole
+from dsv3_jax.data.corpus import is_held_out, split_tail
 from dsv3_jax.data.shards import FORMAT, KINDS, describe, file_record, read_json, shard_file, shard_record
-from dsv3_jax.data.sources import source_files
-from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
-from dsv3_jax.data.tokenizer_files import named_tokens
-from dsv3_jax.data.tokens import id_dtype
+from dsv3_jax.data.sources import Document, SourceFile, documents_of, source_files, whole_document
+from dsv3_jax.data.storage import digest
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, named_tokens
+from dsv3_jax.data.tokens import FillInTheMiddle, encode_documents, id_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,3 +256,263 @@ def _make_all(job: Job, missing: list[int], workers: int) -> int:
 
 if __name__ == "__main__":
     main()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A source cut into pieces of work, each of which becomes one shard of tokens.
+
+
+_BLOCK = 1 << 24
+
+
+class Segment(NamedTuple):
+    """A file, or lines of it."""
+
+    file: int
+    """Its place among the files of the source."""
+    size: int
+    """Bytes of the whole file, by which a file that has changed since is found out."""
+    start: int
+    stop: int
+    first_line: int
+    """Number of the line at `start`, from 1."""
+
+
+Piece = list[Segment]
+Content = IO[bytes] | gzip.GzipFile
+
+
+def cut_into_pieces(files: Iterable[SourceFile], piece_bytes: int) -> list[Piece]:
+    """Pieces of `piece_bytes` and what is left of their last line or file; the last piece may be smaller."""
+    pieces: list[Piece] = [[]]
+    room = piece_bytes
+    for number, file in enumerate(files):
+        size = file.path.stat().length
+        for start, stop, line in _segments(file, size, room, piece_bytes):
+            pieces[-1].append(Segment(number, size, start, stop, line))
+            room -= stop - start
+            if room <= 0:
+                pieces.append([])
+                room = piece_bytes
+    return pieces if pieces[-1] else pieces[:-1]
+
+
+def documents_in(piece: Piece, files: list[SourceFile]) -> Iterator[tuple[Document | None, int]]:
+    """The documents of a piece, one at a time, each with the bytes read since the last; None for a file without.
+
+    Raises:
+      ValueError: naming the file or line, if it is damaged or another than when the pieces were cut.
+    """
+    for segment in piece:
+        file = files[segment.file]
+        size = file.path.stat().length if file.path.exists() else 0
+        require(
+            size == segment.size,
+            f"{file.source}: {file.name} is {size} bytes now and was {segment.size}; put it back, or start in another --output",
+        )
+        if not file.is_jsonl:
+            yield whole_document(file), size
+            continue
+        with file.open() as content:
+            lines = _lines(content, None if file.is_gzipped else segment)
+            before = segment.start
+            for document in documents_of(file, lines, segment.first_line):
+                place = _place(content)
+                yield document, place - before
+                before = place
+
+
+def _lines(content: Content, segment: Segment | None) -> Iterator[bytes]:
+    """The lines of a segment, or of a whole file."""
+    if segment is None:
+        yield from content
+        return
+    place = content.seek(segment.start)
+    while place < segment.stop:
+        line = content.readline()
+        yield line
+        place += len(line)
+
+
+def _place(content: Content) -> int:
+    """How far a file is read, in bytes on the disk."""
+    below: Any = content.fileobj if isinstance(content, gzip.GzipFile) else content
+    return below.tell()
+
+
+def _segments(file: SourceFile, size: int, room: int, piece_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, first line) of the segments of a file, of which the first has `room` bytes."""
+    if size == 0:
+        return
+    if not file.is_jsonl or file.is_gzipped:
+        yield 0, size, 1
+        return
+    start, first_line, line = 0, 1, 1
+    with file.open() as content:
+        while start + room < size:
+            # To the end of the line that holds the last byte of the room.
+            line += sum(block.count(b"\n") for block in _blocks(content, room - 1)) + 1
+            stop = start + room - 1 + len(content.readline())
+            if stop >= size:
+                break
+            yield start, stop, first_line
+            start, first_line, room = stop, line, piece_bytes
+    yield start, size, first_line
+
+
+def _blocks(content: Content, count: int) -> Iterator[bytes]:
+    """The next `count` bytes."""
+    for left in itertools.count(count, -_BLOCK):
+        if left <= 0:
+            return
+        yield content.read(min(left, _BLOCK))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The processes of a preparation: each makes one shard after the other, of the pieces that it is given.
+
+
+COUNTS = (
+    "tokens", "documents", "bytes", "fim_documents", "heldout_documents", "heldout_bytes", "replaced", "passed_over",
+)  # fmt: skip
+"""What the record of a shard counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a worker needs to know to make any piece."""
+
+    source: str
+    files: list[SourceFile]
+    folder: Path
+    pieces: list[Piece]
+    plan: str
+    """Digest of plan.json, which says that a shard belongs to it."""
+    bos: int | None
+    eos: int
+    fim: FillInTheMiddle | None
+    heldout_fraction: float
+    is_lone: bool
+    """Whether the source is a single document, whose end is held out."""
+
+
+class _Worker:
+    """A process that makes shards."""
+
+    def __init__(self, job: Job, read: Any, made: Any, stop: Any) -> None:
+        self.job = job
+        self.tokenizer = load_tokenizer(job.folder)
+        self._read = read
+        self._made = made
+        self._stop = stop
+
+    def documents(self, number: int, counts: dict[str, int]) -> Iterator[Document]:
+        """The training documents of a piece; what is held out goes to `counts` and its file."""
+        with _draft(shard_file(self.job.folder, number, "heldout")) as draft, open(draft, "w", encoding="utf-8") as heldout:
+            for document, num_bytes in documents_in(self.job.pieces[number], self.job.files):
+                if self._stop.is_set():
+                    raise KeyboardInterrupt
+                with self._read.get_lock():
+                    self._read.value += num_bytes
+                if document is None:
+                    counts["passed_over"] += 1
+                    continue
+                counts["replaced"] += document.replaced
+                train, held = self._split(document)
+                if held is not None:
+                    counts["heldout_documents"] += 1
+                    counts["heldout_bytes"] += held.num_bytes
+                    heldout.write(json.dumps(dataclasses.asdict(held)) + "\n")
+                if train is not None:
+                    counts["documents"] += 1
+                    counts["bytes"] += train.num_bytes
+                    counts["fim_documents"] += self.job.fim is not None and self.job.fim.cuts(train) is not None
+                    yield train
+
+    def add_tokens(self, count: int) -> None:
+        """Tells the progress bar."""
+        with self._made.get_lock():
+            self._made.value += count
+
+    def _split(self, document: Document) -> tuple[Document | None, Document | None]:
+        if self.job.is_lone:
+            (train,), (held,) = split_tail(document, self.job.heldout_fraction)
+            return train, held
+        if is_held_out(self.job.source, document.name, self.job.heldout_fraction):
+            return None, document
+        return document, None
+
+
+_worker: _Worker
+
+
+def start_worker(job: Job, read: Any, made: Any, stop: Any) -> None:
+    """What each process does first."""
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # The processes share the cores already.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of them; the first one stops the others.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _worker = _Worker(job, read, made, stop)
+
+
+def make_shard(number: int) -> None:
+    """Makes the shard of one piece: its three files, then its record."""
+    job, counts, ends = _worker.job, dict.fromkeys(COUNTS, 0), []
+    dtype = id_dtype(_worker.tokenizer.vocab_size)
+    with _draft(shard_file(job.folder, number, "tokens")) as draft, open(draft, "wb") as file:
+        # The header leaves room for the count to grow, so that it can be written again over itself.
+        header_size = _write_header(file, dtype, 0)
+        documents = encode_documents(_worker.documents(number, counts), _worker.tokenizer, job.bos, job.eos, job.fim)
+        for ids in documents:
+            file.write(np.array(ids, dtype).tobytes())
+            counts["tokens"] += len(ids)
+            ends.append(counts["tokens"])
+            _worker.add_tokens(len(ids))
+        file.seek(0)
+        assert _write_header(file, dtype, counts["tokens"]) == header_size
+    with _draft(shard_file(job.folder, number, "ends")) as draft:
+        with open(draft, "wb") as file:
+            np.save(file, np.array(ends, np.int64))
+    files = {kind: file_record(shard_file(job.folder, number, kind)) for kind in KINDS}
+    write_whole(shard_record(job.folder, number), json.dumps({"plan": job.plan, **counts, "files": files}) + "\n")
+
+
+def _write_header(file: Any, dtype: np.dtype, count: int) -> int:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
+
+
+@contextlib.contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place, whole and on the disk, when all went well."""
+    descriptor, name = tempfile.mkstemp(prefix=f".draft-{path.name}-", dir=path.parent)
+    os.close(descriptor)
+    draft = Path(name)
+    try:
+        yield draft
+        with open(draft, "rb+") as file:
+            os.fsync(file.fileno())
+        draft.chmod(0o666 & ~_umask())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole, or not at all."""
+    with _draft(path) as draft:
+        draft.write_text(text, "utf-8")

@@ -28,10 +28,8 @@ import numpy as np
 from etils import epath
 
 from dsv3_jax.config.checks import require
-from dsv3_jax.data.cache import digest, load_or_make
-from dsv3_jax.data.npy_file import NpyFile, stamp
-from dsv3_jax.data.parts import Part
 from dsv3_jax.data.sources import Document
+from dsv3_jax.data.storage import NpyFile, Part, digest, load_or_make, stamp
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "dsv3_jax tokens, version 1"

@@ -9,21 +9,15 @@ from typing import Any, NamedTuple, Protocol
 
 from dsv3_jax.config import DataConfig, ModelConfig, TrainConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.data.cache import digest
-from dsv3_jax.data.chat_corpus import ChatCorpus, load_chat_corpus
-from dsv3_jax.data.chat_rows import ChatRows, chat_windows
+from dsv3_jax.data.chat import ChatCorpus, ChatRows, chat_windows, encode_conversations, load_chat_corpus, tokenize_chat
 from dsv3_jax.data.chat_template import ChatTemplate, load_chat_template
-from dsv3_jax.data.chat_tokens import encode_conversations, tokenize_chat
 from dsv3_jax.data.corpus import Corpus, load_corpus
-from dsv3_jax.data.fim import fill_in_the_middle
-from dsv3_jax.data.heldout import HeldoutWindows, require_reproduced
-from dsv3_jax.data.mixture import MixedRows
-from dsv3_jax.data.parts import ArrayPart
-from dsv3_jax.data.rows import PackedRows, Rows, TokenStream
+from dsv3_jax.data.rows import MixedRows, PackedRows, Rows, TokenStream
 from dsv3_jax.data.shards import Prepared, is_prepared, open_prepared
 from dsv3_jax.data.sources import Document
+from dsv3_jax.data.storage import ArrayPart, digest
 from dsv3_jax.data.tokenizer import Tokenizer, check_fits, document_marks, load_tokenizer, prepare_tokenizer
-from dsv3_jax.data.tokens import tokenize_corpus
+from dsv3_jax.data.tokens import HeldoutWindows, fill_in_the_middle, require_reproduced, tokenize_corpus
 
 
 class Split(Protocol):

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsv3_jax.config.checks import require
-from dsv3_jax.data.cache import digest
 from dsv3_jax.data.chat_template import ChatTemplate, Message, closing_tokens, encode_prompt
 from dsv3_jax.data.sources import paired
+from dsv3_jax.data.storage import digest
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import write_whole
 from dsv3_jax.infer.engine import Engine

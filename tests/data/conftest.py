@@ -13,7 +13,7 @@ import pytest
 def quick_workers() -> Iterator[None]:
     """Forks them from one process that has imported everything, where a user's are started one by one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dsv3_jax.data.shard_writer"])
+    context.set_forkserver_preload(["dsv3_jax.data.prepare"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dsv3_jax.data.prepare.multiprocessing", SimpleNamespace(get_context=lambda _: context))
         yield

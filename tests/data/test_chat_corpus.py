@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.chat_corpus import ChatCorpus, load_chat_corpus
+from dsv3_jax.data.chat import ChatCorpus, load_chat_corpus
 
 
 def chat(question: str, answer: str) -> dict[str, Any]:

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from dsv3_jax.data import chat_rows as module
-from dsv3_jax.data.chat_rows import ChatRows, chat_windows
-from dsv3_jax.data.chat_tokens import ChatTokens, Encoded
+from dsv3_jax.data import chat as module
+from dsv3_jax.data.chat import ChatRows, ChatTokens, Encoded, chat_windows
 
 Shape = tuple[tuple[int, int], ...]  # prompt and answer of each turn
 TURNS = strategies.tuples(strategies.integers(1, 12), strategies.integers(1, 8))

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.corpus import STDLIB_HELDOUT, Corpus, load_corpus
-from dsv3_jax.data.near_duplicates import near_duplicates
+from dsv3_jax.data.corpus import STDLIB_HELDOUT, Corpus, load_corpus, near_duplicates
 
 
 def text_of(number: int, length: int = 60) -> str:

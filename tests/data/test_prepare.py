@@ -22,12 +22,11 @@ import pytest
 from dsv3_jax.config import DataConfig, ModelConfig, TrainConfig
 from dsv3_jax.config.cli import parse_flags
 from dsv3_jax.data.corpus import load_corpus
-from dsv3_jax.data.fim import FillInTheMiddle
 from dsv3_jax.data.prepare import PrepareFlags, main, prepare
 from dsv3_jax.data.shards import open_prepared
 from dsv3_jax.data.text import prepare_text
 from dsv3_jax.data.tokenizer import train_tokenizer
-from dsv3_jax.data.tokens import tokenize_corpus
+from dsv3_jax.data.tokens import FillInTheMiddle, tokenize_corpus
 
 ROOT = Path(__file__).parents[2]
 WORDS = [f"word{number}" for number in range(500)]

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import strategies
 
 from dsv3_jax.data import rows as rows_module
-from dsv3_jax.data.parts import ArrayPart
 from dsv3_jax.data.rows import PackedRows, TokenStream
+from dsv3_jax.data.storage import ArrayPart
 
 BOS, EOS = 0, 1
 

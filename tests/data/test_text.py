@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import DataConfig, ModelConfig, TrainConfig
-from dsv3_jax.data.fim import fill_in_the_middle
-from dsv3_jax.data.mixture import MixedRows
 from dsv3_jax.data.prepare import PrepareFlags, prepare
+from dsv3_jax.data.rows import MixedRows
 from dsv3_jax.data.shards import open_prepared
 from dsv3_jax.data.text import Text, prepare_text
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from dsv3_jax.data.tokens import fill_in_the_middle
 from tests.data.test_chat_template import BOS, DEEPSEEK, EOS, IDS, TOKENIZER, USER
 
 MODEL = ModelConfig(vocab_size=400)

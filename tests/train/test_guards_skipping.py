@@ -11,7 +11,7 @@ import pytest
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, TrainConfig
 from dsv3_jax.data import PackedRows, TokenStream, TrainBatches
-from dsv3_jax.data.parts import ArrayPart
+from dsv3_jax.data.storage import ArrayPart
 from dsv3_jax.train.guards import SkippedSteps, keep_batch
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.data.cache import digest, load_or_make
+from dsv3_jax.data.storage import digest, load_or_make
 
 
 def read_number(path: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.data.pieces import cut_into_pieces, documents_in
+from dsv3_jax.data.prepare import cut_into_pieces, documents_in
 from dsv3_jax.data.sources import read_source, source_files
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3_jax.data.chat_corpus import Conversation
+from dsv3_jax.data.chat import Conversation, Encoded, encode_conversations, tokenize_chat
 from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
-from dsv3_jax.data.chat_tokens import Encoded, encode_conversations, tokenize_chat
 from tests.data.test_chat_template import ASSISTANT, DEEPSEEK, EOS, IDS, TEMPLATE, TOKENIZER, USER
 
 MULTI = [
@@ -66,7 +65,7 @@ def test_what_is_spelt_is_learnt_as_text() -> None:
 
 
 def test_many_are_encoded_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsv3_jax.data.chat_tokens._CONVERSATIONS_AT_ONCE", 3)
+    monkeypatch.setattr("dsv3_jax.data.chat._CONVERSATIONS_AT_ONCE", 3)
     chats = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": f"{n * n}"}] for n in range(10)]
     for one, messages in zip(encode_conversations(list(map(conversation, chats)), TEMPLATE, TOKENIZER), chats, strict=True):
         np.testing.assert_equal(one, encode(messages))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from dsv3_jax.data.near_duplicates import near_duplicates
+from dsv3_jax.data.corpus import near_duplicates
 
 
 def containment(candidate: str, references: list[str]) -> float:

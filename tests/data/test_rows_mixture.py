@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from dsv3_jax.data.mixture import MixedRows
-from dsv3_jax.data.rows import Row
+from dsv3_jax.data.rows import MixedRows, Row
 
 
 class Named:

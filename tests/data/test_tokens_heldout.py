@@ -14,9 +14,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.heldout import HeldoutWindows, compressor_bits_per_byte
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
+from dsv3_jax.data.tokens import HeldoutWindows, compressor_bits_per_byte
 
 DOCUMENTS = [
     Document("a", "The first document, <eos> spelt out.\n" + " ".join(map(str, range(1000, 1050)))),

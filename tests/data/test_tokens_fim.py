@@ -11,10 +11,9 @@ import pytest
 from hypothesis import strategies
 
 from dsv3_jax.config import DataConfig, ModelConfig
-from dsv3_jax.data.fim import FillInTheMiddle, fill_in_the_middle
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
-from dsv3_jax.data.tokens import encode_documents
+from dsv3_jax.data.tokens import FillInTheMiddle, encode_documents, fill_in_the_middle
 
 FIM_TOKENS = DataConfig.fim_tokens
 TEXTS = [f"def function_{i}(argument):\n    return argument + {i**3}\n" for i in range(100)]

@@ -19,7 +19,7 @@ import time
 
 import jax
 
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config.cli import exits_with_one_line, how_to_resume, parse_run
 from dsv3_jax.data import TrainBatches, compressor_bits_per_byte, prepare_text

@@ -22,8 +22,7 @@ import jax
 import numpy as np
 from machine import machine
 
-from dsv3_jax.checkpoint.checksums import checksums
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints, checksums
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.data import Batch
 from dsv3_jax.train.state import init_state

@@ -17,7 +17,7 @@ import time
 from machine import machine
 
 from dsv3_jax import Engine, SamplingParams
-from dsv3_jax.checkpoint.orbax import load_run
+from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.data import load_corpus
 from dsv3_jax.infer.load import load_model
 

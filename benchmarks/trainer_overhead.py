@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from machine import machine
 
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.config.cli import load_config

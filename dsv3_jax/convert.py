@@ -15,7 +15,7 @@ from etils import epath
 
 from dsv3_jax.checkpoint.folder import require_no_folder
 from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype, save_hf
-from dsv3_jax.checkpoint.orbax import load_run
+from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.checkpoint.saving import new_folder
 from dsv3_jax.config import Config, DataConfig, TrainConfig
 from dsv3_jax.config.cli import exits_with_one_line

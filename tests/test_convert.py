@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import load_hf
-from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
+from dsv3_jax.checkpoint.run import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.convert import main
 from dsv3_jax.train.state import state_of

@@ -7,24 +7,27 @@ tensor at a time from the arrays (`saving`). A tree loaded in the dtype of its f
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from flax import traverse_util
+from jax.sharding import NamedSharding
 
 from dsv3_jax.checkpoint.folder import CheckpointError, find_tensors, read_config, require_no_folder
-from dsv3_jax.checkpoint.fp8 import EXPORT_CONFIG, block_size
-from dsv3_jax.checkpoint.kept_fp8 import load_block_scaled, require_fp8, stays_fp8
+from dsv3_jax.checkpoint.fp8 import EXPORT_CONFIG, SCALE_SUFFIX, block_size, scale_shape
 from dsv3_jax.checkpoint.loading import Weights, differing_copies, load_array
+from dsv3_jax.checkpoint.multihost import all_or_none, first_alone
 from dsv3_jax.checkpoint.names import Leaf, leaves
-from dsv3_jax.checkpoint.processes import all_or_none, first_alone
 from dsv3_jax.checkpoint.saving import checked_arrays, new_folder, outgoing_tensors, processes_of, write_tensors
 from dsv3_jax.checkpoint.tensor_files import shards
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.sharding import variable_shardings
+from dsv3_jax.kernels.quantized import BlockScaled
+from dsv3_jax.model.sharding import scale_sharding, variable_shardings
 
 Variables = dict[str, Any]
 
@@ -163,3 +166,34 @@ def _tokenizer_files(folder: epath.Path) -> list[epath.Path]:
     if not files:
         raise ValueError(f"{folder} holds no tokenizer file (such as tokenizer.json); name a folder that does")
     return files
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FP8 tensors of a checkpoint as they are: 8-bit values and their scales, in place of the arrays they stand for.
+
+
+def require_fp8(weights: Weights) -> None:
+    """Raises ValueError if the checkpoint has no FP8 blocks to keep."""
+    if weights.block is None:
+        raise ValueError(f"{weights.folder} holds no FP8 blocks (config.json has no quantization_config); leave keep_fp8 out")
+
+
+def stays_fp8(weights: Weights, leaf: Leaf) -> bool:
+    """Whether an array can be kept: the published recipe quantises it, and so does the file, in all of its layers."""
+    return leaf.is_fp8 and all(weights.is_fp8(name) for name in leaf.names)
+
+
+def load_block_scaled(weights: Weights, leaf: Leaf, sharding: NamedSharding | None) -> BlockScaled:
+    """What takes the place of the array of `leaf`; its values are split as that would be, and its scales by experts alone."""
+    assert weights.block is not None
+    rows, columns = scale_shape(leaf.stored, weights.block)
+    scales = dataclasses.replace(
+        leaf, names=tuple(name + SCALE_SUFFIX for name in leaf.names), part=(columns, rows), stored=(rows, columns)
+    )
+    by_experts = None if sharding is None else scale_sharding(sharding, len(leaf.stack))
+    return BlockScaled(
+        values=load_array(weights, leaf, np.dtype(np.uint8), sharding),
+        scale_inv=load_array(weights, scales, np.dtype(np.float32), by_experts),
+        block=(weights.block[1], weights.block[0]),
+        num_in=leaf.num_in,
+    )

@@ -22,8 +22,8 @@ from flax import traverse_util
 
 from dsv3_jax.checkpoint.folder import INDEX, CheckpointError, require_no_folder
 from dsv3_jax.checkpoint.fp8 import FP8, SCALE_SUFFIX, quantise, scale_shape
+from dsv3_jax.checkpoint.multihost import all_or_none, first_alone, same_everywhere, take
 from dsv3_jax.checkpoint.names import Leaf, copies, leaves, natural_order
-from dsv3_jax.checkpoint.processes import all_or_none, first_alone, same_everywhere, take
 from dsv3_jax.checkpoint.tensor_files import Outgoing, write_file
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.files import folder_to_disk, names_to_disk

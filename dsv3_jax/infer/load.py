@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, named_dtype
-from dsv3_jax.checkpoint.orbax import load_run
+from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config import InferConfig, ModelConfig
 from dsv3_jax.config.hugging_face import is_hugging_face, with_generation_config
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer

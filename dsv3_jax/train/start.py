@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax.checkpoint.hugging_face import load_hf
-from dsv3_jax.checkpoint.orbax import Checkpoints, Restored, load_run
+from dsv3_jax.checkpoint.run import Checkpoints, Restored, load_run
 from dsv3_jax.checkpoint.run_directory import FREE_FIELDS, RunDirectory
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.config.hugging_face import is_hugging_face, model_to_train

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
 from dsv3_jax.kernels.quantized import require_trainable

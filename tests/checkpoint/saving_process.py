@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint._src.path import async_path
 from orbax.checkpoint._src.serialization import serialization
 
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
 from dsv3_jax.parallel.multihost import by_first_process

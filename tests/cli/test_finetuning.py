@@ -14,7 +14,7 @@ import pytest
 
 import train
 from dsv3_jax.checkpoint.hugging_face import load_hf
-from dsv3_jax.checkpoint.orbax import load_run
+from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config.cli import parse_run
 from dsv3_jax.convert import main as convert
 from dsv3_jax.data import TrainBatches, prepare_text

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import train
-from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
+from dsv3_jax.checkpoint.run import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
 from dsv3_jax.config.cli import how_to_resume

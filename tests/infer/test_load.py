@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.checkpoint.hugging_face import save_hf
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, InferConfig, MeshConfig, TrainConfig
 from dsv3_jax.config.hugging_face import is_hugging_face, model_to_train, read_model

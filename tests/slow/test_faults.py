@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import train
-from dsv3_jax.checkpoint.orbax import load_run
+from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.data import prepare
 from tests.cli.conftest import ENDLESS, TRAIN, Done, started_for_long
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.parallel.mesh import make_mesh

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
+from dsv3_jax.checkpoint.run import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, TrainConfig
 from dsv3_jax.model import init_variables

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.checkpoint import processes
+from dsv3_jax.checkpoint import multihost
 from dsv3_jax.checkpoint.hugging_face import load_hf, open_hf, save_hf
 from dsv3_jax.checkpoint.names import copies
 from tests.checkpoint.tiny import SHARDED_CONFIG, make_mesh, random_tensors, write
@@ -40,7 +40,7 @@ def test_a_part_has_every_bit(spec: PartitionSpec, dtype: type) -> None:
     values[1, 5, :, :2] = -0.0, np.nan
     array = jax.device_put(values, NamedSharding(make_mesh(fsdp=2, expert=2, tensor=2), spec))
     for index in [(0, 0), (1, 5), (1, 7)]:
-        part = np.asarray(processes.take(array, index)).view(dtype)
+        part = np.asarray(multihost.take(array, index)).view(dtype)
         assert part.tobytes() == values[index].tobytes()
 
 
@@ -49,7 +49,7 @@ def test_only_the_part_travels() -> None:
     array = jax.device_put(
         np.zeros((4, 64, 32, 32), np.float32), NamedSharding(make_mesh(expert=8), PartitionSpec(None, "expert"))
     )
-    compiled = processes._gathering(array.sharding, 4, 2).lower(array, (jnp.int32(3), jnp.int32(7))).compile()
+    compiled = multihost._gathering(array.sharding, 4, 2).lower(array, (jnp.int32(3), jnp.int32(7))).compile()
     memory, part = compiled.memory_analysis(), 32 * 32 * 4
     assert memory.output_size_in_bytes == part
     assert memory.temp_size_in_bytes <= 4 * part < array.nbytes / 8
@@ -57,12 +57,12 @@ def test_only_the_part_travels() -> None:
 
 def test_with_one_process_an_error_passes() -> None:
     error = OSError("disk")
-    with pytest.raises(OSError, match="disk") as caught, processes.all_or_none(1):
+    with pytest.raises(OSError, match="disk") as caught, multihost.all_or_none(1):
         raise error
     assert caught.value is error
-    with processes.first_alone(1) as first:
+    with multihost.first_alone(1) as first:
         assert first
-    assert processes.same_everywhere(7, 1) == 7
+    assert multihost.same_everywhere(7, 1) == 7
 
 
 def _run_two(folder: Path) -> list[dict]:

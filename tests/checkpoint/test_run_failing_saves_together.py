@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsv3_jax.checkpoint.checksums import checksums
+from dsv3_jax.checkpoint.run import checksums
 from tests.checkpoint.saving_process import SHAPE
 
 _ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.checkpoint.checksums import _checksum, checksums
+from dsv3_jax.checkpoint.run import _checksum, checksums
 from dsv3_jax.plan.topology import tpu_devices
 from tests.checkpoint.tiny import MESHES, make_mesh
 

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint._src.path import async_path
 
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
-from tests.checkpoint.test_damage import assert_same_bits
+from tests.checkpoint.test_run_damage import assert_same_bits
 from tests.checkpoint.tiny import contents
 
 ROOT = Path(__file__).parents[2]
@@ -261,8 +261,8 @@ LIMITED_AND_KILLED = """
 import os, resource, signal, sys
 from pathlib import Path
 import orbax.checkpoint._src.path.async_path as async_path
-from dsv3_jax.checkpoint.orbax import Checkpoints
-from tests.checkpoint.test_failing_saves import RUN, SIZE, opened, trees
+from dsv3_jax.checkpoint.run import Checkpoints
+from tests.checkpoint.test_run_failing_saves import RUN, SIZE, opened, trees
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 rename = async_path.rename
 async def killed(source, target):

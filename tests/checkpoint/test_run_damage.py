@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.checkpoint.faults import late_reads_keep_quiet
-from dsv3_jax.checkpoint.orbax import Checkpoints
+from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config, TrainConfig
 from tests.checkpoint.tiny import MESHES, contents, make_mesh
@@ -349,7 +349,7 @@ def test_any_mesh_gets_the_same_bits_and_the_same_checksums(saved: Path, mesh: s
 
 def test_what_is_cast_is_read_bit_by_bit(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one array at a time."""
-    monkeypatch.setattr("dsv3_jax.checkpoint.reading._CAST_BYTES", 1)
+    monkeypatch.setattr("dsv3_jax.checkpoint.run._CAST_BYTES", 1)
     with Checkpoints(RunDirectory.existing(str(saved))) as checkpoints:
         found = checkpoints.restore(9, **like(jnp.float16))
     assert_same_bits(found, jax.tree.map(lambda leaf: leaf.astype(jnp.float16), trees(9)))

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from dsv3_jax.checkpoint.orbax import Checkpoints, load_run
+from dsv3_jax.checkpoint.run import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config, OptimizerConfig, TrainConfig
 from dsv3_jax.model.sharding import variable_shardings

@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import hashlib
+import json
+import operator
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
-from dsv3_jax.checkpoint.faults import io_reason, orbax_keeps_quiet
-from dsv3_jax.checkpoint.reading import RECORD, DamagedError, read_items, read_record
-from dsv3_jax.checkpoint.record import Record
-from dsv3_jax.checkpoint.roll_call import RollCall
+from dsv3_jax.checkpoint.faults import io_reason, is_of_the_machine, late_reads_keep_quiet, one_line, orbax_keeps_quiet
+from dsv3_jax.checkpoint.multihost import RollCall
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel.multihost import by_first_process, is_first_process, require_agreement
+from dsv3_jax.parallel.multihost import by_first_process, is_first_process, on_every_process, require_agreement
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -286,3 +292,273 @@ def load_run(path: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
         if restored is None:
             raise ValueError(f"{path} holds no complete checkpoint yet; let the run reach its first (checkpoint.every steps)")
         return config, restored.items["variables"], restored.record.step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The record that goes into every checkpoint beside its arrays: what it is of, and by what to tell that it is whole.
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array as it was saved."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint says about itself."""
+
+    step: int
+    """Optimizer steps taken."""
+    tokens: int
+    """Tokens seen in them."""
+    config: dict[str, Any]
+    """The resolved config, as plain values."""
+    counters: dict[str, Any]
+    """Whatever else the trainer keeps, as plain values."""
+    arrays: dict[str, dict[str, Stored]]
+    """Every array, by item and path."""
+
+    @classmethod
+    def of(cls, step: int, config: Config, counters: dict[str, Any], items: dict[str, Any]) -> Record:
+        """The record of `items`, trees of arrays by name; every process has to call this (see `checksums`)."""
+        arrays = {}
+        for name, tree in items.items():
+            sums = checksums(tree)
+            arrays[name] = {
+                path: Stored(array.dtype.name, tuple(array.shape), sums[path]) for path, array in by_path(tree).items()
+            }
+        return cls(step, config.schedules.tokens_before(step), dataclasses.asdict(config), counters, arrays)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, with a digest of them all."""
+        values = dataclasses.asdict(self)
+        return {"record": values, "sha256": _digest(values)}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Record:
+        """Reads what `to_json` gave.
+
+        Raises:
+          ValueError: if it is anything else.
+        """
+        if not isinstance(values, dict) or _digest(values.get("record")) != values.get("sha256"):
+            raise ValueError("its record does not match its own digest")
+        record = dict(values["record"])
+        record["arrays"] = {
+            name: {path: Stored(one["dtype"], tuple(one["shape"]), one["checksum"]) for path, one in arrays.items()}
+            for name, arrays in record["arrays"].items()
+        }
+        return cls(**record)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One number per array, by which a checkpoint that is read is told to be the one that was saved.
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """The checksum of every array of `tree`, by its path; every process of a run has to call this, and gets all of them.
+
+    Raises:
+      ValueError: naming the array, if its dtype has elements of more than 32 bits.
+    """
+    arrays = by_path(tree)
+    for path, array in arrays.items():
+        if array.dtype.itemsize > 4:
+            raise ValueError(f"{path} is {array.dtype.name}; a checkpoint holds arrays of 32 bits an element at most")
+    # Moments share the shapes of their parameters: a program for each kind of array is compiled far sooner than one for all.
+    # Each is waited for: on a CPU, programs that do not depend on each other, in flight together, can take all threads and
+    # wait for each other's sums for ever.
+    return {path: int(_checksum(array)) for path, array in arrays.items()}
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    if array.dtype == jnp.bool_:
+        bits = array.astype(jnp.uint32)
+    else:
+        unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    # An odd factor for each axis, in place of strides, which would wrap around in arrays of more than 2^32 elements.
+    factors = [(0x9E3779B9 * (axis + 1) ^ 0x85EBCA6B) % 2**32 | 1 for axis in range(array.ndim)]
+    places = [
+        jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(factor) for axis, factor in enumerate(factors)
+    ]
+    return jnp.sum(_mix(bits ^ functools.reduce(operator.add, places, jnp.uint32(0))), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3: one to one, and each bit of `x` changes half of the bits of the result."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading one checkpoint: onto any mesh, in any dtype, and never without holding it to its checksums.
+
+
+RECORD = "progress"
+_CAST_BYTES = 2**32
+"""Arrays that change their dtype are read, verified and cast so many bytes at a time, for both copies are there meanwhile."""
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was saved."""
+
+
+def read_record(folder: epath.Path) -> Record:
+    """The record of a checkpoint.
+
+    Raises:
+      DamagedError: if there is none that is whole; on every process.
+    """
+
+    def read() -> Record:
+        if not (folder / RECORD).exists():
+            raise DamagedError(f"it lacks {RECORD}, without which nothing in it can be verified")
+        return Record.from_json(ocp.JsonCheckpointHandler().restore(folder / RECORD))
+
+    record = _read(folder, read)
+    if str(record.step) != folder.name:
+        raise DamagedError(f"it is of step {record.step}")
+    return record
+
+
+def read_items(folder: epath.Path, record: Record, like: dict[str, Any]) -> dict[str, Any]:
+    """Reads items of a checkpoint and verifies them.
+
+    Args:
+      folder: the checkpoint.
+      record: its record.
+      like: trees by item, of arrays or of `jax.ShapeDtypeStruct`s with a sharding: what to read, onto what, and cast to what.
+
+    Returns:
+      The trees, with the arrays.
+
+    Raises:
+      DamagedError: if an item is missing, or is not what was saved; on every process.
+      ValueError: if the arrays are not those of `like`, but another model's.
+    """
+    for name, tree in like.items():
+        if name not in record.arrays:
+            raise DamagedError(f"it was saved without {name}")
+        _require_same_model(f"{folder}/{name}", record.arrays[name], by_path(tree))
+    return {name: _read_item(folder / name, record.arrays[name], tree) for name, tree in like.items()}
+
+
+def _read_item(folder: epath.Path, stored: dict[str, Stored], like: Any) -> Any:
+    wanted, found = by_path(like), {}
+    for paths in _portions(stored, wanted):
+        as_stored = {path: _abstract(wanted[path], stored[path].dtype) for path in paths}
+        part = jax.tree.unflatten(jax.tree.structure(like), [as_stored.get(path, ocp.PLACEHOLDER) for path in wanted])
+        restored = by_path(_read(folder, functools.partial(_restore, folder, part)))
+        arrays = {path: restored[path] for path in paths}
+        del restored
+        changed = [path for path, number in checksums(arrays).items() if number != stored[path].checksum]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise DamagedError(f"{folder.name}/{changed[0]}{more} does not match its checksum")
+        while arrays:  # So that each is freed when it is cast.
+            path, array = arrays.popitem()
+            found[path] = array.astype(wanted[path].dtype)
+    return jax.tree.unflatten(jax.tree.structure(like), [found[path] for path in wanted])
+
+
+def _portions(stored: dict[str, Stored], wanted: dict[str, Any]) -> list[list[str]]:
+    """What is read at once: all that keeps its dtype, and the rest bit by bit. On every process in the same order."""
+    portions = [[path for path, leaf in wanted.items() if leaf.dtype == stored[path].dtype]]
+    room = 0
+    for path, leaf in wanted.items():
+        if leaf.dtype != stored[path].dtype:
+            nbytes = int(np.prod(leaf.shape, dtype=np.int64)) * jnp.dtype(stored[path].dtype).itemsize
+            if room < nbytes:
+                portions.append([])
+                room = _CAST_BYTES
+            portions[-1].append(path)
+            room -= nbytes
+    return [portion for portion in portions if portion]
+
+
+def _abstract(leaf: Any, dtype: str) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+
+
+def _restore(folder: epath.Path, part: Any) -> Any:
+    if not folder.exists():
+        raise DamagedError(f"it lacks {folder.name}")
+    places = jax.tree.map(
+        lambda leaf: (
+            ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
+            if leaf is not ocp.PLACEHOLDER
+            else ocp.RestoreArgs()
+        ),
+        part,
+    )
+    restored = ocp.PyTreeCheckpointHandler().restore(folder, args=ocp.args.PyTreeRestore(item=part, restore_args=places))
+    jax.block_until_ready([leaf for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER])
+    return restored
+
+
+def _read(folder: epath.Path, read: Callable[[], Any]) -> Any:
+    """`read()`; whatever it raises about the checkpoint is a DamagedError, on every process if on one."""
+
+    def attempt() -> tuple[Any, str]:
+        with orbax_keeps_quiet():
+            try:
+                return read(), ""
+            except (jax.errors.JaxRuntimeError, MemoryError):  # Of the devices, which may be too small.
+                raise
+            except DamagedError as error:
+                return None, str(error)
+            except Exception as error:  # Orbax raises a dozen kinds.
+                if is_of_the_machine(error):
+                    reason = io_reason(error)
+                    raise ValueError(f"{folder} cannot be read ({reason}); make it readable, and start again") from error
+                cause: BaseException = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                damage = f"{type(cause).__name__}: {one_line(cause)}"
+                del cause
+            gc.collect(1)  # The reads that have ended say so here, in silence.
+            late_reads_keep_quiet()
+        return None, damage
+
+    result, damage = on_every_process(attempt)
+
+    def complain() -> None:
+        if damage:
+            raise DamagedError(damage)
+
+    try:
+        on_every_process(complain)
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
+    return result
+
+
+def _require_same_model(where: str, stored: dict[str, Stored], wanted: dict[str, Any]) -> None:
+    for path in (*wanted, *stored):
+        there = list(stored[path].shape) if path in stored else "nothing"
+        here = list(wanted[path].shape) if path in wanted else "nothing"
+        if there != here:
+            raise ValueError(
+                f"{where} holds another model than config.json describes: {path} is {there} there and {here} here; restore "
+                "the config.json of the run"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The arrays of a tree by their paths, whatever containers hold them.
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Every leaf of `tree` under its path, such as `params/embed/weight`, in the order of the tree."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

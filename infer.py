@@ -37,7 +37,7 @@ from dsv3_jax.parallel.devices import cache_compilations
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.multihost import first_process_first, is_first_process, join_processes, require_agreement
 from dsv3_jax.serve import require_servable, serve
-from dsv3_jax.serve.flags import Flags
+from dsv3_jax.serve.cli import Flags
 
 
 class Task(NamedTuple):

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import functools
+import hashlib
 import hmac
 import json
+import os
+import re
+import resource
+import socket
+import sys
+import time
 from collections.abc import AsyncIterator, Callable
+from importlib import resources
+from types import FrameType
 from typing import Any, NoReturn
 
+import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,12 +29,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dsv3_jax.serve.errors import ApiError, refuse
-from dsv3_jax.serve.page import load_page
+from dsv3_jax.data.chat_template import ChatTemplate
+from dsv3_jax.infer import Engine
+from dsv3_jax.serve.cli import ServeOptions
 from dsv3_jax.serve.replies import DONE, Reply, encode, event
-from dsv3_jax.serve.requests import Served, Wanted, read_chat, read_completion
-from dsv3_jax.serve.service import HUNG_UP, Running, Service
+from dsv3_jax.serve.requests import ApiError, Served, Wanted, read_chat, read_completion, refuse
+from dsv3_jax.serve.worker import HUNG_UP, Running, Service, require_name_and_key
 
 # What needs no key: the page, which asks for one, and what a load balancer asks.
 _OPEN = {"/", "/health"}
@@ -261,3 +274,199 @@ class _KeyRequired:
         assert self._key is not None
         scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key.encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `serve`: the application on a socket, until a signal has drained it.
+
+
+KEY_VARIABLE = "DSV3_JAX_API_KEY"
+_LAST_STEP = 5.0
+"""Seconds that the engine's thread gets to end, once nothing waits for it."""
+_LAST_WORD = 1
+"""Seconds that clients get to hear that their requests are cut off."""
+DEFAULT_OPTIONS = ServeOptions()
+
+
+def serve(
+    engine: Engine, model_name: str, template: ChatTemplate | None = None, options: ServeOptions = DEFAULT_OPTIONS
+) -> int:
+    """Serves an engine until SIGTERM or Ctrl-C; to be called from the main thread, which alone hears of signals.
+
+    Clients have to send the environment's DSV3_JAX_API_KEY, if it is set.
+
+    Args:
+      engine: with a tokenizer.
+      model_name: what clients ask for.
+      template: how messages become a prompt; without one there are no chat completions.
+      options: address and limits.
+
+    Returns:
+      The program's exit code: 0 once all requests have finished, 1 if some were cut off or the engine has failed.
+
+    Raises:
+      ValueError: if the engine has no tokenizer, the key is empty, or the address cannot be listened on.
+    """
+    service = Service(engine, model_name, template, options, os.environ.get(KEY_VARIABLE))
+    if options.warm_up:
+        engine.warm_up()
+    with _listener(options.host, options.port) as listener:
+        host, port = listener.getsockname()[:2]
+        print(f"serving {model_name} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+        if service.api_key is None and not host.startswith("127.") and host != "::1":
+            print(f"warning: everyone who reaches this address is served; set {KEY_VARIABLE}", file=sys.stderr, flush=True)
+        server = Server(service)
+        server.run([listener])
+    if not service.worker.stop(_LAST_STEP):
+        # It compiles, or hangs, inside a program that cannot be interrupted, and tearing down around it would crash.
+        sys.stderr.flush()
+        os._exit(server.code)
+    return server.code
+
+
+def require_servable(model_name: str, options: ServeOptions) -> None:
+    """Raises ValueError for what `serve` would refuse, before there is an engine: name, key or address."""
+    require_name_and_key(model_name, os.environ.get(KEY_VARIABLE))
+    _listener(options.host, options.port).close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which drains before it ends."""
+
+    def __init__(self, service: Service) -> None:
+        # Starlette needs no more of uvicorn than this; its log and its own lines stay out of the programs' output.
+        super().__init__(
+            uvicorn.Config(
+                application(service),
+                loop="asyncio",
+                http=functools.partial(Connection, read_timeout=service.options.read_timeout, most=most_connections()),  # type: ignore[arg-type]
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=10,
+            )
+        )
+        self._service = service
+        self._deadline: float | None = None
+        self.code = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first drains, the second ends."""
+        if self._service.draining:
+            self._cut_off()
+        else:
+            self._service.draining = True
+            self._deadline = time.monotonic() + self._service.options.drain_timeout
+
+    async def on_tick(self, counter: int) -> bool:
+        """Asked ten times a second whether it is time to go."""
+        if self._service.worker.failure is not None:
+            self.code, self.should_exit = 1, True
+        elif self._deadline is not None:
+            if self._service.idle:
+                self.should_exit = True
+            elif time.monotonic() > self._deadline:
+                self._cut_off()
+        return await super().on_tick(counter)
+
+    def _cut_off(self) -> None:
+        """Has every request end with an error, and the server with them, whether they could be told or not."""
+        self.code, self.should_exit = 1, True
+        self._service.cut_off()
+        self.config.timeout_graceful_shutdown = _LAST_WORD
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    except OSError as error:
+        raise ValueError(f"cannot listen on port {port} of {host} ({error}); use another --port or --host") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Connections that are not waited for without end, and no more of them than the process has descriptors for.
+
+
+_OTHER_FILES = 32
+"""Descriptors left for what else the program opens."""
+
+
+def most_connections() -> int:
+    """How many more descriptors this process may have, but for some."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(limit - len(os.listdir("/dev/fd")) - _OTHER_FILES, 1)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which by itself waits forever for the head of a request."""
+
+    def __init__(self, *arguments: Any, read_timeout: float, most: int, **options: Any) -> None:
+        """Args beyond uvicorn's: read_timeout: seconds for a head; most: connections, of all clients together."""
+        super().__init__(*arguments, **options)
+        self._read_timeout, self._most = read_timeout, most
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._most:
+            transport.abort()
+        else:
+            self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_timer()
+
+    def _time_head(self) -> None:
+        """Runs the timer, from the end of what was before, until there is a request."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_timer()
+        elif self._timer is None and not self.transport.is_closing():
+            self._timer = self.loop.call_later(self._read_timeout, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The chat page: one HTML file, and the headers that keep a browser from running or loading anything that is not in it.
+
+
+def load_page() -> tuple[bytes, dict[str, str]]:
+    """The page and its headers."""
+    text = resources.files("dsv3_jax.serve").joinpath("page.html").read_text("utf-8")
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hash(text, "script"),
+        "style-src": _hash(text, "style"),
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+    }
+    headers = {
+        "content-security-policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+    return text.encode(), headers
+
+
+def _hash(text: str, tag: str) -> str:
+    """The page's only script or style, by its hash."""
+    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -11,9 +11,7 @@ from typing import Any
 
 from dsv3_jax.infer.request import TokenLogprobs
 from dsv3_jax.serve.requests import Wanted
-from dsv3_jax.serve.service import Usage
-from dsv3_jax.serve.token_bytes import TokenBytes
-from dsv3_jax.serve.worker import Progress
+from dsv3_jax.serve.worker import Progress, TokenBytes, Usage
 
 DONE = b"data: [DONE]\n\n"
 

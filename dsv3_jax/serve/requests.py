@@ -8,9 +8,11 @@ vLLM takes them.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import secrets
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from dsv3_jax.config import ModelConfig
@@ -19,8 +21,6 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer import SamplingParams
 from dsv3_jax.infer.request import require_id, token_ids
 from dsv3_jax.infer.sampling import MOST_LOGPROBS
-from dsv3_jax.serve.errors import ApiError, refuse
-from dsv3_jax.serve.fields import Fields
 
 MOST_COMPLETION_LOGPROBS = 5
 COMPLETION_TOKENS = 16
@@ -312,3 +312,132 @@ def _content(content: Any, where: str) -> str:
         fields.finish()
         texts.append(text)
     return "".join(texts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The fields of a JSON object, each taken once by name and type. null is as good as absent; what nobody took is refused.
+
+
+class Fields:
+    """An object of a request. Every method raises ApiError (400), naming the field."""
+
+    def __init__(self, content: Any, where: str = "") -> None:
+        """Takes a JSON value; `where` is its name, empty for the body itself."""
+        if not isinstance(content, dict):
+            raise refuse(f"{where or 'the body'} is {_shown(content)}; use a JSON object", where or None)
+        self._left = {name: value for name, value in content.items() if value is not None}
+        self._prefix = f"{where}." if where else ""
+
+    def take(self, name: str) -> Any:
+        """Whatever stands there, or None."""
+        return self._left.pop(name, None)
+
+    def text(self, name: str) -> str | None:
+        value = self.take(name)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(name, value, "use a string")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.take(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(name, value, "use true or false")
+        return bool(value)
+
+    def integer(self, name: str, low: int | None = None, high: int | None = None) -> int | None:
+        value = self.take(name)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():  # JSON knows no integers, and some clients write 1.0.
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.wrong(name, value, "use an integer")
+        self._check_range(name, value, low, high)
+        if abs(value) >= 2**64:
+            raise self.wrong(name, value, "use one of 64 bits")
+        return value
+
+    def number(self, name: str, low: float, high: float, default: float) -> float:
+        value = self.take(name)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+            raise self.wrong(name, value, "use a finite number")
+        self._check_range(name, value, low, high)
+        return float(value)
+
+    def ignore(self, *names: str) -> None:
+        """Fields that change nothing about the answer."""
+        for name in names:
+            self.take(name)
+
+    def refuse(self, name: str, *neutral: Any) -> None:
+        """A field of OpenAI's that is not supported: only its neutral values may stand there."""
+        value = self.take(name)
+        # 0 == False in Python, so types are compared too, but 0 and 0.0 are one number in JSON.
+        if value is not None and not any(value == other and _kind(value) == _kind(other) for other in neutral):
+            raise self.wrong(name, value, "this server does not support it, leave it out")
+
+    def finish(self) -> None:
+        """Refuses what is left."""
+        if self._left:
+            name = next(iter(self._left))
+            raise refuse(f"{self._prefix}{name:.100} is not a field that this server knows; leave it out", self._prefix + name)
+
+    def wrong(self, name: str, value: Any, remedy: str) -> Exception:
+        """The error for a field."""
+        return refuse(f"{self._prefix}{name} is {_shown(value)}; {remedy}", self._prefix + name)
+
+    def _check_range(self, name: str, value: float, low: float | None, high: float | None) -> None:
+        if (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"in {low}..{high}" if high is not None else f"at least {low}"
+            raise self.wrong(name, value, f"it must {'lie' if high is not None else 'be'} {bounds}")
+
+
+def _kind(value: Any) -> type:
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in few words, as JSON has it; repr of a huge integer would raise."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "an enormous integer"
+    text = repr(value) if not isinstance(value, dict | list) or len(value) < 20 else f"a {type(value).__name__} of {len(value)}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors as OpenAI writes them: a status, and {"error": {"message", "type", "param", "code"}}.
+
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the answer."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def refuse(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """The error of a request that is wrong in itself."""
+    return ApiError(400, message, param=param, code=code)

@@ -23,9 +23,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.chat_template import ChatTemplate
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions, serve
-from dsv3_jax.serve.server import Server
-from dsv3_jax.serve.service import Service
-from dsv3_jax.serve.token_bytes import TokenBytes
+from dsv3_jax.serve.app import Server
+from dsv3_jax.serve.worker import Service, TokenBytes
 from tests.data.test_chat_template import EOS, IDS, TEMPLATE, TOKENIZER
 from tests.model.tiny import CONFIG, random_variables
 

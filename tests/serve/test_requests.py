@@ -10,8 +10,7 @@ import pytest
 
 from dsv3_jax.data.chat_template import encode_prompt
 from dsv3_jax.infer import SamplingParams
-from dsv3_jax.serve.errors import ApiError
-from dsv3_jax.serve.requests import Served, Wanted, read_chat, read_completion
+from dsv3_jax.serve.requests import ApiError, Served, Wanted, read_chat, read_completion
 from tests.data.test_chat_template import ASSISTANT, BOS, EOS, IDS, TEMPLATE, TOKENIZER, USER
 from tests.serve.running import MODEL
 

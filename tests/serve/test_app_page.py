@@ -14,7 +14,7 @@ import pytest
 from dsv3_jax.data.chat_template import encode_prompt
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions
-from dsv3_jax.serve.page import load_page
+from dsv3_jax.serve.app import load_page
 from tests.data.test_chat_template import TEMPLATE, TOKENIZER
 from tests.serve.browser import Page, browser
 from tests.serve.running import CONTEXT, NAME, Served, served

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsv3_jax.serve.errors import ApiError
-from dsv3_jax.serve.fields import Fields
+from dsv3_jax.serve.requests import ApiError, Fields
 
 
 def test_fields_are_given_as_they_are_and_null_is_absent() -> None:

@@ -6,7 +6,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.serve.token_bytes import TokenBytes
+from dsv3_jax.serve.worker import TokenBytes
 from tests.data.test_chat_template import BOS, IDS, TOKENIZER, USER
 
 TEXT = "Hello ünïcödé 漢字 🙂\n\t\x00\x7f"

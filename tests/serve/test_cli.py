@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_jax.config.cli import parse_flags
 from dsv3_jax.serve import ServeOptions
-from dsv3_jax.serve.flags import Flags
+from dsv3_jax.serve.cli import Flags
 from tests.model.tiny import CONFIG
 
 

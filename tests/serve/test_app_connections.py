@@ -10,7 +10,7 @@ import pytest
 
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions
-from dsv3_jax.serve.connections import most_connections
+from dsv3_jax.serve.app import most_connections
 from tests.serve.running import Served, served
 
 HEAD = b"GET /health HTTP/1.1\r\nhost: x\r\n"
@@ -51,7 +51,7 @@ def test_a_client_may_take_as_long_for_the_next_request(engine: Engine) -> None:
 
 
 def test_connections_beyond_the_most_are_closed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsv3_jax.serve.server.most_connections", lambda: 3)
+    monkeypatch.setattr("dsv3_jax.serve.app.most_connections", lambda: 3)
     with served(engine) as server, contextlib.ExitStack() as stack:
         connections = [stack.enter_context(connected(server)) for _ in range(3)]
         for connection in connections:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions, serve
-from dsv3_jax.serve.service import Service
+from dsv3_jax.serve.worker import Service
 from tests.data.test_chat_template import TEMPLATE
 from tests.serve.running import MODEL, NAME, Served, served, variables
 

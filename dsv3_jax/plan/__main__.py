@@ -24,15 +24,10 @@ from dsv3_jax.config.cli import exits_with_one_line, parse_with_config
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import AXES, check_fits
-from dsv3_jax.plan.compiled import GIB, PROVES
-from dsv3_jax.plan.memory_table import print_memory
-from dsv3_jax.plan.parameters import count_parameters
-from dsv3_jax.plan.program import Program, bound, compile_program
-from dsv3_jax.plan.reach import reach
-from dsv3_jax.plan.roofline import Roofline
+from dsv3_jax.plan.program import GIB, PROVES, Program, Roofline, bound, compile_program
 from dsv3_jax.plan.serve_report import report_serving
 from dsv3_jax.plan.serving import Serving
-from dsv3_jax.plan.sharding_table import Row, sharding_table, spec_text
+from dsv3_jax.plan.tables import Row, count_parameters, print_memory, reach, sharding_table, spec_text
 from dsv3_jax.plan.topology import chip_of, mesh_of_all, tpu_devices, use_cpu_devices
 
 _COUNTS = "parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"

@@ -23,7 +23,7 @@ from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.sharding import SERVING, named_shardings
-from dsv3_jax.plan.arrays import device_bytes, placed
+from dsv3_jax.plan.program import device_bytes, placed
 
 PAGE_SIZE = 128
 Weights = Literal["bfloat16", "fp8"]

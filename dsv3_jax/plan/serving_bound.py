@@ -16,8 +16,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import bytes_per_token, cached_layers
 from dsv3_jax.model.mla import expanding_pays
 from dsv3_jax.parallel.devices import Chip
-from dsv3_jax.plan.arrays import device_bytes, device_values, gathered
-from dsv3_jax.plan.compiled import Compiled
+from dsv3_jax.plan.program import Compiled, device_bytes, device_values, gathered
 from dsv3_jax.plan.serving import Arguments, Serving
 
 KV_B = "kv_b_proj"

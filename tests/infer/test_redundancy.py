@@ -21,7 +21,7 @@ from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.redundancy import copies_of, place_copies, shard_loads
 from dsv3_jax.parallel.sharding import TOKENS
-from dsv3_jax.plan.collectives import collectives
+from dsv3_jax.plan.hlo import collectives
 from tests.model.tiny import CONFIG as TINY
 from tests.model.tiny import random_tokens, random_variables
 from tests.parallel.ragged_emulation import emulate_ragged

@@ -23,7 +23,7 @@ from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.model.transformer import STACKS
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, SERVING
-from dsv3_jax.plan.collectives import collectives
+from dsv3_jax.plan.hlo import collectives
 from dsv3_jax.plan.serving import PAGE_SIZE, Arguments, Serving, abstract_arguments, by_rows
 from tests.model.tiny import random_variables
 from tests.train.test_on_mesh import MODEL

@@ -18,7 +18,7 @@ from dsv3_jax.config import MeshConfig
 from dsv3_jax.kernels.quantized import BlockScaled
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, SERVING, TOKENS, _rounded, place_tokens, project, use_rules
-from dsv3_jax.plan.collectives import collectives
+from dsv3_jax.plan.hlo import collectives
 from tests.parallel.test_all_to_all import MESHES
 from tests.tolerances import TOLERANCE
 

@@ -14,9 +14,16 @@ from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from dsv3_jax.kernels.grouped import KERNELS
 from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import AXES, make_mesh
-from dsv3_jax.plan.arrays import device_bytes
-from dsv3_jax.plan.compiled import GIB
-from dsv3_jax.plan.program import Program, bound, compile_program, expected_rows_sent, least_hbm_bytes, state_on
+from dsv3_jax.plan.program import (
+    GIB,
+    Program,
+    bound,
+    compile_program,
+    device_bytes,
+    expected_rows_sent,
+    least_hbm_bytes,
+    state_on,
+)
 from dsv3_jax.plan.topology import h100_devices, tpu_devices
 
 SMALL = Config(

@@ -17,14 +17,13 @@ from dsv3_jax.infer.cache import bytes_per_token
 from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import AXES, make_mesh
 from dsv3_jax.plan import serve_report
-from dsv3_jax.plan.arrays import device_bytes
-from dsv3_jax.plan.compiled import GIB, Compiled
+from dsv3_jax.plan.program import GIB, Compiled, device_bytes
 from dsv3_jax.plan.serve_report import Part, Plan, report_serving
 from dsv3_jax.plan.serving import PAGE_SIZE, Serving, abstract_arguments, check_serves, smallest_mesh
 from dsv3_jax.plan.serving_bound import Work
 from dsv3_jax.plan.topology import tpu_devices
-from tests.plan.test_parameters import ROOT, run, test_bad_input_is_one_line_and_exit_2
 from tests.plan.test_program import SMALL
+from tests.plan.test_tables_parameters import ROOT, run, test_bad_input_is_one_line_and_exit_2
 
 MODEL = dataclasses.replace(SMALL.model, num_hidden_layers=2, remat="none")
 MOE_LAYER = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=0)

@@ -12,8 +12,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.plan.collectives import Collective
-from dsv3_jax.plan.compiled import Compiled
+from dsv3_jax.plan.hlo import Collective
+from dsv3_jax.plan.program import Compiled
 from dsv3_jax.plan.serving import Arguments, Serving, Weights, abstract_arguments
 from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
 

@@ -14,7 +14,7 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from dsv3_jax.plan.collectives import Collective, collectives
+from dsv3_jax.plan.hlo import Collective, collectives
 
 AXES = {"data": 2, "fsdp": 2, "expert": 2}
 SPLIT = PartitionSpec(tuple(AXES))

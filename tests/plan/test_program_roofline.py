@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from dsv3_jax.parallel.devices import Chip
-from dsv3_jax.plan.collectives import Collective
-from dsv3_jax.plan.roofline import Roofline, roofline
+from dsv3_jax.plan.hlo import Collective
+from dsv3_jax.plan.program import Roofline, roofline
 
 CHIP = Chip(bf16_flops=1000.0, hbm_bytes=100.0, hbm_gib=1.0, ici_bytes=10.0, dcn_bytes=2.0)
 SENT = [

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.plan.reach import reach
+from dsv3_jax.plan.tables import reach
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from dsv3_jax.config.cli import load_config
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.plan.sharding_table import Row, golden_text, sharding_table
+from dsv3_jax.plan.tables import Row, golden_text, sharding_table
 from dsv3_jax.train.state import init_state
 
 ROOT = pathlib.Path(__file__).parents[2]

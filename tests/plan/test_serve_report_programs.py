@@ -11,12 +11,10 @@ import pytest
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.plan import serving_programs
-from dsv3_jax.plan.arrays import device_bytes
-from dsv3_jax.plan.compiled import GIB
-from dsv3_jax.plan.serve_report import plan_serving
+from dsv3_jax.plan import serve_report
+from dsv3_jax.plan.program import GIB, device_bytes
+from dsv3_jax.plan.serve_report import compile_decode, compile_prefill, plan_serving
 from dsv3_jax.plan.serving import Serving, abstract_arguments
-from dsv3_jax.plan.serving_programs import compile_decode, compile_prefill
 from dsv3_jax.plan.topology import tpu_devices
 from tests.plan.test_program import SMALL
 
@@ -27,7 +25,7 @@ ASKED = Serving(batch=8, context=256, chunk=128, drafts=1)
 def test_rows_of_an_exchange_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three fourths of two choices each: of the two sequences of a device with their drafts, or of a chunk."""
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(serving_programs, "compile_for", lambda *_, **traffic: told.append(traffic))
+    monkeypatch.setattr(serve_report, "compile_for", lambda *_, **traffic: told.append(traffic))
     mesh = make_mesh(MeshConfig(expert=4, tensor=2), jax.devices())
     arguments = abstract_arguments(MODEL, ASKED, mesh)
     compile_decode(MODEL, ASKED, mesh, None, arguments)
@@ -48,7 +46,7 @@ def test_weights_of_a_program_that_does_not_fit_count_once(monkeypatch: pytest.M
             )
 
     for program in ("decode", "prefill"):
-        monkeypatch.setattr(serving_programs, program, Refused())
+        monkeypatch.setattr(serve_report, program, Refused())
     mesh = make_mesh(MeshConfig(expert=4, tensor=2), jax.devices())
     plan = plan_serving(MODEL, ASKED, mesh, CHIPS["v5e"])
     assert plan.parts["decode"].work.unused_bytes > 0

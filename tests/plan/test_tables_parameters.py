@@ -14,7 +14,7 @@ import pytest
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.cli import load_config
 from dsv3_jax.plan.__main__ import main
-from dsv3_jax.plan.parameters import count_parameters
+from dsv3_jax.plan.tables import count_parameters
 from tests.model.tiny import CONFIG, DENSE_ONLY
 from tests.shipped import SHIPPED, shipped
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsv3_jax.plan.compiled import GIB, kernels_in, read_refusal
+from dsv3_jax.plan.program import GIB, kernels_in, read_refusal
 
 
 def test_refusals() -> None:

@@ -18,6 +18,7 @@ import os
 import sys
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax import Engine, SamplingParams
@@ -36,6 +37,7 @@ from dsv3_jax.infer.request import prompt_ids
 from dsv3_jax.parallel.devices import cache_compilations
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.multihost import first_process_first, is_first_process, join_processes, require_agreement
+from dsv3_jax.rebalance import read_placement
 from dsv3_jax.serve import require_servable, serve
 from dsv3_jax.serve.cli import Flags
 
@@ -48,6 +50,8 @@ class Task(NamedTuple):
     sizes: dict[str, Any]
     """Of the engine."""
     model_name: str
+    placement: dict[str, np.ndarray] | None
+    """Of redundant experts."""
 
 
 @exits_with_one_line
@@ -67,7 +71,7 @@ def main() -> None:
     sizes = task.sizes
     if flags.one_shot and flags.max_length is None and flags.cache_tokens is None:
         sizes = sizes | {"max_length": length_for(prompt, params, model)}
-    options = {"mesh": mesh, "prefix_cache": flags.prefix_cache, **sizes}
+    options = {"mesh": mesh, "prefix_cache": flags.prefix_cache, "placement": task.placement, **sizes}
     engine = Engine(model.config, model.variables, model.tokenizer, donate=True, **options)
     if not is_first_process():
         follow(engine)
@@ -104,8 +108,9 @@ def checked(flags: Flags, mesh: Mesh) -> Task:
     config, tokenizer = read_model(flags.checkpoint), load_tokenizer(flags.checkpoint)
     name, sizes = os.path.basename(os.path.abspath(flags.checkpoint)), flags.sizes(config)
     longest = Sizes.of(config, mesh, **sizes).max_length
+    placement = None if flags.placement is None else read_placement(flags.placement, config, mesh.shape["expert"])
     if not is_first_process():
-        return Task(None, None, sizes, name)
+        return Task(None, None, sizes, name, placement)
     prompts = None
     if flags.batch_file is not None:
         prompts = read_prompt_lines(flags.batch_file[0])
@@ -118,7 +123,7 @@ def checked(flags: Flags, mesh: Mesh) -> Task:
         prompt_ids(flags.prompt, config, tokenizer, longest)
     if flags.serve:
         require_servable(name, flags.server)
-    return Task(prompts, template, sizes, name)
+    return Task(prompts, template, sizes, name, placement)
 
 
 def batch(

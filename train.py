@@ -35,8 +35,8 @@ from dsv3_jax.parallel.multihost import (
     wait_for_first_process,
 )
 from dsv3_jax.train.evaluation import Evaluator, evaluate_sources
-from dsv3_jax.train.guards import SkippedSteps, StopRequest, keep_batch
-from dsv3_jax.train.logging import Observer
+from dsv3_jax.train.guards import SkippedSteps, StopRequest
+from dsv3_jax.train.logging import Observer, keep_batch
 from dsv3_jax.train.profiling import profiled_steps
 from dsv3_jax.train.start import check_start, first_state, going_on
 from dsv3_jax.train.step import compile_train_step, describe_backends

@@ -26,7 +26,7 @@ from machine import machine
 
 from dsv3_jax.config.cli import load_config
 from dsv3_jax.model import init_variables
-from dsv3_jax.train.state import save_run_start
+from dsv3_jax.train.start import save_run_start
 
 CONFIG = load_config("configs/tiny.py")
 SKEW = 6.0

@@ -35,8 +35,8 @@ from dsv3_jax.config.cli import load_config
 from dsv3_jax.data import TrainBatches, prepare_text
 from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.train.guards import SkippedSteps, StopRequest, keep_batch
-from dsv3_jax.train.logging import Observer
+from dsv3_jax.train.guards import SkippedSteps, StopRequest
+from dsv3_jax.train.logging import Observer, keep_batch
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import compile_train_step
 

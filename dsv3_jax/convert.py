@@ -6,10 +6,9 @@ load; a published checkpoint becomes a run at step 0, to be sampled from or trai
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from etils import epath
 
@@ -18,9 +17,9 @@ from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype, save_hf
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.checkpoint.saving import new_folder
 from dsv3_jax.config import Config, DataConfig, TrainConfig
-from dsv3_jax.config.cli import exits_with_one_line
+from dsv3_jax.config.cli import OneLineParser, exits_with_one_line
 from dsv3_jax.config.hugging_face import is_hugging_face
-from dsv3_jax.train.state import save_run_start
+from dsv3_jax.train.start import save_run_start
 
 _TOKENIZER = "tokenizer.json"
 
@@ -74,17 +73,10 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
     print(f"{source} is now the run directory {target}, at step 0{'' if has_tokenizer else ' (no tokenizer.json)'}")
 
 
-class _OneLine(argparse.ArgumentParser):
-    """Raises what is wrong with the arguments, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-
 @exits_with_one_line
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = _OneLine(prog="python -m dsv3_jax.convert", description=(__doc__ or "").partition("\n\n")[0])
+    parser = OneLineParser(prog="python -m dsv3_jax.convert", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", help="a run directory or a Hugging Face folder")
     parser.add_argument("target", help="the folder to make; it must not exist, or be empty")
     dtypes = "float32", "bfloat16", "float16"

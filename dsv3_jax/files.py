@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 
+import numpy as np
 from etils import epath
 
 
@@ -23,6 +25,28 @@ def write_whole(path: epath.Path, data: str | bytes) -> None:
             if part.is_file():  # Not a folder, which etils would remove as well.
                 part.unlink()
         raise
+
+
+def write_arrays(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an .npz atomically."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # Its own keywords are no names of stacks.
+    write_whole(path, file.getvalue())
+
+
+def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
+    """Read an .npz.
+
+    Raises:
+      ValueError: if the file is missing or damaged.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            return dict(arrays)
+    except Exception as error:  # What a damaged archive raises has no narrower type.
+        raise ValueError(f"{path} cannot be read ({error}); remove it") from error
 
 
 def part_of(path: epath.Path) -> epath.Path:

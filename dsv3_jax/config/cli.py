@@ -8,6 +8,7 @@ docstrings, with the defaults of the chosen file. Whatever is wrong is a ValueEr
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -224,6 +225,13 @@ def how_to_resume() -> str:
         if not dropping:
             kept.append(argument)
     return f"python {shlex.join([*kept, '--resume'])}"
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser that raises ValueError for wrong arguments, without the usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}; see --help")
 
 
 def exits_with_one_line(main: Callable[..., None]) -> Callable[..., None]:

@@ -1,20 +1,15 @@
 """Text to batches: sources, the held-out split, the tokenizer, packed training batches and held-out windows."""
 
-from dsv3_jax.data.batches import Batch, TrainBatches
+from dsv3_jax.data.batches import TrainBatches
 from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt, load_chat_template
 from dsv3_jax.data.corpus import Corpus, CorpusReport, load_corpus
 from dsv3_jax.data.rows import PackedRows, Row, Rows, TokenStream
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.text import Text, prepare_text
-from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, document_marks, load_tokenizer, prepare_tokenizer
-from dsv3_jax.data.tokens import (
-    FillInTheMiddle,
-    HeldoutBatch,
-    HeldoutWindows,
-    compressor_bits_per_byte,
-    fill_in_the_middle,
-    tokenize_corpus,
-)
+from dsv3_jax.data.tokenizer import Tokenizer, document_marks, load_tokenizer, prepare_tokenizer
+from dsv3_jax.data.tokens import FillInTheMiddle, HeldoutWindows, compressor_bits_per_byte, fill_in_the_middle, tokenize_corpus
+from dsv3_jax.infer.request import StreamDecoder
+from dsv3_jax.model.losses import Batch, HeldoutBatch
 
 __all__ = [
     "Batch",

@@ -7,39 +7,19 @@ all steps before it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dsv3_jax.config import TrainConfig
 from dsv3_jax.config.run import Schedules
 from dsv3_jax.data.rows import Row, Rows
+from dsv3_jax.model.losses import Batch
 
 if TYPE_CHECKING:
     import grain
 
 _PREFETCHED_BATCHES = 8
-
-
-class Batch(NamedTuple):
-    """The rows of one step: A micro-batches of B rows, of which a small step fills only the first ones.
-
-    Arrays of numpy, or of jax once they are on the devices.
-    """
-
-    tokens_ABT: Any
-    """int32."""
-    targets_ABT: Any
-    """int32; the token that follows each."""
-    weights_ABT: Any
-    """float32; what the loss of each target counts."""
-    starts_ABT: Any
-    """int32; where in its row the document of each token begins, -1 for padding; None where attention crosses documents."""
-
-    @classmethod
-    def of(cls, tokens_BT: np.ndarray, targets_BT: np.ndarray) -> Batch:
-        """One micro-batch in which every token counts, and attention crosses documents."""
-        return cls(tokens_BT[None], targets_BT[None], np.ones(targets_BT.shape, np.float32)[None], None)
 
 
 class TrainBatches:

@@ -28,7 +28,6 @@ from dsv3_jax.files import write_whole
 
 # Merges are counted on at most this much text (some 20 s of work): the frequent pairs of a corpus show in a sample.
 TRAINING_CHARACTERS = 64_000_000
-_REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
@@ -101,34 +100,6 @@ class Decodes(Protocol):
     """Whatever turns ids into text."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
-
-
-class StreamDecoder:
-    """Decodes ids as they come; the texts it returns, put together, are the text of all ids.
-
-    A character whose bytes are spread over several tokens is returned when its last byte has come.
-    """
-
-    def __init__(self, tokenizer: Decodes) -> None:
-        self._tokenizer = tokenizer
-        # The window opens with the ids returned last: some tokenizers decode a token by the one before it.
-        self._window: list[int] = []
-        self._num_context = 0
-
-    def feed(self, ids: Iterable[int]) -> str:
-        """Takes the next ids and returns the text that is now complete, which may be empty."""
-        self._window.extend(ids)
-        if self._tokenizer.decode(self._window).endswith(_REPLACEMENT):
-            return ""
-        return self.finish()
-
-    def finish(self) -> str:
-        """Returns what is left, complete or not."""
-        context = self._tokenizer.decode(self._window[: self._num_context])
-        text = self._tokenizer.decode(self._window)[len(context) :]
-        self._window = self._window[self._num_context :]
-        self._num_context = len(self._window)
-        return text
 
 
 def document_marks(model: ModelConfig) -> tuple[int | None, int]:

@@ -8,7 +8,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -20,6 +19,7 @@ from dsv3_jax.data.rows import Row
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.storage import NpyFile, digest, load_or_make
 from dsv3_jax.data.tokenizer import Tokenizer, document_marks
+from dsv3_jax.model.losses import HeldoutBatch
 
 _DOCUMENTS_AT_ONCE = 1024
 _CHARACTERS_AT_ONCE = 4_000_000
@@ -167,19 +167,6 @@ def fill_in_the_middle(data: DataConfig, seed: int, tokenizer: Tokenizer) -> Fil
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Held-out text: windows that score every byte of it once, and what general compressors make of the same bytes.
-
-
-class HeldoutBatch(NamedTuple):
-    """Windows of held-out tokens, the token that follows each, and whether that one is scored."""
-
-    tokens_BT: np.ndarray
-    """int32."""
-    targets_BT: np.ndarray
-    """int32."""
-    weights_BT: np.ndarray
-    """float32; 1 where the target is text, 0 where it is a mark between documents, a prompt, or padding."""
-    starts_BT: np.ndarray | None = None
-    """int32; where in its window the document of each token begins, -1 for padding; None where attention crosses documents."""
 
 
 class HeldoutWindows:

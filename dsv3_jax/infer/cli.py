@@ -74,6 +74,8 @@ class InferFlags:
     """Tokens in a page of the cache; None is 128 on a TPU and 64 elsewhere."""
     cache_tokens: int | None = None
     """Tokens the cache has room for; None is max_batch times max_length."""
+    placement: str | None = None
+    """Placement of redundant experts, a file of `python -m dsv3_jax.rebalance`; None holds every expert once."""
     prefix_cache: Annotated[bool, FlagConversionOff] = True
     """Whether prompts that begin alike share the cache of their beginning."""
 

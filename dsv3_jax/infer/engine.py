@@ -17,7 +17,6 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from dsv3_jax.checkpoint.names import leaves
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import Sizes, bytes_per_token
 from dsv3_jax.infer.request import Chunk, Completion, Prompt, Request, TextCodec, TokenLogprobs, Update, prompt_ids, require_id
@@ -25,6 +24,7 @@ from dsv3_jax.infer.request import Sequence as Scheduled
 from dsv3_jax.infer.runner import Drawn, Runner
 from dsv3_jax.infer.sampling import Sampler, SamplingParams
 from dsv3_jax.infer.scheduler import Scheduler
+from dsv3_jax.model import abstract_variables
 
 GREEDY = SamplingParams()
 
@@ -339,9 +339,10 @@ def _told(report: Any, row: int, i: int, token: int, num: int) -> TokenLogprobs:
 
 def _require_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
     arrays = traverse_util.flatten_dict(variables)
-    for leaf in leaves(config):
-        shape = arrays[leaf.path].shape if leaf.path in arrays else None
-        if shape != leaf.shape:
+    for path, expected in traverse_util.flatten_dict(abstract_variables(config)).items():
+        shape = arrays[path].shape if path in arrays else None
+        if shape != expected.shape:
             found = "missing" if shape is None else list(shape)
-            name = "/".join(leaf.path)
-            raise ValueError(f"{name} is {found}, not {list(leaf.shape)}; give the config and the variables of one model")
+            raise ValueError(
+                f"{'/'.join(path)} is {found}, not {list(expected.shape)}; give the config and the variables of one model"
+            )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterable
 from collections.abc import Sequence as Ids
 from typing import Literal, NamedTuple, Protocol
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.tokenizer import StreamDecoder
 from dsv3_jax.infer.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -269,3 +269,34 @@ class Step(NamedTuple):
     """Every one to decode, in order of arrival. None of them is in `chunks`."""
     tables_changed: bool
     """Whether the pages of any slot are others than at the step before."""
+
+
+class StreamDecoder:
+    """Decodes ids as they come; the texts it returns, put together, are the text of all ids.
+
+    A character whose bytes are spread over several tokens is returned when its last byte has come.
+    """
+
+    def __init__(self, tokenizer: TextCodec) -> None:
+        self._tokenizer = tokenizer
+        # The window opens with the ids returned last: some tokenizers decode a token by the one before it.
+        self._window: list[int] = []
+        self._num_context = 0
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Takes the next ids and returns the text that is now complete, which may be empty."""
+        self._window.extend(ids)
+        if self._tokenizer.decode(self._window).endswith(_REPLACEMENT):
+            return ""
+        return self.finish()
+
+    def finish(self) -> str:
+        """Returns what is left, complete or not."""
+        context = self._tokenizer.decode(self._window[: self._num_context])
+        text = self._tokenizer.decode(self._window)[len(context) :]
+        self._window = self._window[self._num_context :]
+        self._num_context = len(self._window)
+        return text
+
+
+_REPLACEMENT = "\ufffd"

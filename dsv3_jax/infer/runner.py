@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import DRAFTER, ROWS, Cache, Sizes, append, chunk_sizes, empty_cache
-from dsv3_jax.infer.redundancy import place_experts
 from dsv3_jax.infer.request import Chunk, Sequence
 from dsv3_jax.infer.sampling import (
     MOST_LOGPROBS,
@@ -37,6 +36,7 @@ from dsv3_jax.model.mla import Places
 from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.parallel.devices import place_alike, release
 from dsv3_jax.parallel.mesh import current_mesh
+from dsv3_jax.parallel.replicas import place_experts
 from dsv3_jax.parallel.sharding import SERVING, use_rules
 
 WHOLE = PartitionSpec()

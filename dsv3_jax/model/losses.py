@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
@@ -20,6 +21,40 @@ from dsv3_jax.model.model import HEAD_AXES, DeepSeekV3
 from dsv3_jax.model.mtp import rows_of_depth
 from dsv3_jax.parallel.mesh import AXES, current_mesh
 from dsv3_jax.parallel.sharding import TOKENS, current_rules, scattered_sum, whole_weight
+
+
+class HeldoutBatch(NamedTuple):
+    """Windows of held-out tokens, the token that follows each, and whether that one is scored."""
+
+    tokens_BT: np.ndarray
+    """int32."""
+    targets_BT: np.ndarray
+    """int32."""
+    weights_BT: np.ndarray
+    """float32; 1 where the target is text, 0 where it is a mark between documents, a prompt, or padding."""
+    starts_BT: np.ndarray | None = None
+    """int32; where in its window the document of each token begins, -1 for padding; None where attention crosses documents."""
+
+
+class Batch(NamedTuple):
+    """The rows of one step: A micro-batches of B rows, of which a small step fills only the first ones.
+
+    Arrays of numpy, or of jax once they are on the devices.
+    """
+
+    tokens_ABT: Any
+    """int32."""
+    targets_ABT: Any
+    """int32; the token that follows each."""
+    weights_ABT: Any
+    """float32; what the loss of each target counts."""
+    starts_ABT: Any
+    """int32; where in its row the document of each token begins, -1 for padding; None where attention crosses documents."""
+
+    @classmethod
+    def of(cls, tokens_BT: np.ndarray, targets_BT: np.ndarray) -> Batch:
+        """One micro-batch in which every token counts, and attention crosses documents."""
+        return cls(tokens_BT[None], targets_BT[None], np.ones(targets_BT.shape, np.float32)[None], None)
 
 
 class Losses(NamedTuple):

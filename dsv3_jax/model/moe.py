@@ -18,7 +18,7 @@ from dsv3_jax.kernels.quantized import in_dtype
 from dsv3_jax.model.layers import SwiGLU, normal_init
 from dsv3_jax.parallel.all_to_all import WEIGHT_AXES, ExpertWeights, routed_experts_on_mesh
 from dsv3_jax.parallel.mesh import current_mesh, current_platform
-from dsv3_jax.parallel.redundancy import Copies
+from dsv3_jax.parallel.replicas import Replicas
 from dsv3_jax.parallel.sharding import project
 
 
@@ -35,7 +35,7 @@ class Experts(nn.Module):
         """sum_k weight_k * Expert_{chosen_k}(x), the sum in float32: [B, T, D]; and the rounds of exchange it took."""
         c = self.config
         E, D, F = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
-        copies: Copies | None = self.get_variable("placement", "copies")
+        copies: Replicas | None = self.get_variable("placement", "copies")
         if copies is not None:
             E, chosen_BTK = copies.expert_P.shape[0], copies.slots(chosen_BTK)
         shapes = (E, D, F), (E, D, F), (E, F, D)

@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.config.model import RematPolicy
-from dsv3_jax.data.batches import Batch
 from dsv3_jax.model.flops import flops_per_token
+from dsv3_jax.model.losses import Batch
 from dsv3_jax.model.transformer import STACKS
 from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import TOKEN_AXES

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data import HeldoutBatch, HeldoutWindows
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.model.losses import cross_entropy, cross_entropy_and_greedy, depth_weights
+from dsv3_jax.model.losses import HeldoutBatch, cross_entropy, cross_entropy_and_greedy, depth_weights
 
 
 class Evaluation(NamedTuple):
@@ -118,6 +117,23 @@ class SourceScores(NamedTuple):
     bits_per_byte: float
     acceptance: float | None
     """Share of the MTP drafts that is accepted; None of a model without MTP."""
+
+
+class HeldoutWindows(Protocol):
+    """Batches of one held-out text; `dsv3_jax.data.tokens` has the implementation."""
+
+    num_tokens: int
+    """Scored tokens."""
+    num_bytes: int
+    """UTF-8 bytes that the scored tokens spell."""
+
+    def __iter__(self) -> Iterator[HeldoutBatch]: ...
+
+    def sample(self, num_batches: int) -> Iterator[HeldoutBatch]:
+        """Batches spread evenly over the text."""
+
+    def bits_per_byte(self, nats: float) -> float:
+        """Bits per byte of the text, for the summed loss of its tokens."""
 
 
 class HeldoutReport(NamedTuple):

@@ -14,10 +14,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-import numpy as np
-
-from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.data import TrainBatches
 from dsv3_jax.parallel.multihost import read_note, write_note
 
 
@@ -65,22 +61,6 @@ class SkippedSteps:
                 f"the loss or gradient of {self.in_a_row} steps in a row, up to step {step}, was not finite; none was taken; "
                 f"{self._keep(step)}; lower optimizer.learning_rate, in another --run-dir"
             )
-
-
-def keep_batch(run: RunDirectory, batches: TrainBatches, writes: bool, step: int) -> str:
-    """Writes the whole batch of a step (counted from 1) into the run directory, as an .npz of its arrays by their names.
-
-    Args: writes: whether this process does. Returns: what became of it, in words.
-    """
-    file = run.path / f"skipped_step_{step}.npz"
-    if writes:
-        arrays = {name: array for name, array in batches[step - 1]._asdict().items() if array is not None}
-        try:
-            with file.open("wb") as out:
-                np.savez(out, **arrays)
-        except OSError as error:
-            return f"the batch of the last cannot be written to {file} ({error.strerror or error})"
-    return f"the batch of the last is in {file}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
@@ -28,6 +29,7 @@ from tensorboardX.summary import scalar
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
 from dsv3_jax.config.run import StepValues
+from dsv3_jax.data import TrainBatches
 from dsv3_jax.files import write_whole
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.devices import peak_flops
@@ -475,3 +477,19 @@ def _of_machine(row: dict[str, float]) -> str:
     if "mfu" in row:
         return f" ({row['mfu']:.1%} MFU)"
     return f" ({row['model_flops_per_second'] / 1e12:.2g} model TFLOP/s)" if "model_flops_per_second" in row else ""
+
+
+def keep_batch(run: RunDirectory, batches: TrainBatches, writes: bool, step: int) -> str:
+    """Writes the whole batch of a step (counted from 1) into the run directory, as an .npz of its arrays by their names.
+
+    Args: writes: whether this process does. Returns: what became of it, in words.
+    """
+    file = run.path / f"skipped_step_{step}.npz"
+    if writes:
+        arrays = {name: array for name, array in batches[step - 1]._asdict().items() if array is not None}
+        try:
+            with file.open("wb") as out:
+                np.savez(out, **arrays)
+        except OSError as error:
+            return f"the batch of the last cannot be written to {file} ({error.strerror or error})"
+    return f"the batch of the last is in {file}"

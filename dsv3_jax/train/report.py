@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.files import write_whole
+from dsv3_jax.files import read_arrays, write_arrays, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -308,9 +308,7 @@ class ExpertLoad:
         sums, self._sums = self._sums or {}, None
         relative = {name: over_mean(np.asarray(load)) for name, load in sums.items()}
         if self._writes and relative:
-            file = io.BytesIO()
-            np.savez(file, **relative)  # type: ignore[arg-type]  # Its own keywords are no names of stacks.
-            write_whole(self._run.expert_load_file, file.getvalue())
+            write_arrays(self._run.expert_load_file, relative)
         return relative
 
     @staticmethod
@@ -322,11 +320,7 @@ class ExpertLoad:
         """
         if not run.expert_load_file.exists():
             return {}
-        try:
-            with np.load(io.BytesIO(run.expert_load_file.read_bytes())) as arrays:
-                return dict(arrays)
-        except Exception as error:  # What a damaged archive raises has no narrower type.
-            raise ValueError(f"{run.expert_load_file} cannot be read ({error}); remove it") from error
+        return read_arrays(run.expert_load_file)
 
 
 @jax.jit

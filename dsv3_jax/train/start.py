@@ -86,3 +86,17 @@ def _shapes(model: ModelConfig) -> dict[str, Any]:
     tree = abstract_variables(model)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
+
+
+def save_run_start(path: str, config: Config, variables: dict[str, Any]) -> None:
+    """Makes a run directory at step 0 around given variables, for train.py to continue with --resume.
+
+    Raises:
+      ValueError: if `path` already holds something, or the state cannot be saved there.
+    """
+    run = RunDirectory.create_or_resume(path, config, resume=False)
+    with Checkpoints(run, config.checkpoint) as checkpoints:
+        checkpoints.save(0, variables, state_of(config, variables).optimizer)
+    run.unlock()
+    if checkpoints.failed:
+        raise ValueError(checkpoints.failed)

@@ -10,8 +10,6 @@ import optax
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.checkpoint.run import Checkpoints
-from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
 from dsv3_jax.kernels.quantized import require_trainable
 from dsv3_jax.model import init_variables
@@ -64,20 +62,6 @@ def state_shardings(config: Config, mesh: Mesh | AbstractMesh) -> Any:
     )
     step: Any = everywhere
     return TrainState(step, **variables, optimizer=optimizer)
-
-
-def save_run_start(path: str, config: Config, variables: dict[str, Any]) -> None:
-    """Makes a run directory at step 0 around given variables, for train.py to continue with --resume.
-
-    Raises:
-      ValueError: if `path` already holds something, or the state cannot be saved there.
-    """
-    run = RunDirectory.create_or_resume(path, config, resume=False)
-    with Checkpoints(run, config.checkpoint) as checkpoints:
-        checkpoints.save(0, variables, state_of(config, variables).optimizer)
-    run.unlock()
-    if checkpoints.failed:
-        raise ValueError(checkpoints.failed)
 
 
 def state_of(config: Config, variables: dict[str, Any]) -> TrainState:

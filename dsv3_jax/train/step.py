@@ -16,11 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ModelConfig
 from dsv3_jax.config.run import StepValues
-from dsv3_jax.data.batches import Batch
 from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.model import training_loss
-from dsv3_jax.model.losses import Losses, depth_weights
+from dsv3_jax.model.losses import Batch, Losses, depth_weights
 from dsv3_jax.model.moe import max_violation, updated_bias
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.all_to_all import choose_exchange

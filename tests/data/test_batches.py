@@ -14,7 +14,8 @@ import pytest
 
 from dsv3_jax.config import OptimizerConfig, TrainConfig
 from dsv3_jax.config.run import Schedules
-from dsv3_jax.data.batches import Batch, TrainBatches
+from dsv3_jax.data.batches import TrainBatches
+from dsv3_jax.model.losses import Batch
 from tests.data.test_rows import flat_tokens, rows_of
 
 

@@ -15,7 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from dsv3_jax.config import DataConfig, ModelConfig
 from dsv3_jax.data.corpus import Corpus, load_corpus
-from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, document_marks, load_tokenizer, prepare_tokenizer, train_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer, document_marks, load_tokenizer, prepare_tokenizer, train_tokenizer
+from dsv3_jax.infer.request import StreamDecoder
 
 TEXTS = [f"def function_{i}(argument_{i * i}):\n    return argument_{i * i} + {i**3}\n\n" * 3 for i in range(100)]
 AWKWARD = [

@@ -16,7 +16,7 @@ from dsv3_jax.config import MeshConfig
 from dsv3_jax.infer import Completion, Engine, SamplingParams
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.redundancy import place_copies
+from dsv3_jax.rebalance import rebalance_experts
 from tests.model.tiny import CONFIG, random_variables
 
 MODEL = dataclasses.replace(
@@ -121,7 +121,7 @@ def test_on_meshes(variables: dict[str, Any], prompts: list[list[int]], case: st
 def test_a_mesh_and_redundant_experts_change_nothing(variables: dict[str, Any], prompts: list[list[int]]) -> None:
     """Every axis split, and four more copies of experts in demand, others for the layer than for the drafting depth."""
     counts = np.random.default_rng(2).lognormal(0, 2, (2, MODEL.n_routed_experts))
-    slots = place_copies(counts, num_shards=2, slots_per_shard=6)
+    slots = rebalance_experts(counts, num_shards=2, slots_per_shard=6)
     placement = {"moe_layers": slots[:1], "mtp_0": slots[1]}
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
     found, _ = complete(variables, prompts[:8], **SHARED | {"cache_tokens": None}, mesh=mesh, placement=placement)

@@ -12,7 +12,8 @@ from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, TrainConfig
 from dsv3_jax.data import PackedRows, TokenStream, TrainBatches
 from dsv3_jax.data.storage import ArrayPart
-from dsv3_jax.train.guards import SkippedSteps, keep_batch
+from dsv3_jax.train.guards import SkippedSteps
+from dsv3_jax.train.logging import keep_batch
 
 
 class Flag:

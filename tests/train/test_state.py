@@ -16,7 +16,8 @@ from dsv3_jax.checkpoint.run import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, TrainConfig
 from dsv3_jax.model import init_variables
-from dsv3_jax.train.state import init_state, save_run_start, state_of
+from dsv3_jax.train.start import save_run_start
+from dsv3_jax.train.state import init_state, state_of
 from tests.model.tiny import CONFIG, random_variables
 
 SMALL = dataclasses.replace(

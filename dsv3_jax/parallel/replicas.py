@@ -1,19 +1,19 @@
-"""The weights of redundant experts (section 3.4 of the report): every slot's copy, brought to the shard that is to hold it.
+"""Redundant copies of hot experts (section 3.4 of the report): which shard of the `expert` axis holds which expert, how often.
 
-`parallel/redundancy.py` decides which slot holds which expert. Here the stacks [E, D, F] become [P, D, F], split along
-`expert` as before, and the model is told by a collection `placement` of its variables. Nothing else changes: the config,
-the router and the loads it counts stay logical. This is for inference; in training the copies would drift apart.
+The busiest shard sets the pace of all, so an expert that many tokens choose is held by several shards, which share its
+tokens evenly. Choosing stays *logical*, among E experts; what a token is sent to is a *slot*, of which there are P, the
+same number on every shard, each with one copy. Who holds what is decided here from observed loads, on the host; which
+copy a token takes is decided in the program, by nothing but the token's place in the batch.
 
-A shard's routed experts then take P / E times the memory: 3 D F P / Z values for each MoE layer and MTP depth, of Z shards
-(split over fsdp, context and tensor as ever). While an array is placed, the old one is there too; all of the old ones go
-when the caller lets go of the variables it gave.
+Axes beyond the project's legend: P slots, shard after shard; Z shards; S the slots of one shard; C the most copies of any
+expert.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,64 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.parallel.all_to_all import EXPERT_AXIS
-from dsv3_jax.parallel.redundancy import Array, Copies, copies_of
+
+# 2^32 over the golden ratio. Its multiples modulo 2^32 fall evenly, for every token of a run and for every n-th alike:
+# the parity of a token's place would follow a text in which every second token is of a kind.
+_GOLDEN = np.uint32(2654435769)
+
+
+Array = jax.Array | np.ndarray
+
+
+class Replicas(NamedTuple):
+    """Where the copies of each expert are: the model reads a layer's from the collection `placement` of its variables."""
+
+    expert_P: Array
+    """int32, the expert in each slot."""
+    slot_EC: Array
+    """int32, the slots of each expert's copies; past the last of them that one again."""
+    copies_E: Array
+    """int32, how many there are."""
+
+    def slots(self, chosen_BTK: jax.Array) -> jax.Array:
+        """The slot of each choice, int32 [B, T, K]: expert e's choices take its copies in turn, by the tokens' places."""
+        B, T, _ = chosen_BTK.shape
+        fraction_BT1 = (jnp.arange(B * T, dtype=jnp.uint32).reshape(B, T, 1) * _GOLDEN) >> 16
+        copies_BTK = jnp.asarray(self.copies_E).at[chosen_BTK].get(mode="promise_in_bounds")
+        copy_BTK = ((fraction_BT1 * copies_BTK.astype(jnp.uint32)) >> 16).astype(jnp.int32)
+        return jnp.asarray(self.slot_EC).at[chosen_BTK, copy_BTK].get(mode="promise_in_bounds")
+
+
+def replicas_of(placement: np.ndarray, num_experts: int) -> Replicas:
+    """Where the copies of each expert are, given the expert in each slot: [P], or [L, P] with tables that gain an axis L.
+
+    Raises:
+      ValueError: if an expert is in no slot, or a slot's is none of `num_experts`.
+    """
+    if placement.ndim == 2:
+        layers = [replicas_of(expert_P, num_experts) for expert_P in placement]
+        width = max(layer.slot_EC.shape[1] for layer in layers)
+        return jax.tree.map(lambda *tables: np.stack(tables), *(_widened(layer, width) for layer in layers))
+    outside = placement[(placement < 0) | (placement >= num_experts)]
+    if outside.size:
+        raise ValueError(f"a slot holds expert {outside[0]}, but there are {num_experts}; give counts of this model's experts")
+    copies_E = np.bincount(placement, minlength=num_experts)
+    if not copies_E.all():
+        raise ValueError(f"expert {copies_E.argmin()} is in no slot; give every expert one")
+    slot_P, start_E = np.argsort(placement, kind="stable"), np.cumsum(copies_E) - copies_E
+    copy_EC = np.minimum(np.arange(copies_E.max()), copies_E[:, None] - 1)
+    slot_EC = slot_P[start_E[:, None] + copy_EC]
+    return Replicas(*(table.astype(np.int32) for table in (placement, slot_EC, copies_E)))
+
+
+def _widened(copies: Replicas, width: int) -> Replicas:
+    missing = width - copies.slot_EC.shape[1]
+    return copies._replace(slot_EC=np.pad(copies.slot_EC, ((0, 0), (0, missing)), mode="edge"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The weights of redundant experts (section 3.4 of the report): every slot's copy, brought to the shard that is to hold
+# it.
 
 
 def place_experts(variables: dict[str, Any], placements: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -32,7 +89,7 @@ def place_experts(variables: dict[str, Any], placements: Mapping[str, np.ndarray
 
     Args:
       variables: of a scanned or an unrolled model, on one device or split over a mesh by the sharding rules.
-      placements: what `place_copies` made of the model's loads, under the names of these: "moe_layers" [L, P] if scanned,
+      placements: what `rebalance_experts` made of the model's loads, under the names of these: "moe_layers" [L, P] if scanned,
         "moe_layers_0" [P], ... if unrolled, and "mtp_0" [P], ...
 
     Returns:
@@ -52,7 +109,7 @@ def place_experts(variables: dict[str, Any], placements: Mapping[str, np.ndarray
         if placement.shape[:-1] != bias.shape[:-1]:
             raise ValueError(f"the placement of {name} is {list(placement.shape)}; give {[*bias.shape[:-1], 'slots']}")
         try:
-            copies = copies_of(placement, bias.shape[-1])
+            copies = replicas_of(placement, bias.shape[-1])
         except ValueError as error:
             raise ValueError(f"the placement of {name}: {error}") from None
         at = "placement", *mlp, "experts", "copies"
@@ -112,7 +169,7 @@ def _collected(held_eX: jax.Array, source_P: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(1, num_shards, hop, (held_eX, held_eX[source_p % local]))[1]
 
 
-def _beside(like: Any, copies: Copies) -> Copies:
+def _beside(like: Any, copies: Replicas) -> Replicas:
     """The tables on the devices of the weights, whole on each."""
     sharding = getattr(jax.tree.leaves(like)[0], "sharding", None)
     if isinstance(sharding, NamedSharding):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from dsv3_jax.parallel.redundancy import Copies, copies_of, place_copies, shard_loads
+from dsv3_jax.parallel.replicas import Replicas, replicas_of
+from dsv3_jax.rebalance import rebalance_experts, shard_loads
 
 
 def least_possible(counts: np.ndarray, num_shards: int, slots_per_shard: int) -> float:
@@ -69,7 +70,7 @@ def test_close_to_the_best_placement_of_small_cases() -> None:
         for skew in (0.3, 1.0, 3.0) * 4:
             counts = np.ceil(100 * rng.gamma(skew, size=E))
             best = least_possible(counts, num_shards, slots)
-            found = largest(place_copies(counts, num_shards, slots), counts, num_shards)
+            found = largest(rebalance_experts(counts, num_shards, slots), counts, num_shards)
             assert found >= best * (1 - 1e-9), (sizes, counts)
             ratios.append(found / best)
     assert max(ratios) < 1.25, max(ratios)
@@ -83,7 +84,7 @@ def test_every_expert_has_a_copy_and_no_shard_two(data: strategies.DataObject) -
     num_shards = data.draw(strategies.integers(1, 6))
     slots = data.draw(strategies.integers(-(-E // num_shards), E))
     counts = np.array(data.draw(strategies.lists(strategies.integers(0, 50), min_size=E, max_size=E)))
-    placement = place_copies(counts, num_shards, slots)
+    placement = rebalance_experts(counts, num_shards, slots)
     assert (placement.dtype, placement.shape) == (np.int32, (num_shards * slots,))
     assert set(placement.tolist()) == set(range(E))
     for shard in placement.reshape(num_shards, slots).tolist():
@@ -108,7 +109,7 @@ def test_every_expert_has_a_copy_and_no_shard_two(data: strategies.DataObject) -
 def test_published_sizes(num_shards: int, slots: int, sigma: float, before: float, after: float) -> None:
     """256 experts with log-normal loads, eight layers: nearly an even share for every shard."""
     counts = np.random.default_rng(0).lognormal(sigma=sigma, size=(8, 256))
-    placement = place_copies(counts, num_shards, slots)
+    placement = rebalance_experts(counts, num_shards, slots)
     chex.assert_shape(placement, (8, num_shards * slots))
     mean = counts.sum(1) / num_shards
     unplaced = counts.reshape(8, num_shards, -1).sum(2).max(1) / mean
@@ -119,15 +120,15 @@ def test_published_sizes(num_shards: int, slots: int, sigma: float, before: floa
 
 def test_layers_are_placed_by_themselves() -> None:
     counts = np.random.default_rng(1).gamma(1, size=(3, 8))
-    stacked = place_copies(counts, 4, 3)
-    np.testing.assert_array_equal(stacked, [place_copies(layer, 4, 3) for layer in counts])
+    stacked = rebalance_experts(counts, 4, 3)
+    np.testing.assert_array_equal(stacked, [rebalance_experts(layer, 4, 3) for layer in counts])
     assert len({tuple(layer) for layer in stacked.tolist()}) == 3
 
 
 def test_without_spare_slots_experts_are_only_moved() -> None:
     """Two hot experts that shared a shard part, and the largest load is the least there is."""
     counts = np.array([9, 8, 1, 1, 2, 1])
-    placement = place_copies(counts, 3, 2)
+    placement = rebalance_experts(counts, 3, 2)
     assert sorted(placement.tolist()) == list(range(6))
     np.testing.assert_array_equal(np.sort(shard_loads(placement, counts, 3)), [3, 9, 10])
 
@@ -145,7 +146,7 @@ def test_without_spare_slots_experts_are_only_moved() -> None:
 )
 def test_what_cannot_be_placed(counts: list, num_shards: int, slots: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        place_copies(np.array(counts), num_shards, slots)
+        rebalance_experts(np.array(counts), num_shards, slots)
 
 
 LAYERS = np.array([[2, 0, 1, 2, 2, 1], [0, 1, 2, 0, 0, 0]])
@@ -153,7 +154,7 @@ LAYERS = np.array([[2, 0, 1, 2, 2, 1], [0, 1, 2, 0, 0, 0]])
 
 
 def test_tables_of_copies() -> None:
-    copies = copies_of(LAYERS, 3)
+    copies = replicas_of(LAYERS, 3)
     np.testing.assert_array_equal(copies.expert_P, LAYERS)
     np.testing.assert_array_equal(copies.copies_E, [[1, 2, 3], [4, 1, 1]])
     slots = [[[1, 1, 1, 1], [2, 5, 5, 5], [0, 3, 4, 4]], [[0, 3, 4, 5], [1, 1, 1, 1], [2, 2, 2, 2]]]
@@ -171,10 +172,10 @@ def test_tables_of_copies() -> None:
 )
 def test_what_is_no_placement(placement: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        copies_of(np.array(placement), 3)
+        replicas_of(np.array(placement), 3)
 
 
-def taken(copies: Copies, chosen_BTK: np.ndarray) -> np.ndarray:
+def taken(copies: Replicas, chosen_BTK: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda chosen: copies.slots(chosen))(chosen_BTK))
 
 
@@ -182,7 +183,7 @@ def taken(copies: Copies, chosen_BTK: np.ndarray) -> np.ndarray:
 def test_tokens_are_even_over_the_copies(every: int) -> None:
     """Whether all of a batch's tokens choose an expert or every n-th: each choice goes to a copy of it, and to all alike."""
     B, T = 4, 500
-    copies = copies_of(LAYERS[0], 3)
+    copies = replicas_of(LAYERS[0], 3)
     chosen_BTK = np.where(np.arange(B * T) % every == 0, 2, 0).reshape(B, T, 1)
     slot_BTK = taken(copies, chosen_BTK)
     np.testing.assert_array_equal(LAYERS[0][slot_BTK], chosen_BTK)
@@ -199,8 +200,8 @@ def test_measured_loads_fall_as_predicted() -> None:
     noisy = rng.normal(size=E) + rng.gumbel(size=(B, T, E))
     chosen_BTK = np.argsort(-noisy, axis=-1)[..., :K].astype(np.int32)
     counts = np.bincount(chosen_BTK.reshape(-1), minlength=E)
-    placement = place_copies(counts, num_shards, E // num_shards + 1)
-    slot_BTK = taken(copies_of(placement, E), chosen_BTK)
+    placement = rebalance_experts(counts, num_shards, E // num_shards + 1)
+    slot_BTK = taken(replicas_of(placement, E), chosen_BTK)
     np.testing.assert_array_equal(placement[slot_BTK], chosen_BTK)
     measured = np.bincount(slot_BTK.reshape(-1) // (E // num_shards + 1), minlength=num_shards)
     predicted = shard_loads(placement, counts, num_shards)

@@ -1,52 +1,31 @@
-"""Redundant copies of hot experts (section 3.4 of the report): which shard of the `expert` axis holds which expert, how often.
+"""Expert-parallel load balancing (EPLB): place redundant experts by the loads that a run has counted.
 
-The busiest shard sets the pace of all, so an expert that many tokens choose is held by several shards, which share its
-tokens evenly. Choosing stays *logical*, among E experts; what a token is sent to is a *slot*, of which there are P, the
-same number on every shard, each with one copy. Who holds what is decided here from observed loads, on the host; which
-copy a token takes is decided in the program, by nothing but the token's place in the batch.
+`python -m dsv3_jax.rebalance RUN --shards 32 --slots 9 --output placement.npz` reads RUN/expert_load.npz and prints, for
+every layer, the load of the busiest shard over the mean before and after; `infer.py --placement placement.npz` serves with it.
 
-Axes beyond the project's legend: P slots, shard after shard; Z shards; S the slots of one shard; C the most copies of any
-expert.
+Axes beyond the project's legend: P slots, shard after shard; Z shards; S the slots of one shard.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import argparse
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-# 2^32 over the golden ratio. Its multiples modulo 2^32 fall evenly, for every token of a run and for every n-th alike:
-# the parity of a token's place would follow a text in which every second token is of a kind.
-_GOLDEN = np.uint32(2654435769)
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.cli import OneLineParser, exits_with_one_line
+from dsv3_jax.files import read_arrays, write_arrays
+from dsv3_jax.model import abstract_variables
+from dsv3_jax.parallel.replicas import place_experts
 
 _GOOD_ENOUGH = 1.005
 """A largest load is good enough at so many times the bound that no placement can be below."""
 
-Array = jax.Array | np.ndarray
 
-
-class Copies(NamedTuple):
-    """Where the copies of each expert are: the model reads a layer's from the collection `placement` of its variables."""
-
-    expert_P: Array
-    """int32, the expert in each slot."""
-    slot_EC: Array
-    """int32, the slots of each expert's copies; past the last of them that one again."""
-    copies_E: Array
-    """int32, how many there are."""
-
-    def slots(self, chosen_BTK: jax.Array) -> jax.Array:
-        """The slot of each choice, int32 [B, T, K]: expert e's choices take its copies in turn, by the tokens' places."""
-        B, T, _ = chosen_BTK.shape
-        fraction_BT1 = (jnp.arange(B * T, dtype=jnp.uint32).reshape(B, T, 1) * _GOLDEN) >> 16
-        copies_BTK = jnp.asarray(self.copies_E).at[chosen_BTK].get(mode="promise_in_bounds")
-        copy_BTK = ((fraction_BT1 * copies_BTK.astype(jnp.uint32)) >> 16).astype(jnp.int32)
-        return jnp.asarray(self.slot_EC).at[chosen_BTK, copy_BTK].get(mode="promise_in_bounds")
-
-
-def place_copies(counts: np.ndarray, num_shards: int, slots_per_shard: int) -> np.ndarray:
+def rebalance_experts(counts: np.ndarray, num_shards: int, slots_per_shard: int) -> np.ndarray:
     """The expert in each slot, so that the busiest shard has as little to do as can be.
 
     Every expert has a copy, and no shard two of the same. Copies go, one after the other, to the expert with the largest
@@ -68,7 +47,7 @@ def place_copies(counts: np.ndarray, num_shards: int, slots_per_shard: int) -> n
     counts = np.asarray(counts, np.float64)
     _check(counts, num_shards, slots_per_shard)
     if counts.ndim == 2:
-        return np.stack([place_copies(counts_E, num_shards, slots_per_shard) for counts_E in counts])
+        return np.stack([rebalance_experts(counts_E, num_shards, slots_per_shard) for counts_E in counts])
     return _best_placement(counts, num_shards, slots_per_shard).reshape(-1).astype(np.int32)
 
 
@@ -91,7 +70,7 @@ def _best_placement(counts_E: np.ndarray, num_shards: int, slots_per_shard: int)
 
 
 def _check(counts: np.ndarray, num_shards: int, slots_per_shard: int) -> None:
-    """Raises what `place_copies` says."""
+    """Raises what `rebalance_experts` says."""
     if counts.ndim not in (1, 2) or not counts.size:
         raise ValueError(f"counts have shape {list(counts.shape)}; give one for each expert, [E], or [L, E] for a stack")
     wrong = counts[~(np.isfinite(counts) & (counts >= 0))]
@@ -151,28 +130,62 @@ def shard_loads(expert_P: np.ndarray, counts_E: np.ndarray, num_shards: int) -> 
     return (np.asarray(counts_E, np.float64) / copies_E)[expert_P].reshape(num_shards, -1).sum(1)
 
 
-def copies_of(placement: np.ndarray, num_experts: int) -> Copies:
-    """Where the copies of each expert are, given the expert in each slot: [P], or [L, P] with tables that gain an axis L.
+def read_placement(path: str, config: ModelConfig, num_shards: int) -> dict[str, np.ndarray]:
+    """Read a placement file: stack name -> expert in each slot, int32 [L, P] or [P].
 
     Raises:
-      ValueError: if an expert is in no slot, or a slot's is none of `num_experts`.
+      ValueError: if the file cannot be read, or its placement is none for `config` on `num_shards` shards.
     """
-    if placement.ndim == 2:
-        layers = [copies_of(expert_P, num_experts) for expert_P in placement]
-        width = max(layer.slot_EC.shape[1] for layer in layers)
-        return jax.tree.map(lambda *tables: np.stack(tables), *(_widened(layer, width) for layer in layers))
-    outside = placement[(placement < 0) | (placement >= num_experts)]
-    if outside.size:
-        raise ValueError(f"a slot holds expert {outside[0]}, but there are {num_experts}; give counts of this model's experts")
-    copies_E = np.bincount(placement, minlength=num_experts)
-    if not copies_E.all():
-        raise ValueError(f"expert {copies_E.argmin()} is in no slot; give every expert one")
-    slot_P, start_E = np.argsort(placement, kind="stable"), np.cumsum(copies_E) - copies_E
-    copy_EC = np.minimum(np.arange(copies_E.max()), copies_E[:, None] - 1)
-    slot_EC = slot_P[start_E[:, None] + copy_EC]
-    return Copies(*(table.astype(np.int32) for table in (placement, slot_EC, copies_E)))
+    placement = read_arrays(epath.Path(path))
+    for name, expert_P in placement.items():
+        if expert_P.shape[-1] % num_shards:
+            raise ValueError(
+                f"{path}: {name} has {expert_P.shape[-1]} slots, no multiple of mesh.expert ({num_shards}); place for that many"
+            )
+    try:
+        jax.eval_shape(lambda variables: place_experts(variables, placement), abstract_variables(config))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return placement
 
 
-def _widened(copies: Copies, width: int) -> Copies:
-    missing = width - copies.slot_EC.shape[1]
-    return copies._replace(slot_EC=np.pad(copies.slot_EC, ((0, 0), (0, missing)), mode="edge"))
+def _busiest(expert_P: np.ndarray, counts_E: np.ndarray, num_shards: int) -> float:
+    """Load of the busiest shard over the mean."""
+    loads_Z = shard_loads(expert_P, counts_E, num_shards)
+    return float(loads_Z.max() / max(loads_Z.mean(), 1e-30))
+
+
+def _report(name: str, counts: np.ndarray, placement: np.ndarray, num_shards: int) -> None:
+    """Print the busiest shard of each layer, before and after."""
+    E = counts.shape[-1]
+    for layer, (counts_E, expert_P) in enumerate(zip(np.atleast_2d(counts), np.atleast_2d(placement), strict=True)):
+        before = f"{_busiest(np.arange(E), counts_E, num_shards):.2f} -> " if E % num_shards == 0 else ""
+        label = name if counts.ndim == 1 else f"{name}[{layer}]"
+        print(f"{label}: busiest shard {before}{_busiest(expert_P, counts_E, num_shards):.2f} times the mean")
+
+
+@exits_with_one_line
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = OneLineParser(
+        prog="python -m dsv3_jax.rebalance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("load", help="run directory of train.py, or an expert_load.npz: loads by stack, [L, E] or [E]")
+    parser.add_argument("--shards", type=int, required=True, help="size of the mesh's expert axis")
+    parser.add_argument("--slots", type=int, required=True, help="experts that each shard holds, copies included")
+    parser.add_argument("--output", required=True, help="placement file to write, .npz")
+    parsed = parser.parse_args(arguments)
+    path = epath.Path(parsed.load)
+    loads = read_arrays(path / "expert_load.npz" if path.is_dir() else path)
+    if not loads:
+        raise ValueError(f"{parsed.load} holds no loads; give a run of a model with routed experts")
+    placements = {name: rebalance_experts(counts, parsed.shards, parsed.slots) for name, counts in loads.items()}
+    for name, placement in placements.items():
+        _report(name, loads[name], placement, parsed.shards)
+    write_arrays(epath.Path(parsed.output), placements)
+
+
+if __name__ == "__main__":
+    main()

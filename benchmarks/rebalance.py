@@ -1,6 +1,6 @@
 """Redundant experts at the published sizes: the busiest shard's load over the mean one, without and with copies.
 
-    python benchmarks/redundancy.py [--layers 58] [--seed 0]
+    python benchmarks/rebalance.py [--layers 58] [--seed 0]
 
 Each layer's 256 experts have log-normal loads. A line of JSON for each setting; nothing is computed on a device.
 """
@@ -14,7 +14,7 @@ import time
 import numpy as np
 from machine import machine
 
-from dsv3_jax.parallel.redundancy import place_copies, shard_loads
+from dsv3_jax.rebalance import rebalance_experts, shard_loads
 
 EXPERTS = 256
 SHARDS_AND_SLOTS = (32, 9), (64, 5), (8, 36)
@@ -28,7 +28,7 @@ def measure(counts_LE: np.ndarray, num_shards: int, slots: int) -> dict[str, flo
     seconds, before, after = [], [], []
     for counts_E in counts_LE:
         started = time.perf_counter()
-        placement = place_copies(counts_E, num_shards, slots)
+        placement = rebalance_experts(counts_E, num_shards, slots)
         seconds.append(time.perf_counter() - started)
         mean = counts_E.sum() / num_shards
         before.append(counts_E.reshape(num_shards, -1).sum(1).max() / mean)
@@ -52,7 +52,7 @@ def main() -> None:
         hottest = round(float(np.mean(counts_LE.max(1) / counts_LE.mean(1))), 1)
         for num_shards, slots in SHARDS_AND_SLOTS:
             setting = {"shards": num_shards, "redundant": num_shards * slots - EXPERTS, "hottest_expert_over_mean": hottest}
-            print(json.dumps({"benchmark": "redundancy", **setting, **measure(counts_LE, num_shards, slots), **machine()}))
+            print(json.dumps({"benchmark": "rebalance", **setting, **measure(counts_LE, num_shards, slots), **machine()}))
 
 
 if __name__ == "__main__":

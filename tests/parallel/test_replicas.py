@@ -14,14 +14,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.infer.redundancy import place_experts
 from dsv3_jax.model import DeepSeekV3, ModelOutput, unstack
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.redundancy import copies_of, place_copies, shard_loads
+from dsv3_jax.parallel.replicas import place_experts, replicas_of
 from dsv3_jax.parallel.sharding import TOKENS
 from dsv3_jax.plan.hlo import collectives
+from dsv3_jax.rebalance import rebalance_experts, shard_loads
 from tests.model.tiny import CONFIG as TINY
 from tests.model.tiny import random_tokens, random_variables
 from tests.parallel.ragged_emulation import emulate_ragged
@@ -66,7 +66,7 @@ def plain() -> tuple[Tree, ModelOutput]:
 
 
 def placements_of(load: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {name: place_copies(counts, SHARDS, SLOTS) for name, counts in load.items()}
+    return {name: rebalance_experts(counts, SHARDS, SLOTS) for name, counts in load.items()}
 
 
 def assert_same(found: ModelOutput, wanted: ModelOutput) -> None:
@@ -133,7 +133,7 @@ def test_outputs_on_a_mesh() -> None:
     placements = placements_of(load)
     for layer, name in enumerate(["moe_layers_0", "moe_layers_1"]):
         counts, placement = np.asarray(load[name]), placements[name]
-        slot_BTK = np.asarray(copies_of(placement, E).slots(found.routes[layer]))
+        slot_BTK = np.asarray(replicas_of(placement, E).slots(found.routes[layer]))
         measured = np.bincount(slot_BTK.reshape(-1) // SLOTS, minlength=SHARDS)
         before, predicted = counts.reshape(SHARDS, -1).sum(1), shard_loads(placement, counts, SHARDS)
         assert measured.max() < before.max()
@@ -168,7 +168,7 @@ def test_placed_anew(on_a_mesh: bool) -> None:
     variables = on_mesh()[1] if on_a_mesh else unstack(plain()[0])
     load = unrolled_load()
     first = place_experts(variables, placements_of(load))
-    later = {"moe_layers_1": place_copies(np.arange(E) ** 2, SHARDS, 4)}
+    later = {"moe_layers_1": rebalance_experts(np.arange(E) ** 2, SHARDS, 4)}
     chex.assert_trees_all_equal(place_experts(first, later), place_experts(variables, placements_of(load) | later))
 
 
@@ -223,7 +223,7 @@ def test_every_exchange_needs_fewer_rounds(exchange: str) -> None:
     *_, load_E = layer()
     assert load_E[2:4].tolist() == [128, 128]
     mesh, apply = program(exchange)
-    elsewhere, placement = np.array([0, 1, 4, 5, 2, 3, 0, 1, 0, 4, 5, 6, 0, 6, 7, 1]), place_copies(load_E, SHARDS, 4)
+    elsewhere, placement = np.array([0, 1, 4, 5, 2, 3, 0, 1, 0, 4, 5, 6, 0, 6, 7, 1]), rebalance_experts(load_E, SHARDS, 4)
     # Of the same shapes, so that one program does for both.
     assert np.bincount(elsewhere).max() == np.bincount(placement).max() == 4
     with jax.set_mesh(mesh):
@@ -237,7 +237,7 @@ def test_no_other_collective() -> None:
     mesh, apply = program("dense")
     found = []
     with jax.set_mesh(mesh):
-        for variables, rounds in (tree, 3), (placed_layer(place_copies(load_E, SHARDS, 4)), 2):
+        for variables, rounds in (tree, 3), (placed_layer(rebalance_experts(load_E, SHARDS, 4)), 2):
             compiled = apply.lower(variables, x_BTD).compile()
             found.append({(row.kind, row.axis, row.count) for row in collectives(compiled.as_text(), dict(mesh.shape))})
             assert_rounds(apply, variables, rounds)

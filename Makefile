@@ -26,7 +26,7 @@ OWNER := $(PYTHON_VERSION) $(shell $(PYTHON) -c 'import sys; print(sys.base_pref
 STALE := $(if $(filter-out $(OWNER),$(shell cat $(READY) 2>/dev/null || echo missing)),stale)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-nightly parity tpu-compiler cuda-compiler lint fmt lock clean stale
+.PHONY: help setup train test test-slow test-nightly parity tpu-compiler cuda-compiler map lint fmt lock clean stale
 MAKEFLAGS += --no-print-directory
 
 help:  ## list the targets
@@ -56,6 +56,9 @@ tpu-compiler: $(TPU_READY)  ## add the TPU compiler, for python -m dsv3_jax.plan
 
 cuda-compiler: $(CUDA_READY)  ## add the CUDA compiler, to compile kernels for GPUs without one
 	@:
+
+map:  ## write docs/files.md, the list of every file
+	@$(PYTHON) docs/make_map.py
 
 lint: setup  ## ruff and mypy
 	@$(RUN) -m ruff check --quiet .

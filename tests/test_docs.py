@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -168,35 +169,10 @@ def test_commands_are_read_from_a_text():
     ]
 
 
-def files_of_map(block: str) -> list[str]:
-    """Paths of an indented tree, one entry a line: a name, then what it is; a folder ends in a slash."""
-    paths: list[str] = []
-    folders: list[tuple[int, str]] = []
-    for line in filter(str.strip, block.splitlines()):
-        indent = len(line) - len(line.lstrip())
-        name = line.split()[0]
-        while folders and folders[-1][0] >= indent:
-            folders.pop()
-        path = (folders[-1][1] if folders else "") + name
-        paths.append(path)
-        if name.endswith("/"):
-            folders.append((indent, path))
-    return paths
-
-
-def test_the_map_of_the_readme_is_whole():
-    """Every file it names exists, and every file of the package is in it (folders stand for their __init__.py)."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    maps = [body for _, body in fenced_blocks(readme) if re.search(r"^dsv3_jax/", body, flags=re.MULTILINE)]
-    assert len(maps) == 1, "README.md has no fenced map of the files, with dsv3_jax/ in it"
-    named = files_of_map(maps[0])
-    assert [path for path in named if not (ROOT / path).exists()] == []
-    assert len(named) == len(set(named))
-    package = {str(path.relative_to(ROOT)) for path in (ROOT / "dsv3_jax").rglob("*.py") if path.name != "__init__.py"}
-    programs = {path.name for path in ROOT.glob("*.py")}
-    assert (package | programs | {*CONFIGS, "dsv3_jax/__init__.py"}) - set(named) == set()
-
-
-def test_a_map_is_read_as_a_tree():
-    block = "train.py   the story\na/  one\n  b.py  two\n  c/\n    d.py\n  e.py\nf.py"
-    assert files_of_map(block) == ["train.py", "a/", "a/b.py", "a/c/", "a/c/d.py", "a/e.py", "f.py"]
+def test_the_map_of_files_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_map", ROOT / "docs" / "make_map.py")
+    make_map = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_map)
+    assert make_map.TARGET.read_text(encoding="utf-8") == make_map.generate(), "docs/files.md is stale; run make map"
+    for path in (ROOT / "dsv3_jax").rglob("*.py"):
+        assert path.name == "__init__.py" or f"[{path.relative_to(ROOT)}]" in make_map.generate()

@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "kernels": {"config"},
     "parallel": {"config", "kernels"},
     "model": {"config", "kernels", "parallel"},
-    "data": {"files", "config", "parallel"},
+    "data": {"files", "config", "parallel", "model"},
     "checkpoint": {"files", "config", "kernels", "parallel", "model"},
     "train": {"files", "config", "kernels", "parallel", "model", "data", "checkpoint"},
     "infer": {"files", "config", "kernels", "parallel", "model", "data", "checkpoint"},
+    "rebalance": {"files", "config", "parallel", "model"},
     "serve": {"config", "data", "infer"},
     "plan": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
     "evaluate": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
@@ -33,6 +34,22 @@ MAY_IMPORT = {
     # The public names, for users; within the package an import goes to the part itself.
     "__init__": {"config", "model", "checkpoint", "infer"},
 }
+
+CORE = {
+    **dict.fromkeys(("config", "model", "parallel"), None),
+    "kernels": "attention latent_attention online_softmax experts grouped quantized backend vma",
+    "train": "step state optimizer guards evaluation",
+    "infer": "engine request scheduler runner cache sampling multihost",
+}
+"""The modules of the core, by package; None is all of them. The kernels for one platform are reached by name alone."""
+MAX_FILES, MAX_LINES, MAX_CODE, MAX_CORE = 115, 20_600, 13_000, 8_700
+MAX_FILE, MAX_FUNCTION = 600, 100
+
+
+def is_core(module: str) -> bool:
+    """Whether a module below dsv3_jax, such as "train.step" or "train", belongs to the core."""
+    package, _, name = module.partition(".")
+    return package in CORE and (not name or CORE[package] is None or name in CORE[package].split())
 
 
 def imported_modules(file: pathlib.Path, module: str) -> Iterator[tuple[int, str]]:
@@ -126,3 +143,57 @@ def test_arrows_that_run_back_are_found(tmp_path: pathlib.Path):
         "dsv3_jax/model/relative.py:1: model imports train",
         "dsv3_jax/newcomer.py:1: newcomer imports config",
     ]
+
+
+def test_core_imports_only_core() -> None:
+    package, found = ROOT / "dsv3_jax", []
+    modules = {".".join(path.relative_to(package).with_suffix("").parts): path for path in package.rglob("*.py")}
+    folders = {".".join(path.relative_to(package).parts) for path in package.rglob("*") if path.is_dir()}
+    for module, path in modules.items():
+        if path.name == "__init__.py" or not is_core(module):
+            continue
+        for line, name in imported_modules(path, f"dsv3_jax.{module}"):
+            head, _, inside = name.partition(".")
+            while head == "dsv3_jax" and inside and inside not in modules and inside not in folders:
+                inside = inside.rpartition(".")[0]
+            if head == "dsv3_jax" and not is_core(inside) and not inside.startswith(("kernels.tpu", "kernels.gpu")):
+                found.append(f"{module}:{line} imports {inside}")
+    assert found == []
+    # Only the dispatchers of the kernels know the platforms' own.
+    named = {name for names in CORE.values() if names for name in names.split()}
+    assert named <= {path.stem for path in modules.values()}
+
+
+def code_lines(text: str) -> int:
+    """Lines without blank ones, comments and docstrings."""
+    strings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            strings.update(range(node.lineno, node.end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(1 for at, line in lines if line.strip() and not line.strip().startswith("#") and at not in strings)
+
+
+def test_code_lines_are_counted() -> None:
+    assert code_lines('"""Doc."""\n\nx = 1  # one\n# two\n\n\ndef f():\n    """Doc\n    doc."""\n    return """a\n\n"""\n') == 4
+
+
+def test_sizes_stay_within_their_budgets() -> None:
+    """A later issue may raise a sum by what its closing note itemises."""
+    package = ROOT / "dsv3_jax"
+    texts = {path.relative_to(package): path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py"))}
+    lines = {path: len(text.splitlines()) for path, text in texts.items()}
+    assert len(texts) <= MAX_FILES
+    assert sum(lines.values()) <= MAX_LINES
+    assert sum(map(code_lines, texts.values())) <= MAX_CODE
+    core = {path for path in texts if is_core(".".join(path.with_suffix("").parts).removesuffix(".__init__"))}
+    assert sum(lines[path] for path in core) <= MAX_CORE
+    assert [str(path) for path, count in lines.items() if count > MAX_FILE] == []
+    functions = [
+        f"{path}: {node.name}"
+        for path, text in texts.items()
+        if path.parts[:2] not in {("kernels", "tpu"), ("kernels", "gpu")}
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > MAX_FUNCTION
+    ]
+    assert functions == []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import chex
 import hypothesis
@@ -14,7 +16,8 @@ import pytest
 from hypothesis import strategies
 
 from dsv3_jax.parallel.replicas import Replicas, replicas_of
-from dsv3_jax.rebalance import rebalance_experts, shard_loads
+from dsv3_jax.rebalance import main, read_placement, rebalance_experts, shard_loads
+from tests.model.tiny import CONFIG as TINY
 
 
 def least_possible(counts: np.ndarray, num_shards: int, slots_per_shard: int) -> float:
@@ -209,3 +212,44 @@ def test_measured_loads_fall_as_predicted() -> None:
     assert counts.reshape(num_shards, -1).sum(1).max() > 1.4 * mean
     assert predicted.max() < 1.02 * mean
     np.testing.assert_allclose(measured, predicted, atol=0.03 * mean)
+
+
+LOADS = {"moe_layers": np.array([[4.0, 1, 1, 2, 1, 1, 1, 1], [1.0] * 8]), "mtp_0": np.array([1.0, 1, 1, 1, 1, 1, 1, 5])}
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    np.savez(run / "expert_load.npz", **LOADS)
+    main([str(run), "--shards", "4", "--slots", "3", "--output", str(tmp_path / "placement.npz")])
+    config = dataclasses.replace(TINY, n_routed_experts=8, num_hidden_layers=TINY.first_k_dense_replace + 2)
+    placement = read_placement(str(tmp_path / "placement.npz"), config, 4)
+    chex.assert_trees_all_equal(placement, {name: rebalance_experts(load, 4, 3) for name, load in LOADS.items()})
+    # The loads of the pairs are 5, 3, 2 and 2 of 12; with four copies more an even share of 3 is in reach.
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "moe_layers[0]: busiest shard 1.67 -> 1.00 times the mean"
+    assert printed[1] == "moe_layers[1]: busiest shard 1.00 -> 1.00 times the mean"
+    assert [line.partition(":")[0] for line in printed] == ["moe_layers[0]", "moe_layers[1]", "mtp_0"]
+
+
+def test_placements_that_do_not_fit(tmp_path: Path) -> None:
+    path, config = str(tmp_path / "placement.npz"), dataclasses.replace(TINY, n_routed_experts=8)
+    layers = config.num_hidden_layers - config.first_k_dense_replace
+    for placement, fragment in (
+        ({"moe_layers": np.arange(10)[None].repeat(layers, 0) % 8}, "has 10 slots, no multiple of mesh.expert"),
+        ({"moe_layers": np.arange(12)[None].repeat(layers, 0)}, "a slot holds expert 8, but there are 8"),
+        ({"moe_layers": np.arange(12)[None].repeat(layers + 1, 0) % 8}, "the placement of moe_layers is"),
+        ({"decoder": np.arange(12) % 8}, "decoder has no routed experts to place"),
+    ):
+        np.savez(path, **placement)
+        with pytest.raises(ValueError, match=rf"placement\.npz: .*{fragment}"):
+            read_placement(path, config, 4)
+    with pytest.raises(ValueError, match=r"absent\.npz does not exist"):
+        read_placement("absent.npz", config, 4)
+
+
+def test_a_command_without_loads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--shards", "4", "--slots", "3", "--output", str(tmp_path / "placement.npz")])
+    assert capsys.readouterr().err == f"error: {tmp_path}/expert_load.npz does not exist\n"
+    assert not (tmp_path / "placement.npz").exists()

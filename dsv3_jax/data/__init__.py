@@ -8,7 +8,6 @@ from dsv3_jax.data.sources import Document
 from dsv3_jax.data.text import Text, prepare_text
 from dsv3_jax.data.tokenizer import Tokenizer, document_marks, load_tokenizer, prepare_tokenizer
 from dsv3_jax.data.tokens import FillInTheMiddle, HeldoutWindows, compressor_bits_per_byte, fill_in_the_middle, tokenize_corpus
-from dsv3_jax.infer.request import StreamDecoder
 from dsv3_jax.model.losses import Batch, HeldoutBatch
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "PackedRows",
     "Row",
     "Rows",
-    "StreamDecoder",
     "Text",
     "TokenStream",
     "Tokenizer",

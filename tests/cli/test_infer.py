@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import infer
-from dsv3_jax import Completion, Engine, SamplingParams
+from dsv3_jax import Completion, Engine, SamplingParams, rebalance
 from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.infer.cli import BATCH_BY_DEFAULT, DRAFTS_BY_DEFAULT
@@ -78,9 +78,15 @@ def test_the_whole_context_of_the_model_may_be_used(
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_the_same_text(straight: tuple[Path, Done], called: Callable[..., Done]) -> None:
+def test_a_mesh_with_redundant_experts_gives_the_same_text(
+    straight: tuple[Path, Done], called: Callable[..., Done], tmp_path: Path
+) -> None:
     expected, _ = completed(straight[0], "import ", SamplingParams(max_tokens=12))
-    mesh = ["--mesh.data", "2", "--mesh.expert", "2", "--mesh.tensor", "2"]
+    placement = str(tmp_path / "placement.npz")
+    slots = CONFIG.model.n_routed_experts // 2 + 1
+    done = called(rebalance.main, "runs/straight", "--shards", "2", "--slots", str(slots), "--output", placement)
+    assert done.code == 0, done.stderr
+    mesh = ["--mesh.data", "2", "--mesh.expert", "2", "--mesh.tensor", "2", "--placement", placement]
     done = called(infer.main, "--checkpoint", "runs/straight", "--prompt", "import ", "--max-tokens", "12", *mesh)
     assert (done.code, done.stdout) == (0, expected), done.stderr
     assert "in float32 on 8 cpu devices (data 2 x expert 2 x tensor 2)" in done.stderr

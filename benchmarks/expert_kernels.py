@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from tpu_schedule import CORES, Schedule, peak_flops_per_cycle
 
 from dsv3_jax.kernels.grouped import expert_ffn_by, steps_by_block, visits_of
-from dsv3_jax.kernels.tpu.experts import TILES, How, Tiles, this_machine
+from dsv3_jax.kernels.tpu.experts import TILES, KernelConfig, Tiles, this_machine
 from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, fit_rows
 from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles
 from dsv3_jax.kernels.tpu.memory import Machine, sublanes
@@ -28,11 +28,11 @@ D, F, E = 7168, 2048, 8
 DTYPE = jnp.bfloat16
 
 
-def how_on(chip: str) -> How:
+def how_on(chip: str) -> KernelConfig:
     """Sizes for a chip, as they are chosen on one."""
     name = chip.removeprefix("tpu")
     info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(name), CORES[chip])
-    return How(TILES[name], Machine(info.num_cores, info.vmem_capacity_bytes))
+    return KernelConfig(TILES[name], Machine(info.num_cores, info.vmem_capacity_bytes))
 
 
 class Cost(NamedTuple):
@@ -51,7 +51,7 @@ class Cost(NamedTuple):
 
 
 class RowKernel(NamedTuple):
-    """A call of `grouped_rows`."""
+    """A call of `grouped_matmul`."""
 
     contracted: int
     columns: int
@@ -68,7 +68,7 @@ ROW_KERNELS = {
     "expert_dx": RowKernel(F, D, (2, 2, 1)),
 }
 WEIGHT_KERNELS = {"expert_dw_gate_up": (D, F, 2), "expert_dw_down": (F, D, 1)}
-"""Calls of `grouped_weights`: the widths of the left array and the right ones, and how many of those."""
+"""Calls of `grouped_matmul_dw`: the widths of the left array and the right ones, and how many of those."""
 
 
 # --- Programs ---------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def _shapes(rows: int) -> tuple[list[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct
     return [jax.ShapeDtypeStruct(shape, DTYPE) for shape in shapes], jax.ShapeDtypeStruct((E,), jnp.int32)
 
 
-def _how(tiles: Sequence[Sequence[int]] | None) -> How:
+def _how(tiles: Sequence[Sequence[int]] | None) -> KernelConfig:
     how = this_machine()
     if tiles is None:
         return how
@@ -129,7 +129,7 @@ def _traffic(*sequences: tuple[Sequence[Any], int]) -> int:
 
 
 def row_cost(kernel: RowKernel, schedule: Schedule, tiles: RowTiles, rows: int, chip: str) -> Cost:
-    """Of a call of `grouped_rows` with `rows` rows for each of E experts."""
+    """Of a call of `grouped_matmul` with `rows` rows for each of E experts."""
     num_rows, width = E * rows, jnp.dtype(DTYPE).itemsize
     K, N, (inner, weights, outer) = kernel
     block, tile, remainder, columns = fit_rows(tiles, (num_rows, K, N), E, kernel.operands, DTYPE, how_on(chip).machine, "")
@@ -155,7 +155,7 @@ def row_cost(kernel: RowKernel, schedule: Schedule, tiles: RowTiles, rows: int, 
 
 
 def weights_cost(shape: tuple[int, int, int], schedule: Schedule, tiles: WeightTiles, rows: int, chip: str) -> Cost:
-    """Of a call of `grouped_weights`, or of tgmm, with `rows` rows for each of E experts."""
+    """Of a call of `grouped_matmul_dw`, or of tgmm, with `rows` rows for each of E experts."""
     X, Y, rights = shape
     num_rows, width = E * rows, jnp.dtype(DTYPE).itemsize
     visits = visits_of(jnp.full(E, rows, jnp.int32), num_rows, tiles.block, visit_empty=True)

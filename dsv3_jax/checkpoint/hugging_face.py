@@ -26,7 +26,7 @@ from dsv3_jax.checkpoint.names import Leaf, leaves
 from dsv3_jax.checkpoint.saving import checked_arrays, new_folder, outgoing_tensors, processes_of, write_tensors
 from dsv3_jax.checkpoint.tensor_files import shards
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.quantized import BlockScaled
+from dsv3_jax.kernels.quantized import QuantizedArray
 from dsv3_jax.model.sharding import scale_sharding, variable_shardings
 
 Variables = dict[str, Any]
@@ -48,7 +48,7 @@ def load_hf(
         are float32 whatever it is.
       mesh: devices to shard the arrays over, as `variable_shardings` says; None puts them on one device. With several
         processes, all of the mesh's call this together, and each reads what its own devices hold.
-      keep_fp8: for inference: linear layers and experts that the file has as FP8 blocks stay so, a `BlockScaled` each in
+      keep_fp8: for inference: linear layers and experts that the file has as FP8 blocks stay so, a `QuantizedArray` each in
         place of an array, and are dequantised where they are multiplied with.
 
     Returns:
@@ -108,7 +108,7 @@ def load_variables(
 
     def load(leaf: Leaf) -> Any:
         if keep_fp8 and stays_fp8(weights, leaf):
-            return load_block_scaled(weights, leaf, shardings.get(leaf.path))
+            return load_quantized(weights, leaf, shardings.get(leaf.path))
         return load_array(weights, leaf, leaf.dtype(config), shardings.get(leaf.path))
 
     arrays = {leaf.path: load(leaf) for leaf in leaves(config)}
@@ -183,7 +183,7 @@ def stays_fp8(weights: Weights, leaf: Leaf) -> bool:
     return leaf.is_fp8 and all(weights.is_fp8(name) for name in leaf.names)
 
 
-def load_block_scaled(weights: Weights, leaf: Leaf, sharding: NamedSharding | None) -> BlockScaled:
+def load_quantized(weights: Weights, leaf: Leaf, sharding: NamedSharding | None) -> QuantizedArray:
     """What takes the place of the array of `leaf`; its values are split as that would be, and its scales by experts alone."""
     assert weights.block is not None
     rows, columns = scale_shape(leaf.stored, weights.block)
@@ -191,7 +191,7 @@ def load_block_scaled(weights: Weights, leaf: Leaf, sharding: NamedSharding | No
         leaf, names=tuple(name + SCALE_SUFFIX for name in leaf.names), part=(columns, rows), stored=(rows, columns)
     )
     by_experts = None if sharding is None else scale_sharding(sharding, len(leaf.stack))
-    return BlockScaled(
+    return QuantizedArray(
         values=load_array(weights, leaf, np.dtype(np.uint8), sharding),
         scale_inv=load_array(weights, scales, np.dtype(np.float32), by_experts),
         block=(weights.block[1], weights.block[0]),

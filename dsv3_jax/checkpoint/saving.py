@@ -27,7 +27,7 @@ from dsv3_jax.checkpoint.names import Leaf, copies, leaves, natural_order
 from dsv3_jax.checkpoint.tensor_files import Outgoing, write_file
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.files import folder_to_disk, names_to_disk
-from dsv3_jax.kernels.quantized import is_block_scaled
+from dsv3_jax.kernels.quantized import is_quantized
 
 
 def checked_arrays(config: ModelConfig, variables: dict[str, Any]) -> list[tuple[Leaf, Any]]:
@@ -48,10 +48,10 @@ def checked_arrays(config: ModelConfig, variables: dict[str, Any]) -> list[tuple
         "arrays of a wrong type": [
             f"{'/'.join(path)} is {arrays[path].dtype}, not {leaf.dtype(config)}"
             for path, leaf in needed.items()
-            if path in arrays and arrays[path].dtype != leaf.dtype(config) and not is_block_scaled(arrays[path])
+            if path in arrays and arrays[path].dtype != leaf.dtype(config) and not is_quantized(arrays[path])
         ],
         "arrays in FP8, which are for inference; load the model without keep_fp8 to write it": [
-            "/".join(path) for path in needed if is_block_scaled(arrays.get(path))
+            "/".join(path) for path in needed if is_quantized(arrays.get(path))
         ],
     }
     if found := {kind: items for kind, items in problems.items() if items}:

@@ -30,7 +30,7 @@ from dsv3_jax.infer.sampling import (
     verify,
     with_row,
 )
-from dsv3_jax.kernels.quantized import in_dtype, is_block_scaled
+from dsv3_jax.kernels.quantized import in_dtype, is_quantized
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.mla import Places
 from dsv3_jax.model.sharding import place_variables
@@ -195,7 +195,7 @@ def laid_out(
         return converted
 
     # Stored in the computation dtype (or in 8 bits), so that no step converts weights again.
-    params = jax.tree.map(convert, variables["params"], is_leaf=is_block_scaled)
+    params = jax.tree.map(convert, variables["params"], is_leaf=is_quantized)
     variables = place_experts({"params": params, "router": variables["router"]}, placement)
     return with_absorbed_weights(unstack(variables, donate=donate), config)
 

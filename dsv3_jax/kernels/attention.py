@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.gpu import attention, hopper
 from dsv3_jax.kernels.online_softmax import MASKED, Running, first_seen
 from dsv3_jax.kernels.tpu import splash
 from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 
-_CHOICE = Choice(
+_OPTIONS = Backends(
     "attention_backend",
     auto={"cpu": "chunked", "gpu": "pallas_gpu", "tpu": "splash"},
     anywhere=("chunked",),
@@ -43,10 +43,14 @@ def choose_attention(
       documents: whether it has to keep the documents of a row apart.
     """
 
-    def refusal() -> str | None:
-        return (_ACROSS_DOCUMENTS if documents else None) or hopper.refusal(dtype) or attention.refusal(*widths)
+    def unsupported_reason() -> str | None:
+        return (
+            (_ACROSS_DOCUMENTS if documents else None)
+            or hopper.unsupported_reason(dtype)
+            or attention.unsupported_reason(*widths)
+        )
 
-    return _CHOICE.of(name, platform, {"pallas_gpu": refusal})
+    return _OPTIONS.resolve_backend(name, platform, {"pallas_gpu": unsupported_reason})
 
 
 def attend(

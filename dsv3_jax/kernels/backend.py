@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 
-class Choice(NamedTuple):
+class Backends(NamedTuple):
     """The implementations of one thing."""
 
     field: str
@@ -24,7 +24,9 @@ class Choice(NamedTuple):
     only_on: Mapping[str, str | tuple[str, ...]] = {}
     """Implementations that do not, and the platform of each, or all of its platforms."""
 
-    def of(self, name: str, platform: str | None, refusals: Mapping[str, Callable[[], str | None]] | None = None) -> str:
+    def resolve_backend(
+        self, name: str, platform: str | None, refusals: Mapping[str, Callable[[], str | None]] | None = None
+    ) -> str:
         """The implementation that `name` stands for on `platform`, or on JAX's default backend if that is None.
 
         Args:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.gpu.experts import expert_ffn_pallas_gpu
-from dsv3_jax.kernels.gpu.hopper import refusal
-from dsv3_jax.kernels.quantized import BlockScaled, require_trainable
+from dsv3_jax.kernels.gpu.hopper import unsupported_reason
+from dsv3_jax.kernels.quantized import QuantizedArray, require_trainable
 from dsv3_jax.kernels.tpu.experts import expert_ffn_pallas_tpu
 from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 
@@ -127,7 +127,7 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-Weight = jax.Array | BlockScaled
+Weight = jax.Array | QuantizedArray
 
 
 @jax.custom_vjp
@@ -245,7 +245,7 @@ _BACKENDS: dict[str, Callable[..., jax.Array]] = {
     "reference": expert_ffn_reference,
 }
 # XLA's grouped product multiplies every row with every expert and masks, on a CPU as on a TPU (libtpu 0.0.42) and a GPU.
-_CHOICE = Choice(
+_OPTIONS = Backends(
     "expert_backend",
     auto={"cpu": "tiles", "gpu": "pallas_gpu", "tpu": "pallas_tpu"},
     anywhere=("tiles", "ragged_dot", "reference"),
@@ -266,14 +266,14 @@ def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
     Raises:
       ValueError: for any other name, an unknown platform, and a backend that the platform cannot run.
     """
-    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: refusal(dtype)})
+    return _OPTIONS.resolve_backend(name, platform, {"pallas_gpu": lambda: unsupported_reason(dtype)})
 
 
 def expert_ffn(
     x_RD: jax.Array,
-    w_gate_EDF: jax.Array | BlockScaled,
-    w_up_EDF: jax.Array | BlockScaled,
-    w_down_EFD: jax.Array | BlockScaled,
+    w_gate_EDF: jax.Array | QuantizedArray,
+    w_up_EDF: jax.Array | QuantizedArray,
+    w_down_EFD: jax.Array | QuantizedArray,
     group_sizes_E: jax.Array,
     *,
     backend: str,
@@ -305,8 +305,8 @@ def expert_ffn(
     return ffn(*varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
 
 
-def _unscaled(weight: jax.Array | BlockScaled, dtype: Any) -> jax.Array:
-    return weight.astype(dtype) if isinstance(weight, BlockScaled) else weight
+def _unscaled(weight: jax.Array | QuantizedArray, dtype: Any) -> jax.Array:
+    return weight.astype(dtype) if isinstance(weight, QuantizedArray) else weight
 
 
 def _check(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: Any, group_sizes_E: jax.Array) -> None:
@@ -317,7 +317,7 @@ def _check(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: Any, gro
         "w_down": w_down_EFD,
         "group_sizes": group_sizes_E,
     }
-    floats = {a.dtype for name, a in arrays.items() if name != "group_sizes" and not isinstance(a, BlockScaled)}
+    floats = {a.dtype for name, a in arrays.items() if name != "group_sizes" and not isinstance(a, QuantizedArray)}
     fits = x_RD.ndim == 2 and w_gate_EDF.ndim == 3 and min(x_RD.shape + w_gate_EDF.shape) >= 1
     if fits:
         E, D, F = w_gate_EDF.shape

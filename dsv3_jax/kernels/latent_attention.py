@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.gpu import latent_attention as gpu_latent_attention
 from dsv3_jax.kernels.online_softmax import MASKED, Running
@@ -42,7 +42,7 @@ class CachedLatents(NamedTuple):
 _Past = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-_CHOICE = Choice(
+_OPTIONS = Backends(
     "cache_backend",
     auto={"cpu": "chunked", "gpu": "pallas_gpu", "tpu": "pallas_tpu"},
     anywhere=("chunked",),
@@ -59,7 +59,11 @@ def choose_latent_backend(name: str, dtype: Any, widths: tuple[int, int], platfo
       widths: C and P.
       platform: as `choose_backend` for the experts takes it, whose errors this raises, too.
     """
-    return _CHOICE.of(name, platform, {"pallas_gpu": lambda: hopper.refusal(dtype) or gpu_latent_attention.refusal(*widths)})
+    return _OPTIONS.resolve_backend(
+        name,
+        platform,
+        {"pallas_gpu": lambda: hopper.unsupported_reason(dtype) or gpu_latent_attention.unsupported_reason(*widths)},
+    )
 
 
 def latent_attention(

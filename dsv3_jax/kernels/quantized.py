@@ -24,7 +24,7 @@ Tree = TypeVar("Tree")
 
 
 @struct.dataclass
-class BlockScaled:
+class QuantizedArray:
     """A weight [stack..., inputs..., outputs...] that takes the place of an array of that shape."""
 
     # Flax holds the shape of a parameter's first leaf to the one declared, so the values come first.
@@ -63,7 +63,7 @@ class BlockScaled:
         first_out = self.depth + self.num_in
         return math.prod(self.shape[self.depth : first_out]), math.prod(self.shape[first_out:])
 
-    def __getitem__(self, index: Any) -> BlockScaled:
+    def __getitem__(self, index: Any) -> QuantizedArray:
         """One weight of a stack, or some."""
         return dataclasses.replace(self, values=self.values[index], scale_inv=self.scale_inv[index])
 
@@ -80,7 +80,7 @@ class BlockScaled:
         values = jax.lax.optimization_barrier(self.values.reshape(*blocks, height, *outputs))
         return jax.lax.optimization_barrier(_scaled(values, scales, dtype)).reshape(self.shape)
 
-    def with_blocks(self, block: tuple[int, int]) -> BlockScaled:
+    def with_blocks(self, block: tuple[int, int]) -> QuantizedArray:
         """The same weight in blocks of a size that divides the present one, each with the scale of what it was a part of."""
         times = self.block[0] // block[0], self.block[1] // block[1]
         assert (block[0] * times[0], block[1] * times[1]) == self.block
@@ -103,8 +103,8 @@ def _repeated(scale: jax.Array, times: tuple[int, int], sizes: tuple[int, int]) 
 
 def require_trainable(weights: Any) -> None:
     """Raises ValueError if a tree holds such a weight."""
-    for weight in jax.tree.leaves(weights, is_leaf=is_block_scaled):
-        if is_block_scaled(weight):
+    for weight in jax.tree.leaves(weights, is_leaf=is_quantized):
+        if is_quantized(weight):
             raise ValueError(f"a weight {list(weight.shape)} in FP8 cannot be trained; load the model without keep_fp8")
 
 
@@ -112,11 +112,11 @@ def in_dtype(weights: Tree, dtype: Any) -> Tree:
     """The weights of a tree in `dtype`, but those that are block-scaled as they are."""
 
     def convert(weight: Any) -> Any:
-        return weight if is_block_scaled(weight) or weight.dtype == dtype else weight.astype(dtype)
+        return weight if is_quantized(weight) or weight.dtype == dtype else weight.astype(dtype)
 
-    return jax.tree.map(convert, weights, is_leaf=is_block_scaled)
+    return jax.tree.map(convert, weights, is_leaf=is_quantized)
 
 
-def is_block_scaled(weight: Any) -> bool:
+def is_quantized(weight: Any) -> bool:
     """Whether it is one: a leaf of a tree of weights."""
-    return isinstance(weight, BlockScaled)
+    return isinstance(weight, QuantizedArray)

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.quantized import BlockScaled, is_block_scaled
+from dsv3_jax.kernels.quantized import QuantizedArray, is_quantized
 from dsv3_jax.model.mla import ABSORBED_AXES, absorbed
 from dsv3_jax.model.model import abstract_variables, logical_axes
 from dsv3_jax.model.transformer import STACKS, stack_sizes
@@ -45,12 +45,12 @@ def place_variables(
         return moved
 
     def place(variable: Any, sharding: NamedSharding) -> Any:
-        if not isinstance(variable, BlockScaled):
+        if not isinstance(variable, QuantizedArray):
             return move(variable, sharding)
         scale_inv = move(variable.scale_inv, scale_sharding(sharding, variable.depth))
         return dataclasses.replace(variable, values=move(variable.values, sharding), scale_inv=scale_inv)
 
-    return jax.tree.map(place, variables, variable_shardings(config, mesh, rules), is_leaf=is_block_scaled)
+    return jax.tree.map(place, variables, variable_shardings(config, mesh, rules), is_leaf=is_quantized)
 
 
 def scale_sharding(sharding: NamedSharding, depth: int) -> NamedSharding:

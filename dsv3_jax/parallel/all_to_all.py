@@ -22,7 +22,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.experts import ExpertOrder, expert_ffn, rows_at, sort_by_expert, sum_over_choices
 from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
@@ -38,7 +38,7 @@ WEIGHT_AXES = (
 """Their logical axes."""
 
 
-class _How(NamedTuple):
+class _KernelConfig(NamedTuple):
     """What is fixed before the program runs."""
 
     backend: str
@@ -70,7 +70,7 @@ def routed_experts_on_mesh(
         num_experts=weights[0].shape[0],
         exchange=exchange,
         receive_factor=config.receive_factor,
-        how=_How(backend, config.dtype),
+        kernel_config=_KernelConfig(backend, config.dtype),
     )
     split, weight_specs = zip(*map(splittable, weights, WEIGHT_AXES), strict=True)
     specs = TOKENS, TOKENS, TOKENS, weight_specs
@@ -86,7 +86,7 @@ def _on_device(
     num_experts: int,
     exchange: str,
     receive_factor: float,
-    how: _How,
+    kernel_config: _KernelConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """The share of one device: its own tokens, and the experts it holds."""
     x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -94,19 +94,24 @@ def _on_device(
     plan = EXCHANGES[exchange].plan(chosen_TK, num_experts, receive_factor)
     # The fullest device of the whole mesh sets the number: all of them run one program.
     rounds = jax.lax.pmax(plan.rounds(), TOKEN_AXES)
-    y_TD = _weighted_sums(*varying_alike(x_TD, weight_TK, weights, plan, rounds), how)
+    y_TD = _weighted_sums(*varying_alike(x_TD, weight_TK, weights, plan, rounds), kernel_config)
     # Along `tensor` every device has summed over its own hidden units.
     return jax.lax.psum(y_TD, "tensor").reshape(x_BTD.shape), rounds
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _weighted_sums(
-    x_TD: jax.Array, weight_TK: jax.Array, weights: ExpertWeights, plan: Exchange, rounds: jax.Array, how: _How
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    weights: ExpertWeights,
+    plan: Exchange,
+    rounds: jax.Array,
+    kernel_config: _KernelConfig,
 ) -> jax.Array:
-    whole = _gather(weights, how)
+    whole = _gather(weights, kernel_config)
 
     def one_round(r: jax.Array, sum_TD: jax.Array) -> jax.Array:
-        y_RD = expert_ffn(plan.send_tokens(r, x_TD), *whole, group_sizes_E=plan.group_sizes(r), backend=how.backend)
+        y_RD = expert_ffn(plan.send_tokens(r, x_TD), *whole, group_sizes_E=plan.group_sizes(r), backend=kernel_config.backend)
         return sum_TD + plan.return_sums(r, y_RD, weight_TK)
 
     start = zeros_beside(x_TD, x_TD.shape, jnp.promote_types(x_TD.dtype, jnp.float32))
@@ -124,20 +129,25 @@ def _over_rounds(one_round: Callable[[jax.Array, Any], Any], start: Any, plan: E
 
 
 def _forward(
-    x_TD: jax.Array, weight_TK: jax.Array, weights: ExpertWeights, plan: Exchange, rounds: jax.Array, how: _How
+    x_TD: jax.Array,
+    weight_TK: jax.Array,
+    weights: ExpertWeights,
+    plan: Exchange,
+    rounds: jax.Array,
+    kernel_config: _KernelConfig,
 ) -> tuple[jax.Array, tuple]:
-    return _weighted_sums(x_TD, weight_TK, weights, plan, rounds, how), (x_TD, weight_TK, weights, plan, rounds)
+    return _weighted_sums(x_TD, weight_TK, weights, plan, rounds, kernel_config), (x_TD, weight_TK, weights, plan, rounds)
 
 
-def _backward(how: _How, residuals: tuple, dsum_TD: jax.Array) -> tuple:
+def _backward(kernel_config: _KernelConfig, residuals: tuple, dsum_TD: jax.Array) -> tuple:
     x_TD, weight_TK, weights, plan, rounds = residuals
-    whole = _gather(weights, how)
+    whole = _gather(weights, kernel_config)
 
     def one_round(r: jax.Array, carry: tuple[jax.Array, jax.Array, ExpertWeights]) -> tuple:
         dx_TD, dweight_TK, dwhole = carry
         sizes_e = plan.group_sizes(r)
         dsum_RD, weight_R = plan.send_tokens(r, dsum_TD), plan.send_choices(r, weight_TK)
-        ffn = functools.partial(expert_ffn, group_sizes_E=sizes_e, backend=how.backend)
+        ffn = functools.partial(expert_ffn, group_sizes_E=sizes_e, backend=kernel_config.backend)
         y_RD, transpose = jax.vjp(ffn, plan.send_tokens(r, x_TD), *whole)
         wide_RD = dsum_RD.astype(dx_TD.dtype)
         dx_RD, *more = transpose((weight_R[:, None] * wide_RD).astype(y_RD.dtype))
@@ -159,9 +169,9 @@ def _backward(how: _How, residuals: tuple, dsum_TD: jax.Array) -> tuple:
 _weighted_sums.defvjp(_forward, _backward)
 
 
-def _gather(weights: ExpertWeights, how: _How) -> ExpertWeights:
+def _gather(weights: ExpertWeights, kernel_config: _KernelConfig) -> ExpertWeights:
     """The local experts' weights, whole along the fsdp axes."""
-    gate, up, down = (whole_weight(w, axes, how.dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
+    gate, up, down = (whole_weight(w, axes, kernel_config.dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
     return gate, up, down
 
 
@@ -182,7 +192,7 @@ _ROW_TILE = 8
 ragged_all_to_all = jax.lax.ragged_all_to_all
 
 
-_CHOICE = Choice(
+_OPTIONS = Backends(
     "expert_exchange",
     auto={"cpu": "dense", "gpu": "ragged", "tpu": "ragged"},
     anywhere=("dense", "ring"),
@@ -196,7 +206,7 @@ def choose_exchange(name: str, platform: str, num_devices: int) -> str:
     Raises:
       ValueError: if the platform does not have it.
     """
-    return "local" if num_devices == 1 else _CHOICE.of(name, platform)
+    return "local" if num_devices == 1 else _OPTIONS.resolve_backend(name, platform)
 
 
 def receive_rows(num_choices: int, receive_factor: float) -> int:

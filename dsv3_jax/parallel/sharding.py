@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.kernels.quantized import BlockScaled
+from dsv3_jax.kernels.quantized import QuantizedArray
 from dsv3_jax.kernels.vma import varying_axes, varying_over
 from dsv3_jax.parallel.mesh import AXES, BATCH_AXES, current_mesh
 
@@ -140,7 +140,7 @@ def named_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh, rules: Sh
 # Inside a program: where activations live, and how a layer works with weights that are split over the mesh.
 
 
-Weight = jax.Array | BlockScaled
+Weight = jax.Array | QuantizedArray
 
 
 def place_tokens(x: jax.Array) -> jax.Array:
@@ -189,7 +189,7 @@ def splittable(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
     Scales of a weight in 8 bits are split as its values are. Where an edge cuts blocks, they are divided first, into blocks of
     the same scale that end at the edge.
     """
-    if not isinstance(weight, BlockScaled):
+    if not isinstance(weight, QuantizedArray):
         return weight, current_rules().spec(names)
     scale_names = _scale_names(weight, names)
     by_axis = zip(weight.block, weight.matrix_shape, scale_names[-2:], strict=True)
@@ -200,7 +200,7 @@ def splittable(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
     return weight, dataclasses.replace(weight, **specs)
 
 
-def _scale_names(weight: BlockScaled, names: tuple[str, ...]) -> tuple[str, ...]:
+def _scale_names(weight: QuantizedArray, names: tuple[str, ...]) -> tuple[str, ...]:
     """The logical axes of its scales: those of the stack, and the first of the inputs and of the outputs."""
     first_out = weight.depth + weight.num_in
     more, rules = names[weight.depth + 1 : first_out] + names[first_out + 1 :], current_rules()
@@ -224,7 +224,7 @@ def whole_weight(part: Weight, names: tuple[str, ...], dtype: Any) -> Any:
 
     One in 8 bits travels and stays in them.
     """
-    if isinstance(part, BlockScaled):
+    if isinstance(part, QuantizedArray):
         scale_inv = _gathered(part.scale_inv, _scale_names(part, names))
         return dataclasses.replace(part, values=_gathered(part.values, names), scale_inv=scale_inv)
     return _gathered(_rounded(part, dtype), names)

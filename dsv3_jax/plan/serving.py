@@ -18,7 +18,7 @@ from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.config.checks import require
 from dsv3_jax.infer.cache import ROWS, SMALLEST_CHUNK, chunk_sizes, empty_cache, pages_for
 from dsv3_jax.infer.runner import Slots, laid_out
-from dsv3_jax.kernels.quantized import BlockScaled, is_block_scaled
+from dsv3_jax.kernels.quantized import QuantizedArray, is_quantized
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import scale_sharding, unrolled_axes
 from dsv3_jax.parallel.mesh import AXES
@@ -100,25 +100,25 @@ def _variables(config: ModelConfig, fp8: bool) -> Any:
 
 def _placed_variables(config: ModelConfig, mesh: Mesh | AbstractMesh, fp8: bool) -> Any:
     shapes = _variables(config, fp8)
-    arrays = jax.tree.map(lambda leaf: leaf.values if is_block_scaled(leaf) else leaf, shapes, is_leaf=is_block_scaled)
+    arrays = jax.tree.map(lambda leaf: leaf.values if is_quantized(leaf) else leaf, shapes, is_leaf=is_quantized)
 
     def place(shape: Any, sharding: NamedSharding) -> Any:
-        if not isinstance(shape, BlockScaled):
+        if not isinstance(shape, QuantizedArray):
             return placed(shape, sharding)
         scale_inv: Any = placed(shape.scale_inv, scale_sharding(sharding, shape.depth))
         values: Any = placed(shape.values, sharding)
         return dataclasses.replace(shape, values=values, scale_inv=scale_inv)
 
     shardings = named_shardings(unrolled_axes(config), arrays, mesh, SERVING)
-    return jax.tree.map(place, shapes, shardings, is_leaf=is_block_scaled)
+    return jax.tree.map(place, shapes, shardings, is_leaf=is_quantized)
 
 
-def _in_blocks(leaf: Leaf) -> BlockScaled:
+def _in_blocks(leaf: Leaf) -> QuantizedArray:
     """What `load_hf` makes of an array that the published checkpoint has in FP8."""
     rows, columns = scale_shape(leaf.stored)
     values: Any = jax.ShapeDtypeStruct(leaf.shape, np.uint8)
     scale_inv: Any = jax.ShapeDtypeStruct((*leaf.stack, columns, rows), np.float32)
-    return BlockScaled(values=values, scale_inv=scale_inv, block=EXPORT_BLOCK, num_in=leaf.num_in)
+    return QuantizedArray(values=values, scale_inv=scale_inv, block=EXPORT_BLOCK, num_in=leaf.num_in)
 
 
 def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:

@@ -19,7 +19,7 @@ from dsv3_jax.checkpoint.fp8 import quantise
 from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, save_hf
 from dsv3_jax.config import Config, MeshConfig, ModelConfig
 from dsv3_jax.infer.engine import Engine
-from dsv3_jax.kernels.quantized import BlockScaled, is_block_scaled
+from dsv3_jax.kernels.quantized import QuantizedArray, is_quantized
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.mla import Places
 from dsv3_jax.model.sharding import place_variables, variable_shardings
@@ -76,13 +76,13 @@ def kept_on(folder: Path, sizes: str | None) -> tuple[jax.sharding.Mesh, ModelCo
 @jax.jit
 def wide(variables: Any) -> Any:
     """The same with float32 arrays only."""
-    return jax.tree.map(lambda v: v.astype(jnp.float32) if is_block_scaled(v) else v, variables, is_leaf=is_block_scaled)
+    return jax.tree.map(lambda v: v.astype(jnp.float32) if is_quantized(v) else v, variables, is_leaf=is_quantized)
 
 
 def test_a_byte_a_value_and_a_scale_a_block(folder: Path) -> None:
     stored = load(folder / "model.safetensors")
     variables = kept(folder)
-    in_8_bits = {path: variable for path, variable in variables.items() if isinstance(variable, BlockScaled)}
+    in_8_bits = {path: variable for path, variable in variables.items() if isinstance(variable, QuantizedArray)}
     assert sum(v.values.nbytes for v in in_8_bits.values()) == sum(t.size for n, t in stored.items() if may_be_fp8(n))
     assert sum(v.scale_inv.nbytes for v in in_8_bits.values()) == sum(4 * t.size for n, t in stored.items() if "scale_inv" in n)
     whole = {"/".join(path[1:]) for path in variables.keys() - in_8_bits.keys()}
@@ -117,7 +117,7 @@ def test_on_a_mesh_values_are_split_and_scales_by_experts(folder: Path) -> None:
     assert jax.tree.map(lambda array: array.sharding, placed) == jax.tree.map(lambda array: array.sharding, variables)
     shardings = traverse_util.flatten_dict(variable_shardings(config, mesh))
     for path, variable in traverse_util.flatten_dict(variables).items():
-        assert (variable.values if is_block_scaled(variable) else variable).sharding == shardings[path]
+        assert (variable.values if is_quantized(variable) else variable).sharding == shardings[path]
     experts = variables["params"]["moe_layers"]["mlp"]["experts"]["gate_proj"]
     assert experts.scale_inv.sharding.spec == PartitionSpec(None, "expert")
 
@@ -213,5 +213,5 @@ def test_an_array_that_is_fp8_in_some_layers_only_is_dequantised(tmp_path: Path)
     tensors[name] = tensors[name].astype(np.float32)
     variables = kept(write(tmp_path, tensors, CONFIG))
     experts = "params", "moe_layers", "mlp", "experts"
-    assert isinstance(variables[*experts, "gate_proj"], BlockScaled)
+    assert isinstance(variables[*experts, "gate_proj"], QuantizedArray)
     np.testing.assert_array_equal(variables[*experts, "up_proj"][0, 3], tensors[name].T)

@@ -23,7 +23,7 @@ from dsv3_jax.config import Config, InferConfig, MeshConfig, TrainConfig
 from dsv3_jax.config.hugging_face import is_hugging_face, model_to_train, read_model
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
-from dsv3_jax.kernels.quantized import BlockScaled
+from dsv3_jax.kernels.quantized import QuantizedArray
 from dsv3_jax.parallel.mesh import make_mesh
 from tests.model.tiny import CONFIG, random_variables
 
@@ -126,7 +126,7 @@ def test_fp8_blocks_are_kept_unless_told_otherwise(tmp_path: Path, variables: di
     kept, wide = load_model(path).variables, load_model(path, keep_fp8=False).variables
     chex.assert_trees_all_equal_structs(wide, variables)
     gate, wide_gate = (tree["params"]["moe_layers"]["mlp"]["experts"]["gate_proj"] for tree in (kept, wide))
-    assert isinstance(gate, BlockScaled)
+    assert isinstance(gate, QuantizedArray)
     chex.assert_trees_all_equal(gate.astype(jnp.float32), wide_gate)
 
 

@@ -310,8 +310,10 @@ def test_kernels_for_gpus_are_passed_over_or_refused(monkeypatch: pytest.MonkeyP
     assert choose_attention("auto", *asked) == "pallas_gpu"
     assert choose_attention("auto", *asked, documents=True) == "chunked"
     assert choose_attention("auto", *asked[:2], "tpu", documents=True) == "splash"
-    refusal = "attention_backend 'pallas_gpu' attends across the documents of a row, and cannot keep them apart; use 'auto' or "
-    with pytest.raises(ValueError, match=refusal):
+    unsupported_reason = (
+        "attention_backend 'pallas_gpu' attends across the documents of a row, and cannot keep them apart; use 'auto' or "
+    )
+    with pytest.raises(ValueError, match=unsupported_reason):
         choose_attention("pallas_gpu", *asked, documents=True)
     q, k, v, _ = draw(4, 4, "bfloat16")
     with pytest.raises(ValueError, match="'pallas_gpu' attends across the documents of a row"):

@@ -10,12 +10,12 @@ import pytest
 
 from dsv3_jax.config.model import AttentionBackend, CacheBackend, ExpertBackend
 from dsv3_jax.kernels.attention import choose_attention
-from dsv3_jax.kernels.backend import Choice
+from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.latent_attention import choose_latent_backend
 
-CHOICE = Choice("engine", auto={"cpu": "steam", "tpu": "warp"}, anywhere=("steam", "sail"), only_on={"warp": "tpu"})
+CHOICE = Backends("engine", auto={"cpu": "steam", "tpu": "warp"}, anywhere=("steam", "sail"), only_on={"warp": "tpu"})
 
 
 @pytest.mark.parametrize(
@@ -29,23 +29,23 @@ CHOICE = Choice("engine", auto={"cpu": "steam", "tpu": "warp"}, anywhere=("steam
     ],
 )
 def test_a_name_stands_for_itself_and_auto_for_what_suits(name: str, platform: str, chosen: str) -> None:
-    assert CHOICE.of(name, platform) == chosen
+    assert CHOICE.resolve_backend(name, platform) == chosen
 
 
 def test_the_platform_is_that_of_jax_unless_named() -> None:
     assert jax.default_backend() == "cpu"
-    assert CHOICE.of("auto", None) == "steam"
+    assert CHOICE.resolve_backend("auto", None) == "steam"
     with pytest.raises(ValueError, match="this program is for cpu"):
-        CHOICE.of("warp", None)
+        CHOICE.resolve_backend("warp", None)
 
 
 def test_auto_passes_over_what_this_machine_refuses_and_a_name_does_not() -> None:
     refusals = {"warp": lambda: "takes dilithium, and there is none"}
-    assert CHOICE.of("auto", "tpu", refusals) == "steam"
-    assert CHOICE.of("auto", "tpu", {"warp": lambda: None}) == "warp"
-    assert CHOICE.of("sail", "tpu", refusals) == "sail"
+    assert CHOICE.resolve_backend("auto", "tpu", refusals) == "steam"
+    assert CHOICE.resolve_backend("auto", "tpu", {"warp": lambda: None}) == "warp"
+    assert CHOICE.resolve_backend("sail", "tpu", refusals) == "sail"
     with pytest.raises(ValueError, match="engine 'warp' takes dilithium, and there is none; use 'auto' or 'steam' or 'sail'"):
-        CHOICE.of("warp", "tpu", refusals)
+        CHOICE.resolve_backend("warp", "tpu", refusals)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_auto_passes_over_what_this_machine_refuses_and_a_name_does_not() -> Non
 )
 def test_what_cannot_be_is_refused_by_name(name: str, platform: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        CHOICE.of(name, platform)
+        CHOICE.resolve_backend(name, platform)
 
 
 @pytest.mark.parametrize(

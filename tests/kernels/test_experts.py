@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.kernels import choose_backend, experts
-from dsv3_jax.kernels.quantized import BlockScaled
+from dsv3_jax.kernels.quantized import QuantizedArray
 from tests.tolerances import TOLERANCE
 
 # Group sizes by shape: rows, hidden size, expert hidden size, experts; cases of one shape are compiled once, which is what
@@ -240,13 +240,13 @@ def test_ill_fitting_arrays_are_refused(index: int, replacement: jax.Array, name
         experts(*inputs, backend="tiles")
 
 
-def in_8_bits(shape: tuple[int, ...], seed: int) -> BlockScaled:
+def in_8_bits(shape: tuple[int, ...], seed: int) -> QuantizedArray:
     """Experts' weights of about unit scale a product, in blocks of 4 x 6."""
     rng = np.random.default_rng(seed)
     E, inputs, outputs = shape
     values = rng.standard_normal(shape).astype(jnp.float8_e4m3fn)
     scale_inv = rng.uniform(0.5, 1.5, (E, -(-inputs // 4), -(-outputs // 6))) * inputs**-0.5
-    return BlockScaled(jnp.asarray(values.view(np.uint8)), jnp.asarray(scale_inv, jnp.float32), (4, 6))
+    return QuantizedArray(jnp.asarray(values.view(np.uint8)), jnp.asarray(scale_inv, jnp.float32), (4, 6))
 
 
 @pytest.mark.parametrize("backend", ["tiles", "ragged_dot", "reference"])
@@ -256,7 +256,7 @@ def test_weights_in_8_bits(backend: str) -> None:
     weights = in_8_bits((E, D, F), 0), in_8_bits((E, D, F), 1), in_8_bits((E, F, D), 2)
 
     @jax.jit
-    def both(x_RD: jax.Array, weights: tuple[BlockScaled, ...], sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def both(x_RD: jax.Array, weights: tuple[QuantizedArray, ...], sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
         wide = (w.astype(jnp.float32) for w in weights)
         expected = experts(x_RD, *wide, sizes_E, backend="reference")
         return experts(x_RD, *weights, sizes_E, backend=backend), expected

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.quantized import BlockScaled, in_dtype, require_trainable
+from dsv3_jax.kernels.quantized import QuantizedArray, in_dtype, require_trainable
 
 # Shape, axes of the stack, axes that are inputs, block. Partial blocks at both edges, blocks that begin in one head and end in
 # another, blocks larger than the matrix, and a block for each value.
@@ -29,17 +29,17 @@ CASES = {
 }
 
 
-def random_weight(case: str) -> BlockScaled:
+def random_weight(case: str) -> QuantizedArray:
     shape, depth, num_in, block = CASES[case]
     rng = np.random.default_rng(0)
     inputs, outputs = math.prod(shape[depth : depth + num_in]), math.prod(shape[depth + num_in :])
     grid = -(-inputs // block[0]), -(-outputs // block[1])
     values = rng.normal(0, 100, shape).astype(np.float32).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
     scale_inv = rng.uniform(1e-4, 1e-2, (*shape[:depth], *grid)).astype(np.float32)
-    return BlockScaled(jnp.asarray(values.view(np.uint8)), jnp.asarray(scale_inv), block, num_in)
+    return QuantizedArray(jnp.asarray(values.view(np.uint8)), jnp.asarray(scale_inv), block, num_in)
 
 
-def reference(weight: BlockScaled) -> np.ndarray:
+def reference(weight: QuantizedArray) -> np.ndarray:
     """value * scale of its block, element by element."""
     depth, shape = weight.depth, weight.shape
     values, scale_inv = np.asarray(weight.values).view(ml_dtypes.float8_e4m3fn), np.asarray(weight.scale_inv)
@@ -63,7 +63,7 @@ def test_each_element_has_the_scale_of_its_block(case: str) -> None:
 
 def test_all_values_of_eight_bits() -> None:
     bits = np.arange(256, dtype=np.uint8)
-    weight = BlockScaled(jnp.asarray(bits[None]), jnp.ones((1, 2)), (128, 128))
+    weight = QuantizedArray(jnp.asarray(bits[None]), jnp.ones((1, 2)), (128, 128))
     np.testing.assert_array_equal(weight.astype(jnp.float32)[0], bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
 
 

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.kernels.quantized import BlockScaled
+from dsv3_jax.kernels.quantized import QuantizedArray
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, SERVING, TOKENS, _rounded, place_tokens, project, use_rules
 from dsv3_jax.plan.hlo import collectives
@@ -91,7 +91,7 @@ def test_products_under_the_rules_of_generation(kind: str) -> None:
     assert {one.axis for one in gathers} == {"fsdp"}
 
 
-def in_8_bits(kind: str) -> tuple[BlockScaled, np.ndarray]:
+def in_8_bits(kind: str) -> tuple[QuantizedArray, np.ndarray]:
     """A kernel in blocks of 5 x 7, which end where hardly any part of it does, and cross heads; and what it stands for."""
     _, shape, num_in = KERNELS[kind]
     values = draw(shape, num_in)[1].astype(jnp.float8_e4m3fn)
@@ -100,7 +100,7 @@ def in_8_bits(kind: str) -> tuple[BlockScaled, np.ndarray]:
     scale_inv = np.random.default_rng(1).uniform(0.5, 1.5, grid).astype(np.float32)
     rows, columns = np.indices(matrix)
     meant = np.float64(values).reshape(matrix) * scale_inv[rows // 5, columns // 7]
-    return BlockScaled(jnp.asarray(values.view(np.uint8)), jnp.asarray(scale_inv), (5, 7), num_in), meant.reshape(shape)
+    return QuantizedArray(jnp.asarray(values.view(np.uint8)), jnp.asarray(scale_inv), (5, 7), num_in), meant.reshape(shape)
 
 
 @pytest.mark.parametrize("sizes", MESHES)

@@ -1,6 +1,6 @@
 """Causal attention on Hopper GPUs: Pallas kernels for the values and the gradients, under the contract of `causal_attention`.
 
-The forward kernel has a block of threads for every TILE queries of a head; keys and values pass by, with the online softmax.
+The forward kernel has a block of threads for every BLOCK_M queries of a head; keys and values pass by, with the online softmax.
 It keeps the logarithm of every row's sum, which gives the backward kernels of `attention_gradients_gpu.py` the probabilities
 again: one for the gradients of keys and values, where queries pass by, and one for that of the queries, where keys do. Each
 adds up in registers: every result is written once, by one block of threads, and always added up in the same order.
@@ -25,13 +25,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.kernels.gpu.attention_gradients import key_blocks, key_gradients, place_of, query_gradient
 from dsv3_jax.kernels.gpu.hopper import (
+    BLOCK_K,
+    BLOCK_M,
     FETCHING,
-    HALF,
     SHARED_BYTES,
-    STEP,
     SWIZZLED,
-    TILE,
-    Ring,
+    WG_M,
+    Pipeline,
     add_products,
     column_numbers,
     constant,
@@ -48,9 +48,9 @@ from dsv3_jax.kernels.vma import varying_alike
 WIDEST = 256
 """Columns of a product of one instruction."""
 WIDTHS = 320
-"""Key and value width together: rows of both gradients of HALF keys, in registers, leave room for the rest."""
+"""Key and value width together: rows of both gradients of WG_M keys, in registers, leave room for the rest."""
 REGISTERS = 240
-"""Of a thread that multiplies: HALF queries' logits for TILE keys, their probabilities and the output are 160 of them."""
+"""Of a thread that multiplies: WG_M queries' logits for BLOCK_M keys, their probabilities and the output are 160 of them."""
 
 
 def attention_hopper(
@@ -82,17 +82,17 @@ def attention_hopper(
       ValueError: for other dtypes, for widths that are no multiples of 64 or too large, and for heads that do not divide.
     """
     _require(q_BTNX, k_BSMX, v_BSMW)
-    padded = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % TILE), (0, 0), (0, 0))) for a in (q_BTNX, k_BSMX, v_BSMW))
+    padded = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK_M), (0, 0), (0, 0))) for a in (q_BTNX, k_BSMX, v_BSMW))
     arrays = varying_alike(*padded, jnp.asarray(first, jnp.int32)[None])
     return _attend(*arrays, scale, interpret)[:, : q_BTNX.shape[1]]
 
 
-def refusal(X: int, W: int) -> str | None:
+def unsupported_reason(X: int, W: int) -> str | None:
     """Why the kernels do not take keys and values so wide, to be read after their name; None if they do."""
-    if any(width % STEP or not 0 < width <= WIDEST for width in (X, W)) or X + W > WIDTHS:
+    if any(width % BLOCK_K or not 0 < width <= WIDEST for width in (X, W)) or X + W > WIDTHS:
         return (
-            f"takes keys and values whose widths are multiples of {STEP} up to {WIDEST}, together up to {WIDTHS}, and got {X} "
-            f"and {W}"
+            f"takes keys and values whose widths are multiples of {BLOCK_K} up to {WIDEST}, together up to {WIDTHS}, "
+            f"and got {X} and {W}"
         )
     return None
 
@@ -101,7 +101,7 @@ def _require(q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array) -> None:
     dtypes = [jnp.dtype(a.dtype).name for a in (q_BTNX, k_BSMX, v_BSMW)]
     N, X = q_BTNX.shape[2:]
     M, W = v_BSMW.shape[2:]
-    reason = refusal(X, W)
+    reason = unsupported_reason(X, W)
     if dtypes != ["bfloat16"] * 3:
         reason = f"takes bfloat16, and got q, k and v in {', '.join(dtypes)}"
     elif N % M:
@@ -142,45 +142,45 @@ def _values(
     """The output [B, T, N, W]; and of every query minus the logarithm of its sum of exponentials, in units of the logits."""
     (B, T, N, X), (S, M, W), dtype = q_BTNX.shape, v_BSMW.shape[1:], q_BTNX.dtype
     # Keys at a time: their logits are in registers beside the output.
-    size = TILE if W <= TILE else HALF
-    stages = min(2 * TILE // size, (SHARED_BYTES - TILE * (X + STEP) * 2) // (size * (X + W) * 2))
-    blocks, tiles, exponent = S // size, T // TILE, scale * math.log2(math.e)
+    size = BLOCK_M if W <= BLOCK_M else WG_M
+    stages = min(2 * BLOCK_M // size, (SHARED_BYTES - BLOCK_M * (X + BLOCK_K) * 2) // (size * (X + W) * 2))
+    blocks, tiles, exponent = S // size, T // BLOCK_M, scale * math.log2(math.e)
 
-    def fetch(k_ring: Ring, buffers: Sequence[Any], first_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *_: Any) -> None:
+    def fetch(k_pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *_: Any) -> None:
         (q_smem, k_smem, v_smem, _, _, q_loaded, v_loaded, v_released), (batch, head, tile) = (
             buffers,
             place_of(N, tiles, last_first=True),
         )
-        v_ring, shared = Ring(v_loaded, v_released, stages), jax.lax.div(head, jnp.int32(N // M))
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(tile * TILE, TILE), head], q_smem, q_loaded)
-        steps = key_blocks(first_ref[0] + tile * TILE, TILE, size, blocks)[1]
+        v_pipe, shared = Pipeline(v_loaded, v_released, stages), jax.lax.div(head, jnp.int32(N // M))
+        plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(tile * BLOCK_M, BLOCK_M), head], q_smem, q_loaded)
+        steps = key_blocks(first_ref[0] + tile * BLOCK_M, BLOCK_M, size, blocks)[1]
 
         @pl.loop(0, steps)
         def fetch_keys(step: Any) -> None:
             keys = pl.ds(step * size, size)
             # Each in a ring of its own: keys are released before the values are waited for.
-            for ring, ref, smem in ((k_ring, k_ref, k_smem), (v_ring, v_ref, v_smem)):
-                slot = ring.free(step)
-                plgpu.copy_gmem_to_smem(ref.at[batch, keys, shared], smem.at[slot], ring.loaded.at[slot])
+            for pipe, ref, smem in ((k_pipe, k_ref, k_smem), (v_pipe, v_ref, v_smem)):
+                slot = pipe.producer_acquire(step)
+                plgpu.copy_gmem_to_smem(ref.at[batch, keys, shared], smem.at[slot], pipe.loaded.at[slot])
 
-        k_ring.drain(steps)
-        v_ring.drain(steps)
+        k_pipe.drain(steps)
+        v_pipe.drain(steps)
 
-    def work(k_ring: Ring, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+    def work(k_pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
         (q_smem, k_smem, v_smem, lse_smem, staging, q_loaded, v_loaded, v_released), (*_, o_ref, lse_ref) = buffers, refs
         (batch, head, tile), warpgroup = place_of(N, tiles, last_first=True), jax.lax.axis_index("warpgroup")
-        v_ring = Ring(v_loaded, v_released, stages)
-        queries = pl.ds(tile * TILE + warpgroup * HALF, HALF)
-        position = first_ref[0] + tile * TILE
-        steps = key_blocks(position, TILE, size, blocks)[1]
-        position += warpgroup * HALF
-        whole, some = key_blocks(position, HALF, size, blocks)
+        v_pipe = Pipeline(v_loaded, v_released, stages)
+        queries = pl.ds(tile * BLOCK_M + warpgroup * WG_M, WG_M)
+        position = first_ref[0] + tile * BLOCK_M
+        steps = key_blocks(position, BLOCK_M, size, blocks)[1]
+        position += warpgroup * WG_M
+        whole, some = key_blocks(position, WG_M, size, blocks)
         plgpu.barrier_wait(q_loaded)
 
         def block(step: Any, carry: tuple, *, compare: bool) -> tuple:
             o, top, total = carry
-            logits = product_of(q_smem.at[own_rows()], turned(k_smem.at[k_ring.filled(step)]))
-            k_ring.release(step)
+            logits = product_of(q_smem.at[own_rows()], turned(k_smem.at[k_pipe.consumer_wait(step)]))
+            k_pipe.consumer_release(step)
             if compare:
                 ahead = column_numbers(logits.shape, interpret) - row_numbers(logits.shape, interpret)
                 logits = jnp.where(ahead <= position - step * size, logits, -jnp.inf)
@@ -188,30 +188,30 @@ def _values(
             p = jnp.exp2(logits * exponent - jax.lax.broadcast_in_dim(new_top, logits.shape, (0,)))
             shrink = jnp.exp2(top - new_top)
             o *= jax.lax.broadcast_in_dim(shrink, o.shape, (0,))
-            (o,) = add_products([o], [(p.astype(dtype), v_smem.at[v_ring.filled(step)])], interpret)
-            v_ring.release(step)
+            (o,) = add_products([o], [(p.astype(dtype), v_smem.at[v_pipe.consumer_wait(step)])], interpret)
+            v_pipe.consumer_release(step)
             return o, new_top, total * shrink + p.sum(1)
 
         # Every query sees the first key, so that `top` is finite from the first block on.
-        start = [constant(value, shape, interpret) for value, shape in ((0, (HALF, W)), (-jnp.inf, (HALF,)), (0, (HALF,)))]
+        start = [constant(value, shape, interpret) for value, shape in ((0, (WG_M, W)), (-jnp.inf, (WG_M,)), (0, (WG_M,)))]
         carry = jax.lax.fori_loop(0, whole, functools.partial(block, compare=False), tuple(start))
         o, top, total = jax.lax.fori_loop(whole, some, functools.partial(block, compare=True), carry)
-        k_ring.skip(some, steps)
-        v_ring.skip(some, steps)
+        k_pipe.skip(some, steps)
+        v_pipe.skip(some, steps)
         o *= jax.lax.broadcast_in_dim(1 / total, o.shape, (0,))
         lse_smem[warpgroup] = -top / exponent - jnp.log(total) / scale
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[batch, head, queries])
-        for i in range(W // STEP):
-            at = o_ref.at[batch, queries, head, pl.ds(i * STEP, STEP)]
+        for i in range(W // BLOCK_K):
+            at = o_ref.at[batch, queries, head, pl.ds(i * BLOCK_K, BLOCK_K)]
             store(strip(o, i).astype(dtype), staging.at[warpgroup], at)
 
     scratch = [
-        plgpu.SMEM((TILE, X), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((BLOCK_M, X), dtype, transforms=SWIZZLED),
         plgpu.SMEM((stages, size, X), dtype, transforms=SWIZZLED),
         plgpu.SMEM((stages, size, W), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((FETCHING, HALF), jnp.float32),
-        plgpu.SMEM((FETCHING, HALF, STEP), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((FETCHING, WG_M), jnp.float32),
+        plgpu.SMEM((FETCHING, WG_M, BLOCK_K), dtype, transforms=SWIZZLED),
         plgpu.Barrier(),
         plgpu.Barrier(num_barriers=stages),
         plgpu.Barrier(num_arrivals=FETCHING, num_barriers=stages),

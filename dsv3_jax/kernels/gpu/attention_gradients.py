@@ -20,11 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.kernels.gpu.hopper import (
-    HALF,
+    BLOCK_M,
     SHARED_BYTES,
     SWIZZLED,
-    TILE,
-    Ring,
+    WG_M,
+    Pipeline,
     add_products,
     beside,
     column_numbers,
@@ -40,7 +40,7 @@ from dsv3_jax.kernels.vma import varying_alike
 STAGES = 3
 """Slots of the rings, at most."""
 REGISTERS = 240
-"""Of a thread that multiplies: rows of both gradients of HALF keys are 160 of them."""
+"""Of a thread that multiplies: rows of both gradients of WG_M keys are 160 of them."""
 
 
 def place_of(heads: int, tiles: int, *, last_first: bool) -> tuple[Any, Any, Any]:
@@ -72,65 +72,65 @@ def query_gradient(
 ) -> jax.Array:
     """dq [B, T, N, X]."""
     (B, T, N, X), (S, M, W), dtype = q_BTNX.shape, v_BSMW.shape[1:], q_BTNX.dtype
-    blocks, tiles, stages, exponent = S // HALF, T // TILE, _backward_stages(X, W), scale * math.log2(math.e)
+    blocks, tiles, stages, exponent = S // WG_M, T // BLOCK_M, _backward_stages(X, W), scale * math.log2(math.e)
 
-    def fetch(ring: Ring, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+    def fetch(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
         (k_smem, v_smem, loaded, *smems), (q_ref, k_ref, v_ref, do_ref, *row_refs, _) = buffers, refs
         batch, head, tile = place_of(N, tiles, last_first=True)
-        queries, shared = pl.ds(tile * TILE, TILE), jax.lax.div(head, jnp.int32(N // M))
+        queries, shared = pl.ds(tile * BLOCK_M, BLOCK_M), jax.lax.div(head, jnp.int32(N // M))
         sources = [ref.at[batch, queries, head] for ref in (q_ref, do_ref)] + [ref.at[batch, head, queries] for ref in row_refs]
         for source, smem in zip(sources, smems, strict=True):
             plgpu.copy_gmem_to_smem(source, smem, loaded)
-        steps = key_blocks(first_ref[0] + tile * TILE, TILE, HALF, blocks)[1]
+        steps = key_blocks(first_ref[0] + tile * BLOCK_M, BLOCK_M, WG_M, blocks)[1]
 
         @pl.loop(0, steps)
         def fetch_keys(step: Any) -> None:
-            slot = ring.free(step)
+            slot = pipe.producer_acquire(step)
             for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
-                source = ref.at[batch, pl.ds(step * HALF, HALF), shared]
-                plgpu.copy_gmem_to_smem(source, smem.at[slot], ring.loaded.at[slot])
+                source = ref.at[batch, pl.ds(step * WG_M, WG_M), shared]
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], pipe.loaded.at[slot])
 
-        ring.drain(steps)
+        pipe.drain(steps)
 
-    def work(ring: Ring, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+    def work(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
         (k_smem, v_smem, loaded, *smems), dq_ref = buffers, refs[-1]
         (batch, head, tile), warpgroup = place_of(N, tiles, last_first=True), jax.lax.axis_index("warpgroup")
         q_smem, do_smem, *row_smems = smems
-        position = first_ref[0] + tile * TILE
-        steps = key_blocks(position, TILE, HALF, blocks)[1]
-        position += warpgroup * HALF
-        whole, some = key_blocks(position, HALF, HALF, blocks)
+        position = first_ref[0] + tile * BLOCK_M
+        steps = key_blocks(position, BLOCK_M, WG_M, blocks)[1]
+        position += warpgroup * WG_M
+        whole, some = key_blocks(position, WG_M, WG_M, blocks)
         plgpu.barrier_wait(loaded)
         starts = [beside(smem.at[own_rows()], 0, interpret) for smem in row_smems]
 
         def block(step: Any, dq: jax.Array, *, compare: bool) -> jax.Array:
-            slot = ring.filled(step)
+            slot = pipe.consumer_wait(step)
             k = k_smem.at[slot]
             mine = own_rows()
             factors = [(q_smem.at[mine], turned(k)), (do_smem.at[mine], turned(v_smem.at[slot]))]
             logits, dp = add_products(starts, factors, interpret)
             if compare:
                 ahead = column_numbers(logits.shape, interpret) - row_numbers(logits.shape, interpret)
-                logits = jnp.where(ahead <= position - step * HALF, logits, -jnp.inf)
+                logits = jnp.where(ahead <= position - step * WG_M, logits, -jnp.inf)
             ds = jnp.exp2(logits * exponent) * dp
             (dq,) = add_products([dq], [(ds.astype(dtype), k)], interpret)
-            ring.release(step)
+            pipe.consumer_release(step)
             return dq
 
-        dq = jax.lax.fori_loop(0, whole, functools.partial(block, compare=False), constant(0, (HALF, X), interpret))
+        dq = jax.lax.fori_loop(0, whole, functools.partial(block, compare=False), constant(0, (WG_M, X), interpret))
         dq = jax.lax.fori_loop(whole, some, functools.partial(block, compare=True), dq)
-        ring.skip(some, steps)
-        queries = pl.ds(tile * TILE + warpgroup * HALF, HALF)
+        pipe.skip(some, steps)
+        queries = pl.ds(tile * BLOCK_M + warpgroup * WG_M, WG_M)
         store((dq * scale).astype(dtype), q_smem.at[own_rows()], dq_ref.at[batch, queries, head])
 
     scratch = [
-        plgpu.SMEM((stages, HALF, X), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((stages, HALF, W), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((stages, WG_M, X), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((stages, WG_M, W), dtype, transforms=SWIZZLED),
         plgpu.Barrier(num_arrivals=4),
-        plgpu.SMEM((TILE, X), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((TILE, W), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((TILE,), jnp.float32),
-        plgpu.SMEM((TILE,), jnp.float32),
+        plgpu.SMEM((BLOCK_M, X), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((BLOCK_M, W), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((BLOCK_M,), jnp.float32),
+        plgpu.SMEM((BLOCK_M,), jnp.float32),
     ]
     (dq_BTNX,) = launch(
         fetch,
@@ -163,59 +163,59 @@ def key_gradients(
 ) -> list[jax.Array]:
     """dk [B, S, M, X] and dv [B, S, M, W]. Keys are the rows of all products here, queries the columns."""
     (B, T, N, X), (S, M, W), dtype = q_BTNX.shape, v_BSMW.shape[1:], q_BTNX.dtype
-    blocks, tiles, stages, U = T // HALF, S // TILE, _backward_stages(X, W), N // M
+    blocks, tiles, stages, U = T // WG_M, S // BLOCK_M, _backward_stages(X, W), N // M
     exponent = scale * math.log2(math.e)
-    _, number_A = varying_alike(first_1, jnp.arange(HALF, dtype=jnp.int32))
+    _, number_A = varying_alike(first_1, jnp.arange(WG_M, dtype=jnp.int32))
 
     def begin_of(first: Any, key: Any) -> Any:
         """The first block of queries of which one sees the key."""
-        return jnp.minimum(jax.lax.div(jnp.maximum(key - first, 0), jnp.int32(HALF)), blocks)
+        return jnp.minimum(jax.lax.div(jnp.maximum(key - first, 0), jnp.int32(WG_M)), blocks)
 
-    def fetch(ring: Ring, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+    def fetch(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
         k_smem, v_smem, number_smem, loaded, *smems = buffers
         q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, number_ref, *_ = refs
         batch, shared, tile = place_of(M, tiles, last_first=False)
         plgpu.copy_gmem_to_smem(number_ref, number_smem, loaded)
         for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
-            plgpu.copy_gmem_to_smem(ref.at[batch, pl.ds(tile * TILE, TILE), shared], smem, loaded)
-        begin = begin_of(first_ref[0], tile * TILE)
+            plgpu.copy_gmem_to_smem(ref.at[batch, pl.ds(tile * BLOCK_M, BLOCK_M), shared], smem, loaded)
+        begin = begin_of(first_ref[0], tile * BLOCK_M)
         count = blocks - begin
 
         def fetch_queries(u: Any, i: Any) -> None:
-            slot = ring.free(u * count + i)
-            head, queries = shared * U + u, pl.ds((begin + i) * HALF, HALF)
+            slot = pipe.producer_acquire(u * count + i)
+            head, queries = shared * U + u, pl.ds((begin + i) * WG_M, WG_M)
             sources = [ref.at[batch, queries, head] for ref in (q_ref, do_ref)]
             sources += [ref.at[batch, head, queries] for ref in (lse_ref, delta_ref)]
             for source, smem in zip(sources, smems, strict=True):
-                plgpu.copy_gmem_to_smem(source, smem.at[slot], ring.loaded.at[slot])
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], pipe.loaded.at[slot])
 
         @pl.loop(0, U)
         def fetch_head(u: Any) -> None:
             pl.loop(0, count)(functools.partial(fetch_queries, u))
 
-        ring.drain(U * count)
+        pipe.drain(U * count)
 
-    def work(ring: Ring, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+    def work(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
         (k_smem, v_smem, number_smem, loaded, q_smem, do_smem, lse_smem, delta_smem), (*_, dk_ref, dv_ref) = buffers, refs
         (batch, shared, tile), warpgroup, first = (
             place_of(M, tiles, last_first=False),
             jax.lax.axis_index("warpgroup"),
             first_ref[0],
         )
-        begin, key = begin_of(first, tile * TILE), tile * TILE + warpgroup * HALF
+        begin, key = begin_of(first, tile * BLOCK_M), tile * BLOCK_M + warpgroup * WG_M
         # Of the steps with a head: the first ones are for the other warpgroup, then some keys come after some queries.
-        count, some, whole = blocks - begin, begin_of(first, key) - begin, begin_of(first, key + 2 * HALF - 2) - begin
+        count, some, whole = blocks - begin, begin_of(first, key) - begin, begin_of(first, key + 2 * WG_M - 2) - begin
         plgpu.barrier_wait(loaded)
 
         def block(step: Any, i: Any, carry: tuple, *, compare: bool) -> tuple:
             dk, dv = carry
-            slot = ring.filled(step + i)
+            slot = pipe.consumer_wait(step + i)
             q, do = q_smem.at[slot], do_smem.at[slot]
             start = beside(lse_smem.at[slot], 1, interpret)
             if compare:
                 # Loaded, for what is computed alike in every step is kept in registers throughout, and there are none left.
                 query, row = beside(number_smem, 1, interpret), row_numbers(start.shape, interpret)
-                start = jnp.where(row + (key - first - (begin + i) * HALF) <= query, start, -jnp.inf)
+                start = jnp.where(row + (key - first - (begin + i) * WG_M) <= query, start, -jnp.inf)
             mine = own_rows()
             (logits,) = add_products([start], [(k_smem.at[mine], turned(q))], interpret)
             # Converted two at a time; where the compiler sees what follows, it does so one by one, with a slower instruction.
@@ -226,31 +226,31 @@ def key_gradients(
             ds = (p.astype(jnp.float32) * dp).astype(dtype)
             (dk,) = add_products([dk], [(ds, q)], interpret)
             plgpu.commit_smem()  # The rows' numbers are read before others are copied there.
-            ring.release(step + i)
+            pipe.consumer_release(step + i)
             return dk, dv
 
         def of_head(u: Any, carry: tuple) -> tuple:
             step = u * count
-            ring.skip(step, step + some)
+            pipe.skip(step, step + some)
             for start, end, compare in ((some, whole, True), (whole, count, False)):
                 carry = jax.lax.fori_loop(start, end, functools.partial(block, step, compare=compare), carry)
             return carry
 
-        start = constant(0, (HALF, X), interpret), constant(0, (HALF, W), interpret)
+        start = constant(0, (WG_M, X), interpret), constant(0, (WG_M, W), interpret)
         dk, dv = jax.lax.fori_loop(0, U, of_head, start)
-        keys, mine = pl.ds(key, HALF), own_rows()
+        keys, mine = pl.ds(key, WG_M), own_rows()
         store((dk * scale).astype(dtype), k_smem.at[mine], dk_ref.at[batch, keys, shared])
         store(dv.astype(dtype), v_smem.at[mine], dv_ref.at[batch, keys, shared])
 
     scratch = [
-        plgpu.SMEM((TILE, X), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((TILE, W), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((HALF,), jnp.int32),
+        plgpu.SMEM((BLOCK_M, X), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((BLOCK_M, W), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((WG_M,), jnp.int32),
         plgpu.Barrier(num_arrivals=3),
-        plgpu.SMEM((stages, HALF, X), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((stages, HALF, W), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((stages, HALF), jnp.float32),
-        plgpu.SMEM((stages, HALF), jnp.float32),
+        plgpu.SMEM((stages, WG_M, X), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((stages, WG_M, W), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((stages, WG_M), jnp.float32),
+        plgpu.SMEM((stages, WG_M), jnp.float32),
     ]
     return launch(
         fetch,
@@ -268,6 +268,6 @@ def key_gradients(
 
 
 def _backward_stages(X: int, W: int) -> int:
-    """Slots of HALF rows of two operands, beside TILE rows of the two others."""
+    """Slots of WG_M rows of two operands, beside BLOCK_M rows of the two others."""
     row = (X + W) * 2 + 8
-    return min(STAGES, (SHARED_BYTES - TILE * row) // (HALF * row))
+    return min(STAGES, (SHARED_BYTES - BLOCK_M * row) // (WG_M * row))

@@ -1,6 +1,6 @@
 """A Pallas kernel for Hopper GPUs: for every group, the sum over its rows of outer products: the gradient of its weights.
 
-The rows are the contracted dimension, and a group's begin anywhere. Steps over them begin at the last multiple of GRAIN rows up
+The rows are the contracted dimension, and a group's begin anywhere. Steps over them begin at the last multiple of ALIGN_M rows up
 to there; the first and the last may hold rows of other groups, or of none, whatever lies there: those are zeroed in shared
 memory.
 """
@@ -17,15 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.kernels.gpu.hopper import (
+    ALIGN_M,
+    BLOCK_K,
+    BLOCK_M,
     COLUMNS,
     FETCHING,
-    GRAIN,
-    HALF,
     STAGES,
-    STEP,
     SWIZZLED,
-    TILE,
-    Ring,
+    WG_M,
+    Pipeline,
     launch,
     multiply,
     over_tiles,
@@ -36,69 +36,69 @@ from dsv3_jax.kernels.gpu.hopper import (
     whole_tile,
 )
 
-BAND = 16
+GROUP_M = 16
 """Tiles along the left array's columns that share the right arrays' while these are in the L2 cache."""
 
 
-def grouped_weights(
+def grouped_matmul_dw(
     left_RX: jax.Array,
     rights: Sequence[jax.Array],
     group_sizes_E: jax.Array,
     *,
-    num_sms: int,
+    num_blocks: int,
     name: str,
     interpret: Any = None,
 ) -> list[jax.Array]:
     """`Products.weights` of `grouped_ffn.py` in bfloat16, for R that is a multiple of 8, X and Y of 64 and at least 128.
 
-    Arguments beyond its own are those of `grouped_rows`.
+    Arguments beyond its own are those of `grouped_matmul`.
     """
     (_, X), Y, dtype, num_experts = left_RX.shape, rights[0].shape[1], left_RX.dtype, group_sizes_E.shape[0]
     columns = min(COLUMNS // len(rights), Y)
-    num_left, num_right, num_strips = -(-X // TILE), -(-Y // columns), columns // STEP
+    num_left, num_right, num_strips = -(-X // BLOCK_M), -(-Y // columns), columns // BLOCK_K
     num_tiles = num_left * num_right
     start_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32) - group_sizes_E
 
     def place(index: Any) -> tuple[Any, Any, Any]:
         """Group, and numbers of the tile along the rows and the columns of its output."""
         group, within = jax.lax.div(index, jnp.int32(num_tiles)), jax.lax.rem(index, jnp.int32(num_tiles))
-        band, within = (f(within, jnp.int32(BAND * num_right)) for f in (jax.lax.div, jax.lax.rem))
-        of_band = jnp.minimum(num_left - band * BAND, BAND)
-        return group, band * BAND + jax.lax.rem(within, of_band), jax.lax.div(within, of_band)
+        band, within = (f(within, jnp.int32(GROUP_M * num_right)) for f in (jax.lax.div, jax.lax.rem))
+        of_band = jnp.minimum(num_left - band * GROUP_M, GROUP_M)
+        return group, band * GROUP_M + jax.lax.rem(within, of_band), jax.lax.div(within, of_band)
 
     def steps_of(start: Any, size: Any) -> tuple[Any, Any]:
         """Rows between the first step's first one and the group's, and the number of steps."""
-        before = jax.lax.rem(start, jnp.int32(GRAIN))
-        return before, jnp.where(size > 0, jax.lax.div(before + size + STEP - 1, jnp.int32(STEP)), 0)
+        before = jax.lax.rem(start, jnp.int32(ALIGN_M))
+        return before, jnp.where(size > 0, jax.lax.div(before + size + BLOCK_K - 1, jnp.int32(BLOCK_K)), 0)
 
-    def fetch(ring: Ring, buffers: Sequence[Any], start_ref: Any, size_ref: Any, left_ref: Any, *refs: Any) -> None:
+    def fetch(pipe: Pipeline, buffers: Sequence[Any], start_ref: Any, size_ref: Any, left_ref: Any, *refs: Any) -> None:
         left_smem, right_smems, *_ = buffers
 
         def fetch_tile(index: Any, first: Any) -> Any:
             group, left, right = place(index)
-            left, right = whole_tile(left, TILE, X)[0], whole_tile(right, columns, Y)[0]
+            left, right = whole_tile(left, BLOCK_M, X)[0], whole_tile(right, columns, Y)[0]
             before, steps = steps_of(start_ref[group], size_ref[group])
-            start = pl.multiple_of(start_ref[group] - before, GRAIN)
+            start = pl.multiple_of(start_ref[group] - before, ALIGN_M)
 
             @pl.loop(0, steps)
             def _(k: Any) -> None:
-                slot, part = ring.free(first + k), pl.ds(start + k * STEP, STEP)
-                plgpu.copy_gmem_to_smem(left_ref.at[part, pl.ds(left, TILE)], left_smem.at[slot], ring.loaded.at[slot])
+                slot, part = pipe.producer_acquire(first + k), pl.ds(start + k * BLOCK_K, BLOCK_K)
+                plgpu.copy_gmem_to_smem(left_ref.at[part, pl.ds(left, BLOCK_M)], left_smem.at[slot], pipe.loaded.at[slot])
                 for smem, ref in zip(right_smems, refs[: len(rights)], strict=True):
-                    plgpu.copy_gmem_to_smem(ref.at[part, pl.ds(right, columns)], smem.at[slot], ring.loaded.at[slot])
+                    plgpu.copy_gmem_to_smem(ref.at[part, pl.ds(right, columns)], smem.at[slot], pipe.loaded.at[slot])
 
             return first + steps
 
-        ring.drain(over_tiles(num_experts * num_tiles, num_sms, fetch_tile))
+        pipe.drain(over_tiles(num_experts * num_tiles, num_blocks, fetch_tile))
 
-    def work(ring: Ring, buffers: Sequence[Any], start_ref: Any, size_ref: Any, _left_ref: Any, *refs: Any) -> None:
+    def work(pipe: Pipeline, buffers: Sequence[Any], start_ref: Any, size_ref: Any, _left_ref: Any, *refs: Any) -> None:
         left_smem, right_smems, staging, zeroed = buffers
         warpgroup, output_refs = jax.lax.axis_index("warpgroup"), refs[len(rights) :]
-        mine = pl.ds(warpgroup * HALF, HALF)
+        mine = pl.ds(warpgroup * WG_M, WG_M)
 
         def zero(slot: Any, begin: Any, end: Any) -> None:
             """Zeroes rows out of [begin, end): each warpgroup in the left columns that it reads, and in some right ones."""
-            row = row_numbers((STEP, STEP), interpret)
+            row = row_numbers((BLOCK_K, BLOCK_K), interpret)
             own = (begin <= row) & (row < end)
 
             def zero_in(part: Any) -> None:
@@ -106,7 +106,7 @@ def grouped_weights(
 
             def zero_strip(i: int) -> None:
                 for smem in right_smems:
-                    zero_in(smem.at[slot, :, pl.ds(i * STEP, STEP)])
+                    zero_in(smem.at[slot, :, pl.ds(i * BLOCK_K, BLOCK_K)])
 
             zero_in(left_smem.at[slot, :, mine])
             for i in range(num_strips):
@@ -117,34 +117,34 @@ def grouped_weights(
 
         def work_on_tile(index: Any, first: Any) -> Any:
             group, left, right = place(index)
-            (left, done_rows), (right, done_columns) = whole_tile(left, TILE, X), whole_tile(right, columns, Y)
+            (left, done_rows), (right, done_columns) = whole_tile(left, BLOCK_M, X), whole_tile(right, columns, Y)
             before, steps = steps_of(start_ref[group], size_ref[group])
 
             def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
-                begin, end = before - k * STEP, before + size_ref[group] - k * STEP
-                pl.when((begin > 0) | (end < STEP))(functools.partial(zero, slot, begin, end))
+                begin, end = before - k * BLOCK_K, before + size_ref[group] - k * BLOCK_K
+                pl.when((begin > 0) | (end < BLOCK_K))(functools.partial(zero, slot, begin, end))
                 for accumulator, smem in zip(accumulators, right_smems, strict=True):
                     plgpu.wgmma(accumulator, turned(left_smem.at[slot, :, mine]), smem.at[slot])
 
-            products = multiply(ring, first, steps, columns, len(rights), products_of)
-            rows = pl.ds(left + warpgroup * HALF, HALF)
+            products = multiply(pipe, first, steps, columns, len(rights), products_of)
+            rows = pl.ds(left + warpgroup * WG_M, WG_M)
 
             def store_strip(i: int) -> None:
                 for product, ref in zip(products, output_refs, strict=True):
-                    at = ref.at[group, rows, pl.ds(right + i * STEP, STEP)]
+                    at = ref.at[group, rows, pl.ds(right + i * BLOCK_K, BLOCK_K)]
                     store(strip(product, i).astype(dtype), staging.at[warpgroup], at)
 
             for i in range(num_strips):
-                new = (warpgroup * HALF >= done_rows) & (i * STEP >= done_columns)
+                new = (warpgroup * WG_M >= done_rows) & (i * BLOCK_K >= done_columns)
                 pl.when(new)(functools.partial(store_strip, i))
             return first + steps
 
-        over_tiles(num_experts * num_tiles, num_sms, work_on_tile)
+        over_tiles(num_experts * num_tiles, num_blocks, work_on_tile)
 
     scratch = [
-        plgpu.SMEM((STAGES, STEP, TILE), dtype, transforms=SWIZZLED),
-        [plgpu.SMEM((STAGES, STEP, columns), dtype, transforms=SWIZZLED)] * len(rights),
-        plgpu.SMEM((FETCHING, HALF, STEP), dtype, transforms=SWIZZLED),
+        plgpu.SMEM((STAGES, BLOCK_K, BLOCK_M), dtype, transforms=SWIZZLED),
+        [plgpu.SMEM((STAGES, BLOCK_K, columns), dtype, transforms=SWIZZLED)] * len(rights),
+        plgpu.SMEM((FETCHING, WG_M, BLOCK_K), dtype, transforms=SWIZZLED),
         plgpu.Barrier(num_arrivals=FETCHING),
     ]
     return launch(
@@ -154,7 +154,7 @@ def grouped_weights(
         outputs=[jax.ShapeDtypeStruct((num_experts, X, Y), dtype)] * len(rights),
         scratch=scratch,
         loads=1 + len(rights),
-        num_blocks=num_sms,
+        num_blocks=num_blocks,
         name=name,
         interpret=interpret,
     )

@@ -22,20 +22,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.kernels.vma import varying_axes, varying_over
 
-TILE = 128
+BLOCK_M = 128
 """Rows of an output tile."""
-HALF = 64
+WG_M = 64
 """Rows of it that one warpgroup has: those of one wgmma instruction."""
 COLUMNS = 256
-"""Columns of an output tile, all of its products together: with HALF rows they fill half of the registers."""
-STEP = 64
+"""Columns of an output tile, all of its products together: with WG_M rows they fill half of the registers."""
+BLOCK_K = 64
 """Of the contracted dimension at a time; also the columns that are stored at once: 128 bytes, a whole swizzle."""
 FETCHING = 2
 """The warpgroup that fetches."""
-GRAIN = 8
+ALIGN_M = 8
 """Rows of a swizzled tile: only at a multiple of these may a copy of one begin or end in device memory. TMA counts tiles and
 rows within a tile as two dimensions, and leaves out what is beyond either."""
-SWIZZLED = plgpu.TilingTransform((GRAIN, STEP)), plgpu.SwizzleTransform(128)
+SWIZZLED = plgpu.TilingTransform((ALIGN_M, BLOCK_K)), plgpu.SwizzleTransform(128)
 """How operands of wgmma lie in shared memory."""
 SHARED_BYTES = 227 * 1024 - 2048
 """Shared memory of a block, less the barriers and what lies between arrays."""
@@ -50,7 +50,7 @@ class GPU(NamedTuple):
 
     kind: str
     """As JAX names it."""
-    num_sms: int
+    num_blocks: int
     """Its multiprocessors."""
 
 
@@ -64,7 +64,7 @@ def current_gpu() -> GPU:
     return GPU(default.device_kind, getattr(default, "core_count", 0))
 
 
-def refusal(dtype: Any) -> str | None:
+def unsupported_reason(dtype: Any) -> str | None:
     """Why these kernels cannot run with this dtype on the GPU at hand, to be read after their name; None if they can."""
     kind = current_gpu().kind
     if not re.search(r"\bG?H(20|100|200|800)\b", kind):
@@ -74,7 +74,7 @@ def refusal(dtype: Any) -> str | None:
     return None
 
 
-class Ring(NamedTuple):
+class Pipeline(NamedTuple):
     """The barriers of the slots."""
 
     loaded: Any
@@ -89,7 +89,7 @@ class Ring(NamedTuple):
         """The slot of a step."""
         return jax.lax.rem(step, jnp.int32(self.stages))
 
-    def free(self, step: Any) -> Any:
+    def producer_acquire(self, step: Any) -> Any:
         """The slot of a step, once its last content was released by both warpgroups."""
         slot = self.slot(step)
 
@@ -99,13 +99,13 @@ class Ring(NamedTuple):
 
         return slot
 
-    def filled(self, step: Any) -> Any:
+    def consumer_wait(self, step: Any) -> Any:
         """The slot of a step, once it is loaded."""
         slot = self.slot(step)
         plgpu.barrier_wait(self.barrier(self.loaded, slot))
         return slot
 
-    def release(self, step: Any) -> None:
+    def consumer_release(self, step: Any) -> None:
         """Says that this warpgroup has read the slot of a step."""
         plgpu.barrier_arrive(self.barrier(self.released, self.slot(step)))
 
@@ -114,8 +114,8 @@ class Ring(NamedTuple):
 
         @pl.loop(begin, end)
         def _(step: Any) -> None:
-            self.filled(step)
-            self.release(step)
+            self.consumer_wait(step)
+            self.consumer_release(step)
 
     def drain(self, steps: Any) -> None:
         """Waits until all of so many steps were released: at the end, by who fetches."""
@@ -125,8 +125,10 @@ class Ring(NamedTuple):
             plgpu.barrier_wait(self.barrier(self.released, self.slot(step)))
 
 
-def multiply(ring: Ring, first: Any, steps: Any, columns: int, num_products: int, step: Callable[..., None]) -> list[jax.Array]:
-    """The sums over `steps` steps from `first` on, float32 [HALF, columns] each.
+def multiply(
+    pipe: Pipeline, first: Any, steps: Any, columns: int, num_products: int, step: Callable[..., None]
+) -> list[jax.Array]:
+    """The sums over `steps` steps from `first` on, float32 [WG_M, columns] each.
 
     Args:
       step: takes the slot, the number of the step from 0 and the accumulators, and issues one `wgmma` for each of these.
@@ -135,23 +137,23 @@ def multiply(ring: Ring, first: Any, steps: Any, columns: int, num_products: int
     def sums(*accumulators: Any) -> list[jax.Array]:
         @pl.loop(0, steps)
         def _(k: Any) -> None:
-            step(ring.filled(first + k), k, accumulators)
+            step(pipe.consumer_wait(first + k), k, accumulators)
             # All but the products just begun are done, and with them the slot before.
             plgpu.wgmma_wait(num_products)
 
             @pl.when(k > 0)
             def _() -> None:
-                ring.release(first + k - 1)
+                pipe.consumer_release(first + k - 1)
 
         values = [accumulator[...] for accumulator in accumulators]
 
         @pl.when(steps > 0)
         def _() -> None:
-            ring.release(first + steps - 1)
+            pipe.consumer_release(first + steps - 1)
 
         return values
 
-    return pl.run_scoped(sums, *[plgpu.ACC((HALF, columns), jnp.float32)] * num_products)
+    return pl.run_scoped(sums, *[plgpu.ACC((WG_M, columns), jnp.float32)] * num_products)
 
 
 def store(values: jax.Array, staging: Any, place: Any) -> None:
@@ -173,7 +175,7 @@ def write(place: Any, values: jax.Array) -> None:
 def own_rows() -> Any:
     """Which rows of a tile this warpgroup has, computed anew: what a loop computes alike in every step is kept in registers
     throughout, and where many operands lie takes many."""
-    return pl.ds(jax.lax.optimization_barrier(jax.lax.axis_index("warpgroup")) * HALF, HALF)
+    return pl.ds(jax.lax.optimization_barrier(jax.lax.axis_index("warpgroup")) * WG_M, WG_M)
 
 
 def turned(ref: Any) -> Any:
@@ -182,8 +184,8 @@ def turned(ref: Any) -> Any:
 
 
 def strip(array: Any, i: int) -> Any:
-    """The i-th STEP columns."""
-    return array[:, i * STEP : (i + 1) * STEP]
+    """The i-th BLOCK_K columns."""
+    return array[:, i * BLOCK_K : (i + 1) * BLOCK_K]
 
 
 def row_numbers(shape: tuple[int, ...], interpret: Any) -> jax.Array:
@@ -211,13 +213,13 @@ def constant(value: float, shape: tuple[int, ...], interpret: Any) -> jax.Array:
 
 
 def beside(ref: Any, axis: int, interpret: Any) -> jax.Array:
-    """A square of HALF rows, laid out like accumulators, of a vector in shared memory: its values change along the axis."""
+    """A square of WG_M rows, laid out like accumulators, of a vector in shared memory: its values change along the axis."""
     layout: Any = plgpu.Layout.WGMMA.reduce(1 - axis)
     load: Any = plgpu.load
     # jax 0.10 and 0.11 take a place in the array, 0.12 does not.
     place = ((),) if "idx" in inspect.signature(load).parameters else ()
     values = ref[...] if interpret is not None else load(ref, *place, layout=layout)
-    return jax.lax.broadcast_in_dim(values, (HALF, HALF), (axis,))
+    return jax.lax.broadcast_in_dim(values, (WG_M, WG_M), (axis,))
 
 
 def product_of(left: Any, right: Any) -> jax.Array:
@@ -259,7 +261,7 @@ def whole_tile(i: Any, size: int, length: int) -> tuple[Any, Any]:
     return begin, i * size - begin
 
 
-def over_tiles(number: Any, num_sms: int, tile: Callable[[Any, Any], Any], start: Any = 0) -> Any:
+def over_tiles(number: Any, num_blocks: int, tile: Callable[[Any, Any], Any], start: Any = 0) -> Any:
     """Every num_sms-th of `number` tiles, for the multiprocessor at hand: tile(index, step) returns the next tile's first step.
 
     With more than one ring there are as many step numbers, a tuple of them that `start` has the form of.
@@ -268,8 +270,8 @@ def over_tiles(number: Any, num_sms: int, tile: Callable[[Any, Any], Any], start
       The steps of all.
     """
     first = jax.lax.axis_index("sm")
-    count = jax.lax.div(number - first + num_sms - 1, jnp.int32(num_sms))
-    return jax.lax.fori_loop(0, count, lambda i, step: tile(first + i * num_sms, step), jax.tree.map(jnp.int32, start))
+    count = jax.lax.div(number - first + num_blocks - 1, jnp.int32(num_blocks))
+    return jax.lax.fori_loop(0, count, lambda i, step: tile(first + i * num_blocks, step), jax.tree.map(jnp.int32, start))
 
 
 def launch(
@@ -304,17 +306,17 @@ def launch(
 
     def body(*refs: Any) -> None:
         def with_memory(buffers: Sequence[Any], loaded: Any, released: Any) -> None:
-            ring = Ring(loaded, released, stages)
+            pipe = Pipeline(loaded, released, stages)
 
             @pl.when(jax.lax.axis_index("warpgroup") == FETCHING)
             def _() -> None:
                 plgpu.set_max_registers(REGISTERS - FETCHING * registers, action="decrease")
-                fetch(ring, buffers, *refs)
+                fetch(pipe, buffers, *refs)
 
             @pl.when(jax.lax.axis_index("warpgroup") < FETCHING)
             def _() -> None:
                 plgpu.set_max_registers(registers, action="increase")
-                work(ring, buffers, *refs)
+                work(pipe, buffers, *refs)
                 plgpu.wait_smem_to_gmem(0)
 
         loaded = plgpu.Barrier(num_arrivals=loads, num_barriers=stages)

@@ -24,12 +24,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.gpu.hopper import (
+    BLOCK_K,
     COLUMNS,
     FETCHING,
-    HALF,
-    STEP,
     SWIZZLED,
-    Ring,
+    WG_M,
+    Pipeline,
     column_numbers,
     constant,
     launch,
@@ -76,7 +76,7 @@ def past_attention_gpu(
     length_B: jax.Array,
     *,
     scale: float,
-    num_sms: int | None = None,
+    num_blocks: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the cached tokens alone; the contract is that of `past_attention_chunked`.
@@ -86,44 +86,44 @@ def past_attention_gpu(
       interpret: None, or parameters of Pallas' GPU interpreter.
 
     Raises:
-      ValueError: for another dtype than bfloat16, for widths and pages that the kernel does not take, and without `num_sms`
+      ValueError: for another dtype than bfloat16, for widths and pages that the kernel does not take, and without `num_blocks`
         for another GPU than Hopper.
     """
     B, T, N, C = q_latent_BTNC.shape
     P, A = q_rope_BTNP.shape[-1], T * N
     page_size = latent_YZC.shape[1]
-    reason = refusal(C, P) or (hopper.refusal(latent_YZC.dtype) if num_sms is None else None)
+    reason = unsupported_reason(C, P) or (hopper.unsupported_reason(latent_YZC.dtype) if num_blocks is None else None)
     if latent_YZC.dtype != jnp.bfloat16:
         reason = f"multiplies bfloat16, and got {latent_YZC.dtype.name}"
     elif page_size % SMALLEST_PIECE:
         reason = f"takes pages (or a contiguous cache) of a multiple of {SMALLEST_PIECE} tokens, and got {page_size}"
     if reason is not None:
         raise ValueError(f"attention over cached latents by 'pallas_gpu' {reason}; use the backend chunked")
-    num_sms = num_sms or hopper.current_gpu().num_sms
+    num_blocks = num_blocks or hopper.current_gpu().num_blocks
     if table_BJ is None:
         table_BJ = varying_over(jnp.arange(B, dtype=jnp.int32)[:, None], varying_axes(length_B))
     J = table_BJ.shape[1]
-    row_blocks = -(-A // HALF)
-    splits = number_of_splits(B * row_blocks, -(-J * page_size // BLOCK), num_sms)
+    row_blocks = -(-A // WG_M)
+    splits = number_of_splits(B * row_blocks, -(-J * page_size // BLOCK), num_blocks)
 
-    missing = row_blocks * HALF - A
+    missing = row_blocks * WG_M - A
     queries = [jnp.pad(q.reshape(B, A, -1), ((0, 0), (0, missing), (0, 0))) for q in (q_latent_BTNC, q_rope_BTNP)]
     arrays = [table_BJ.reshape(-1), length_B, *queries, latent_YZC, rope_YZP]
-    mixed_SBAC, lse_SBA = _attend(arrays, scale, splits, num_sms, interpret)
+    mixed_SBAC, lse_SBA = _attend(arrays, scale, splits, num_blocks, interpret)
     mixed_BAC, lse_BA = _together(mixed_SBAC, lse_SBA)
     return mixed_BAC[:, :A].reshape(B, T, N, C), lse_BA[:, :A].reshape(B, T, N)
 
 
-def refusal(C: int, P: int) -> str | None:
+def unsupported_reason(C: int, P: int) -> str | None:
     """Why the kernel does not take latents and rotary keys so wide, to be read after its name; None if it does."""
-    if C % (FETCHING * STEP) or P % STEP:
-        return f"takes latents of a multiple of {FETCHING * STEP} values and rotary keys of {STEP}, and got {C} and {P}"
+    if C % (FETCHING * BLOCK_K) or P % BLOCK_K:
+        return f"takes latents of a multiple of {FETCHING * BLOCK_K} values and rotary keys of {BLOCK_K}, and got {C} and {P}"
     if C > FETCHING * COLUMNS or C + P > WIDEST:
         return f"has room for {WIDEST} values a token, {FETCHING * COLUMNS} of them latent, and got {C} and {P}"
     return None
 
 
-def number_of_splits(tiles: int, blocks: int, num_sms: int) -> int:
+def number_of_splits(tiles: int, blocks: int, num_blocks: int) -> int:
     """In how many parts the longest sequence is cut: the fewest that take the least time, if all sequences are so long.
 
     Args:
@@ -133,13 +133,13 @@ def number_of_splits(tiles: int, blocks: int, num_sms: int) -> int:
     """
 
     def cost(splits: int) -> int:
-        return -(-tiles * splits // num_sms) * (-(-blocks // splits) + COST_OF_PART)
+        return -(-tiles * splits // num_blocks) * (-(-blocks // splits) + COST_OF_PART)
 
-    return min(range(1, min(blocks, num_sms) + 1), key=cost)
+    return min(range(1, min(blocks, num_blocks) + 1), key=cost)
 
 
 def _attend(
-    arrays: Sequence[jax.Array], scale: float, splits: int, num_sms: int, interpret: Any
+    arrays: Sequence[jax.Array], scale: float, splits: int, num_blocks: int, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """The mixture and the logarithm of the sum of exponentials of every split: 0 and -inf of an empty one.
 
@@ -147,7 +147,7 @@ def _attend(
     """
     table, _, q_latent_BAC, _, latent_YZC, rope_YZP = arrays
     (B, A, C), P, page_size, dtype = q_latent_BAC.shape, rope_YZP.shape[2], latent_YZC.shape[1], latent_YZC.dtype
-    J, row_blocks, columns = table.shape[0] // B, A // HALF, C // FETCHING
+    J, row_blocks, columns = table.shape[0] // B, A // WG_M, C // FETCHING
     piece = math.gcd(page_size, BLOCK)
     # Powers of two, with the scale in their exponent.
     exponent = scale * math.log2(math.e)
@@ -160,15 +160,15 @@ def _attend(
         blocks = jax.lax.div(length + BLOCK - 1, jnp.int32(BLOCK))
         most = jax.lax.div(blocks + splits - 1, jnp.int32(splits))
         first = split * most
-        return Part(split, b, pl.ds(row_block * HALF, HALF), length, first, jnp.clip(blocks - first, 0, most))
+        return Part(split, b, pl.ds(row_block * WG_M, WG_M), length, first, jnp.clip(blocks - first, 0, most))
 
     def after(part: Part, steps: tuple[Any, Any]) -> tuple[Any, Any]:
         """The next part's first steps, of the blocks and of the queries."""
         return steps[0] + part.blocks, steps[1] + jnp.minimum(part.blocks, 1)
 
-    def fetch(ring: Ring, buffers: Sequence[Any], *refs: Any) -> None:
+    def fetch(pipe: Pipeline, buffers: Sequence[Any], *refs: Any) -> None:
         *query_smems, latent_smem, rope_smem, loaded, released = buffers
-        queries = Ring(loaded, released, stages=1)
+        queries = Pipeline(loaded, released, stages=1)
         table_ref, length_ref, *query_refs, latent_ref, rope_ref = refs[: len(arrays)]
 
         def fetch_part(index: Any, steps: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -176,30 +176,30 @@ def _attend(
 
             @pl.when(part.blocks > 0)
             def _() -> None:
-                slot = queries.free(steps[1])
+                slot = queries.producer_acquire(steps[1])
                 for ref, smem in zip(query_refs, query_smems, strict=True):
                     plgpu.copy_gmem_to_smem(ref.at[part.sequence, part.rows], smem.at[slot], queries.loaded)
 
             @pl.loop(0, part.blocks)
             def _(k: Any) -> None:
-                slot = ring.free(steps[0] + k)
+                slot = pipe.producer_acquire(steps[0] + k)
                 for begin in range(0, BLOCK, piece):
                     token = (part.first + k) * BLOCK + begin
                     # The last block may reach beyond the table.
                     j = jnp.minimum(jax.lax.div(token, jnp.int32(page_size)), J - 1)
                     source = table_ref[part.sequence * J + j], pl.ds(jax.lax.rem(token, jnp.int32(page_size)), piece)
                     for ref, smem in ((latent_ref, latent_smem), (rope_ref, rope_smem)):
-                        plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot, pl.ds(begin, piece)], ring.loaded.at[slot])
+                        plgpu.copy_gmem_to_smem(ref.at[source], smem.at[slot, pl.ds(begin, piece)], pipe.loaded.at[slot])
 
             return after(part, steps)
 
-        blocks, parts = over_tiles(B * row_blocks * splits, num_sms, fetch_part, (0, 0))
-        ring.drain(blocks)
+        blocks, parts = over_tiles(B * row_blocks * splits, num_blocks, fetch_part, (0, 0))
+        pipe.drain(blocks)
         queries.drain(parts)
 
-    def work(ring: Ring, buffers: Sequence[Any], *refs: Any) -> None:
+    def work(pipe: Pipeline, buffers: Sequence[Any], *refs: Any) -> None:
         q_latent_smem, q_rope_smem, latent_smem, rope_smem, loaded, released = buffers
-        queries = Ring(loaded, released, stages=1)
+        queries = Pipeline(loaded, released, stages=1)
         length_ref, (mixed_ref, lse_ref) = refs[1], refs[len(arrays) :]
         warpgroup = jax.lax.axis_index("warpgroup")
         mine = pl.ds(warpgroup * columns, columns)
@@ -210,11 +210,11 @@ def _attend(
             A zero weight times a NaN would still be NaN. The other warpgroup may be at the logits of these tokens, which are
             masked whatever they are.
             """
-            row = row_numbers((BLOCK, STEP), interpret)
+            row = row_numbers((BLOCK, BLOCK_K), interpret)
 
-            @pl.loop(0, columns // STEP)
+            @pl.loop(0, columns // BLOCK_K)
             def _(i: Any) -> None:
-                strip = latent_smem.at[slot, :, pl.ds(warpgroup * columns + i * STEP, STEP)]
+                strip = latent_smem.at[slot, :, pl.ds(warpgroup * columns + i * BLOCK_K, BLOCK_K)]
                 strip[...] = jnp.where(row < own, strip[...].astype(jnp.float32), 0.0).astype(dtype)
 
             plgpu.commit_smem()
@@ -228,23 +228,23 @@ def _attend(
                 plgpu.wgmma(accumulator, q_rope_smem.at[only], turned(rope_smem.at[slot]))
                 return accumulator[...]
 
-            return pl.run_scoped(products, plgpu.ACC((HALF, BLOCK), jnp.float32))
+            return pl.run_scoped(products, plgpu.ACC((WG_M, BLOCK), jnp.float32))
 
         def work_on_part(index: Any, steps: tuple[Any, Any]) -> tuple[Any, Any]:
             part = part_of(index, length_ref)
 
             @pl.when(part.blocks > 0)
             def _() -> None:
-                queries.filled(steps[1])
+                queries.consumer_wait(steps[1])
 
             def mix(mixed: Any) -> None:
                 def block(k: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                     top, total = carry
-                    slot, own = ring.filled(steps[0] + k), part.length - (part.first + k) * BLOCK
+                    slot, own = pipe.consumer_wait(steps[0] + k), part.length - (part.first + k) * BLOCK
                     pl.when(own < BLOCK)(functools.partial(zero, slot, own))
                     logits = logits_of(slot)
-                    pl.when(k == part.blocks - 1)(functools.partial(queries.release, steps[1]))
-                    logits = jnp.where(column_numbers((HALF, BLOCK), interpret) < own, logits, MASKED)
+                    pl.when(k == part.blocks - 1)(functools.partial(queries.consumer_release, steps[1]))
+                    logits = jnp.where(column_numbers((WG_M, BLOCK), interpret) < own, logits, MASKED)
                     new_top = jnp.maximum(top, logits.max(1))
                     p = jnp.exp2((logits - _columns(new_top, BLOCK)) * exponent)
                     shrink = jnp.exp2((top - new_top) * exponent)
@@ -252,10 +252,10 @@ def _attend(
                     plgpu.wgmma(mixed, p.astype(dtype), latent_smem.at[slot, :, mine])
                     total = total * shrink + p.sum(1)
                     plgpu.wgmma_wait(0)
-                    ring.release(steps[0] + k)
+                    pipe.consumer_release(steps[0] + k)
                     return new_top, total
 
-                start = constant(MASKED, (HALF,), interpret), constant(0.0, (HALF,), interpret)
+                start = constant(MASKED, (WG_M,), interpret), constant(0.0, (WG_M,), interpret)
                 top, total = jax.lax.fori_loop(0, part.blocks, block, start)
                 any_token = part.blocks > 0
                 share = jnp.where(any_token, 1 / total, 0.0)
@@ -266,13 +266,13 @@ def _attend(
                     lse = jnp.where(any_token, top * scale + jnp.log(total), -jnp.inf)
                     write(lse_ref.at[part.split, part.sequence, part.rows], lse)
 
-            pl.run_scoped(mix, plgpu.ACC((HALF, columns), jnp.float32))
+            pl.run_scoped(mix, plgpu.ACC((WG_M, columns), jnp.float32))
             return after(part, steps)
 
-        over_tiles(B * row_blocks * splits, num_sms, work_on_part, (0, 0))
+        over_tiles(B * row_blocks * splits, num_blocks, work_on_part, (0, 0))
 
     scratch = [
-        *(plgpu.SMEM((1, HALF, width), dtype, transforms=SWIZZLED) for width in (C, P)),
+        *(plgpu.SMEM((1, WG_M, width), dtype, transforms=SWIZZLED) for width in (C, P)),
         *(plgpu.SMEM((SLOTS, BLOCK, width), dtype, transforms=SWIZZLED) for width in (C, P)),
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=FETCHING),
@@ -284,7 +284,7 @@ def _attend(
         outputs=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((splits, B, A, C), (splits, B, A))],
         scratch=scratch,
         loads=2 * (BLOCK // piece),
-        num_blocks=num_sms,
+        num_blocks=num_blocks,
         name="latent_attention",
         interpret=interpret,
         stages=SLOTS,

@@ -13,8 +13,8 @@ import jax
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.grouped import Compute, expert_ffn_by
-from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, grouped_rows
-from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles, grouped_weights
+from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, grouped_matmul
+from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles, grouped_matmul_dw
 from dsv3_jax.kernels.tpu.memory import Machine, require_dtype
 
 
@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
     dw_down: WeightTiles
 
 
-class How(NamedTuple):
+class KernelConfig(NamedTuple):
     """The kernels as `expert_ffn_by` takes them, with what is fixed before the program runs."""
 
     tiles: Tiles
@@ -50,13 +50,13 @@ class How(NamedTuple):
     ) -> list[jax.Array]:
         """`Products.rows`."""
         arrays, settings = (rows, weights, beside, group_sizes_E), self._settings(kernel)
-        return grouped_rows(compute, *arrays, num_outputs=num_outputs, transposed=transposed, **settings)
+        return grouped_matmul(compute, *arrays, num_outputs=num_outputs, transposed=transposed, **settings)
 
     def weights(
         self, kernel: str, left_RX: jax.Array, rights: Sequence[jax.Array], group_sizes_E: jax.Array
     ) -> list[jax.Array]:
         """`Products.weights`."""
-        return grouped_weights(left_RX, rights, group_sizes_E, **self._settings(kernel))
+        return grouped_matmul_dw(left_RX, rights, group_sizes_E, **self._settings(kernel))
 
     def _settings(self, kernel: str) -> dict[str, Any]:
         sizes = getattr(self.tiles, kernel)
@@ -101,7 +101,7 @@ def expert_ffn_pallas_tpu(
     return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
 
 
-def this_machine() -> How:
+def this_machine() -> KernelConfig:
     """Sizes for the TPU at hand: the devices of the current mesh, or JAX's default device.
 
     Raises:
@@ -117,4 +117,4 @@ def this_machine() -> How:
         raise NotImplementedError(
             f"the expert backend 'pallas_tpu' has no tile sizes for TPU {chip}, only for {', '.join(TILES)}; choose 'tiles'"
         )
-    return How(TILES[chip], Machine(info.num_cores, info.vmem_capacity_bytes))
+    return KernelConfig(TILES[chip], Machine(info.num_cores, info.vmem_capacity_bytes))

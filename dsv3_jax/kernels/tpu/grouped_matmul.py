@@ -51,7 +51,7 @@ class RowTiles(NamedTuple):
     """Output columns of a step."""
 
 
-def grouped_rows(
+def grouped_matmul(
     compute: Compute,
     rows: Sequence[jax.Array],
     weights: Sequence[jax.Array],

@@ -44,7 +44,7 @@ class WeightTiles(NamedTuple):
     """Columns of an output tile: of the right arrays."""
 
 
-def grouped_weights(
+def grouped_matmul_dw(
     left_RX: jax.Array,
     rights: Sequence[jax.Array],
     group_sizes_E: jax.Array,

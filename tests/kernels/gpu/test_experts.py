@@ -74,11 +74,11 @@ def make_inputs(shape: Sequence[int], sizes: Sequence[int]) -> tuple[jax.Array, 
     return tuple(map(jnp.asarray, (x_RD, *weights, np.asarray(sizes, np.int32), dy_RD)))
 
 
-def interpreted(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, num_sms: int = 1) -> dict[str, jax.Array]:
+def interpreted(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, num_blocks: int = 1) -> dict[str, jax.Array]:
     """On one multiprocessor, which has all tiles, or several: the interpreter compiles a kernel anew for each."""
 
     def ffn(*differentiated: jax.Array) -> jax.Array:
-        return expert_ffn_on(*differentiated, group_sizes_E, OneByOne(num_sms, INTERPRETED))
+        return expert_ffn_on(*differentiated, group_sizes_E, OneByOne(num_blocks, INTERPRETED))
 
     y_RD, gradient = jax.vjp(ffn, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD)
     return {"y": y_RD} | dict(zip(("dx", "dw_gate", "dw_up", "dw_down"), gradient(dy_RD), strict=True))
@@ -89,7 +89,7 @@ def interpreted(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, nu
 def test_kernels_match_reference(case: str) -> None:
     """Memory is NaN until it is written, as is what a copy reads beyond an array."""
     inputs = make_inputs(*CASES[case])
-    found = interpreted(*inputs, num_sms=2 if case == "rows past the last group" else 1)
+    found = interpreted(*inputs, num_blocks=2 if case == "rows past the last group" else 1)
     want = value_and_gradients(*inputs, backend="reference")
     chex.assert_trees_all_equal_shapes_and_dtypes(found, want)
     chex.assert_trees_all_close(found, want, **TOLERANCE["bfloat16"])
@@ -108,7 +108,7 @@ def test_poisoned_rows_of_one_group_stay_in_it() -> None:
     """
     x_RD, *others = make_inputs((208, 192, 192, 4), [60, 130, 0, 7])
     mine_R = np.isin(np.arange(208), np.r_[60:190])  # Rows of expert 1.
-    found = interpreted(jnp.asarray(np.where(mine_R[:, None], np.nan, x_RD).astype(x_RD.dtype)), *others, num_sms=2)
+    found = interpreted(jnp.asarray(np.where(mine_R[:, None], np.nan, x_RD).astype(x_RD.dtype)), *others, num_blocks=2)
     found, want = (jax.tree.map(np.asarray, a) for a in (found, value_and_gradients(x_RD, *others, backend="reference")))
     others_E, others_R = np.arange(4) != 1, ~mine_R
     for name, kept in {"dw_gate": others_E, "dw_up": others_E, "dw_down": others_E, "y": others_R, "dx": others_R}.items():

@@ -62,7 +62,7 @@ def test_latent_attention(new: int, page: int | None, splits: int, sequences: tu
         cached = cached._replace(table_BJ=cached.table_BJ[taken])
     monkeypatch.setattr(kernel, "number_of_splits", lambda *_: splits)
     monkeypatch.setitem(
-        contract._BACKENDS, "interpreted", functools.partial(past_attention_gpu, num_sms=1, interpret=INTERPRETED)
+        contract._BACKENDS, "interpreted", functools.partial(past_attention_gpu, num_blocks=1, interpret=INTERPRETED)
     )
     own, cached, length_B = jax.tree.map(jnp.asarray, (own, cached, length_B))
     found = latent_attention(*own, cached, length_B, scale=SCALE, backend="interpreted")
@@ -85,7 +85,7 @@ def test_more_rows_than_a_block_has(splits: int, monkeypatch: Any) -> None:
     arrays = [jnp.asarray(a, jnp.bfloat16) for a in (q, q_rope, latent, rope)]
     length_B = jnp.asarray(np.array([144, 136, 0], np.int32))
     monkeypatch.setattr(kernel, "number_of_splits", lambda *_: splits)
-    found = past_attention_gpu(*arrays, None, length_B, scale=SCALE, num_sms=splits, interpret=INTERPRETED)
+    found = past_attention_gpu(*arrays, None, length_B, scale=SCALE, num_blocks=splits, interpret=INTERPRETED)
     wide = [jnp.asarray(np.asarray(a, np.float32)) for a in arrays]
     expected = jax.jit(functools.partial(past_attention_chunked, table_BJ=None, scale=SCALE))(*wide, length_B=length_B)
     chex.assert_trees_all_close(found, expected, **TOLERANCE["bfloat16"])
@@ -100,7 +100,7 @@ def test_more_rows_than_a_block_has(splits: int, monkeypatch: Any) -> None:
     [(256, 64, 1), (16, 64, 8), (2, 64, 64), (2, 2048, 64), (100, 64, 1), (1000, 64, 1), (1, 1, 1)],
 )
 def test_sequences_are_cut_as_often_as_it_keeps_all_multiprocessors_busy(tiles: int, blocks: int, splits: int) -> None:
-    assert number_of_splits(tiles, blocks, num_sms=132) == splits
+    assert number_of_splits(tiles, blocks, num_blocks=132) == splits
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_the_kernel_does_not_take_is_refused(widths: tuple[int, int], page:
         return jax.ShapeDtypeStruct(axes, of)
 
     arrays = [shape(2, 1, 128, width) for width in widths] + [shape(8, page, width) for width in widths]
-    attend = functools.partial(past_attention_gpu, scale=SCALE, num_sms=132)
+    attend = functools.partial(past_attention_gpu, scale=SCALE, num_blocks=132)
     with pytest.raises(ValueError, match=f"{message}; use the backend chunked"):
         jax.eval_shape(attend, *arrays, shape(2, 4, of=jnp.int32), shape(2, of=jnp.int32))
 

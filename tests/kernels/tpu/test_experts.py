@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.kernels.grouped import KERNELS, expert_ffn_by
 from dsv3_jax.kernels.tpu import grouped_matmul
-from dsv3_jax.kernels.tpu.experts import TILES, How, Tiles, expert_ffn_pallas_tpu
+from dsv3_jax.kernels.tpu.experts import TILES, KernelConfig, Tiles, expert_ffn_pallas_tpu
 from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, fit_rows
 from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles, fit_weights
 from dsv3_jax.kernels.tpu.memory import MIB, Machine
@@ -24,12 +24,12 @@ from tests.kernels.test_experts import OFTEN, cases_and_dtypes, expected, layers
 from tests.tolerances import TOLERANCE
 
 ROWS, WEIGHTS = RowTiles(block=32, tile=16, remainder=16, columns=128), WeightTiles(block=32, part=16, left=128, right=128)
-SMALL = How(Tiles(ROWS, ROWS, ROWS, ROWS, WEIGHTS, WEIGHTS), Machine(cores=2, vmem_bytes=64 * MIB), interpret=True)
+SMALL = KernelConfig(Tiles(ROWS, ROWS, ROWS, ROWS, WEIGHTS, WEIGHTS), Machine(cores=2, vmem_bytes=64 * MIB), interpret=True)
 TPUS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def pallas(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, how: How = SMALL) -> dict[str, jax.Array]:
+def pallas(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, dy_RD, how: KernelConfig = SMALL) -> dict[str, jax.Array]:
     def ffn(*differentiated: jax.Array) -> jax.Array:
         return expert_ffn_by(*differentiated, group_sizes_E, how)
 

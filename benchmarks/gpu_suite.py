@@ -394,10 +394,10 @@ def cache(suite: Suite) -> Iterator[tuple[str, Callable[[], Row]]]:
 
     def inputs(context: int, spare: int, dtype: Any = jnp.bfloat16) -> tuple[list[jax.Array], CachedLatents]:
         pages = B * context // Z
-        table_BJ = np.random.default_rng(0).permutation(pages).reshape(B, -1).astype(np.int32)
+        page_table_BJ = np.random.default_rng(0).permutation(pages).reshape(B, -1).astype(np.int32)
         own = [normal(i, B, 1, *shape, dtype=dtype) for i, shape in enumerate(((N, C), (N, P), (C,), (P,)))]
         pools = [normal(9 + i, pages + spare, Z, width, dtype=dtype) for i, width in enumerate((C, P))]
-        return own, CachedLatents(*pools, jnp.asarray(table_BJ))
+        return own, CachedLatents(*pools, jnp.asarray(page_table_BJ))
 
     def run_with(name: str) -> Callable[..., jax.Array]:
         return jax.jit(functools.partial(latent_attention, scale=(C + P) ** -0.5, backend=name))
@@ -405,23 +405,23 @@ def cache(suite: Suite) -> Iterator[tuple[str, Callable[[], Row]]]:
     def correct() -> Row:
         context = suite.sizes.contexts[0]
         own, cached = inputs(context, 1)
-        length_B = jnp.asarray(np.random.default_rng(1).integers(0, context + 1, B), jnp.int32).at[0].set(0)
-        seen_BS = jnp.arange(context) < length_B[:, None]
-        seen = jnp.zeros((len(cached.latent_YZC), Z), bool).at[cached.table_BJ].set(seen_BS.reshape(B, -1, Z))
+        cached_length_B = jnp.asarray(np.random.default_rng(1).integers(0, context + 1, B), jnp.int32).at[0].set(0)
+        seen_BS = jnp.arange(context) < cached_length_B[:, None]
+        seen = jnp.zeros((len(cached.latent_YZC), Z), bool).at[cached.page_table_BJ].set(seen_BS.reshape(B, -1, Z))
         poisoned = cached._replace(
             latent_YZC=jnp.where(seen[..., None], cached.latent_YZC, jnp.nan),
             rope_YZP=jnp.where(seen[..., None], cached.rope_YZP, jnp.nan),
         )
-        found = run_with(backend)(*own, poisoned, length_B)
+        found = run_with(backend)(*own, poisoned, cached_length_B)
         exact = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, (own, cached))
         with jax.default_matmul_precision("highest"):
-            want = run_with("chunked")(*exact[0], exact[1], length_B)
+            want = run_with("chunked")(*exact[0], exact[1], cached_length_B)
         return {"backend": backend} | against(found, want)
 
     def timed(context: int) -> Row:
         own, cached = inputs(context, 0)
-        run, length_B = run_with(backend), jnp.full(B, context, jnp.int32)
-        seconds = suite.seconds(lambda: run(*own, cached, length_B))
+        run, cached_length_B = run_with(backend), jnp.full(B, context, jnp.int32)
+        seconds = suite.seconds(lambda: run(*own, cached, cached_length_B))
         gigabytes = 2e-9 * B * context * (C + P)
         copied = suite.done.get("copy", {}).get("gigabytes_per_second")
         row = {"milliseconds": 1e3 * seconds, "gigabytes_per_second": gigabytes / seconds}

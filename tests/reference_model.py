@@ -129,8 +129,8 @@ def attention(config: Config, layer: Tensors, x_BTD: np.ndarray) -> np.ndarray:
     kv_BSNX = (latent_BSC @ layer["self_attn.kv_b_proj.weight"].T).reshape(B, T, N, -1)
 
     angles = rotary_angles(config, T)
-    q_rotated_BTNP = rotate(q_BTNX[..., H:], angles)
-    k_rotated_BSP = rotate(joint_BTX[..., None, C:], angles)[:, :, 0]
+    q_rotated_BTNP = apply_rope(q_BTNX[..., H:], angles)
+    k_rotated_BSP = apply_rope(joint_BTX[..., None, C:], angles)[:, :, 0]
     score_BNTS = np.einsum("BTNH,BSNH->BNTS", q_BTNX[..., :H], kv_BSNX[..., :H])
     score_BNTS = softmax_scale(config) * (score_BNTS + np.einsum("BTNP,BSP->BNTS", q_rotated_BTNP, k_rotated_BSP))
     score_BNTS = np.where(np.tri(T, dtype=bool), score_BNTS, -np.inf)
@@ -169,7 +169,7 @@ def rotary_angles(config: Config, length: int) -> np.ndarray:
     return amplitude * np.exp(1j * np.arange(length)[:, None] * frequency)
 
 
-def rotate(x_BTNP: np.ndarray, angles: np.ndarray) -> np.ndarray:
+def apply_rope(x_BTNP: np.ndarray, angles: np.ndarray) -> np.ndarray:
     """Turns the neighbouring pairs (0, 1), (2, 3), ... as complex numbers."""
     turned = (x_BTNP[..., 0::2] + 1j * x_BTNP[..., 1::2]) * angles[:, None]
     return np.stack([turned.real, turned.imag], axis=-1).reshape(x_BTNP.shape)

@@ -89,7 +89,7 @@ class _Steps:
         row = Row(*map(np.stack, zip(*(self._rows[number] for number in numbers), strict=True)))
         tokens, targets, weights = (self._cut(array) for array in row[:3])
         # What the step leaves empty is padding, as the rows say it.
-        starts = None if self._across_documents else self._cut(row.starts_T, empty=-1)
+        starts = None if self._across_documents else self._cut(row.segment_starts_T, empty=-1)
         return Batch(tokens, targets, weights, starts)
 
     def _cut(self, array: np.ndarray, empty: int = 0) -> np.ndarray:

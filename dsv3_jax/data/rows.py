@@ -38,9 +38,9 @@ class Row(NamedTuple):
     """int32."""
     targets_T: np.ndarray
     """int32; targets_T[t] follows tokens_T[t]."""
-    weights_T: np.ndarray
+    loss_weight_T: np.ndarray
     """float32; what the loss of each target counts: 1, or 0 where it is not to be learnt."""
-    starts_T: np.ndarray
+    segment_starts_T: np.ndarray
     """int32; where in the row the document of each token begins, -1 for padding."""
 
 
@@ -127,9 +127,9 @@ class PackedRows:
         start = (block * self._rows_per_block + int(self._block(block)[turn])) * self._length
         tokens, opens = self._stream.read(start - 1, start + self._length)
         opens = opens[opens < self._length]  # The last token is a target only.
-        starts_T = np.zeros(self._length, np.int32)
-        starts_T[opens] = opens
-        return Row(tokens[:-1], tokens[1:], np.ones(self._length, np.float32), np.maximum.accumulate(starts_T))
+        segment_starts_T = np.zeros(self._length, np.int32)
+        segment_starts_T[opens] = opens
+        return Row(tokens[:-1], tokens[1:], np.ones(self._length, np.float32), np.maximum.accumulate(segment_starts_T))
 
     def epochs(self, rows: int) -> float:
         """How often the first `rows` rows go through the documents."""

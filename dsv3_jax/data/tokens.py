@@ -231,7 +231,7 @@ class HeldoutWindows:
     def _set(self, rows: Row, num_bytes: int, batch_size: int, across_documents: bool) -> None:
         """Args: rows: all windows, [R, T]."""
         self.num_bytes = num_bytes
-        self.num_tokens = int(np.count_nonzero(rows.weights_T))
+        self.num_tokens = int(np.count_nonzero(rows.loss_weight_T))
         """Scored tokens: those that spell the bytes."""
         self._rows = rows
         self._batch_size = batch_size
@@ -260,7 +260,7 @@ class HeldoutWindows:
             chosen = rows[start : start + self._batch_size]
             padding = ((0, self._batch_size - len(chosen)), (0, 0))
             tokens, targets, weights = (np.pad(array[chosen], padding) for array in self._rows[:3])
-            starts = np.pad(self._rows.starts_T[chosen], padding, constant_values=-1)
+            starts = np.pad(self._rows.segment_starts_T[chosen], padding, constant_values=-1)
             yield HeldoutBatch(tokens, targets, weights, None if self._across_documents else starts)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.model.mla import Latents, Places
+from dsv3_jax.model.mla import CacheMetadata, Latents
 from dsv3_jax.model.transformer import stack_sizes
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
 
@@ -213,7 +213,7 @@ def num_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def append(cache: Cache, new: dict[str, Latents], places: Places) -> Cache:
+def append(cache: Cache, new: dict[str, Latents], metadata: CacheMetadata) -> Cache:
     """The cache with each sequence's T new latents written behind its old ones.
 
     Args:
@@ -225,13 +225,13 @@ def append(cache: Cache, new: dict[str, Latents], places: Places) -> Cache:
     write = _write if current_mesh() is None else jax.shard_map(_write, in_specs=(ROWS, ROWS, ROWS), out_specs=ROWS)
 
     def written(name: str) -> Latents:
-        return Latents(*(write(*pair, places) for pair in zip(cache[name], new[name], strict=True)))
+        return Latents(*(write(*pair, metadata) for pair in zip(cache[name], new[name], strict=True)))
 
     return cache | {name: written(name) for name in new}
 
 
-def _write(pages_YZX: jax.Array, new_BTX: jax.Array, places: Any) -> jax.Array:
+def _write(pages_YZX: jax.Array, new_BTX: jax.Array, metadata: Any) -> jax.Array:
     num_pages, page_size = pages_YZX.shape[:2]
-    place_BT = places.length_B[:, None] + jnp.arange(new_BTX.shape[1])
-    page_BT = jnp.take_along_axis(places.table_BJ, place_BT // page_size, axis=1, mode="fill", fill_value=num_pages)
+    place_BT = metadata.cached_length_B[:, None] + jnp.arange(new_BTX.shape[1])
+    page_BT = jnp.take_along_axis(metadata.page_table_BJ, place_BT // page_size, axis=1, mode="fill", fill_value=num_pages)
     return pages_YZX.at[page_BT, place_BT % page_size].set(new_BTX.astype(pages_YZX.dtype), mode="drop")

@@ -32,7 +32,7 @@ from dsv3_jax.infer.sampling import (
 )
 from dsv3_jax.kernels.quantized import in_dtype, is_quantized
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
-from dsv3_jax.model.mla import Places
+from dsv3_jax.model.mla import CacheMetadata
 from dsv3_jax.model.sharding import place_variables
 from dsv3_jax.parallel.devices import place_alike, release
 from dsv3_jax.parallel.mesh import current_mesh
@@ -210,7 +210,7 @@ class Slots:
 
     token_B: jax.Array
     """The newest token, int32."""
-    length_B: jax.Array
+    cached_length_B: jax.Array
     """Tokens in the cache, int32."""
     draft_Bn: jax.Array
     """Drafts of the tokens after the newest, int32."""
@@ -264,7 +264,7 @@ def prefill(
     cache: Cache,
     slots: Slots,
     chunks: Chunks,
-    table_BJ: jax.Array,
+    page_table_BJ: jax.Array,
     *,
     first: bool,
     report: bool = False,
@@ -277,7 +277,7 @@ def prefill(
       cache: the cache; given away.
       slots: all slots; given away.
       chunks: the chunks.
-      table_BJ: pages of each row's sequence.
+      page_table_BJ: pages of each row's sequence.
       first: no row has tokens before its chunk: attention needs no cache.
       report: also report log-probabilities.
 
@@ -286,13 +286,13 @@ def prefill(
     """
     tokens_BT, count_B, start_B, following_B, slot_B = chunks
     num_slots, n = slots.draft_Bn.shape
-    places, last = Places(start_B, table_BJ), (count_B - 1)[:, None, None]
-    h_BTD, new = model.apply(variables, tokens_BT, None if first else cache, places, method="extend")
-    cache = append(cache, new, places)
+    metadata, last = CacheMetadata(start_B, page_table_BJ), (count_B - 1)[:, None, None]
+    h_BTD, new = model.apply(variables, tokens_BT, None if first else cache, metadata, method="forward_cached")
+    cache = append(cache, new, metadata)
     logits_B1V = model.apply(variables, jnp.take_along_axis(h_BTD, last, axis=1), method="head")
     sampler = jax.tree.map(lambda rows: rows[jnp.maximum(slot_B, 0)], slots.sampler)
-    length_B = start_B + count_B
-    token_B, _ = _choose(logits_B1V, sampler, length_B, Stream.TARGET)
+    cached_length_B = start_B + count_B
+    token_B, _ = _choose(logits_B1V, sampler, cached_length_B, Stream.TARGET)
     sampler = _having_seen(sampler, token_B[:, None], jnp.ones_like(token_B))
 
     draft_Bn, probs_BnV = jnp.zeros((len(token_B), 0), jnp.int32), jnp.zeros((len(token_B), 0, logits_B1V.shape[-1]))
@@ -300,15 +300,15 @@ def prefill(
         next_B = jnp.where(following_B >= 0, following_B, token_B)
         ahead_BT = jnp.roll(tokens_BT, -1, axis=1).at[jnp.arange(len(next_B)), count_B - 1].set(next_B)
         own = None if first else cache[DRAFTER]
-        normed_BTD, new_own = model.apply(variables, h_BTD, ahead_BT, own, places, method="draft")
-        cache = append(cache, {DRAFTER: new_own}, places)
+        normed_BTD, new_own = model.apply(variables, h_BTD, ahead_BT, own, metadata, method="draft")
+        cache = append(cache, {DRAFTER: new_own}, metadata)
         state_B1D = jnp.take_along_axis(normed_BTD, last, axis=1)
-        after = Places(length_B, table_BJ)
+        after = CacheMetadata(cached_length_B, page_table_BJ)
         cache, draft_Bn, probs_BnV = _drafts(model, variables, cache, state_B1D, after, sampler, n)
 
     ready_B = (slot_B >= 0) & (following_B < 0)
     to_B = jnp.where(ready_B, slot_B, num_slots)
-    rows = Slots(token_B, length_B, draft_Bn, probs_BnV, sampler)
+    rows = Slots(token_B, cached_length_B, draft_Bn, probs_BnV, sampler)
     slots = jax.tree.map(lambda old, new: old.at[to_B].set(new, mode="drop"), slots, rows)
     token_BT = token_B[:, None]
     return cache, slots, _for_hosts(token_BT, ready_B.astype(jnp.int32), logits_B1V if report else None)
@@ -320,7 +320,7 @@ def decode(
     variables: Any,
     cache: Cache,
     slots: Slots,
-    table_BJ: jax.Array,
+    page_table_BJ: jax.Array,
     active_B: jax.Array,
     *,
     report: bool = False,
@@ -330,11 +330,11 @@ def decode(
     Args as `prefill`'s; the table's rows of slots that are not active name no page of the pool.
     """
     n = slots.draft_Bn.shape[1]
-    sampler, before_B = slots.sampler, jnp.where(active_B, slots.length_B, 0)
+    sampler, before_B = slots.sampler, jnp.where(active_B, slots.cached_length_B, 0)
     tokens_BT = jnp.concatenate([slots.token_B[:, None], slots.draft_Bn], axis=1)
-    places = Places(before_B, table_BJ)
-    h_BTD, new = model.apply(variables, tokens_BT, cache, places, method="extend")
-    cache = append(cache, new, places)
+    metadata = CacheMetadata(before_B, page_table_BJ)
+    h_BTD, new = model.apply(variables, tokens_BT, cache, metadata, method="forward_cached")
+    cache = append(cache, new, metadata)
     logits_BTV = model.apply(variables, h_BTD, method="head")
     target_BTV = distribution(logits_BTV, sampler, seen_along(sampler.seen_BV, slots.draft_Bn))
     token_BT, count_B = verify(target_BTV, slots.draft_probs_BnV, slots.draft_Bn, sampler.seed_B, before_B + 1)
@@ -343,10 +343,12 @@ def decode(
 
     after = Slots(newest_B, before_B + count_B, slots.draft_Bn, slots.draft_probs_BnV, sampler)
     if n:
-        normed_BTD, new_own = model.apply(variables, h_BTD, token_BT, cache[DRAFTER], places, method="draft")
-        cache = append(cache, {DRAFTER: new_own}, places)
+        normed_BTD, new_own = model.apply(variables, h_BTD, token_BT, cache[DRAFTER], metadata, method="draft")
+        cache = append(cache, {DRAFTER: new_own}, metadata)
         state_B1D = jnp.take_along_axis(normed_BTD, (count_B - 1)[:, None, None], axis=1)
-        cache, draft_Bn, probs_BnV = _drafts(model, variables, cache, state_B1D, Places(after.length_B, table_BJ), sampler, n)
+        cache, draft_Bn, probs_BnV = _drafts(
+            model, variables, cache, state_B1D, CacheMetadata(after.cached_length_B, page_table_BJ), sampler, n
+        )
         after = dataclasses.replace(after, draft_Bn=draft_Bn, draft_probs_BnV=probs_BnV)
 
     def kept(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -357,7 +359,7 @@ def decode(
 
 
 def _drafts(
-    model: DeepSeekV3, variables: Any, cache: Cache, state_B1D: jax.Array, places: Places, sampler: Sampler, n: int
+    model: DeepSeekV3, variables: Any, cache: Cache, state_B1D: jax.Array, metadata: CacheMetadata, sampler: Sampler, n: int
 ) -> tuple[Cache, jax.Array, jax.Array]:
     """n drafts after the newest token, each from the state that the one before gave; and what they were drawn from.
 
@@ -369,13 +371,13 @@ def _drafts(
     """
     tokens, probs = [], []
     for i in range(n):
-        length_B = places.length_B + i
+        cached_length_B = metadata.cached_length_B + i
         logits_B1V = model.apply(variables, state_B1D, method="head")
-        token_B, probs_BV = _choose(logits_B1V, sampler, length_B + 1, Stream.DRAFT)
+        token_B, probs_BV = _choose(logits_B1V, sampler, cached_length_B + 1, Stream.DRAFT)
         tokens.append(token_B)
         probs.append(probs_BV)
         if i < n - 1:
-            at = Places(length_B, places.table_BJ)
+            at = CacheMetadata(cached_length_B, metadata.page_table_BJ)
             state_B1D, new = model.apply(variables, state_B1D, token_B[:, None], cache[DRAFTER], at, method="draft")
             cache = append(cache, {DRAFTER: new}, at)
             sampler = _having_seen(sampler, token_B[:, None], jnp.ones_like(token_B))

@@ -61,7 +61,7 @@ def attend(
     scale: float,
     chunk: int,
     first: jax.Array | int = 0,
-    starts_BT: jax.Array | None = None,
+    segment_starts_BT: jax.Array | None = None,
     backend: str,
 ) -> jax.Array:
     """`causal_attention`, by a backend that `choose_attention` knows; only "chunked" goes by `chunk`.
@@ -70,12 +70,12 @@ def attend(
       ValueError: for documents to be kept apart by a backend that cannot.
     """
     if backend == "splash":
-        return splash.splash_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first, starts_BT=starts_BT)
+        return splash.splash_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first, segment_starts_BT=segment_starts_BT)
     if backend == "pallas_gpu":
-        if starts_BT is not None:
+        if segment_starts_BT is not None:
             raise ValueError(f"attention by 'pallas_gpu' {_ACROSS_DOCUMENTS}; use attention_backend chunked")
         return attention.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
-    return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first, starts_BT=starts_BT)
+    return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first, segment_starts_BT=segment_starts_BT)
 
 
 def causal_attention(
@@ -86,7 +86,7 @@ def causal_attention(
     scale: float,
     chunk: int,
     first: jax.Array | int = 0,
-    starts_BT: jax.Array | None = None,
+    segment_starts_BT: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T * scale, over positions up to the query's own) v.
 
@@ -97,8 +97,8 @@ def causal_attention(
       scale: factor on the logits.
       chunk: queries and keys per tile.
       first: position of the first query among the keys; not 0 where other devices hold the queries before it.
-      starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key before.
-        None keeps no documents apart.
+      segment_starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key
+        before. None keeps no documents apart.
 
     Returns:
       [B, T, N, W] in v's dtype; logits and softmax are float32.
@@ -107,11 +107,11 @@ def causal_attention(
     M, W = v_BSMW.shape[2:]
     tile = min(chunk, T)
     q, k, v = (_padded(a, tile) for a in (q_BTNX, k_BSMX, v_BSMW))
-    if starts_BT is not None:
+    if segment_starts_BT is not None:
         # Padded queries see what the last one does, so that each has a key in the tiles that are walked.
-        starts_BT = jnp.pad(first_seen(starts_BT, first), ((0, 0), (0, -T % tile)), mode="edge")
+        segment_starts_BT = jnp.pad(first_seen(segment_starts_BT, first), ((0, 0), (0, -T % tile)), mode="edge")
     q_BMUTX = q.reshape(B, -1, M, N // M, X).transpose(0, 2, 3, 1, 4)
-    varying = varying_alike(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first, jnp.int32), starts_BT)
+    varying = varying_alike(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first, jnp.int32), segment_starts_BT)
     o_BMUTW = _attend(*varying, scale, tile)
     return o_BMUTW.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, W)[:, :T]
 
@@ -127,23 +127,27 @@ def _attend(
     k_BMSX: jax.Array,
     v_BMSW: jax.Array,
     first: jax.Array,
-    starts_BT: jax.Array | None,
+    segment_starts_BT: jax.Array | None,
     scale: float,
     tile: int,
 ) -> jax.Array:
-    return _attend_forward(q_BMUTX, k_BMSX, v_BMSW, first, starts_BT, scale, tile)[0]
+    return _attend_forward(q_BMUTX, k_BMSX, v_BMSW, first, segment_starts_BT, scale, tile)[0]
 
 
-def _seen(first: jax.Array, starts_BT: jax.Array | None, i: jax.Array, j: jax.Array, tile: int) -> jax.Array:
+def _seen(first: jax.Array, segment_starts_BT: jax.Array | None, i: jax.Array, j: jax.Array, tile: int) -> jax.Array:
     """Which keys of tile j the queries of tile i look at: bool [A, Z], or [B, A, Z] where rows have their own documents."""
     place = jnp.arange(tile)
     seen_AZ = (first + i * tile + place)[:, None] >= j * tile + place
-    return seen_AZ if starts_BT is None else seen_AZ & (_take(starts_BT, i, tile, 1)[..., None] <= j * tile + place)
+    return (
+        seen_AZ
+        if segment_starts_BT is None
+        else seen_AZ & (_take(segment_starts_BT, i, tile, 1)[..., None] <= j * tile + place)
+    )
 
 
-def _earliest(starts_BT: jax.Array, tile: int) -> jax.Array:
+def _earliest(segment_starts_BT: jax.Array, tile: int) -> jax.Array:
     """The first key that any query of each tile looks at, in any row."""
-    return starts_BT.reshape(starts_BT.shape[0], -1, tile).min((0, 2))
+    return segment_starts_BT.reshape(segment_starts_BT.shape[0], -1, tile).min((0, 2))
 
 
 def _take(array: jax.Array, index: jax.Array, tile: int, axis: int) -> jax.Array:
@@ -155,7 +159,7 @@ def _attend_forward(
     k_BMSX: jax.Array,
     v_BMSW: jax.Array,
     first: jax.Array,
-    starts_BT: jax.Array | None,
+    segment_starts_BT: jax.Array | None,
     scale: float,
     tile: int,
 ) -> tuple:
@@ -167,13 +171,13 @@ def _attend_forward(
 
         def key_tile(j: jax.Array, running: Running) -> Running:
             logits = jnp.einsum("BMUAX,BMZX->BMUAZ", q_i, _take(k_BMSX, j, tile, 2), preferred_element_type=jnp.float32)
-            seen = _seen(first, starts_BT, i, j, tile)
-            logits = jnp.where(seen if starts_BT is None else seen[:, None, None], logits * scale, MASKED)
+            seen = _seen(first, segment_starts_BT, i, j, tile)
+            logits = jnp.where(seen if segment_starts_BT is None else seen[:, None, None], logits * scale, MASKED)
             return running.fold(logits, _take(v_BMSW, j, tile, 2), "BMUAZ,BMZW->BMUAW")
 
         start = Running.of_nothing(q_BMUTX, (B, M, U, tile), W)
         # From the first key of a document; up to the tile of the last query's own key.
-        begin = 0 if starts_BT is None else _earliest(starts_BT, tile)[i] // tile
+        begin = 0 if segment_starts_BT is None else _earliest(segment_starts_BT, tile)[i] // tile
         end = jnp.minimum((first + (i + 1) * tile - 1) // tile + 1, S // tile)
         top, total, mixed = jax.lax.fori_loop(begin, end, key_tile, start)
         return (mixed / total[..., None]).astype(v_BMSW.dtype), top + jnp.log(total)
@@ -181,11 +185,11 @@ def _attend_forward(
     o, lse = jax.lax.map(query_tile, jnp.arange(T // tile))
     o_BMUTW = jnp.moveaxis(o, 0, 3).reshape(B, M, U, T, W)
     lse_BMUT = jnp.moveaxis(lse, 0, 3).reshape(B, M, U, T)
-    return o_BMUTW, (q_BMUTX, k_BMSX, v_BMSW, first, starts_BT, o_BMUTW, lse_BMUT)
+    return o_BMUTW, (q_BMUTX, k_BMSX, v_BMSW, first, segment_starts_BT, o_BMUTW, lse_BMUT)
 
 
 def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Array) -> tuple:
-    q_BMUTX, k_BMSX, v_BMSW, first, starts_BT, o_BMUTW, lse_BMUT = residuals
+    q_BMUTX, k_BMSX, v_BMSW, first, segment_starts_BT, o_BMUTW, lse_BMUT = residuals
     num_tiles = q_BMUTX.shape[3] // tile
     delta_BMUT = jnp.sum(do_BMUTW.astype(jnp.float32) * o_BMUTW.astype(jnp.float32), axis=-1)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -199,8 +203,8 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
             q_i, do_i = _take(q_BMUTX, i, tile, 3), _take(do_BMUTW, i, tile, 3)
             lse_i, delta_i = _take(lse_BMUT, i, tile, 3), _take(delta_BMUT, i, tile, 3)
             logits_BMZUA = einsum("BMZX,BMUAX->BMZUA", k_j, q_i) * scale
-            seen = _seen(first, starts_BT, i, j, tile)
-            seen = seen.T[:, None] if starts_BT is None else seen.swapaxes(1, 2)[:, None, :, None]
+            seen = _seen(first, segment_starts_BT, i, j, tile)
+            seen = seen.T[:, None] if segment_starts_BT is None else seen.swapaxes(1, 2)[:, None, :, None]
             p_BMZUA = jnp.exp(jnp.where(seen, logits_BMZUA, MASKED) - lse_i[:, :, None])
             dp_BMZUA = einsum("BMZW,BMUAW->BMZUA", v_j, do_i)
             ds_BMZUA = (p_BMZUA * (dp_BMZUA - delta_i[:, :, None]) * scale).astype(q_i.dtype)
@@ -212,8 +216,8 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
         start = dq_BMUTX, zeros_beside(k_j, k_j.shape, jnp.float32), zeros_beside(v_j, v_j.shape, jnp.float32)
         # From the tile of the first query that looks at the first key; up to the last with a document that begins by then.
         begin, end = jnp.maximum(j * tile - first, 0) // tile, num_tiles
-        if starts_BT is not None:
-            looks = _earliest(starts_BT, tile) < (j + 1) * tile
+        if segment_starts_BT is not None:
+            looks = _earliest(segment_starts_BT, tile) < (j + 1) * tile
             end = jnp.max(jnp.where(looks, jnp.arange(1, num_tiles + 1), 0))
         dq_BMUTX, dk_j, dv_j = jax.lax.fori_loop(begin, end, query_tile, start)
         return dq_BMUTX, (dk_j.astype(k_j.dtype), dv_j.astype(v_j.dtype))

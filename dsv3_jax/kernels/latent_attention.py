@@ -34,7 +34,7 @@ class CachedLatents(NamedTuple):
     """The normalised c_kv, page by page."""
     rope_YZP: jax.Array
     """The rotated shared key."""
-    table_BJ: jax.Array | None = None
+    page_table_BJ: jax.Array | None = None
     """int32, the page of the j-th Z tokens of each sequence. Entries past its length may hold anything. None: page b is
     all of sequence b, so that a contiguous cache [B, S, ...] is one."""
 
@@ -72,7 +72,7 @@ def latent_attention(
     new_latent_BTC: jax.Array,
     new_rope_BTP: jax.Array,
     cached: CachedLatents,
-    length_B: jax.Array,
+    cached_length_B: jax.Array,
     *,
     scale: float,
     backend: str,
@@ -84,7 +84,7 @@ def latent_attention(
       q_rope_BTNP: rotated rotary queries.
       new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves, not in the cache yet.
       cached: the cache. What lies past a sequence's length, and in pages of nobody, is never read as data.
-      length_B: int32, tokens in each sequence's cache, from 0; at most what it has room for counts.
+      cached_length_B: int32, tokens in each sequence's cache, from 0; at most what it has room for counts.
       scale: positive factor on the logits.
       backend: a name that `choose_latent_backend` knows.
 
@@ -98,14 +98,14 @@ def latent_attention(
     if backend not in _BACKENDS:
         backend = choose_latent_backend(backend, new_latent_BTC.dtype, (new_latent_BTC.shape[-1], new_rope_BTP.shape[-1]))
     past = _BACKENDS[backend]
-    q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, length_B = varying_alike(
-        q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, length_B
+    q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, cached_length_B = varying_alike(
+        q_latent_BTNC, q_rope_BTNP, new_latent_BTC, new_rope_BTP, cached, cached_length_B
     )
     num_pages, page_size = cached.latent_YZC.shape[:2]
-    if cached.table_BJ is not None:
-        cached = cached._replace(table_BJ=jnp.clip(cached.table_BJ, 0, num_pages - 1))
-    room = page_size * (1 if cached.table_BJ is None else cached.table_BJ.shape[1])
-    past_BTNC, past_lse_BTN = past(q_latent_BTNC, q_rope_BTNP, *cached, jnp.clip(length_B, 0, room), scale=scale)
+    if cached.page_table_BJ is not None:
+        cached = cached._replace(page_table_BJ=jnp.clip(cached.page_table_BJ, 0, num_pages - 1))
+    room = page_size * (1 if cached.page_table_BJ is None else cached.page_table_BJ.shape[1])
+    past_BTNC, past_lse_BTN = past(q_latent_BTNC, q_rope_BTNP, *cached, jnp.clip(cached_length_B, 0, room), scale=scale)
 
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     own = einsum("BTNC,BSC->BTNS", q_latent_BTNC, new_latent_BTC) + einsum("BTNP,BSP->BTNS", q_rope_BTNP, new_rope_BTP)
@@ -123,8 +123,8 @@ def past_attention_chunked(
     q_rope_BTNP: jax.Array,
     latent_YZC: jax.Array,
     rope_YZP: jax.Array,
-    table_BJ: jax.Array | None,
-    length_B: jax.Array,
+    page_table_BJ: jax.Array | None,
+    cached_length_B: jax.Array,
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
@@ -137,17 +137,17 @@ def past_attention_chunked(
       sequence without any token they are 0 and -inf.
     """
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    take, size = blocks_of(CachedLatents(latent_YZC, rope_YZP, table_BJ))
+    take, size = blocks_of(CachedLatents(latent_YZC, rope_YZP, page_table_BJ))
 
     def step(i: jax.Array, running: Running) -> Running:
-        latent_BZC, rope_BZP, counted_BZ = take(i, length_B)
+        latent_BZC, rope_BZP, token_mask_BZ = take(i, cached_length_B)
         logits = einsum("BTNC,BZC->BTNZ", q_latent_BTNC, latent_BZC) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, rope_BZP)
-        logits = jnp.where(counted_BZ[:, None, None], logits * scale, MASKED)
+        logits = jnp.where(token_mask_BZ[:, None, None], logits * scale, MASKED)
         return running.fold(logits, latent_BZC, "BTNZ,BZC->BTNC")
 
     start = Running.of_nothing(q_latent_BTNC, q_latent_BTNC.shape[:3], q_latent_BTNC.shape[3])
-    top, total, mixed = jax.lax.fori_loop(0, (length_B.max() + size - 1) // size, step, start)
-    any_B = (length_B > 0)[:, None, None]
+    top, total, mixed = jax.lax.fori_loop(0, (cached_length_B.max() + size - 1) // size, step, start)
+    any_B = (cached_length_B > 0)[:, None, None]
     total = jnp.where(any_B, total, 1)
     return mixed / total[..., None], jnp.where(any_B, top + jnp.log(total), -jnp.inf)
 
@@ -159,19 +159,20 @@ def blocks_of(cached: CachedLatents) -> tuple[_Take, int]:
     """The cached tokens of every sequence, a block at a time.
 
     Returns:
-      take(i, length_B), which gives the i-th block's latents [B, Z, C] and rotary keys [B, Z, P], and which of them are to be
-      counted [B, Z]: not what lies past a sequence's length (there the latents are zero), nor what the block before had. And
+      take(i, cached_length_B), which gives the i-th block's latents [B, Z, C] and rotary keys [B, Z, P], and which of them are
+      to be counted [B, Z]: not what lies past a sequence's length (there the latents are zero), nor what the block before had.
+        And
       the number of tokens in a block.
     """
-    slices, size = _rows(cached) if cached.table_BJ is None else _pages(cached)
+    slices, size = _rows(cached) if cached.page_table_BJ is None else _pages(cached)
 
-    def take(i: jax.Array, length_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def take(i: jax.Array, cached_length_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         latent_BZC, rope_BZP, first = slices(i)
         place_Z = first + jnp.arange(size)
         # The last block may begin before its place, among tokens that are counted already.
-        counted_BZ = (place_Z >= i * size) & (place_Z < length_B[:, None])
+        token_mask_BZ = (place_Z >= i * size) & (place_Z < cached_length_B[:, None])
         # A zero weight times a NaN would still be NaN.
-        return jnp.where(counted_BZ[..., None], latent_BZC, 0), rope_BZP, counted_BZ
+        return jnp.where(token_mask_BZ[..., None], latent_BZC, 0), rope_BZP, token_mask_BZ
 
     return take, size
 
@@ -191,15 +192,15 @@ def _rows(cached: CachedLatents) -> tuple[Callable[[jax.Array], tuple], int]:
 
 def _pages(cached: CachedLatents) -> tuple[Callable[[jax.Array], tuple], int]:
     """The same out of pages."""
-    assert cached.table_BJ is not None
-    B, J = cached.table_BJ.shape
+    assert cached.page_table_BJ is not None
+    B, J = cached.page_table_BJ.shape
     num_pages, page_size = cached.latent_YZC.shape[:2]
     count = min(max(CHUNK // page_size, 1), J)
-    table_BJ = jnp.clip(cached.table_BJ, 0, num_pages - 1)
+    page_table_BJ = jnp.clip(cached.page_table_BJ, 0, num_pages - 1)
 
     def slices(i: jax.Array) -> tuple:
         first = jnp.minimum(i * count, J - count)
-        at_BJ = jax.lax.dynamic_slice_in_dim(table_BJ, first, count, 1)
+        at_BJ = jax.lax.dynamic_slice_in_dim(page_table_BJ, first, count, 1)
         latent_BZC, rope_BZP = (pages[at_BJ].reshape(B, count * page_size, -1) for pages in cached[:2])
         return latent_BZC, rope_BZP, first * page_size
 
@@ -227,7 +228,7 @@ def expanded_attention(
     new_latent_BTC: jax.Array,
     new_rope_BTP: jax.Array,
     cached: CachedLatents,
-    length_B: jax.Array,
+    cached_length_B: jax.Array,
     *,
     scale: float,
 ) -> jax.Array:
@@ -238,7 +239,7 @@ def expanded_attention(
       q_nope_BTNH, q_rope_BTNP: queries, the second part rotated.
       new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves, not in the cache yet.
       cached: the cache. What lies past a sequence's length, and in pages of nobody, is never read as data.
-      length_B: int32, tokens in each sequence's cache, from 0.
+      cached_length_B: int32, tokens in each sequence's cache, from 0.
       scale: positive factor on the logits.
 
     Returns:
@@ -265,8 +266,8 @@ def expanded_attention(
     take, size = blocks_of(cached)
 
     def step(i: jax.Array, running: Running) -> Running:
-        latent_BZC, rope_BZP, counted_BZ = take(i, length_B)
-        return fold(running, latent_BZC, rope_BZP, jnp.broadcast_to(counted_BZ[:, None], (*rows[:2], size)))
+        latent_BZC, rope_BZP, token_mask_BZ = take(i, cached_length_B)
+        return fold(running, latent_BZC, rope_BZP, jnp.broadcast_to(token_mask_BZ[:, None], (*rows[:2], size)))
 
-    _, total, mixed = jax.lax.fori_loop(0, (length_B.max() + size - 1) // size, step, running)
+    _, total, mixed = jax.lax.fori_loop(0, (cached_length_B.max() + size - 1) // size, step, running)
     return (mixed / total[..., None]).astype(new_latent_BTC.dtype)

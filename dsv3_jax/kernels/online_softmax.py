@@ -51,13 +51,13 @@ class Running(NamedTuple):
 # Documents packed in one row, and attention that stays within them.
 
 
-def first_seen(starts_BT: jax.Array, first: jax.Array | int) -> jax.Array:
+def first_seen(segment_starts_BT: jax.Array, first: jax.Array | int) -> jax.Array:
     """The position of the first key that each query sees, [B, T] int32; `first` is that of the first query."""
-    place = (first + jnp.arange(starts_BT.shape[1])).astype(jnp.int32)
-    return jnp.where(starts_BT < 0, place, starts_BT.astype(jnp.int32))
+    place = (first + jnp.arange(segment_starts_BT.shape[1])).astype(jnp.int32)
+    return jnp.where(segment_starts_BT < 0, place, segment_starts_BT.astype(jnp.int32))
 
 
-def has_ahead(starts_BT: jax.Array, distance: int) -> jax.Array:
+def has_ahead(segment_starts_BT: jax.Array, distance: int) -> jax.Array:
     """Which tokens have another one of their document `distance` further on: bool [B, T]. Padding has none at any distance."""
-    within = jnp.arange(starts_BT.shape[1]) < starts_BT.shape[1] - distance
-    return within & (starts_BT >= 0) & (jnp.roll(starts_BT, -distance, axis=1) == starts_BT)
+    within = jnp.arange(segment_starts_BT.shape[1]) < segment_starts_BT.shape[1] - distance
+    return within & (segment_starts_BT >= 0) & (jnp.roll(segment_starts_BT, -distance, axis=1) == segment_starts_BT)

@@ -30,9 +30,9 @@ class HeldoutBatch(NamedTuple):
     """int32."""
     targets_BT: np.ndarray
     """int32."""
-    weights_BT: np.ndarray
+    loss_weight_BT: np.ndarray
     """float32; 1 where the target is text, 0 where it is a mark between documents, a prompt, or padding."""
-    starts_BT: np.ndarray | None = None
+    segment_starts_BT: np.ndarray | None = None
     """int32; where in its window the document of each token begins, -1 for padding; None where attention crosses documents."""
 
 
@@ -46,9 +46,9 @@ class Batch(NamedTuple):
     """int32."""
     targets_ABT: Any
     """int32; the token that follows each."""
-    weights_ABT: Any
+    loss_weight_ABT: Any
     """float32; what the loss of each target counts."""
-    starts_ABT: Any
+    segment_starts_ABT: Any
     """int32; where in its row the document of each token begins, -1 for padding; None where attention crosses documents."""
 
     @classmethod
@@ -242,7 +242,7 @@ def _backward(chunk: int, on_mesh: bool, residuals: tuple, dloss: jax.Array) -> 
 _summed_loss.defvjp(_forward, _backward)
 
 
-def depth_weights(weight_BT: jax.Array, starts_BT: jax.Array | None, depth: int) -> jax.Array:
+def depth_weights(weight_BT: jax.Array, segment_starts_BT: jax.Array | None, depth: int) -> jax.Array:
     """The weights of depth `depth`'s cross entropy, 0 being the main model's: [B, T] float32.
 
     Row i of depth k joins the state of token i with token i + k and predicts target i + k, the token after that. The last k
@@ -250,10 +250,10 @@ def depth_weights(weight_BT: jax.Array, starts_BT: jax.Array | None, depth: int)
 
     Args:
       weight_BT: of the targets, each the token after the one of its place.
-      starts_BT: where the document of each token begins, -1 for padding; None keeps no documents apart.
+      segment_starts_BT: where the document of each token begins, -1 for padding; None keeps no documents apart.
       depth: k.
     """
-    rows_BT = rows_of_depth(weight_BT.shape, starts_BT, depth)
+    rows_BT = rows_of_depth(weight_BT.shape, segment_starts_BT, depth)
     return jnp.where(rows_BT, jnp.roll(weight_BT, -depth, axis=1), 0.0).astype(jnp.float32)
 
 
@@ -265,7 +265,7 @@ def training_loss(
     target_BT: jax.Array,
     mtp_loss_weight: float | jax.Array,
     weight_BT: jax.Array | None = None,
-    starts_BT: jax.Array | None = None,
+    segment_starts_BT: jax.Array | None = None,
     *,
     aux_loss_alpha: float | jax.Array | None = None,
     totals: Sequence[jax.Array] | None = None,
@@ -282,18 +282,18 @@ def training_loss(
       target_BT: the tokens one further on.
       mtp_loss_weight: lambda.
       weight_BT: what each target counts, float32; None is 1.
-      starts_BT: where the document of each token begins (`DeepSeekV3.features`); None lets attention cross documents.
+      segment_starts_BT: where the document of each token begins (`DeepSeekV3.features`); None lets attention cross documents.
       aux_loss_alpha: alpha; None is the config's.
       totals: the weight, over the whole step, of the terms of the main model and of every depth; None if this is all of it.
       share: of the step's sequences that these are.
     """
     variables = {"params": params, "router": router}
-    features = DeepSeekV3(config).apply(variables, tokens_BT, mtp=True, starts_BT=starts_BT, method="features")
+    features = DeepSeekV3(config).apply(variables, tokens_BT, mtp=True, segment_starts_BT=segment_starts_BT, method="features")
     head_DV = params["lm_head"]["kernel"]
     weight_BT = jnp.ones(target_BT.shape, jnp.float32) if weight_BT is None else weight_BT
 
     def mean_loss(h_BTD: jax.Array, depth: int) -> jax.Array:
-        counts_BT = depth_weights(weight_BT, starts_BT, depth)
+        counts_BT = depth_weights(weight_BT, segment_starts_BT, depth)
         total = counts_BT.sum() if totals is None else totals[depth]
         shifted_BT = jnp.roll(target_BT, -depth, axis=1)
         # A batch in which nothing is to be learnt has no loss.

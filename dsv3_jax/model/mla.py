@@ -24,7 +24,7 @@ from dsv3_jax.kernels.attention import attend, causal_attention, choose_attentio
 from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, expanded_attention, latent_attention
 from dsv3_jax.kernels.vma import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
-from dsv3_jax.model.rope import Rotation, rotate
+from dsv3_jax.model.rope import RopeAngles, apply_rope
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh, current_platform
 from dsv3_jax.parallel.sharding import TOKENS, Weight, splittable, whole_weight
 
@@ -40,12 +40,12 @@ class Latents(NamedTuple):
     k_rope: jax.Array
 
 
-class Places(NamedTuple):
+class CacheMetadata(NamedTuple):
     """Where in a cache the latents of each sequence are."""
 
-    length_B: jax.Array
+    cached_length_B: jax.Array
     """Its tokens so far, int32."""
-    table_BJ: jax.Array | None = None
+    page_table_BJ: jax.Array | None = None
     """The pages that hold them (`CachedLatents`); None if row b of the cache is sequence b."""
 
 
@@ -91,10 +91,10 @@ class MLA(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        rotation: Rotation,
+        angles: RopeAngles,
         cache: Latents | None = None,
-        places: Places | None = None,
-        starts_BT: jax.Array | None = None,
+        metadata: CacheMetadata | None = None,
+        segment_starts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, Latents]:
         """Attends from every token of x to itself, to those before it, and to the cache.
 
@@ -103,50 +103,51 @@ class MLA(nn.Module):
           rotation: cos and sin of the tokens' positions.
           cache: latents of the tokens before x, a row for each sequence or pages; None if x starts its sequences.
           places: where in it each sequence's are.
-          starts_BT: start of the document of each token, to attend within it (`kernels/online_softmax.py`); not with a cache.
+          segment_starts_BT: start of the document of each token, to attend within it (`kernels/online_softmax.py`); not with a
+            cache.
 
         Returns:
           The attention output [B, T, D], and the latents of x for the cache.
         """
-        q_nope_BTNH, q_rope_BTNP = self._queries(x_BTD, rotation)
-        latents = self._latents(x_BTD, rotation)
+        q_nope_BTNH, q_rope_BTNP = self._queries(x_BTD, angles)
+        latents = self._latents(x_BTD, angles)
         if cache is not None:
-            assert places is not None
-            assert starts_BT is None
-            cached = CachedLatents(*cache, places.table_BJ)
+            assert metadata is not None
+            assert segment_starts_BT is None
+            cached = CachedLatents(*cache, metadata.page_table_BJ)
             attend_over = self._expanded if expanding_pays(self.config, x_BTD.shape[1]) else self._cached
-            o_BTNW = attend_over(q_nope_BTNH, q_rope_BTNP, latents, cached, places.length_B)
+            o_BTNW = attend_over(q_nope_BTNH, q_rope_BTNP, latents, cached, metadata.cached_length_B)
         elif self.absorbed:
-            o_BTNW = self._absorbed(q_nope_BTNH, q_rope_BTNP, latents, starts_BT)
+            o_BTNW = self._absorbed(q_nope_BTNH, q_rope_BTNP, latents, segment_starts_BT)
         else:
-            o_BTNW = self._materialised(q_nope_BTNH, q_rope_BTNP, latents, starts_BT)
+            o_BTNW = self._materialised(q_nope_BTNH, q_rope_BTNP, latents, segment_starts_BT)
         return self.o_proj(o_BTNW), latents
 
-    def _queries(self, x_BTD: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array]:
+    def _queries(self, x_BTD: jax.Array, angles: RopeAngles) -> tuple[jax.Array, jax.Array]:
         if self.config.q_lora_rank is None:
             q_BTNX = self.q_proj(x_BTD)
         else:
             c_q_BTQ = checkpoint_name(self.q_a_proj(x_BTD), "c_q")
             q_BTNX = self.q_b_proj(self.q_a_layernorm(c_q_BTQ))
         q_nope_BTNH, q_rope_BTNP = jnp.split(q_BTNX, [self.config.qk_nope_head_dim], axis=-1)
-        return q_nope_BTNH, rotate(q_rope_BTNP, rotation)
+        return q_nope_BTNH, apply_rope(q_rope_BTNP, angles)
 
-    def _latents(self, x_BTD: jax.Array, rotation: Rotation) -> Latents:
+    def _latents(self, x_BTD: jax.Array, angles: RopeAngles) -> Latents:
         compressed = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD), "c_kv")
         c_kv_BTC, k_rope_BTP = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
-        return Latents(self.kv_a_layernorm(c_kv_BTC), rotate(k_rope_BTP, rotation))
+        return Latents(self.kv_a_layernorm(c_kv_BTC), apply_rope(k_rope_BTP, angles))
 
     def _materialised(
-        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents, starts_BT: jax.Array | None
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents, segment_starts_BT: jax.Array | None
     ) -> jax.Array:
         q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNP], axis=-1)
         kernel_CNX = self.kv_b_proj.kernel
         if current_mesh() is None:
-            return _attend_expanded(q_BTNX, latents, kernel_CNX, starts_BT, self.config)
-        return _attend_on_mesh(q_BTNX, latents, kernel_CNX, starts_BT, self.config)
+            return _attend_expanded(q_BTNX, latents, kernel_CNX, segment_starts_BT, self.config)
+        return _attend_on_mesh(q_BTNX, latents, kernel_CNX, segment_starts_BT, self.config)
 
     def _absorbed(
-        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents, starts_BT: jax.Array | None
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, latents: Latents, segment_starts_BT: jax.Array | None
     ) -> jax.Array:
         q_BTNX = jnp.concatenate([self._into_latent(q_nope_BTNH), q_rope_BTNP], axis=-1)
         k_BTX = jnp.concatenate(latents, axis=-1)
@@ -156,23 +157,23 @@ class MLA(nn.Module):
             latents.c_kv[:, :, None],
             scale=self.config.softmax_scale,
             chunk=self.config.attention_chunk,
-            starts_BT=starts_BT,
+            segment_starts_BT=segment_starts_BT,
         )
         return self._out_of_latent(mixed_BTNC)
 
     def _cached(
-        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cached: CachedLatents, length_B: jax.Array
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cached: CachedLatents, cached_length_B: jax.Array
     ) -> jax.Array:
         attend_over: Any = functools.partial(
             latent_attention, scale=self.config.softmax_scale, backend=_cache_backend(self.config)
         )
-        arguments = self._into_latent(q_nope_BTNH), q_rope_BTNP, *new, cached, length_B
+        arguments = self._into_latent(q_nope_BTNH), q_rope_BTNP, *new, cached, cached_length_B
         if current_mesh() is not None:
             attend_over = _by_sequences_and_heads(attend_over, cached)
         return self._out_of_latent(attend_over(*arguments))
 
     def _expanded(
-        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cached: CachedLatents, length_B: jax.Array
+        self, q_nope_BTNH: jax.Array, q_rope_BTNP: jax.Array, new: Latents, cached: CachedLatents, cached_length_B: jax.Array
     ) -> jax.Array:
         config, kernel_CNX = self.config, self.kv_b_proj.kernel
 
@@ -184,7 +185,7 @@ class MLA(nn.Module):
         if current_mesh() is not None:
             kernel_CNX, spec = splittable(kernel_CNX, KV_B_AXES)
             attend_over = _by_sequences_and_heads(attend_over, cached, spec)
-        return attend_over(kernel_CNX, q_nope_BTNH, q_rope_BTNP, *new, cached, length_B)
+        return attend_over(kernel_CNX, q_nope_BTNH, q_rope_BTNP, *new, cached, cached_length_B)
 
     def _into_latent(self, q_nope_BTNH: jax.Array) -> jax.Array:
         return jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, self._absorbed_weights().w_uk_NHC)
@@ -220,7 +221,7 @@ def _attend_expanded(
     q_BTNX: jax.Array,
     latents: Latents,
     kernel_CNX: Weight,
-    starts_BT: jax.Array | None,
+    segment_starts_BT: jax.Array | None,
     config: ModelConfig,
     first: jax.Array | int = 0,
 ) -> jax.Array:
@@ -230,8 +231,10 @@ def _attend_expanded(
     k_rope_BSNP = jnp.broadcast_to(latents.k_rope[:, :, None], (*k_nope_BSNH.shape[:3], config.qk_rope_head_dim))
     k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNP], axis=-1)
     scale, chunk = config.softmax_scale, config.attention_chunk
-    backend = _attention_backend(config, starts_BT is not None)
-    return attend(q_BTNX, k_BSNX, v_BSNW, scale=scale, chunk=chunk, first=first, starts_BT=starts_BT, backend=backend)
+    backend = _attention_backend(config, segment_starts_BT is not None)
+    return attend(
+        q_BTNX, k_BSNX, v_BSNW, scale=scale, chunk=chunk, first=first, segment_starts_BT=segment_starts_BT, backend=backend
+    )
 
 
 def _attention_backend(config: ModelConfig, documents: bool) -> str:
@@ -245,7 +248,7 @@ def _cache_backend(config: ModelConfig) -> str:
 
 
 def _attend_on_mesh(
-    q_BTNX: jax.Array, latents: Latents, kernel_CNX: Weight, starts_BT: jax.Array | None, config: ModelConfig
+    q_BTNX: jax.Array, latents: Latents, kernel_CNX: Weight, segment_starts_BT: jax.Array | None, config: ModelConfig
 ) -> jax.Array:
     """The same on the current mesh: a device has its own queries and heads, and gathers the latents of the whole sequence.
 
@@ -253,21 +256,21 @@ def _attend_on_mesh(
     """
 
     def on_device(
-        q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: Weight, starts_BT: jax.Array | None
+        q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: Weight, segment_starts_BT: jax.Array | None
     ) -> jax.Array:
         whole = whole_weight(varying_over(kernel_CNX, varying_axes(q_BTNX)), KV_B_AXES, config.dtype)
         everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
         first = jax.lax.axis_index("context") * q_BTNX.shape[1]
-        return _attend_expanded(q_BTNX, everyone, whole, starts_BT, config, first)
+        return _attend_expanded(q_BTNX, everyone, whole, segment_starts_BT, config, first)
 
     heads = PartitionSpec(*TOKENS, "tensor")
     kernel_CNX, kernel_spec = splittable(kernel_CNX, KV_B_AXES)
     specs: Any = heads, (TOKENS, TOKENS), kernel_spec, TOKENS
-    backend = _attention_backend(config, starts_BT is not None)
+    backend = _attention_backend(config, segment_starts_BT is not None)
     # Splash says nothing of the axes its results vary over, so there the check is off, and with it the sums that JAX would
     # put where a value begins to vary; those of replicated inputs' gradients, which are all there are, the border has anyway.
     region = jax.shard_map(on_device, in_specs=specs, out_specs=heads, check_vma=backend != "splash")
-    return region(q_BTNX, (latents.c_kv, latents.k_rope), kernel_CNX, starts_BT)
+    return region(q_BTNX, (latents.c_kv, latents.k_rope), kernel_CNX, segment_starts_BT)
 
 
 def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """DeepSeek-V3 (arXiv 2412.19437): embedding, a dense and an MoE stack, final norm, head, and the MTP depths.
 
-`__call__` is the model over whole sequences, `extend` the model over new tokens and a latent cache, `features` what
+`__call__` is the model over whole sequences, `forward_cached` the model over new tokens and a latent cache, `features` what
 both training and prefill start from: the states before the head, so that [B, T, V] logits need never exist.
 """
 
@@ -18,9 +18,9 @@ from flax import struct
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import Embedding, Linear, RMSNorm
-from dsv3_jax.model.mla import Latents, Places
+from dsv3_jax.model.mla import CacheMetadata, Latents
 from dsv3_jax.model.mtp import MTPDepth, rows_of_depth
-from dsv3_jax.model.rope import Rotation, rotation
+from dsv3_jax.model.rope import RopeAngles, rope_angles
 from dsv3_jax.model.transformer import BlockOutput, run_scanned, run_unrolled, stack_sizes
 from dsv3_jax.parallel.mesh import without_mesh
 from dsv3_jax.parallel.sharding import place_tokens, project
@@ -87,11 +87,16 @@ class DeepSeekV3(nn.Module):
         self.embed = Embedding(config)
         self.norm = RMSNorm(config, config.hidden_size)
         self.lm_head = Linear(config, (config.hidden_size, config.vocab_size), HEAD_AXES)
-        keep = ("latents",) if self.unrolled else ()
-        self.mtp = [MTPDepth(config, keep) for _ in range(config.num_nextn_predict_layers)]
+        return_intermediates = ("latents",) if self.unrolled else ()
+        self.mtp = [MTPDepth(config, return_intermediates) for _ in range(config.num_nextn_predict_layers)]
 
     def __call__(
-        self, tokens_BT: jax.Array, *, mtp: bool = False, hidden_states: bool = False, starts_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        *,
+        mtp: bool = False,
+        hidden_states: bool = False,
+        segment_starts_BT: jax.Array | None = None,
     ) -> ModelOutput:
         """The model over whole sequences.
 
@@ -99,15 +104,18 @@ class DeepSeekV3(nn.Module):
           tokens_BT: token ids.
           mtp: also run the MTP depths.
           hidden_states: also return every hidden state and route.
-          starts_BT: for each token the position of the first one of its document, -1 for padding, int32: no token then
+          segment_starts_BT: for each token the position of the first one of its document, -1 for padding, int32: no token then
             attends to another document, and padding enters no load and no loss. None attends across documents.
 
         Raises:
-          ValueError: if the sequence exceeds `max_position_embeddings`, if `starts_BT` has another shape, or if (outside jit)
-            an id is outside the vocabulary or `starts_BT` is no such list of starts; inside jit such an id gives NaN.
+          ValueError: if the sequence exceeds `max_position_embeddings`, if `segment_starts_BT` has another shape, or if
+            (outside jit) an id is outside the vocabulary or `segment_starts_BT` is no such list of starts; inside jit such an
+            id gives NaN.
         """
-        keep = ("hidden", "routes") if hidden_states else ()
-        features = self.features(tokens_BT, mtp=mtp, keep=keep, starts_BT=starts_BT)
+        return_intermediates = ("hidden", "routes") if hidden_states else ()
+        features = self.features(
+            tokens_BT, mtp=mtp, return_intermediates=return_intermediates, segment_starts_BT=segment_starts_BT
+        )
         T = tokens_BT.shape[1]
         inspected = _inspected(features) if hidden_states else (None, None)
         return ModelOutput(
@@ -123,24 +131,26 @@ class DeepSeekV3(nn.Module):
         tokens_BT: jax.Array,
         *,
         mtp: bool = False,
-        keep: tuple[str, ...] = (),
-        starts_BT: jax.Array | None = None,
+        return_intermediates: tuple[str, ...] = (),
+        segment_starts_BT: jax.Array | None = None,
     ) -> Features:
-        """The states before the head; `keep` names what blocks also return ("latents", "hidden", "routes")."""
+        """The states before the head; `return_intermediates` names what blocks also return ("latents", "hidden", "routes")."""
         check_tokens(tokens_BT, self.config)
-        if starts_BT is not None:
-            check_starts(starts_BT, tokens_BT)
+        if segment_starts_BT is not None:
+            check_starts(segment_starts_BT, tokens_BT)
         T = tokens_BT.shape[1]
-        turns = rotation(self.config, jnp.arange(T)[None])
+        angles = rope_angles(self.config, jnp.arange(T)[None])
         embedded_BTD = self.embed(tokens_BT)
-        h_BTD, outputs = self._stacks(embedded_BTD, None, turns, None, keep, starts_BT)
+        h_BTD, outputs = self._stacks(embedded_BTD, None, angles, None, return_intermediates, segment_starts_BT)
         h_BTD = self.norm(h_BTD)
 
         mtp_h_BTD, state_BTD = [], h_BTD
         for k, depth in enumerate(self.mtp if mtp else (), 1):
             ahead_BTD = place_tokens(jnp.roll(embedded_BTD, -k, axis=1))
-            counted_BT = rows_of_depth(tokens_BT.shape, starts_BT, k)
-            state_BTD, normed_BTD, outputs[f"mtp_{k - 1}"] = depth(state_BTD, ahead_BTD, turns, counted_BT, starts_BT)
+            token_mask_BT = rows_of_depth(tokens_BT.shape, segment_starts_BT, k)
+            state_BTD, normed_BTD, outputs[f"mtp_{k - 1}"] = depth(
+                state_BTD, ahead_BTD, angles, token_mask_BT, segment_starts_BT
+            )
             mtp_h_BTD.append(normed_BTD)
         return Features(h_BTD, mtp_h_BTD, embedded_BTD, outputs)
 
@@ -150,19 +160,19 @@ class DeepSeekV3(nn.Module):
         return project(h_BTD, kernel_DV, HEAD_AXES, preferred_element_type=jnp.float32)
 
     def decode(
-        self, tokens_BT: jax.Array, cache: dict[str, Latents], length_B: jax.Array
+        self, tokens_BT: jax.Array, cache: dict[str, Latents], cached_length_B: jax.Array
     ) -> tuple[jax.Array, dict[str, Latents]]:
-        """Logits [B, T, V] of what `extend` gives states of, over a cache of a row for each sequence, and the latents."""
-        h_BTD, latents = self.extend(tokens_BT, cache, Places(length_B))
+        """Logits [B, T, V] after `forward_cached` over a cache with a row for each sequence, and the latents."""
+        h_BTD, latents = self.forward_cached(tokens_BT, cache, CacheMetadata(cached_length_B))
         return self.head(h_BTD), latents
 
-    def extend(
-        self, tokens_BT: jax.Array, cache: dict[str, Latents] | None, places: Places
+    def forward_cached(
+        self, tokens_BT: jax.Array, cache: dict[str, Latents] | None, metadata: CacheMetadata
     ) -> tuple[jax.Array, dict[str, Latents]]:
         """The model over T new tokens of each sequence, given the latents of those before.
 
         Args:
-          tokens_BT: the new tokens, at positions length_B, length_B + 1, ...
+          tokens_BT: the new tokens, at positions cached_length_B, cached_length_B + 1, ...
           cache: per layer or stack, the latents of earlier tokens: rows [(L,) B, S, ...], or pages [(L,) Y, Z, ...];
             None if these are the first.
           places: where in it each sequence's are.
@@ -171,16 +181,18 @@ class DeepSeekV3(nn.Module):
           The states after the final norm [B, T, D], and the latents of the new tokens [(L,) B, T, ...], keyed as the cache,
           for the caller to store.
         """
-        turns = self._turns_after(places, tokens_BT)
-        h_BTD, outputs = self._stacks(self.embed(tokens_BT), cache, turns, places, ("latents",))
+        angles = self._angles_after(metadata, tokens_BT)
+        h_BTD, outputs = self._stacks(self.embed(tokens_BT), cache, angles, metadata, ("latents",))
         return self.norm(h_BTD), {name: output.latents for name, output in outputs.items()}
 
-    def draft(self, h_BTD: jax.Array, ahead_BT: jax.Array, cache: Latents | None, places: Places) -> tuple[jax.Array, Latents]:
+    def draft(
+        self, h_BTD: jax.Array, ahead_BT: jax.Array, cache: Latents | None, metadata: CacheMetadata
+    ) -> tuple[jax.Array, Latents]:
         """The first MTP depth as a drafter: over T rows of each sequence, given its latents of the rows before.
 
         Args:
-          h_BTD: states of the tokens at positions length_B, ...: after the final norm, or what this returned for the row before
-            (section 2.2 of the report has a depth for each token ahead; one depth is recycled).
+          h_BTD: states of the tokens at positions cached_length_B, ...: after the final norm, or what this returned for the row
+            before (section 2.2 of the report has a depth for each token ahead; one depth is recycled).
           ahead_BT: the token after each of these.
           cache: latents of the depth's earlier rows; None if there are none.
           places: where in it each sequence's are.
@@ -188,23 +200,34 @@ class DeepSeekV3(nn.Module):
         Returns:
           The states that `head` turns into logits of the token after the one ahead [B, T, D], and the latents [B, T, ...].
         """
-        turns = self._turns_after(places, ahead_BT)
+        angles = self._angles_after(metadata, ahead_BT)
         _, normed_BTD, output = self.mtp[0](
-            h_BTD, self.embed(ahead_BT), turns, jnp.ones(ahead_BT.shape, bool), cache=cache, places=places
+            h_BTD, self.embed(ahead_BT), angles, jnp.ones(ahead_BT.shape, bool), cache=cache, metadata=metadata
         )
         assert output.latents is not None, "drafting is for the unrolled model"
         return normed_BTD, output.latents
 
-    def _turns_after(self, places: Places, tokens_BT: jax.Array) -> Rotation:
-        return rotation(self.config, places.length_B[:, None] + jnp.arange(tokens_BT.shape[1]))
+    def _angles_after(self, metadata: CacheMetadata, tokens_BT: jax.Array) -> RopeAngles:
+        return rope_angles(self.config, metadata.cached_length_B[:, None] + jnp.arange(tokens_BT.shape[1]))
 
     @nn.compact
-    def _stacks(self, h_BTD, cache, turns, places, keep, starts_BT=None) -> tuple[jax.Array, dict[str, BlockOutput]]:  # type: ignore[no-untyped-def]
+    def _stacks(  # type: ignore[no-untyped-def]
+        self, h_BTD, cache, angles, metadata, return_intermediates, segment_starts_BT=None
+    ) -> tuple[jax.Array, dict[str, BlockOutput]]:
         run = run_unrolled if self.unrolled else run_scanned
-        shared = turns, places, None if starts_BT is None else starts_BT >= 0, starts_BT
+        shared = angles, metadata, None if segment_starts_BT is None else segment_starts_BT >= 0, segment_starts_BT
         outputs: dict[str, BlockOutput] = {}
         for name, size in stack_sizes(self.config).items():
-            h_BTD, more = run(self.config, name, size, h_BTD, cache, *shared, keep=keep, absorbed=self.absorbed)
+            h_BTD, more = run(
+                self.config,
+                name,
+                size,
+                h_BTD,
+                cache,
+                *shared,
+                return_intermediates=return_intermediates,
+                absorbed=self.absorbed,
+            )
             outputs |= more
         return h_BTD, outputs
 
@@ -223,15 +246,16 @@ def check_tokens(tokens_BT: Any, config: ModelConfig) -> None:
             raise ValueError(f"token id {bad[0]} is outside the vocabulary of {config.vocab_size}")
 
 
-def check_starts(starts_BT: Any, tokens_BT: Any) -> None:
+def check_starts(segment_starts_BT: Any, tokens_BT: Any) -> None:
     """Raises ValueError if these are no starts of the tokens' documents; the numbers can be looked at outside jit only."""
-    if starts_BT.shape != tokens_BT.shape or not jnp.issubdtype(starts_BT.dtype, jnp.integer):
+    if segment_starts_BT.shape != tokens_BT.shape or not jnp.issubdtype(segment_starts_BT.dtype, jnp.integer):
         raise ValueError(
-            f"starts of documents are {starts_BT.dtype} {starts_BT.shape}; give one integer for each token, {tokens_BT.shape}"
+            f"starts of documents are {segment_starts_BT.dtype} {segment_starts_BT.shape}; "
+            f"give one integer for each token, {tokens_BT.shape}"
         )
-    if isinstance(starts_BT, jax.core.Tracer):
+    if isinstance(segment_starts_BT, jax.core.Tracer):
         return
-    starts = np.asarray(starts_BT)
+    starts = np.asarray(segment_starts_BT)
     before = np.pad(starts, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     # A token is padding, begins a document, or goes on with that of the token before.
     wrong = np.argwhere((starts != -1) & (starts != np.arange(starts.shape[1])) & (starts != before))

@@ -74,14 +74,14 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = SwiGLU(config, config.n_shared_experts * config.moe_intermediate_size)
 
-    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array | None = None) -> tuple[jax.Array, Routing, jax.Array]:
+    def __call__(self, x_BTD: jax.Array, token_mask_BT: jax.Array | None = None) -> tuple[jax.Array, Routing, jax.Array]:
         """Returns the output, where the tokens went, and the rounds it took to bring them there.
 
         Args:
           x_BTD: the normalised residual stream.
-          counted_BT: tokens that enter load and balance loss; None counts all.
+          token_mask_BT: tokens that enter load and balance loss; None counts all.
         """
-        routing = self.gate(x_BTD, counted_BT)
+        routing = self.gate(x_BTD, token_mask_BT)
         y_BTD, rounds = self.experts(x_BTD, routing.chosen_BTK, routing.weight_BTK)
         if self.config.n_shared_experts:
             y_BTD += self.shared_experts(x_BTD)
@@ -114,8 +114,8 @@ class Router(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array | None = None) -> Routing:
-        """Routes every token; those outside `counted_BT` (bool) are routed too, but enter no statistic."""
+    def __call__(self, x_BTD: jax.Array, token_mask_BT: jax.Array | None = None) -> Routing:
+        """Routes every token; those outside `token_mask_BT` (bool) are routed too, but enter no statistic."""
         config = self.config
         E = config.n_routed_experts
         shape = config.hidden_size, E
@@ -125,13 +125,13 @@ class Router(nn.Module):
         logits_BTE = project(x_BTD.astype(jnp.float32), kernel_DE, KERNEL_AXES, precision=jax.lax.Precision.HIGHEST)
         score_BTE = nn.sigmoid(logits_BTE)
         chosen_BTK = choose_experts(score_BTE + bias.value, config)
-        if counted_BT is None:
-            counted_BT = jnp.ones(chosen_BTK.shape[:2], bool)
+        if token_mask_BT is None:
+            token_mask_BT = jnp.ones(chosen_BTK.shape[:2], bool)
         return Routing(
             chosen_BTK,
             expert_weights(score_BTE, chosen_BTK, config),
-            expert_load(chosen_BTK, counted_BT, E),
-            sequence_balance_loss(score_BTE, counted_BT, config.num_experts_per_tok),
+            expert_load(chosen_BTK, token_mask_BT, E),
+            sequence_balance_loss(score_BTE, token_mask_BT, config.num_experts_per_tok),
         )
 
 
@@ -161,25 +161,25 @@ def expert_weights(score_BTE: jax.Array, chosen_BTK: jax.Array, config: ModelCon
     return weight_BTK * config.routed_scaling_factor
 
 
-def expert_load(chosen_BTK: jax.Array, counted_BT: jax.Array, num_experts: int) -> jax.Array:
+def expert_load(chosen_BTK: jax.Array, token_mask_BT: jax.Array, num_experts: int) -> jax.Array:
     """Counted tokens that chose each expert: [E] float32, exact up to 2^24 tokens an expert."""
-    hits_BTKE = (chosen_BTK[..., None] == jnp.arange(num_experts)) & counted_BT[..., None, None]
+    hits_BTKE = (chosen_BTK[..., None] == jnp.arange(num_experts)) & token_mask_BT[..., None, None]
     return jnp.sum(hits_BTKE, axis=(0, 1, 2), dtype=jnp.float32)
 
 
-def sequence_balance_loss(score_BTE: jax.Array, counted_BT: jax.Array, num_chosen: int) -> jax.Array:
+def sequence_balance_loss(score_BTE: jax.Array, token_mask_BT: jax.Array, num_chosen: int) -> jax.Array:
     """Mean over sequences of sum_i f_i P_i (eqs. 17-20), which is 1 for scores without preference.
 
     f_i counts the tokens whose top K *unbiased, ungrouped* scores include expert i, as printed in the report.
     """
     E = score_BTE.shape[-1]
-    counted_BT1 = counted_BT[..., None].astype(jnp.float32)
-    num_tokens_B1 = jnp.maximum(counted_BT1.sum(1), 1.0)
+    token_mask_BT1 = token_mask_BT[..., None].astype(jnp.float32)
+    num_tokens_B1 = jnp.maximum(token_mask_BT1.sum(1), 1.0)
     top_BTK = jax.lax.top_k(score_BTE, num_chosen)[1]
-    in_top_BTE = jnp.any(top_BTK[..., None] == jnp.arange(E), axis=-2) * counted_BT1
+    in_top_BTE = jnp.any(top_BTK[..., None] == jnp.arange(E), axis=-2) * token_mask_BT1
     fraction_BE = jax.lax.stop_gradient(in_top_BTE.sum(1)) * E / (num_chosen * num_tokens_B1)
     share_BTE = score_BTE / score_BTE.sum(-1, keepdims=True)
-    share_BE = (share_BTE * counted_BT1).sum(1) / num_tokens_B1
+    share_BE = (share_BTE * token_mask_BT1).sum(1) / num_tokens_B1
     return jnp.mean(jnp.sum(fraction_BE * share_BE, axis=-1))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 
 
-class Rotation(NamedTuple):
+class RopeAngles(NamedTuple):
     """cos and sin of every position's angles, [B or 1, T, P/2] float32, YaRN's magnitude included."""
 
     cos: jax.Array
@@ -52,14 +52,14 @@ def magnitude(config: ModelConfig) -> float:
     return scaling.attention_scale(1.0)
 
 
-def rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
+def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> RopeAngles:
     """The rotation of each position, for all layers at once."""
     angles = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(config)
     factor = magnitude(config)
-    return Rotation(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+    return RopeAngles(jnp.cos(angles) * factor, jnp.sin(angles) * factor)
 
 
-def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+def apply_rope(x: jax.Array, by: RopeAngles) -> jax.Array:
     """Turns the pairs (2j, 2j+1) of the last axis: (a, b) -> (a cos - b sin, b cos + a sin).
 
     Args:

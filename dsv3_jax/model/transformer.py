@@ -15,9 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.layers import RMSNorm, SwiGLU
-from dsv3_jax.model.mla import MLA, Latents, Places
+from dsv3_jax.model.mla import MLA, CacheMetadata, Latents
 from dsv3_jax.model.moe import MoE
-from dsv3_jax.model.rope import Rotation
+from dsv3_jax.model.rope import RopeAngles
 from dsv3_jax.parallel.devices import release
 from dsv3_jax.parallel.sharding import place_tokens
 
@@ -46,10 +46,10 @@ def run_scanned(
     size: int,
     h_BTD: jax.Array,
     cache: dict[str, Latents] | None,
-    rotation: Rotation,
-    places: Places | None,
-    counted_BT: jax.Array | None = None,
-    starts_BT: jax.Array | None = None,
+    angles: RopeAngles,
+    metadata: CacheMetadata | None,
+    token_mask_BT: jax.Array | None = None,
+    segment_starts_BT: jax.Array | None = None,
     **block: Any,
 ) -> tuple[jax.Array, dict[str, BlockOutput]]:
     """Runs stack `name` as one scan, from within a module's compact method; outputs gain a leading layer axis."""
@@ -63,7 +63,7 @@ def run_scanned(
     )
     layers = scan(config, moe=name == "moe_layers", name=name, **block)
     cache_L = None if cache is None else cache[name]
-    h_BTD, output = layers(h_BTD, cache_L, rotation, counted_BT, places, starts_BT)
+    h_BTD, output = layers(h_BTD, cache_L, angles, token_mask_BT, metadata, segment_starts_BT)
     return h_BTD, {name: output}
 
 
@@ -73,10 +73,10 @@ def run_unrolled(
     size: int,
     h_BTD: jax.Array,
     cache: dict[str, Latents] | None,
-    rotation: Rotation,
-    places: Places | None,
-    counted_BT: jax.Array | None = None,
-    starts_BT: jax.Array | None = None,
+    angles: RopeAngles,
+    metadata: CacheMetadata | None,
+    token_mask_BT: jax.Array | None = None,
+    segment_starts_BT: jax.Array | None = None,
     **block: Any,
 ) -> tuple[jax.Array, dict[str, BlockOutput]]:
     """Runs stack `name` block by block over the parameters `name_0`, `name_1`, ..., from within a compact method."""
@@ -84,7 +84,7 @@ def run_unrolled(
     for layer in (f"{name}_{i}" for i in range(size)):
         module = rematerialised(Block, config, scanned=False)(config, moe=name == "moe_layers", name=layer, **block)
         own_cache = None if cache is None else cache[layer]
-        h_BTD, outputs[layer] = module(h_BTD, own_cache, rotation, counted_BT, places, starts_BT)
+        h_BTD, outputs[layer] = module(h_BTD, own_cache, angles, token_mask_BT, metadata, segment_starts_BT)
     return h_BTD, outputs
 
 
@@ -137,7 +137,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     moe: bool
-    keep: tuple[str, ...] = ()
+    return_intermediates: tuple[str, ...] = ()
     absorbed: bool = False
 
     def setup(self) -> None:
@@ -151,10 +151,10 @@ class Block(nn.Module):
         self,
         h_BTD: jax.Array,
         cache: Latents | None,
-        rotation: Rotation,
-        counted_BT: jax.Array | None = None,
-        places: Places | None = None,
-        starts_BT: jax.Array | None = None,
+        angles: RopeAngles,
+        token_mask_BT: jax.Array | None = None,
+        metadata: CacheMetadata | None = None,
+        segment_starts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
         """Runs the block.
 
@@ -162,23 +162,23 @@ class Block(nn.Module):
           h_BTD: the residual stream.
           cache: latents of earlier tokens, or None.
           rotation: rotation of the tokens' positions.
-          counted_BT: tokens that enter load and balance loss; None counts all.
+          token_mask_BT: tokens that enter load and balance loss; None counts all.
           places: where in the cache each sequence's are.
-          starts_BT: where the document of each token begins, to attend within it; None attends across documents.
+          segment_starts_BT: where the document of each token begins, to attend within it; None attends across documents.
         """
-        attended_BTD, latents = self.self_attn(self.input_layernorm(h_BTD), rotation, cache, places, starts_BT)
+        attended_BTD, latents = self.self_attn(self.input_layernorm(h_BTD), angles, cache, metadata, segment_starts_BT)
         h_BTD += attended_BTD
         x_BTD = checkpoint_name(self.post_attention_layernorm(h_BTD), "ffn_input")
-        output = BlockOutput(latents=latents if "latents" in self.keep else None)
+        output = BlockOutput(latents=latents if "latents" in self.return_intermediates else None)
         if self.moe:
-            y_BTD, routing, rounds = self.mlp(x_BTD, counted_BT)
+            y_BTD, routing, rounds = self.mlp(x_BTD, token_mask_BT)
             output = output._replace(
                 load_E=routing.load_E,
                 balance_loss=routing.balance_loss,
                 rounds=rounds,
-                chosen_BTK=routing.chosen_BTK if "routes" in self.keep else None,
+                chosen_BTK=routing.chosen_BTK if "routes" in self.return_intermediates else None,
             )
         else:
             y_BTD = self.mlp(x_BTD)
         h_BTD = place_tokens(h_BTD + y_BTD)
-        return h_BTD, output._replace(hidden_BTD=h_BTD if "hidden" in self.keep else None)
+        return h_BTD, output._replace(hidden_BTD=h_BTD if "hidden" in self.return_intermediates else None)

@@ -53,7 +53,7 @@ class Evaluator:
         for batch in batches:
             scores = self._score(variables, *jax.tree.map(self._place, batch))
             nats += float(scores.nats)
-            tokens += int(np.count_nonzero(batch.weights_BT))
+            tokens += int(np.count_nonzero(batch.loss_weight_BT))
             if scores.accepted is not None:
                 accepted = int(scores.accepted) + (accepted or 0)
                 drafted = int(scores.drafted) + (drafted or 0)
@@ -76,7 +76,7 @@ def heldout_scores(
     tokens_BT: jax.Array,
     target_BT: jax.Array,
     weight_BT: jax.Array,
-    starts_BT: jax.Array | None = None,
+    segment_starts_BT: jax.Array | None = None,
     *,
     config: ModelConfig,
 ) -> HeldoutScores:
@@ -91,11 +91,13 @@ def heldout_scores(
       tokens_BT: windows of text.
       target_BT: the tokens one further on.
       weight_BT: 1 where the target is scored, else 0.
-      starts_BT: where the document of each token begins, as in training; None where attention crosses documents.
+      segment_starts_BT: where the document of each token begins, as in training; None where attention crosses documents.
       config: the model.
     """
     has_mtp = config.num_nextn_predict_layers > 0
-    features = DeepSeekV3(config).apply(variables, tokens_BT, mtp=has_mtp, starts_BT=starts_BT, method="features")
+    features = DeepSeekV3(config).apply(
+        variables, tokens_BT, mtp=has_mtp, segment_starts_BT=segment_starts_BT, method="features"
+    )
     head_DV = variables["params"]["lm_head"]["kernel"]
     if not has_mtp:
         nats = cross_entropy(features.h_BTD, head_DV, target_BT, weight_BT, config.loss_chunk)
@@ -104,7 +106,7 @@ def heldout_scores(
     # Of the drafts' loss nothing is asked, so the compiler leaves it out.
     _, draft_BT = cross_entropy_and_greedy(features.mtp_h_BTD[0], head_DV, target_BT, weight_BT, config.loss_chunk)
     # Row i + 1 may live on another device than row i: it is the tokens that travel.
-    counts_BT = depth_weights(weight_BT, starts_BT, 1) > 0
+    counts_BT = depth_weights(weight_BT, segment_starts_BT, 1) > 0
     accepted_BT = counts_BT & (draft_BT == jnp.roll(verified_BT, -1, axis=1))
     return HeldoutScores(nats, jnp.sum(accepted_BT, dtype=jnp.int32), jnp.sum(counts_BT, dtype=jnp.int32))
 

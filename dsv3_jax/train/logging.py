@@ -486,7 +486,8 @@ def keep_batch(run: RunDirectory, batches: TrainBatches, writes: bool, step: int
     """
     file = run.path / f"skipped_step_{step}.npz"
     if writes:
-        arrays = {name: array for name, array in batches[step - 1]._asdict().items() if array is not None}
+        names = "tokens_ABT", "targets_ABT", "weights_ABT", "starts_ABT"  # Of the file, whatever the fields are called.
+        arrays = {name: array for name, array in zip(names, batches[step - 1], strict=True) if array is not None}
         try:
             with file.open("wb") as out:
                 np.savez(out, **arrays)

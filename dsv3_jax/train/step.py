@@ -134,8 +134,12 @@ def gradients(state: TrainState, batch: Batch, values: StepValues, config: Confi
         return part(jax.tree.map(lambda array: array[0], batch), 1.0, None)
 
     # The weights of the whole step come first: a micro-batch's mean is then a part of the step's, whatever it holds.
-    weigh = jax.vmap(depth_weights, (0, 0, None)) if batch.starts_ABT is not None else jax.vmap(depth_weights, (0, None, None))
-    totals = [weigh(batch.weights_ABT, batch.starts_ABT, depth).sum() for depth in depths]
+    weigh = (
+        jax.vmap(depth_weights, (0, 0, None))
+        if batch.segment_starts_ABT is not None
+        else jax.vmap(depth_weights, (0, None, None))
+    )
+    totals = [weigh(batch.loss_weight_ABT, batch.segment_starts_ABT, depth).sum() for depth in depths]
     share = 1 / values.micro_batches.astype(jnp.float32)
 
     def add(number: jax.Array, so_far: tuple[Any, Losses]) -> tuple[Any, Losses]:

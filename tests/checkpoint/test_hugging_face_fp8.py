@@ -21,7 +21,7 @@ from dsv3_jax.config import Config, MeshConfig, ModelConfig
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.kernels.quantized import QuantizedArray, is_quantized
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
-from dsv3_jax.model.mla import Places
+from dsv3_jax.model.mla import CacheMetadata
 from dsv3_jax.model.sharding import place_variables, variable_shardings
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.state import state_of
@@ -162,8 +162,8 @@ def test_logits_over_a_cache(folder: Path, whole_logits_BTV: np.ndarray, sizes: 
     @jax.jit
     def run(variables: Any, tokens_BT: jax.Array) -> jax.Array:
         start_B = jnp.zeros(len(tokens_BT), jnp.int32)
-        _, latents = model.apply(variables, tokens_BT[:, :9], None, Places(start_B), method="extend")
-        h_BTD, _ = model.apply(variables, tokens_BT[:, 9:], latents, Places(start_B + 9), method="extend")
+        _, latents = model.apply(variables, tokens_BT[:, :9], None, CacheMetadata(start_B), method="forward_cached")
+        h_BTD, _ = model.apply(variables, tokens_BT[:, 9:], latents, CacheMetadata(start_B + 9), method="forward_cached")
         return model.apply(variables, h_BTD, method="head")
 
     with jax.set_mesh(mesh):

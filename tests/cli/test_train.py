@@ -324,9 +324,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
 
     def make_bad(self: Any, index: int) -> Any:
         batch = make(self, index)
-        weights = batch.weights_ABT.copy()
+        weights = batch.loss_weight_ABT.copy()
         weights[0, 0, 0] = np.nan if bad(index + 1) else 1.0
-        return batch._replace(weights_ABT=weights)
+        return batch._replace(loss_weight_ABT=weights)
 
     monkeypatch.setattr(batches_module._Steps, "__getitem__", make_bad)
 

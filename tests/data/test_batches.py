@@ -34,11 +34,11 @@ def test_batches_have_the_shape_of_the_run() -> None:
     assert len(batches) == train.steps
     for batch in (batches[0], batches[train.steps - 1], next(batches.iterate())):
         assert isinstance(batch, Batch)
-        arrays = [batch.tokens_ABT, batch.targets_ABT, batch.weights_ABT]
+        arrays = [batch.tokens_ABT, batch.targets_ABT, batch.loss_weight_ABT]
         chex.assert_shape(arrays, (1, 6, 20))
         chex.assert_type(arrays, [np.int32, np.int32, np.float32])
         np.testing.assert_array_equal(batch.tokens_ABT[:, :, 1:], batch.targets_ABT[:, :, :-1])
-        assert batch.starts_ABT is None
+        assert batch.segment_starts_ABT is None
     for step in (-1, train.steps):
         with pytest.raises(IndexError):
             batches[step]
@@ -58,16 +58,16 @@ def test_steps_read_the_rows_one_after_the_other() -> None:
             for array, expected in zip(batch, rows[number], strict=True):
                 np.testing.assert_array_equal(array.reshape(12, 16)[row], expected)
             number += 1
-        assert not batch.weights_ABT.reshape(12, 16)[sizes[-1] :].any()
+        assert not batch.loss_weight_ABT.reshape(12, 16)[sizes[-1] :].any()
     assert set(sizes) == {4, 8, 12}
 
 
 def test_what_a_step_leaves_empty_is_padding() -> None:
     train = config(batch_size=8, micro_batch_size=4, initial_batch_size=4, batch_ramp_tokens=2000, batch_ramp_unit=4)
     batch = batches_of([300], train, across_documents=False)[0]
-    assert batch.starts_ABT is not None
-    assert (batch.starts_ABT[0] >= 0).all()
-    assert (batch.starts_ABT[1] == -1).all()
+    assert batch.segment_starts_ABT is not None
+    assert (batch.segment_starts_ABT[0] >= 0).all()
+    assert (batch.segment_starts_ABT[1] == -1).all()
 
 
 def test_batch_does_not_depend_on_the_number_of_steps() -> None:

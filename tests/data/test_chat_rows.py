@@ -53,8 +53,8 @@ def test_every_answer_is_learnt_once_an_epoch_and_no_prompt(shapes: list[Shape])
         targets: collections.Counter[int] = collections.Counter()
         while sum(seen.values()) < len(answers):
             row = rows[number]
-            seen.update(row.targets_T[row.weights_T == 1].tolist())
-            targets.update(row.targets_T[row.starts_T >= 0].tolist())
+            seen.update(row.targets_T[row.loss_weight_T == 1].tolist())
+            targets.update(row.targets_T[row.segment_starts_T >= 0].tolist())
             number += 1
         assert seen == collections.Counter(answers)
         # No token is lost but the first of each conversation, which has nothing before it.
@@ -69,17 +69,17 @@ def test_conversations_lie_whole_side_by_side(shapes: list[Shape]) -> None:
     rows = ChatRows(stored(conversations), 64, 3)
     for number in range(8):
         row, place = rows[number], 0
-        while place < 64 and row.starts_T[place] >= 0:
+        while place < 64 and row.segment_starts_T[place] >= 0:
             one = by_first[int(row.tokens_T[place])]
             stop = place + one.ids.size - 1
             np.testing.assert_array_equal(row.tokens_T[place:stop], one.ids[:-1])
             np.testing.assert_array_equal(row.targets_T[place:stop], one.ids[1:])
-            np.testing.assert_array_equal(row.weights_T[place:stop], one.is_learnt[1:])
-            assert (row.starts_T[place:stop] == place).all()
+            np.testing.assert_array_equal(row.loss_weight_T[place:stop], one.is_learnt[1:])
+            assert (row.segment_starts_T[place:stop] == place).all()
             place = stop
         assert place > 0
-        assert (row.starts_T[place:] == -1).all()
-        assert not row.weights_T[place:].any()
+        assert (row.segment_starts_T[place:] == -1).all()
+        assert not row.loss_weight_T[place:].any()
         assert not row.tokens_T[place:].any()
 
 
@@ -90,7 +90,7 @@ def test_long_conversations_are_cut_at_the_end_of_a_row_and_counted() -> None:
         "102 tokens in 2 rows, 40.6% of them padding; conversations cut at the end of a row: 2 (tokens: 29), of which left "
         "out, as no answer begins before: 1"
     )
-    learnt = sorted(int(target) for number in (0, 1) for target in rows[number].targets_T[rows[number].weights_T == 1])
+    learnt = sorted(int(target) for number in (0, 1) for target in rows[number].targets_T[rows[number].loss_weight_T == 1])
     assert learnt == [*range(21, 34), *range(99, 103)]
     with pytest.raises(ValueError, match=r"every one of the 1 conversations has a prompt of more than train\.sequence_length"):
         rows_of([((40, 5),)])
@@ -126,10 +126,13 @@ def test_windows_score_each_answer_once_however_long(shapes: list[Shape], length
     conversations = encoded(shapes)
     windows = chat_windows(conversations, batch_size=2, sequence_length=length, across_documents=False)
     batches = list(windows)
-    scored = np.concatenate([batch.targets_BT[batch.weights_BT == 1] for batch in batches])
+    scored = np.concatenate([batch.targets_BT[batch.loss_weight_BT == 1] for batch in batches])
     assert sorted(scored) == sorted(np.concatenate([one.ids[one.is_text] for one in conversations]))
     assert windows.num_bytes == sum(len(one.said) for one in conversations)
     for batch in batches:
-        assert batch.starts_BT is not None
-        assert (batch.starts_BT[batch.weights_BT == 1] >= 0).all()
-    assert next(iter(chat_windows(conversations, batch_size=2, sequence_length=9, across_documents=True))).starts_BT is None
+        assert batch.segment_starts_BT is not None
+        assert (batch.segment_starts_BT[batch.loss_weight_BT == 1] >= 0).all()
+    assert (
+        next(iter(chat_windows(conversations, batch_size=2, sequence_length=9, across_documents=True))).segment_starts_BT
+        is None
+    )

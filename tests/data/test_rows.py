@@ -115,11 +115,13 @@ def test_starts_say_where_the_document_of_each_token_begins() -> None:
     rows = rows_of(tokens)
     for index in range(100):
         row, begins = rows[index], 0
-        for place, (token, start) in enumerate(zip(row.tokens_T.tolist(), row.starts_T.tolist(), strict=True)):
+        for place, (token, start) in enumerate(zip(row.tokens_T.tolist(), row.segment_starts_T.tolist(), strict=True)):
             begins = place if token == BOS else begins
             assert start == begins
-        assert (row.weights_T == 1).all()
-    chex.assert_type([row.tokens_T, row.targets_T, row.starts_T, row.weights_T], [np.int32, np.int32, np.int32, np.float32])
+        assert (row.loss_weight_T == 1).all()
+    chex.assert_type(
+        [row.tokens_T, row.targets_T, row.segment_starts_T, row.loss_weight_T], [np.int32, np.int32, np.int32, np.float32]
+    )
 
 
 def test_ends_are_those_that_are_stored_and_not_ids_that_look_so() -> None:
@@ -128,7 +130,7 @@ def test_ends_are_those_that_are_stored_and_not_ids_that_look_so() -> None:
     read, opens = stream.read(0, 8)
     assert opens.tolist() == [0, 4]
     assert sorted([tuple(read[:4].tolist()), tuple(read[4:].tolist())]) == [(1, 7, 8, 1), (5, 1, 6, 1)]
-    assert set(PackedRows(stream, 8, 0)[0].starts_T.tolist()) <= {0, 1, 5}
+    assert set(PackedRows(stream, 8, 0)[0].segment_starts_T.tolist()) <= {0, 1, 5}
 
 
 def test_rows_of_a_batch_lie_apart() -> None:

@@ -67,7 +67,7 @@ def test_a_lone_source(workplace: Path) -> None:
     assert text.heldout[source].num_bytes == sum(document.num_bytes for document in text.corpus.heldout[source])
     assert text.corpus.report.count("\n") == 0
     assert text.epochs(100)[source] == pytest.approx(3200 / text.rows._stream.epoch_length)
-    assert (text.rows[5].weights_T == 1).all()
+    assert (text.rows[5].loss_weight_T == 1).all()
 
 
 def test_a_prepared_source_brings_its_tokenizer(workplace: Path) -> None:
@@ -148,16 +148,16 @@ def test_conversations(workplace: Path) -> None:
     model = ModelConfig(vocab_size=400, bos_token_id=IDS[BOS], eos_token_id=IDS[EOS])
     text = made(workplace, model=model, mixture=((one, 1.0), (other, 1.0)), **chat)
     row = text.rows[0]
-    said = text.tokenizer.decode(row.targets_T[row.weights_T == 1].tolist())
+    said = text.tokenizer.decode(row.targets_T[row.loss_weight_T == 1].tolist())
     assert said
     assert "?" not in said
     assert IDS[USER] in row.tokens_T
     assert "conversations cut at the end of a row: 0 (tokens: 0)" in text.corpus.report
     for windows, documents in zip(text.heldout.values(), text.corpus.heldout.values(), strict=True):
         batch = next(iter(windows))
-        assert batch.starts_BT is not None
+        assert batch.segment_starts_BT is not None
         assert windows.num_bytes == sum(document.num_bytes for document in documents)
-        decoded = text.tokenizer.decode(np.concatenate([b.targets_BT[b.weights_BT == 1] for b in windows]).tolist())
+        decoded = text.tokenizer.decode(np.concatenate([b.targets_BT[b.loss_weight_BT == 1] for b in windows]).tolist())
         assert sorted(decoded) == sorted("".join(document.text for document in documents))
 
 

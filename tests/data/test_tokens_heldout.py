@@ -38,13 +38,13 @@ def test_every_byte_is_scored_once_in_order(batch_size: int, sequence_length: in
     batches = list(heldout)
     assert len(batches) == len(heldout)
     for batch in batches:
-        arrays = [batch.tokens_BT, batch.targets_BT, batch.weights_BT]
+        arrays = [batch.tokens_BT, batch.targets_BT, batch.loss_weight_BT]
         chex.assert_shape(arrays, (batch_size, sequence_length))
         chex.assert_type(arrays, [np.int32, np.int32, np.float32])
-        assert batch.starts_BT is None
-        assert set(np.unique(batch.weights_BT)) <= {0, 1}
+        assert batch.segment_starts_BT is None
+        assert set(np.unique(batch.loss_weight_BT)) <= {0, 1}
     targets = np.concatenate([batch.targets_BT.ravel() for batch in batches])
-    scored = np.concatenate([batch.weights_BT.ravel() for batch in batches]) == 1
+    scored = np.concatenate([batch.loss_weight_BT.ravel() for batch in batches]) == 1
     assert TOKENIZER.decode(targets[scored].tolist()) == "".join(document.text for document in DOCUMENTS)
     assert scored.sum() == sum(len(TOKENIZER.encode(document.text)) for document in DOCUMENTS)
     assert heldout.num_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
@@ -63,7 +63,7 @@ def test_windows_cut_one_stream_and_carry_the_token_before(bos: int | None, eos:
     np.testing.assert_array_equal(tokens[: len(stream) - 1], stream[:-1])
     np.testing.assert_array_equal(targets[: len(stream) - 1], stream[1:])
     assert not tokens[len(stream) - 1 :].any()
-    assert not np.concatenate([batch.weights_BT.ravel() for batch in batches])[len(stream) - 1 :].any()
+    assert not np.concatenate([batch.loss_weight_BT.ravel() for batch in batches])[len(stream) - 1 :].any()
 
 
 @pytest.mark.parametrize("bos", [0, None])
@@ -72,7 +72,7 @@ def test_starts_say_where_in_its_window_a_document_begins(bos: int | None) -> No
     heldout = HeldoutWindows(DOCUMENTS, TOKENIZER, model, batch_size=3, sequence_length=10, across_documents=False)
     batches = list(heldout)
     tokens = np.concatenate([batch.tokens_BT for batch in batches])
-    starts = np.concatenate([batch.starts_BT for batch in batches])
+    starts = np.concatenate([batch.segment_starts_BT for batch in batches])
     length = 1 + sum(len(TOKENIZER.encode(document.text)) + (1 if bos is None else 2) for document in DOCUMENTS) - 1
     for number, (row, row_starts) in enumerate(zip(tokens.tolist(), starts.tolist(), strict=True)):
         begins = 0
@@ -102,7 +102,7 @@ def test_sample_is_spread_over_the_text_and_always_the_same() -> None:
 
 def test_bits_per_byte_of_a_uniform_model() -> None:
     heldout = windows()
-    num_tokens = sum(float(batch.weights_BT.sum()) for batch in heldout)
+    num_tokens = sum(float(batch.loss_weight_BT.sum()) for batch in heldout)
     assert heldout.bits_per_byte(num_tokens * math.log(256)) == pytest.approx(8 * num_tokens / heldout.num_bytes)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import ROWS, append, bytes_per_token, cached_layers, empty_cache
-from dsv3_jax.model.mla import Latents, Places
+from dsv3_jax.model.mla import CacheMetadata, Latents
 from dsv3_jax.parallel.mesh import make_mesh
 from tests.model.tiny import CONFIG, DENSE_ONLY, MOE_ONLY
 
@@ -46,22 +46,22 @@ def test_append_writes_where_the_table_says_and_nowhere_else() -> None:
     """Three sequences with 0, 5 and 7 tokens in pages of 4, T = 6 new ones each; the last one's table ends early."""
     rng = np.random.default_rng(0)
     pages, size, T = 7, 4, 6
-    table_BJ = np.array([[5, 0, 7], [2, 6, 4], [1, 3, 7]])  # Page 7 is none.
-    length_B = np.array([0, 5, 7])
+    page_table_BJ = np.array([[5, 0, 7], [2, 6, 4], [1, 3, 7]])  # Page 7 is none.
+    cached_length_B = np.array([0, 5, 7])
     old = {"moe_layers_0": [rng.standard_normal((pages, size, width)).astype(np.float32) for width in (3, 2)]}
     new = {"moe_layers_0": [rng.standard_normal((3, T, width)).astype(np.float32) for width in (3, 2)]}
     other = Latents(jnp.ones((pages, size, 3)), jnp.ones((pages, size, 2)))
     cache = {"dense_layers_0": other, **{name: Latents(*map(jnp.asarray, arrays)) for name, arrays in old.items()}}
     latents = {name: Latents(*map(jnp.asarray, arrays)) for name, arrays in new.items()}
-    found = jax.jit(append)(cache, latents, Places(jnp.asarray(length_B), jnp.asarray(table_BJ)))
+    found = jax.jit(append)(cache, latents, CacheMetadata(jnp.asarray(cached_length_B), jnp.asarray(page_table_BJ)))
     written = 0
     for b in range(3):
         for t in range(T):
-            page, place = divmod(length_B[b] + t, size)
-            if page < 3 and table_BJ[b, page] < pages:
+            page, place = divmod(cached_length_B[b] + t, size)
+            if page < 3 and page_table_BJ[b, page] < pages:
                 written += 1
                 for pool, fresh in zip(old["moe_layers_0"], new["moe_layers_0"], strict=True):
-                    pool[table_BJ[b, page], place] = fresh[b, t]
+                    pool[page_table_BJ[b, page], place] = fresh[b, t]
     assert written == 6 + 6 + 1
     for array, expected in zip(found["moe_layers_0"], old["moe_layers_0"], strict=True):
         np.testing.assert_array_equal(array, expected)
@@ -71,7 +71,7 @@ def test_append_writes_where_the_table_says_and_nowhere_else() -> None:
 def test_append_stores_in_the_dtype_of_the_cache() -> None:
     cache = {"moe_layers_0": Latents(*(jnp.zeros((1, 4, 2), jnp.bfloat16),) * 2)}
     new = {"moe_layers_0": Latents(*(jnp.full((1, 1, 2), 1 + 2**-10),) * 2)}
-    stored = append(cache, new, Places(jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32)))["moe_layers_0"]
+    stored = append(cache, new, CacheMetadata(jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), jnp.int32)))["moe_layers_0"]
     chex.assert_type(list(stored), jnp.bfloat16)
     assert float(stored.c_kv[0, 0, 0]) == 1
 
@@ -85,7 +85,7 @@ def test_on_a_mesh_a_table_names_its_own_devices_pages() -> None:
     widths = DENSE_ONLY.kv_lora_rank, DENSE_ONLY.qk_rope_head_dim
     row_B11 = jnp.arange(1.0, 5)[:, None, None]
     new = {name: Latents(*(jnp.broadcast_to(row_B11, (4, 1, width)) for width in widths)) for name in names}
-    places = Places(jnp.array([0, 1, 2, 3]), jnp.array([[1], [0], [2], [1]]))  # The third sequence's page is none.
+    places = CacheMetadata(jnp.array([0, 1, 2, 3]), jnp.array([[1], [0], [2], [1]]))  # The third sequence's page is none.
     with jax.set_mesh(mesh):
         rows = NamedSharding(mesh, ROWS)
         found = jax.jit(append)(cache, jax.device_put(new, rows), jax.device_put(places, rows))

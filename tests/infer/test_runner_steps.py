@@ -14,7 +14,7 @@ import pytest
 from dsv3_jax.infer.cache import Cache, append, empty_cache
 from dsv3_jax.infer.runner import Chunks, Drawn, Slots, decode, prefill
 from dsv3_jax.model import DeepSeekV3, unstack
-from dsv3_jax.model.mla import Places, expanding_pays
+from dsv3_jax.model.mla import CacheMetadata, expanding_pays
 from tests.model.tiny import CONFIG as WITH_MTP
 from tests.model.tiny import random_tokens, random_variables
 from tests.tolerances import TOLERANCE
@@ -50,10 +50,10 @@ def rows_of(cache: Cache, name: str, b: int) -> list[np.ndarray]:
     return [np.asarray(pages)[TABLE_BJ[b]].reshape(-1, pages.shape[-1]) for pages in cache[name]]
 
 
-def assert_holds(cache: Cache, whole: Any, length_B: list[int]) -> None:
+def assert_holds(cache: Cache, whole: Any, cached_length_B: list[int]) -> None:
     """The pages hold the latents of each sequence's first tokens; the depth's do too, whose last row knows one token more."""
     for name, output in whole.outputs.items():
-        for b, length in enumerate(length_B):
+        for b, length in enumerate(cached_length_B):
             for found, expected in zip(rows_of(cache, name, b), output.latents, strict=True):
                 np.testing.assert_allclose(found[:length], expected[b, :length], **TOLERANCE["float32"], err_msg=name)
 
@@ -64,10 +64,10 @@ head = jax.jit(functools.partial(MODEL.apply, method="head"))
 
 @jax.jit
 def extend(
-    variables: Any, tokens_BT: jax.Array, ahead_BT: jax.Array, cache: Cache, places: Places
+    variables: Any, tokens_BT: jax.Array, ahead_BT: jax.Array, cache: Cache, places: CacheMetadata
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """The states of tokens and, with the tokens ahead of each, those of the depth; and the cache with both."""
-    h_BTD, new = MODEL.apply(variables, tokens_BT, cache, places, method="extend")
+    h_BTD, new = MODEL.apply(variables, tokens_BT, cache, places, method="forward_cached")
     normed_BTD, own = MODEL.apply(variables, h_BTD, ahead_BT, cache["mtp_0"], places, method="draft")
     return h_BTD, normed_BTD, append(cache, {**new, "mtp_0": own}, places)
 
@@ -79,12 +79,12 @@ def test_extending_in_pieces_is_the_whole_forward_pass(variables: dict, whole: A
     assert expanding_pays(CONFIG, 20), "the last case should take the materialised form"
     cache = poisoned()
     for start in range(0, T - size + 1, size):
-        length_B = np.array([start, max(start - size, 0)], np.int32)
-        rows_BT = length_B[:, None] + np.arange(size)
+        cached_length_B = np.array([start, max(start - size, 0)], np.int32)
+        rows_BT = cached_length_B[:, None] + np.arange(size)
         # The depth sees the token ahead; the whole run's last row has none.
         ahead_BT = np.take_along_axis(TOKENS_BT, np.minimum(rows_BT + 1, T - 1), axis=1)
         tokens_BT = np.take_along_axis(TOKENS_BT, rows_BT, axis=1)
-        h_BTD, normed_BTD, cache = extend(variables, tokens_BT, ahead_BT, cache, Places(length_B, TABLE_BJ))
+        h_BTD, normed_BTD, cache = extend(variables, tokens_BT, ahead_BT, cache, CacheMetadata(cached_length_B, TABLE_BJ))
         expected = np.take_along_axis(np.asarray(whole.h_BTD), rows_BT[..., None], axis=1)
         np.testing.assert_allclose(h_BTD, expected, **TOLERANCE["float32"])
         inside = rows_BT < T - 1
@@ -115,7 +115,7 @@ def test_prefill_draws_from_the_last_logits_and_stores_latents(variables: dict, 
     token = int(head(variables, whole.h_BTD)[1, 12].argmax())
     assert drawn.token_BT.tolist() == [[token]]
     assert slots.token_B.tolist() == [0, token]
-    assert slots.length_B.tolist() == [0, 13]
+    assert slots.cached_length_B.tolist() == [0, 13]
     # The depth's row 12 knows the token that was drawn, and not the one of the whole run.
     ahead = TOKENS_BT.copy()
     ahead[1, 13] = token
@@ -171,7 +171,7 @@ def test_decode_is_greedy_over_the_whole_text_whatever_was_drafted(variables: di
             assert token == following(text)
             text.append(token)
         assert int(drawn.count_B[1]) == 0
-        assert int(slots.length_B[0]) == len(text) - 1
+        assert int(slots.cached_length_B[0]) == len(text) - 1
         jax.tree.map(np.testing.assert_array_equal, idle, jax.tree.map(lambda leaf: leaf[1], slots))
     assert counts[0] >= 1 + min(drafts, 1)
     # The cache holds the text's latents but its last token's, the depth's among them.

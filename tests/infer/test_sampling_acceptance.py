@@ -34,27 +34,27 @@ MODEL, DRAFTER = tables(0, 0.7), tables(1, 0.7)
 
 
 @jax.jit
-def step(text_BS: jax.Array, length_B: jax.Array, draft_stream: Any) -> tuple[jax.Array, jax.Array]:
+def step(text_BS: jax.Array, cached_length_B: jax.Array, draft_stream: Any) -> tuple[jax.Array, jax.Array]:
     """A speculative step of all sequences: their texts with the new tokens, and how many of those count."""
     model, drafter = np.asarray(MODEL, np.float32), np.asarray(DRAFTER, np.float32)
     seed_B, row_B1 = jnp.arange(COUNT, dtype=jnp.uint32), jnp.arange(COUNT)[:, None]
-    before_B, last_B = (text_BS[row_B1[:, 0], length_B - i] for i in (2, 1))
+    before_B, last_B = (text_BS[row_B1[:, 0], cached_length_B - i] for i in (2, 1))
     target, drafts, probs = [jnp.asarray(model)[before_B, last_B]], [], []
     for i in range(N):
         probs.append(jnp.asarray(drafter)[before_B, last_B])
-        drafts.append(draw(probs[-1], seed_B, length_B + i, draft_stream))
+        drafts.append(draw(probs[-1], seed_B, cached_length_B + i, draft_stream))
         before_B, last_B = last_B, drafts[-1]
         target.append(jnp.asarray(model)[before_B, last_B])
-    tokens_BT, count_B = verify(jnp.stack(target, 1), jnp.stack(probs, 1), jnp.stack(drafts, 1), seed_B, length_B)
+    tokens_BT, count_B = verify(jnp.stack(target, 1), jnp.stack(probs, 1), jnp.stack(drafts, 1), seed_B, cached_length_B)
     # What a count leaves out is written too, and overwritten by the next step.
-    return text_BS.at[row_B1, length_B[:, None] + jnp.arange(N + 1)].set(tokens_BT), count_B
+    return text_BS.at[row_B1, cached_length_B[:, None] + jnp.arange(N + 1)].set(tokens_BT), count_B
 
 
 BIASED = "all drafts accepted", "a threshold in place of chance", "rejected drafts replaced by the model's draw"
 
 
 @jax.jit
-def biased_step(text_BS: jax.Array, length_B: jax.Array, rule: Any) -> tuple[jax.Array, jax.Array]:
+def biased_step(text_BS: jax.Array, cached_length_B: jax.Array, rule: Any) -> tuple[jax.Array, jax.Array]:
     """The same by one of the rules that are `BIASED`."""
     is_accepted, residual = sampling.is_accepted, sampling.residual
 
@@ -64,7 +64,7 @@ def biased_step(text_BS: jax.Array, length_B: jax.Array, rule: Any) -> tuple[jax
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "is_accepted", accepts)
         patch.setattr(sampling, "residual", lambda p, q: jnp.where(rule == 2, p, residual(p, q)))
-        return step.__wrapped__(text_BS, length_B, Stream.DRAFT)
+        return step.__wrapped__(text_BS, cached_length_B, Stream.DRAFT)
 
 
 def generated(step: Callable[..., tuple[jax.Array, jax.Array]], variant: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,13 +75,13 @@ def generated(step: Callable[..., tuple[jax.Array, jax.Array]], variant: int) ->
     """
     text_BS = np.full((COUNT, PLACE + 2 * NEW + N), -1, np.int32)
     text_BS[:, :PLACE] = PROMPT
-    length_B, counts = np.full(COUNT, PLACE, np.int32), []
+    cached_length_B, counts = np.full(COUNT, PLACE, np.int32), []
     for _ in range(NEW):
-        text_BS, count_B = map(np.asarray, step(text_BS, length_B, variant))
+        text_BS, count_B = map(np.asarray, step(text_BS, cached_length_B, variant))
         # Sequences that have their tokens stay where they are.
-        length_B = np.where(length_B < PLACE + NEW, length_B + count_B, length_B)
+        cached_length_B = np.where(cached_length_B < PLACE + NEW, cached_length_B + count_B, cached_length_B)
         counts.append(count_B)
-    assert (length_B >= PLACE + NEW).all()
+    assert (cached_length_B >= PLACE + NEW).all()
     return text_BS[:, PLACE : PLACE + NEW], np.stack(counts, 1)
 
 

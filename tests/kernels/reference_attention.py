@@ -62,9 +62,11 @@ def expected_of(arrays: list[np.ndarray], scale: float = SCALE, seen_BTS: np.nda
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_gradients(attend: Callable[..., jax.Array], arrays: list[jax.Array], starts_BT: Any = None) -> tuple[Any, Any]:
-    """Of `attend(q, k, v, [starts_BT=])`, at q, k, v and output gradient; one function is compiled once for each shape."""
-    documents = {} if starts_BT is None else {"starts_BT": starts_BT}
+def value_and_gradients(
+    attend: Callable[..., jax.Array], arrays: list[jax.Array], segment_starts_BT: Any = None
+) -> tuple[Any, Any]:
+    """Of `attend(q, k, v, [segment_starts_BT=])`, at q, k, v and output gradient; compiled once for each shape."""
+    documents = {} if segment_starts_BT is None else {"segment_starts_BT": segment_starts_BT}
     o, pullback = jax.vjp(functools.partial(attend, **documents), *arrays[:3])
     return o, pullback(arrays[3])
 
@@ -80,7 +82,7 @@ def assert_is_attention(found: tuple[Any, Any], expected: tuple[Any, Any], array
 
 
 def in_parts(
-    part_of: Callable[..., jax.Array], parts: int, q: jax.Array, k: jax.Array, v: jax.Array, starts_BT: Any = None
+    part_of: Callable[..., jax.Array], parts: int, q: jax.Array, k: jax.Array, v: jax.Array, segment_starts_BT: Any = None
 ) -> jax.Array:
     """Each part of the queries against all keys, its place known only while it runs."""
 
@@ -88,11 +90,11 @@ def in_parts(
         return array.reshape(array.shape[0], parts, -1, *array.shape[2:]).swapaxes(0, 1)
 
     def one(part: tuple[jax.Array, jax.Array, Any]) -> jax.Array:
-        q, first, starts_BT = part
-        return part_of(q, k, v, first=first, starts_BT=starts_BT)
+        q, first, segment_starts_BT = part
+        return part_of(q, k, v, first=first, segment_starts_BT=segment_starts_BT)
 
     firsts = jnp.arange(parts) * (q.shape[1] // parts)
-    o = jax.lax.map(one, (split(q), firsts, None if starts_BT is None else split(starts_BT)))
+    o = jax.lax.map(one, (split(q), firsts, None if segment_starts_BT is None else split(segment_starts_BT)))
     return o.swapaxes(0, 1).reshape(*q.shape[:3], -1)
 
 
@@ -117,18 +119,18 @@ def pack(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Documents in rows, by their lengths; a negative length is so much padding, and what is left of a row is padding, too.
 
     Returns:
-      starts_BT: where the document of each token begins, -1 for padding: int32.
+      segment_starts_BT: where the document of each token begins, -1 for padding: int32.
       seen_BTS: what each token sees, which is every token of its document up to itself; padding sees itself.
     """
-    starts_BT = np.full((len(rows), length), -1, np.int32)
+    segment_starts_BT = np.full((len(rows), length), -1, np.int32)
     seen_BTS = np.tile(np.eye(length, dtype=bool), (len(rows), 1, 1))
     for b, sizes in enumerate(rows):
         begin = 0
         for size in sizes:
             end = begin + abs(size)
             if size > 0:
-                starts_BT[b, begin:end] = begin
+                segment_starts_BT[b, begin:end] = begin
                 seen_BTS[b, begin:end, begin:end] = np.tri(size, dtype=bool)
             begin = end
         assert begin <= length, "the documents do not fit"
-    return starts_BT, seen_BTS
+    return segment_starts_BT, seen_BTS

@@ -40,10 +40,10 @@ from tests.tolerances import TOLERANCE
 def assert_stays_within_documents(
     attend: Callable[..., jax.Array], arrays: list[np.ndarray], rows: list[list[int]], dtype: str
 ) -> None:
-    """`attend(q, k, v, starts_BT=)` at SCALE: values and gradients, which are not those of attention across documents."""
-    starts_BT, seen_BTS = pack(rows, arrays[0].shape[1])
+    """`attend(q, k, v, segment_starts_BT=)` at SCALE: values and gradients, unlike those of attention across documents."""
+    segment_starts_BT, seen_BTS = pack(rows, arrays[0].shape[1])
     expected, across = (expected_of(arrays, seen_BTS=seen) for seen in (seen_BTS, None))
-    assert_is_attention(value_and_gradients(attend, arrays, starts_BT), expected, arrays, dtype)
+    assert_is_attention(value_and_gradients(attend, arrays, segment_starts_BT), expected, arrays, dtype)
     for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(across), strict=True):
         unit = max(1.0, np.abs(one).max())
         assert np.abs(one - other).max() > 10 * unit * TOLERANCE[dtype]["atol"], "a mask that is ignored would not show"
@@ -132,10 +132,10 @@ def test_the_chunked_loop_passes_over_the_tiles_that_no_query_of_a_tile_sees() -
     """NaN in the values there would otherwise show: a probability of zero times NaN is NaN."""
     q, k, v, do = draw(32, 2)
     v[:, :16], do[:, :16] = np.nan, 0
-    starts_BT, _ = pack([[16, 16], [-4, 12, 8, 8]], 32)
+    segment_starts_BT, _ = pack([[16, 16], [-4, 12, 8, 8]], 32)
 
     within = functools.partial(causal_attention, scale=SCALE, chunk=8)
-    o, (dq, dk, dv) = value_and_gradients(within, [q, k, v, do], starts_BT)
+    o, (dq, dk, dv) = value_and_gradients(within, [q, k, v, do], segment_starts_BT)
     chex.assert_tree_all_finite([array[:, 16:] for array in (o, dq, dk, dv)])
 
 
@@ -209,9 +209,9 @@ def test_the_table_skips_what_no_query_sees_and_fetches_what_runs_next(
     seed: int, block_q: int, block_kv: int, first: int, queries_innermost: bool
 ) -> None:
     queries, keys = 256, 512
-    starts_BT, seen_BTS = pack(random_rows(2, keys, seed), keys)
+    segment_starts_BT, seen_BTS = pack(random_rows(2, keys, seed), keys)
     mine = slice(first, first + queries)
-    earliest = np.asarray(first_seen(starts_BT[:, mine], first)).min(0)
+    earliest = np.asarray(first_seen(segment_starts_BT[:, mine], first)).min(0)
     info = table(first, earliest, keys, block_q, block_kv, queries_innermost=queries_innermost)
     kinds, fetched = (np.asarray(array)[0] for array in (info.block_mask, info.data_next))
     tiles = seen_BTS[:, mine].any(0).reshape(queries // block_q, block_q, keys // block_kv, block_kv).any((1, 3))
@@ -246,8 +246,8 @@ def test_splash_compiles_for_tpus(chip: str, batch: int, length: int, tpu_compil
     def shape(*axes: int, of: str = "bfloat16") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(axes, of, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, starts_BT: jax.Array, first: jax.Array) -> Any:
-        attend = functools.partial(splash_attention, scale=SCALE, starts_BT=starts_BT, first=first)
+    def both(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, segment_starts_BT: jax.Array, first: jax.Array) -> Any:
+        attend = functools.partial(splash_attention, scale=SCALE, segment_starts_BT=segment_starts_BT, first=first)
         o, pullback = jax.vjp(attend, q, k, v)
         return o, pullback(do)
 
@@ -267,10 +267,10 @@ def test_splash_compiles_for_tpus(chip: str, batch: int, length: int, tpu_compil
 @functools.cache
 def on_one_device() -> tuple[np.ndarray, Any, Any]:
     """Where the documents of four rows begin, and `layers_on` one device with them and without, by the chunked loop."""
-    starts_BT, _ = pack([[70, 200, 30], [160, 160], [LENGTH], random_rows(1, LENGTH, 9)[0]], LENGTH)
-    within, across = layers_on(None, starts_BT, np.zeros_like(starts_BT))
+    segment_starts_BT, _ = pack([[70, 200, 30], [160, 160], [LENGTH], random_rows(1, LENGTH, 9)[0]], LENGTH)
+    within, across = layers_on(None, segment_starts_BT, np.zeros_like(segment_starts_BT))
     assert abs(within[0] - across[0]) > 1, "a mask that is ignored would not show"
-    return starts_BT, within, across
+    return segment_starts_BT, within, across
 
 
 MESH, OTHER_MESH = {"context": 2, "tensor": 2, "fsdp": 2}, {"context": 4, "data": 2}
@@ -294,10 +294,10 @@ def test_layers_on_a_mesh_are_those_of_one_device(
     interpreted: Callable[[], None],  # noqa: F811
 ) -> None:
     """Documents go on from device to device, and rows have their own; a query's place differs by device."""
-    starts_BT, within, across = on_one_device()
+    segment_starts_BT, within, across = on_one_device()
     if backend == "splash":
         interpreted()
-    (found,) = layers_on(make_mesh(MeshConfig(**sizes)), starts_BT if documents else None)
+    (found,) = layers_on(make_mesh(MeshConfig(**sizes)), segment_starts_BT if documents else None)
     assert_alike(found, within if documents else across)
 
 
@@ -317,14 +317,14 @@ def test_kernels_for_gpus_are_passed_over_or_refused(monkeypatch: pytest.MonkeyP
         choose_attention("pallas_gpu", *asked, documents=True)
     q, k, v, _ = draw(4, 4, "bfloat16")
     with pytest.raises(ValueError, match="'pallas_gpu' attends across the documents of a row"):
-        attend(q, k, v, scale=SCALE, chunk=4, starts_BT=np.zeros((2, 4), np.int32), backend="pallas_gpu")
+        attend(q, k, v, scale=SCALE, chunk=4, segment_starts_BT=np.zeros((2, 4), np.int32), backend="pallas_gpu")
 
 
 def test_the_first_key_and_the_token_ahead() -> None:
-    starts_BT = np.array([[0, 0, 0, 3, -1, -1], [-1, 1, 1, 1, 4, 4]], np.int32)
-    assert first_seen(starts_BT, 0).tolist() == [[0, 0, 0, 3, 4, 5], [0, 1, 1, 1, 4, 4]]
-    assert first_seen(starts_BT[:, 3:], 3).tolist() == [[3, 4, 5], [1, 4, 4]]
-    assert has_ahead(starts_BT, 0).tolist() == [[True] * 4 + [False] * 2, [False] + [True] * 5]
-    assert has_ahead(starts_BT, 1).astype(int).tolist() == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0]]
-    assert has_ahead(starts_BT, 2).astype(int).tolist() == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]
-    assert not has_ahead(starts_BT, 6).any()
+    segment_starts_BT = np.array([[0, 0, 0, 3, -1, -1], [-1, 1, 1, 1, 4, 4]], np.int32)
+    assert first_seen(segment_starts_BT, 0).tolist() == [[0, 0, 0, 3, 4, 5], [0, 1, 1, 1, 4, 4]]
+    assert first_seen(segment_starts_BT[:, 3:], 3).tolist() == [[3, 4, 5], [1, 4, 4]]
+    assert has_ahead(segment_starts_BT, 0).tolist() == [[True] * 4 + [False] * 2, [False] + [True] * 5]
+    assert has_ahead(segment_starts_BT, 1).astype(int).tolist() == [[1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0]]
+    assert has_ahead(segment_starts_BT, 2).astype(int).tolist() == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]
+    assert not has_ahead(segment_starts_BT, 6).any()

@@ -55,12 +55,12 @@ def case(
     """
     rng = np.random.default_rng(new)
     C, P = widths
-    length_B = np.array(LENGTHS, np.int32)
-    B, S = len(length_B), ROOM
+    cached_length_B = np.array(LENGTHS, np.int32)
+    B, S = len(cached_length_B), ROOM
     shapes = {"q": (new, N, C), "q_rope": (new, N, P), "latent": (new, C), "rope": (new, P), "old": (S, C), "old_rope": (S, P)}
     arrays = {name: rng.standard_normal((B, *shape)).astype(DTYPES[dtype]) for name, shape in shapes.items()}
     expected = np.zeros((B, new, N, C))
-    for b, past in enumerate(np.minimum(length_B, S)):
+    for b, past in enumerate(np.minimum(cached_length_B, S)):
         x = {name: array[b].astype(np.float64) for name, array in arrays.items()}
         latent_SC, rope_SP = (np.concatenate([x[f"old{k}"][:past], x[own]]) for k, own in (("", "latent"), ("_rope", "rope")))
         expected[b] = naive(x["q"], x["q_rope"], latent_SC, rope_SP, past)
@@ -68,16 +68,21 @@ def case(
         arrays["old_rope"][b, past:] = np.inf if b % 2 else np.nan
     *own, old, old_rope = arrays.values()
     if page is None:
-        return own, CachedLatents(old, old_rope), length_B, expected
+        return own, CachedLatents(old, old_rope), cached_length_B, expected
 
     J, spare = S // page, 5
-    table_BJ = rng.permutation(B * J + spare)[: B * J].reshape(B, J).astype(np.int32)
+    page_table_BJ = rng.permutation(B * J + spare)[: B * J].reshape(B, J).astype(np.int32)
     pools = [np.full((B * J + spare, page, a.shape[-1]), np.nan, a.dtype) for a in (old, old_rope)]
     for pool, a in zip(pools, (old, old_rope), strict=True):
-        pool[table_BJ] = a.reshape(B, J, page, -1)
-    past_end_BJ = np.arange(J) * page >= length_B[:, None]
+        pool[page_table_BJ] = a.reshape(B, J, page, -1)
+    past_end_BJ = np.arange(J) * page >= cached_length_B[:, None]
     nowhere_BJ = rng.choice(np.array([-1, -7, B * J + spare, 2**31 - 1, -(2**31)]), (B, J))
-    return own, CachedLatents(*pools, np.where(past_end_BJ, nowhere_BJ, table_BJ).astype(np.int32)), length_B, expected
+    return (
+        own,
+        CachedLatents(*pools, np.where(past_end_BJ, nowhere_BJ, page_table_BJ).astype(np.int32)),
+        cached_length_B,
+        expected,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +93,8 @@ def interpreted_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="backend")
-def run(own: list[jax.Array], cached: CachedLatents, length_B: jax.Array, backend: str) -> jax.Array:
-    return latent_attention(*own, cached, length_B, scale=SCALE, backend=backend)
+def run(own: list[jax.Array], cached: CachedLatents, cached_length_B: jax.Array, backend: str) -> jax.Array:
+    return latent_attention(*own, cached, cached_length_B, scale=SCALE, backend=backend)
 
 
 # Backends, new tokens, dtypes and pages: each with each other.
@@ -117,8 +122,8 @@ NIGHTLY = [
 )
 def test_latent_attention(backend: str, new: int, dtype: str, page: int | None, capfd: Any) -> None:
     """Mixed lengths, around the borders of blocks, and sequences without a past; garbage wherever no token is."""
-    own, cached, length_B, expected = case(new, dtype, page)
-    found = run(own, cached, length_B, backend)
+    own, cached, cached_length_B, expected = case(new, dtype, page)
+    found = run(own, cached, cached_length_B, backend)
     chex.assert_shape(found, expected.shape)
     assert found.dtype == DTYPES[dtype]
     chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE[dtype])
@@ -127,7 +132,7 @@ def test_latent_attention(backend: str, new: int, dtype: str, page: int | None, 
 
 def test_no_backend_is_given_an_entry_that_names_no_page(monkeypatch: Any) -> None:
     """The kernel fetches whole blocks and does not check where from; an interpreter would clip the entries itself."""
-    own, cached, length_B = jax.tree.map(jnp.asarray, case(1, "float32", 128)[:3])
+    own, cached, cached_length_B = jax.tree.map(jnp.asarray, case(1, "float32", 128)[:3])
     pages = len(cached.latent_YZC)
     given: list[np.ndarray] = []
 
@@ -136,18 +141,18 @@ def test_no_backend_is_given_an_entry_that_names_no_page(monkeypatch: Any) -> No
         return q_latent_BTNC, q_latent_BTNC[..., 0]
 
     monkeypatch.setitem(contract._BACKENDS, "pallas_tpu", past)
-    latent_attention(*own, cached, length_B, scale=SCALE, backend="pallas_tpu")
-    (table_BJ,) = given
-    chex.assert_trees_all_equal(table_BJ, np.clip(np.asarray(cached.table_BJ), 0, pages - 1))
+    latent_attention(*own, cached, cached_length_B, scale=SCALE, backend="pallas_tpu")
+    (page_table_BJ,) = given
+    chex.assert_trees_all_equal(page_table_BJ, np.clip(np.asarray(cached.page_table_BJ), 0, pages - 1))
 
 
 @pytest.mark.parametrize(("backend", "dtype", "page"), [("chunked", "float32", 128), ("strict", "bfloat16", None)])
 def test_without_a_past_there_is_only_the_tokens_own_attention(backend: str, dtype: str, page: int | None) -> None:
     """To the bit, whatever the cache holds."""
-    own, cached, length_B, _ = case(3, dtype, page)
-    garbage = run(own, cached, np.zeros_like(length_B), backend)
-    zeros = run(own, jax.tree.map(np.zeros_like, cached), np.zeros_like(length_B), backend)
-    expected = np.stack([naive(*(a[b].astype(np.float64) for a in own), past=0) for b in range(len(length_B))])
+    own, cached, cached_length_B, _ = case(3, dtype, page)
+    garbage = run(own, cached, np.zeros_like(cached_length_B), backend)
+    zeros = run(own, jax.tree.map(np.zeros_like, cached), np.zeros_like(cached_length_B), backend)
+    expected = np.stack([naive(*(a[b].astype(np.float64) for a in own), past=0) for b in range(len(cached_length_B))])
     chex.assert_trees_all_equal(garbage, zeros)
     chex.assert_trees_all_close(np.asarray(garbage, np.float64), expected, **TOLERANCE[dtype])
 
@@ -170,9 +175,9 @@ def test_large_logits_neither_overflow_nor_lose_the_row(backend: str) -> None:
 
 @pytest.mark.parametrize("page", [None, 128])
 def test_no_array_has_all_heads_and_a_whole_cache(page: int | None) -> None:
-    own, cached, length_B, _ = case(1, "float32", page)
+    own, cached, cached_length_B, _ = case(1, "float32", page)
     attend = functools.partial(latent_attention, scale=SCALE, backend="chunked")
-    shapes = intermediate_shapes(attend, *own, cached, length_B)
+    shapes = intermediate_shapes(attend, *own, cached, cached_length_B)
     assert any(N in shape and 512 in shape for shape in shapes), "the search does not find the logits of a chunk"
     assert {shape for shape in shapes if N in shape and max(shape) >= 1000} == set()
 
@@ -183,12 +188,14 @@ def test_on_a_mesh_each_device_has_its_sequences(backend: str) -> None:
 
     JAX cannot check the interpreted kernel there (hlo_interpreter.py); the compiled one is checked below.
     """
-    own, cached, length_B, expected = (jax.tree.map(lambda a: a[:4], tree) for tree in case(1, "float32", None))
+    own, cached, cached_length_B, expected = (jax.tree.map(lambda a: a[:4], tree) for tree in case(1, "float32", None))
     own, q = own[1:], own[0][:1]
     for b in range(1, 4):
         exact = [a[b].astype(np.float64) for a in own]
-        latent_SC, rope_SP = (np.concatenate([a[b, : length_B[b]], new]) for a, new in zip(cached[:2], exact[1:], strict=True))
-        expected[b] = naive(q[0].astype(np.float64), exact[0], latent_SC, rope_SP, length_B[b])
+        latent_SC, rope_SP = (
+            np.concatenate([a[b, : cached_length_B[b]], new]) for a, new in zip(cached[:2], exact[1:], strict=True)
+        )
+        expected[b] = naive(q[0].astype(np.float64), exact[0], latent_SC, rope_SP, cached_length_B[b])
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
     whole, split = PartitionSpec(), PartitionSpec("x")
 
@@ -196,7 +203,7 @@ def test_on_a_mesh_each_device_has_its_sequences(backend: str) -> None:
         return run([jnp.broadcast_to(q, (2, *q.shape[1:])), *rest[:3]], *rest[3:], backend)
 
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=(whole, *(split,) * 5), out_specs=split, check_vma=backend == "chunked")
-    found = jax.jit(sharded)(q, *own, cached, length_B)
+    found = jax.jit(sharded)(q, *own, cached, cached_length_B)
     chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE["float32"])
 
 

@@ -50,7 +50,7 @@ def test_each_document_has_the_outputs_that_it_has_alone(whole_form: bool) -> No
     """Logits of the model and of both depths, and routes."""
     tokens_BT, variables = two_documents(), random_variables()
     model = DeepSeekV3(CONFIG, absorbed=not whole_form, unrolled=not whole_form)
-    apply = jax.jit(lambda v, t, s: model.apply(v, t, mtp=True, hidden_states=True, starts_BT=s))
+    apply = jax.jit(lambda v, t, s: model.apply(v, t, mtp=True, hidden_states=True, segment_starts_BT=s))
     packed = jax.tree.map(np.asarray, apply(variables if whole_form else unstack(variables), tokens_BT, STARTS_BT))
     chex.assert_tree_all_finite(packed)
     for part in (ONE, OTHER):
@@ -67,14 +67,14 @@ def test_each_document_has_the_outputs_that_it_has_alone(whole_form: bool) -> No
 def summed_losses(config: ModelConfig, *, balance: float = 0.0) -> Callable[..., Any]:
     """(params, router, tokens, targets, their weights, starts) -> cross entropies and a share of the balance loss; loads."""
 
-    def objective(params: Any, router: Any, tokens_BT: Any, target_BT: Any, weight_BT: Any, starts_BT: Any) -> Any:
+    def objective(params: Any, router: Any, tokens_BT: Any, target_BT: Any, weight_BT: Any, segment_starts_BT: Any) -> Any:
         variables = {"params": params, "router": router}
         model, head_DV = DeepSeekV3(config), params["lm_head"]["kernel"]
-        features = model.apply(variables, tokens_BT, mtp=True, starts_BT=starts_BT, method="features")
+        features = model.apply(variables, tokens_BT, mtp=True, segment_starts_BT=segment_starts_BT, method="features")
         loss = balance * features.balance_loss
         for k, h_BTD in enumerate([features.h_BTD, *features.mtp_h_BTD]):
-            weights_BT = depth_weights(weight_BT, starts_BT, k)
-            loss += cross_entropy(h_BTD, head_DV, jnp.roll(target_BT, -k, axis=1), weights_BT, config.loss_chunk)
+            loss_weight_BT = depth_weights(weight_BT, segment_starts_BT, k)
+            loss += cross_entropy(h_BTD, head_DV, jnp.roll(target_BT, -k, axis=1), loss_weight_BT, config.loss_chunk)
         return loss, features.load
 
     return jax.value_and_grad(objective, has_aux=True)
@@ -100,9 +100,9 @@ def test_a_document_has_the_loss_and_the_gradients_that_it_has_alone() -> None:
     weight_BT[:, OTHER.stop - 1] = 0  # What follows a document is no target.
     program = jax.jit(summed_losses(dataclasses.replace(MOE_ONLY, remat="full")))
 
-    def at(part: slice, starts_BT: Any) -> Any:
+    def at(part: slice, segment_starts_BT: Any) -> Any:
         arrays = (array[:, part] for array in (tokens_BT, target_BT, weight_BT))
-        return program(variables["params"], variables["router"], *arrays, starts_BT)
+        return program(variables["params"], variables["router"], *arrays, segment_starts_BT)
 
     (loss, load), gradient = at(slice(None), STARTS_BT)
     (expected_loss, expected_load), expected = at(OTHER, None)
@@ -127,10 +127,10 @@ def test_a_document_has_the_loss_and_the_gradients_that_it_has_alone() -> None:
 def test_losses_loads_and_gradients_on_a_mesh_are_those_of_one_device(sizes: dict[str, int]) -> None:
     """Rows of other documents each, one of padding alone; documents, and what depths join, lie across devices."""
     B, length = 4, 16
-    starts_BT, _ = pack([[5, 11], [7, 1, 1, -2, 5], [], [16]], length)
+    segment_starts_BT, _ = pack([[5, 11], [7, 1, 1, -2, 5], [], [16]], length)
     tokens_BT, target_BT = (random_tokens(B, length, MODEL, seed) for seed in (0, 1))
     weight_BT = np.random.default_rng(2).random((B, length)).astype(np.float32)
-    batch, variables = (tokens_BT, target_BT, weight_BT, starts_BT), random_variables(MODEL)
+    batch, variables = (tokens_BT, target_BT, weight_BT, segment_starts_BT), random_variables(MODEL)
 
     def program() -> Callable[..., Any]:
         return jax.jit(summed_losses(MODEL, balance=20.0))
@@ -144,7 +144,7 @@ def test_losses_loads_and_gradients_on_a_mesh_are_those_of_one_device(sizes: dic
     assert float(loss_there) == pytest.approx(float(loss), rel=1e-5)
     chex.assert_trees_all_equal(load_there, load)
     assert_alike(gradient_there, gradient)
-    counted = float(np.sum(starts_BT >= 0)) * MODEL.num_experts_per_tok
+    counted = float(np.sum(segment_starts_BT >= 0)) * MODEL.num_experts_per_tok
     assert np.asarray(load["moe_layers"]).sum(-1).tolist() == [counted] * MODEL.num_moe_layers
     assert float(load["mtp_0"].sum()) == (4 + 10 + 6 + 4 + 15) * MODEL.num_experts_per_tok
 
@@ -155,14 +155,16 @@ def test_losses_loads_and_gradients_on_a_mesh_are_those_of_one_device(sizes: dic
 def test_the_weights_of_a_depth() -> None:
     """Row i of depth k has the weight of target i + k, if token i + k is of its document."""
     weight_BT = np.arange(1, 7, dtype=np.float32)[None]
-    starts_BT = np.array([[0, 0, 0, 3, 3, -1]], np.int32)
+    segment_starts_BT = np.array([[0, 0, 0, 3, 3, -1]], np.int32)
     expected = {0: [1, 2, 3, 4, 5, 0], 1: [2, 3, 0, 5, 0, 0], 2: [3, 0, 0, 0, 0, 0], 3: [0] * 6, 7: [0] * 6}
     across = {0: [1, 2, 3, 4, 5, 6], 1: [2, 3, 4, 5, 6, 0], 2: [3, 4, 5, 6, 0, 0], 7: [0] * 6}
 
     @jax.jit
     def found(weight_BT: jax.Array) -> tuple[dict[int, jax.Array], ...]:
-        starts = (starts_BT, expected), (None, across)
-        return tuple({k: depth_weights(weight_BT, starts_BT, k) for k in depths} for starts_BT, depths in starts)
+        starts = (segment_starts_BT, expected), (None, across)
+        return tuple(
+            {k: depth_weights(weight_BT, segment_starts_BT, k) for k in depths} for segment_starts_BT, depths in starts
+        )
 
     wanted = tuple({k: np.float32([weights]) for k, weights in table.items()} for table in (expected, across))
     chex.assert_trees_all_equal(found(weight_BT), wanted)
@@ -184,9 +186,9 @@ def test_the_weights_of_a_depth() -> None:
 )
 def test_what_are_no_starts_is_refused(starts: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DeepSeekV3(CONFIG).apply(random_variables(), random_tokens(1, 4), starts_BT=np.array(starts, np.int32))
+        DeepSeekV3(CONFIG).apply(random_variables(), random_tokens(1, 4), segment_starts_BT=np.array(starts, np.int32))
 
 
 def test_starts_that_are_no_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="starts of documents are float32"):
-        DeepSeekV3(CONFIG).apply(random_variables(), random_tokens(1, 4), starts_BT=np.zeros((1, 4), np.float32))
+        DeepSeekV3(CONFIG).apply(random_variables(), random_tokens(1, 4), segment_starts_BT=np.zeros((1, 4), np.float32))

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.mla import MLA, Latents, Places
-from dsv3_jax.model.rope import rotation
+from dsv3_jax.model.mla import MLA, CacheMetadata, Latents
+from dsv3_jax.model.rope import rope_angles
 from tests import reference_model
 from tests.model.tiny import CONFIG, assert_gradient, oracle_tensors, published, random_variables
 from tests.tolerances import TOLERANCE
@@ -35,7 +35,7 @@ def inputs(seed: int = 0) -> np.ndarray:
 
 
 def whole(config: ModelConfig, params: Any, x_BTD: np.ndarray, absorbed: bool = False) -> tuple[jax.Array, Latents]:
-    turns = rotation(config, jnp.arange(x_BTD.shape[1])[None])
+    turns = rope_angles(config, jnp.arange(x_BTD.shape[1])[None])
     return jax.jit(MLA(config, absorbed).apply)({"params": params}, x_BTD, turns)
 
 
@@ -47,8 +47,8 @@ def in_pieces(config: ModelConfig, params: Any, x_BTD: np.ndarray, pieces: list[
         *(np.full((B, LENGTH + 3, width), np.nan, np.float32) for width in (config.kv_lora_rank, config.qk_rope_head_dim))
     )
     for size in pieces:
-        turns = rotation(config, jnp.arange(start, start + size)[None])
-        o_BTD, new = attend({"params": params}, x_BTD[:, start : start + size], turns, cache, Places(np.full(B, start)))
+        turns = rope_angles(config, jnp.arange(start, start + size)[None])
+        o_BTD, new = attend({"params": params}, x_BTD[:, start : start + size], turns, cache, CacheMetadata(np.full(B, start)))
         for rows, fresh in zip(cache, new, strict=True):
             rows[:, start : start + size] = fresh
         outputs.append(np.asarray(o_BTD))
@@ -99,7 +99,7 @@ def oracle_latents(config: ModelConfig, tensors: dict[str, np.ndarray], x_BTD: n
     angles = reference_model.rotary_angles(published(config), LENGTH)
     return Latents(
         reference_model.rms_norm(c_kv_BTC, tensors["self_attn.kv_a_layernorm.weight"], 1e-6),
-        reference_model.rotate(k_rope_BTP[:, :, None], angles)[:, :, 0],
+        reference_model.apply_rope(k_rope_BTP[:, :, None], angles)[:, :, 0],
     )
 
 

@@ -93,9 +93,9 @@ def test_decoding_is_the_forward_pass(unrolled: bool, size: int) -> None:
 
     found_BTV = np.full_like(expected_BTV, np.nan)
     for start in range(0, T, size):
-        length_B = np.array([start, max(start - size, 0)])
-        rows_BT = length_B[:, None] + np.arange(size)
-        logits_BTV, new = decode(laid_out, np.take_along_axis(tokens_BT[:2], rows_BT, axis=1), cache, length_B)
+        cached_length_B = np.array([start, max(start - size, 0)])
+        rows_BT = cached_length_B[:, None] + np.arange(size)
+        logits_BTV, new = decode(laid_out, np.take_along_axis(tokens_BT[:2], rows_BT, axis=1), cache, cached_length_B)
         chex.assert_type(logits_BTV, jnp.float32)
         chex.assert_trees_all_equal_structs(cache, new)
         for b, rows in enumerate(rows_BT):
@@ -112,7 +112,9 @@ def empty_cache(unrolled: bool) -> dict[str, Any]:
     variables = abstract_variables(CONFIG)
     variables = jax.eval_shape(unstack, variables) if unrolled else variables
     tokens = jax.ShapeDtypeStruct((2, T + 3), jnp.int32)
-    features = jax.eval_shape(lambda v, t: model.apply(v, t, keep=("latents",), method="features"), variables, tokens)
+    features = jax.eval_shape(
+        lambda v, t: model.apply(v, t, return_intermediates=("latents",), method="features"), variables, tokens
+    )
     latents = {name: output.latents for name, output in features.outputs.items()}
     return jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), latents)
 
@@ -245,7 +247,7 @@ def test_the_published_latent_cache() -> None:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     model = DeepSeekV3(config)
     features = jax.eval_shape(
-        lambda v, t: model.apply(v, t, keep=("latents",), method="features"), abstract_variables(config), tokens
+        lambda v, t: model.apply(v, t, return_intermediates=("latents",), method="features"), abstract_variables(config), tokens
     )
     latents = jax.tree.leaves({name: output.latents for name, output in features.outputs.items()})
     assert size(latents) == 61 * 576

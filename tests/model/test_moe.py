@@ -110,10 +110,10 @@ def test_bfloat16() -> None:
 def test_uncounted_tokens_are_computed_all_the_same() -> None:
     """The mask is for statistics: the output does not see it."""
     layer, x_BTD = draw(ONE_LAYER)
-    counted_BT = np.arange(25) < np.array([[25], [4]])
+    token_mask_BT = np.arange(25) < np.array([[25], [4]])
     apply = jax.jit(MoE(ONE_LAYER).apply)
     (y_BTD, routing, rounds), (masked_BTD, masked, _) = (
-        apply(layer, x_BTD, mask) for mask in (np.ones_like(counted_BT), counted_BT)
+        apply(layer, x_BTD, mask) for mask in (np.ones_like(token_mask_BT), token_mask_BT)
     )
     assert rounds == 1
     chex.assert_trees_all_equal(y_BTD, masked_BTD)

@@ -86,7 +86,7 @@ class Drawn:
         self.kernel_DE = (rng.standard_normal((D, E)) * D**-0.5).astype(np.float32)
         self.bias_E = rng.normal(0, 0.3, E).astype(np.float32)
         self.bias_E[1::4] -= 3
-        self.counted_BT = np.arange(9) < np.array([[6], [9]])
+        self.token_mask_BT = np.arange(9) < np.array([[6], [9]])
         self.variables = {"params": {"kernel": self.kernel_DE}, "router": {"e_score_correction_bias": self.bias_E}}
 
     def scores(self, kernel_DE: np.ndarray | None = None) -> np.ndarray:
@@ -100,7 +100,7 @@ def test_gate_token_by_token(changes: dict[str, int], norm_topk_prob: bool) -> N
     """Chosen by biased score, weighed by the plain one, normalised if asked for, scaled; counted where the mask says so."""
     config = dataclasses.replace(CONFIG, norm_topk_prob=norm_topk_prob, routed_scaling_factor=1.7, **changes)
     drawn = Drawn(config)
-    routing = jax.jit(Router(config).apply)(drawn.variables, drawn.x_BTD, drawn.counted_BT)
+    routing = jax.jit(Router(config).apply)(drawn.variables, drawn.x_BTD, drawn.token_mask_BT)
     B, T, K, E = 2, 9, config.num_experts_per_tok, config.n_routed_experts
     chex.assert_shape(list(routing), [(B, T, K), (B, T, K), (E,), ()])
     chex.assert_type(list(routing), [jnp.int32, jnp.float32, jnp.float32, jnp.float32])
@@ -112,15 +112,15 @@ def test_gate_token_by_token(changes: dict[str, int], norm_topk_prob: bool) -> N
         weights = 1.7 * (weights / weights.sum() if norm_topk_prob else weights)
         assert routing.chosen_BTK[b, t].tolist() == chosen
         chex.assert_trees_all_close(np.float64(routing.weight_BTK[b, t]), weights, **TOLERANCE["float32"])
-        load_E[chosen] += drawn.counted_BT[b, t]
+        load_E[chosen] += drawn.token_mask_BT[b, t]
     chex.assert_trees_all_equal(np.float64(routing.load_E), load_E)
-    assert load_E.sum() == K * drawn.counted_BT.sum()
+    assert load_E.sum() == K * drawn.token_mask_BT.sum()
 
 
 def test_without_a_mask_every_token_counts() -> None:
     drawn = Drawn(CONFIG)
     route = jax.jit(Router(CONFIG).apply)
-    everywhere = route(drawn.variables, drawn.x_BTD, np.ones_like(drawn.counted_BT))
+    everywhere = route(drawn.variables, drawn.x_BTD, np.ones_like(drawn.token_mask_BT))
     chex.assert_trees_all_equal(route(drawn.variables, drawn.x_BTD), everywhere)
 
 
@@ -174,21 +174,23 @@ def test_balance_loss_by_sequence() -> None:
 
     @jax.jit
     @jax.value_and_grad
-    def loss(kernel_DE: jax.Array, counted_BT: jax.Array) -> jax.Array:
-        return Router(CONFIG).apply({**drawn.variables, "params": {"kernel": kernel_DE}}, drawn.x_BTD, counted_BT).balance_loss
+    def loss(kernel_DE: jax.Array, token_mask_BT: jax.Array) -> jax.Array:
+        return (
+            Router(CONFIG).apply({**drawn.variables, "params": {"kernel": kernel_DE}}, drawn.x_BTD, token_mask_BT).balance_loss
+        )
 
-    for counted_BT in (drawn.counted_BT, np.ones_like(drawn.counted_BT)):
-        value, gradient = loss(drawn.kernel_DE, counted_BT)
-        expected = balance_by_sequence(drawn.scores(), counted_BT, K)
+    for token_mask_BT in (drawn.token_mask_BT, np.ones_like(drawn.token_mask_BT)):
+        value, gradient = loss(drawn.kernel_DE, token_mask_BT)
+        expected = balance_by_sequence(drawn.scores(), token_mask_BT, K)
         assert float(value) == pytest.approx(expected, rel=1e-5)
         assert expected > 1.01
-        assert_gradient(gradient, lambda k, c=counted_BT: balance_by_sequence(drawn.scores(k), c, K), drawn.kernel_DE)
+        assert_gradient(gradient, lambda k, c=token_mask_BT: balance_by_sequence(drawn.scores(k), c, K), drawn.kernel_DE)
 
 
 def test_balance_loss_is_one_without_preference_and_e_over_k_when_all_choose_alike() -> None:
     """Equal scores choose K experts as any others do, whichever they are."""
-    counted_BT = np.ones((2, 5), bool)
-    loss = jax.jit(lambda score_BTE: sequence_balance_loss(score_BTE, counted_BT, 2))
+    token_mask_BT = np.ones((2, 5), bool)
+    loss = jax.jit(lambda score_BTE: sequence_balance_loss(score_BTE, token_mask_BT, 2))
     assert float(loss(np.full((2, 5, 8), 0.5, np.float32))) == pytest.approx(1.0)
     # Saturated sigmoids are equal too.
     assert float(loss(np.ones((2, 5, 8), np.float32))) == pytest.approx(1.0)
@@ -198,10 +200,10 @@ def test_balance_loss_is_one_without_preference_and_e_over_k_when_all_choose_ali
 
 def test_a_sequence_without_counted_tokens_adds_nothing() -> None:
     score_BTE = Drawn(CONFIG).scores()
-    counted_BT = np.broadcast_to([[True], [False]], (2, 9))
+    token_mask_BT = np.broadcast_to([[True], [False]], (2, 9))
     loss = jax.jit(jax.value_and_grad(sequence_balance_loss), static_argnums=2)
-    value, gradient = loss(np.float32(score_BTE), counted_BT, 3)
-    alone = balance_by_sequence(score_BTE[:1], counted_BT[:1], 3)
+    value, gradient = loss(np.float32(score_BTE), token_mask_BT, 3)
+    alone = balance_by_sequence(score_BTE[:1], token_mask_BT[:1], 3)
     assert float(value) == pytest.approx(alone / 2, rel=1e-6)
     assert not np.any(gradient[1])
 

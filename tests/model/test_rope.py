@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig, RopeScaling
-from dsv3_jax.model.rope import Rotation, inverse_frequencies, magnitude, rotate, rotation
+from dsv3_jax.model.rope import RopeAngles, apply_rope, inverse_frequencies, magnitude, rope_angles
 from tests import reference_model
 from tests.model.tiny import CONFIG, published
 from tests.tolerances import TOLERANCE
@@ -30,11 +30,11 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def test_neighbouring_pairs_turn() -> None:
     """(a, b) -> (a cos - b sin, b cos + a sin): by 90 degrees (1, 2) is (-2, 1), by 180 degrees (3, 4) is (-3, -4)."""
-    quarter_then_half = Rotation(jnp.array([[[0.0, -1.0]]]), jnp.array([[[1.0, 0.0]]]))
+    quarter_then_half = RopeAngles(jnp.array([[[0.0, -1.0]]]), jnp.array([[[1.0, 0.0]]]))
     x_BTP = jnp.array([[[1.0, 2.0, 3.0, 4.0]]])
-    chex.assert_trees_all_equal(rotate(x_BTP, quarter_then_half), jnp.array([[[-2.0, 1.0, -3.0, -4.0]]]))
+    chex.assert_trees_all_equal(apply_rope(x_BTP, quarter_then_half), jnp.array([[[-2.0, 1.0, -3.0, -4.0]]]))
     with_heads_BTNP = jnp.stack([x_BTP, -x_BTP], axis=2)
-    turned_BTNP = rotate(with_heads_BTNP, quarter_then_half)
+    turned_BTNP = apply_rope(with_heads_BTNP, quarter_then_half)
     chex.assert_trees_all_equal(turned_BTNP, jnp.array([[[[-2.0, 1.0, -3.0, -4.0], [2.0, -1.0, 3.0, 4.0]]]]))
 
 
@@ -42,7 +42,7 @@ def test_pairs_are_complex_numbers_times_a_phase() -> None:
     """Pair j at position p turns by p * theta^(-2j/P); every sequence at positions of its own, every head alike."""
     positions_BT = np.array([[0, 1, 2], [5, 40, 7]])
     x_BTNP = normal(2, 3, 4, 8)
-    found = rotate(x_BTNP, rotation(PLAIN, positions_BT))
+    found = apply_rope(x_BTNP, rope_angles(PLAIN, positions_BT))
     phase_BTj = np.exp(1j * positions_BT[..., None] * 10000.0 ** (-np.arange(4) / 4))
     turned = np.float64(x_BTNP).view(np.complex128) * phase_BTj[:, :, None]
     chex.assert_trees_all_close(np.float64(found), turned.view(np.float64), **TOLERANCE["float32"])
@@ -51,18 +51,18 @@ def test_pairs_are_complex_numbers_times_a_phase() -> None:
 
 def test_halves_are_not_paired() -> None:
     """Rotate-half, which pairs (j, j + P/2), gives something else on the same weights."""
-    x_BTP, turns = normal(1, 3, 8), rotation(PLAIN, jnp.arange(3)[None])
+    x_BTP, turns = normal(1, 3, 8), rope_angles(PLAIN, jnp.arange(3)[None])
     a, b = np.split(x_BTP, 2, axis=-1)
     cos, sin = (np.asarray(part) for part in turns)
     halves = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    assert np.abs(np.asarray(rotate(x_BTP, turns)) - halves)[:, 1:].max() > 0.5
+    assert np.abs(np.asarray(apply_rope(x_BTP, turns)) - halves)[:, 1:].max() > 0.5
 
 
 def test_products_depend_on_the_distance_alone() -> None:
     q_P, k_P = normal(8), normal(8, seed=1)
 
     def at(x_P: np.ndarray, position: int) -> np.ndarray:
-        return np.float64(rotate(x_P[None, None], rotation(PLAIN, jnp.array([[position]]))))[0, 0]
+        return np.float64(apply_rope(x_P[None, None], rope_angles(PLAIN, jnp.array([[position]]))))[0, 0]
 
     for distance in (0, 1, 17):
         products = [at(q_P, position + distance) @ at(k_P, position) for position in (0, 1, 30, 500)]
@@ -73,11 +73,11 @@ def test_products_depend_on_the_distance_alone() -> None:
 def test_angles_are_float32_in_a_bfloat16_model() -> None:
     """At position 4095 a bfloat16 angle would be off by a whole turn; what is rotated keeps its dtype."""
     config = PLAIN.with_dtype("bfloat16")
-    turns = rotation(config, jnp.array([[4095]]))
+    turns = rope_angles(config, jnp.array([[4095]]))
     chex.assert_type([turns.cos, turns.sin], jnp.float32)
     expected = np.cos(4095 * 10000.0 ** (-np.arange(4) / 4))
     chex.assert_trees_all_close(np.float64(turns.cos[0, 0]), expected, rtol=0, atol=1e-3)
-    assert rotate(jnp.ones((1, 1, 8), jnp.bfloat16), turns).dtype == jnp.bfloat16
+    assert apply_rope(jnp.ones((1, 1, 8), jnp.bfloat16), turns).dtype == jnp.bfloat16
 
 
 # --- YaRN ------------------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_amplitude(mscale: float | None, mscale_all_dim: float | None, expected:
     scaling = RopeScaling(factor=8.0, mscale=mscale, mscale_all_dim=mscale_all_dim)
     config = dataclasses.replace(PLAIN, rope_scaling=scaling)
     assert magnitude(config) == pytest.approx(expected, rel=1e-12)
-    turns = rotation(config, jnp.arange(5)[None])
+    turns = rope_angles(config, jnp.arange(5)[None])
     chex.assert_trees_all_close(jnp.hypot(*turns), jnp.full((1, 5, 4), expected), rtol=1e-6)
 
 
@@ -141,7 +141,7 @@ def test_without_yarn_the_amplitude_is_one() -> None:
 def test_rotation_against_the_oracle(changes: dict[str, float]) -> None:
     """Ramps of no width and ramps past either end among them; static, so beyond the original context too."""
     config = dataclasses.replace(PUBLISHED, rope_scaling=RopeScaling(**changes))
-    turns = rotation(config, jnp.arange(200)[None])
+    turns = rope_angles(config, jnp.arange(200)[None])
     expected_TP = reference_model.rotary_angles(published(config), 200)
     found = np.float64(turns.cos[0]) + 1j * np.float64(turns.sin[0])
     chex.assert_trees_all_close(found, expected_TP, rtol=0, atol=5e-5)

@@ -15,7 +15,7 @@ import pytest
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.rope import rotation
+from dsv3_jax.model.rope import rope_angles
 from dsv3_jax.model.transformer import Block, rematerialised, run_scanned, run_unrolled, stack_sizes, unstack
 from tests.model.tiny import CONFIG, DENSE_ONLY, MOE_ONLY, random_variables
 from tests.tolerances import TOLERANCE
@@ -32,9 +32,11 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, h_BTD: jax.Array) -> tuple[jax.Array, Any]:
-        turns = rotation(self.config, jnp.arange(h_BTD.shape[1])[None])
+        turns = rope_angles(self.config, jnp.arange(h_BTD.shape[1])[None])
         run = run_unrolled if self.unrolled else run_scanned
-        return run(self.config, "moe_layers", self.config.num_moe_layers, h_BTD, None, turns, None, keep=("hidden",))
+        return run(
+            self.config, "moe_layers", self.config.num_moe_layers, h_BTD, None, turns, None, return_intermediates=("hidden",)
+        )
 
 
 def states(seed: int = 0) -> np.ndarray:
@@ -105,7 +107,7 @@ def test_an_unrolled_block_keeps_only_what_is_named(remat: str, named: set, caps
     config = dataclasses.replace(CONFIG, remat=remat)
     variables = {c: jax.tree.map(lambda leaf: leaf[0], tree["moe_layers"]) for c, tree in stack_variables().items()}
     block = rematerialised(Block, config, scanned=False)(config, moe=True)
-    turns = rotation(config, jnp.arange(T)[None])
+    turns = rope_angles(config, jnp.arange(T)[None])
     lines = printed_residuals(capsys, lambda v, h: block.apply(v, h, None, turns)[0], variables, states())
     found = [re.match(rf"f32\[{B},{T},(\d+)\] named '(\w+)'", line) for line in lines]
     assert all(found), lines

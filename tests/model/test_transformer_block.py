@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.mla import Latents, Places
-from dsv3_jax.model.rope import rotation
+from dsv3_jax.model.mla import CacheMetadata, Latents
+from dsv3_jax.model.rope import rope_angles
 from dsv3_jax.model.transformer import Block, BlockOutput
 from tests import reference_model
 from tests.model.tiny import CONFIG, oracle_tensors, published, random_variables
@@ -24,7 +24,7 @@ EVERYTHING = "latents", "routes", "hidden"
 
 @functools.cache
 def program(moe: bool) -> Any:
-    return jax.jit(Block(CONFIG, moe, keep=EVERYTHING).apply)
+    return jax.jit(Block(CONFIG, moe, return_intermediates=EVERYTHING).apply)
 
 
 def inputs(moe: bool) -> tuple[Any, np.ndarray, Any]:
@@ -32,7 +32,7 @@ def inputs(moe: bool) -> tuple[Any, np.ndarray, Any]:
     name = "moe_layers" if moe else "dense_layers"
     layer = {c: jax.tree.map(lambda leaf: leaf[0], tree[name]) for c, tree in random_variables().items() if name in tree}
     h_BTD = np.random.default_rng(1).standard_normal((B, T, CONFIG.hidden_size)).astype(np.float32)
-    return layer, h_BTD, rotation(CONFIG, jnp.arange(T)[None])
+    return layer, h_BTD, rope_angles(CONFIG, jnp.arange(T)[None])
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
@@ -62,7 +62,7 @@ def test_nothing_is_kept_unasked() -> None:
     for moe in (False, True):
         block = Block(CONFIG, moe)
         h_BTD = jnp.zeros((B, T, CONFIG.hidden_size))
-        arguments = h_BTD, None, rotation(CONFIG, jnp.arange(T)[None])
+        arguments = h_BTD, None, rope_angles(CONFIG, jnp.arange(T)[None])
         shapes[moe] = jax.eval_shape(lambda block=block, a=arguments: block.init_with_output(jax.random.key(0), *a))[0][1]
     assert shapes[False] == BlockOutput()
     unasked = shapes[True]._replace(load_E=None, balance_loss=None, rounds=None)
@@ -76,6 +76,6 @@ def test_cached_block_is_the_uncached_one() -> None:
     whole_BTD, output = run(layer, h_BTD, None, turns)
     cache = Latents(*(np.where(np.arange(T)[:, None] < T - 1, part, np.nan) for part in output.latents))
     last = jax.tree.map(lambda part: part[:, -1:], turns)
-    found_BTD, alone = run(layer, h_BTD[:, -1:], cache, last, None, Places(np.full(B, T - 1)))
+    found_BTD, alone = run(layer, h_BTD[:, -1:], cache, last, None, CacheMetadata(np.full(B, T - 1)))
     chex.assert_trees_all_close(found_BTD, whole_BTD[:, -1:], **TOLERANCE["float32"])
     chex.assert_trees_all_close(alone.latents, jax.tree.map(lambda part: part[:, -1:], output.latents), **TOLERANCE["float32"])

@@ -100,11 +100,11 @@ def oracle_tensors(config: ModelConfig, variables: Tree) -> dict[str, np.ndarray
     return published_tensors(config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables))
 
 
-def balance_by_sequence(score_BTE: np.ndarray, counted_BT: np.ndarray, num_chosen: int) -> float:
+def balance_by_sequence(score_BTE: np.ndarray, token_mask_BT: np.ndarray, num_chosen: int) -> float:
     """The balance loss of eqs. 17-20, a sequence and an expert at a time, without alpha."""
     losses = []
-    for sequence_TE, counted_T in zip(score_BTE, counted_BT, strict=True):
-        score_TE = sequence_TE[counted_T]
+    for sequence_TE, token_mask_T in zip(score_BTE, token_mask_BT, strict=True):
+        score_TE = sequence_TE[token_mask_T]
         T, E = score_TE.shape
         share_TE = score_TE / score_TE.sum(-1, keepdims=True)
         best_TK = np.argsort(-score_TE, axis=-1)[:, :num_chosen]

@@ -45,7 +45,7 @@ def loss_and_gradients(config: ModelConfig, variables: Variables, tokens_BT: np.
 def cached_logits(config: ModelConfig, variables: Variables, tokens_BT: np.ndarray, pieces: list[int]) -> np.ndarray:
     """Logits computed in pieces of those lengths, each upon the latents of the pieces before it: [B, T, V]."""
     model, capacity, start = DeepSeekV3(config), sum(pieces) + 5, pieces[0]
-    prefill = jax.jit(lambda v, t: model.apply(v, t, keep=("latents",), method="features"))
+    prefill = jax.jit(lambda v, t: model.apply(v, t, return_intermediates=("latents",), method="features"))
     decode = jax.jit(lambda *args: model.apply(*args, method="decode"))
 
     features = prefill(variables, tokens_BT[:, :start])

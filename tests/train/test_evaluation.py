@@ -49,9 +49,9 @@ def batches(count: int) -> list[HeldoutBatch]:
     made = []
     for seed in range(count):
         tokens_BX = random_tokens(B, T + 1, seed=seed)
-        weights_BT = rng.integers(0, 2, (B, T)).astype(np.float32)
-        made.append(HeldoutBatch(tokens_BX[:, :-1], tokens_BX[:, 1:], weights_BT))
-    made[-1].weights_BT[-1] = 0
+        loss_weight_BT = rng.integers(0, 2, (B, T)).astype(np.float32)
+        made.append(HeldoutBatch(tokens_BX[:, :-1], tokens_BX[:, 1:], loss_weight_BT))
+    made[-1].loss_weight_BT[-1] = 0
     return made
 
 
@@ -68,9 +68,9 @@ def evaluator() -> Evaluator:
 def test_nats_and_tokens_are_those_of_every_scored_token(evaluator: Evaluator) -> None:
     variables, scored = random_variables(CONFIG), batches(3)
     nats, count = 0.0, 0
-    for tokens_BT, targets_BT, weights_BT, _ in scored:
+    for tokens_BT, targets_BT, loss_weight_BT, _ in scored:
         logits_BTV = by_the_oracle(CONFIG, variables, tokens_BT).logits_BTV
-        for b, t in zip(*np.nonzero(weights_BT), strict=True):
+        for b, t in zip(*np.nonzero(loss_weight_BT), strict=True):
             row_V = logits_BTV[b, t]
             nats -= row_V[targets_BT[b, t]] - math.log(np.exp(row_V).sum())
             count += 1
@@ -137,10 +137,10 @@ def drafting_batches(count: int) -> list[HeldoutBatch]:
 def looked_at(config: ModelConfig, variables: dict, batches: list[HeldoutBatch]) -> Evaluation:
     """Every draft verified by itself, in whole logits."""
     nats, tokens, accepted, drafted = 0.0, 0, 0, 0
-    for tokens_BT, targets_BT, weights_BT, _ in batches:
+    for tokens_BT, targets_BT, loss_weight_BT, _ in batches:
         output = by_the_oracle(config, variables, tokens_BT)
         main_BTV, draft_BTV = output.logits_BTV, output.mtp_logits[0]
-        for b, t in zip(*np.nonzero(weights_BT), strict=True):
+        for b, t in zip(*np.nonzero(loss_weight_BT), strict=True):
             tokens += 1
             nats += math.log(np.exp(main_BTV[b, t]).sum()) - main_BTV[b, t, targets_BT[b, t]]
             if t > 0:  # Drafted a row earlier, for the same place in the text.
@@ -163,7 +163,7 @@ def test_drafts_are_verified_as_greedy_decoding_would(depths: int) -> None:
     assert found.acceptance == expected.accepted / expected.drafted
     assert 0.05 < found.acceptance < 0.3
     # Nothing is drafted for the first row of a window.
-    assert found.drafted == sum(int(batch.weights_BT[:, 1:].sum()) for batch in batches) < found.tokens
+    assert found.drafted == sum(int(batch.loss_weight_BT[:, 1:].sum()) for batch in batches) < found.tokens
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def told(nats_per_token: float, accepted: float | None = None) -> Callable[..., 
     """An evaluation in which every scored token costs as much, and every second token has a draft."""
 
     def evaluate(_: dict, batches: Iterable[HeldoutBatch]) -> Evaluation:
-        tokens = sum(int(batch.weights_BT.sum()) for batch in batches)
+        tokens = sum(int(batch.loss_weight_BT.sum()) for batch in batches)
         drafts = (None, None) if accepted is None else (round(accepted * tokens), tokens)
         return Evaluation(nats_per_token * tokens, tokens, *drafts)
 

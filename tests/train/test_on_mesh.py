@@ -244,15 +244,17 @@ def test_a_load_that_leaves_an_axis_out_would_show(
     """The mistake that is easily made: counts summed over all axes that split tokens but one. Without it, nothing shows."""
     count = router_module.expert_load
 
-    def partial_load(chosen_BTK: jax.Array, counted_BT: jax.Array, num_experts: int) -> jax.Array:
+    def partial_load(chosen_BTK: jax.Array, token_mask_BT: jax.Array, num_experts: int) -> jax.Array:
         if current_mesh() is None:  # While variables are made.
-            return count(chosen_BTK, counted_BT, num_experts)
+            return count(chosen_BTK, token_mask_BT, num_experts)
 
-        def on_device(chosen_BTK: jax.Array, counted_BT: jax.Array) -> jax.Array:
-            return jax.lax.psum(count(chosen_BTK, counted_BT, num_experts), [axis for axis in TOKEN_AXES if axis != left_out])
+        def on_device(chosen_BTK: jax.Array, token_mask_BT: jax.Array) -> jax.Array:
+            return jax.lax.psum(
+                count(chosen_BTK, token_mask_BT, num_experts), [axis for axis in TOKEN_AXES if axis != left_out]
+            )
 
         mapped = jax.shard_map(on_device, in_specs=(TOKENS, TOKENS), out_specs=PartitionSpec(), check_vma=False)
-        return mapped(chosen_BTK, counted_BT)
+        return mapped(chosen_BTK, token_mask_BT)
 
     wanted, _ = on_one_device(ONE_LAYER)
     monkeypatch.setattr(router_module, "expert_load", partial_load)

@@ -214,7 +214,7 @@ def test_filled_micro_batches_are_one_whole_batch_and_nothing_compiles_twice(ste
     """Two of four, as in a ramp, and all four, which hold the whole batch twice; half of the targets count."""
     weight_BT = np.random.default_rng(5).integers(0, 2, (B, T)).astype(np.float32)
     weight_BT[:, -3:] = [[0, 0, 0], [1, 1, 1], [1, 0, 1], [0, 1, 0]]  # micro-batches weigh differently at every depth
-    whole_batch = BATCH._replace(weights_ABT=weight_BT[None])
+    whole_batch = BATCH._replace(loss_weight_ABT=weight_BT[None])
     whole = step(start(), whole_batch, values())
     config = dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, batch_size=2 * B, micro_batch_size=B // 2))
     in_parts = jax.jit(functools.partial(train_step, config=config))
@@ -225,7 +225,7 @@ def test_filled_micro_batches_are_one_whole_batch_and_nothing_compiles_twice(ste
         return in_parts(start(config), Batch(*rows, None), now)
 
     # What lies in the others is not looked at but for its weights, which are 0.
-    others = Batch.of(TOKENS_BT[::-1], TARGET_BT[::-1])._replace(weights_ABT=np.zeros_like(whole_batch.weights_ABT))
+    others = Batch.of(TOKENS_BT[::-1], TARGET_BT[::-1])._replace(loss_weight_ABT=np.zeros_like(whole_batch.loss_weight_ABT))
     for times, found in ((1, parts(whole_batch, others, 2)), (2, parts(whole_batch, whole_batch, 4))):
         chex.assert_trees_all_equal(jax.tree.map(lambda load, times=times: times * np.asarray(load), whole[2]), found[2])
         chex.assert_trees_all_equal(whole[0].router, found[0].router)
@@ -245,9 +245,9 @@ def test_filled_micro_batches_are_one_whole_batch_and_nothing_compiles_twice(ste
 def test_a_step_that_is_not_finite_changes_nothing(step: Step, where: str) -> None:
     batch, now = BATCH, values()
     if where == "batch":
-        weights = BATCH.weights_ABT.copy()
+        weights = BATCH.loss_weight_ABT.copy()
         weights[0, 1, 2] = np.nan
-        batch = batch._replace(weights_ABT=weights)
+        batch = batch._replace(loss_weight_ABT=weights)
     else:  # A loss that float32 still holds, but not the squares of its slopes.
         now = now._replace(mtp_loss_weight=np.float32(1e30))
     after, metrics, _ = step(start(), batch, now)
@@ -260,7 +260,7 @@ def test_a_step_that_is_not_finite_changes_nothing(step: Step, where: str) -> No
 
 
 def test_a_batch_without_anything_to_learn_has_no_loss(step: Step) -> None:
-    batch = BATCH._replace(weights_ABT=np.zeros_like(BATCH.weights_ABT))
+    batch = BATCH._replace(loss_weight_ABT=np.zeros_like(BATCH.loss_weight_ABT))
     after, metrics, _ = step(start(), batch, values())
     assert (float(metrics["main_loss"]), float(metrics["mtp_loss"]), float(metrics["skipped"])) == (0, 0, 0)
     assert np.isfinite(metrics["grad_norm"])

@@ -1,8 +1,8 @@
 """A Pallas kernel for Hopper GPUs: products of sorted rows with the weights of their group, and what is computed of them.
 
-Tiles of rows begin at the last multiple of ALIGN_M rows up to where their group does, so that its first and last tile reach into
-other groups. They are computed whole, whatever lies there, and of their results the group's own rows are stored, in pieces of
-powers of two.
+Tiles of rows begin at the last multiple of ALIGN_M rows up to where their group does, so that its first and last tile reach
+into other groups. They are computed whole, whatever lies there, and of their results the group's own rows are stored, in pieces
+of powers of two.
 """
 
 from __future__ import annotations

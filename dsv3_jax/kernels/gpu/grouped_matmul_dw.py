@@ -1,7 +1,7 @@
 """A Pallas kernel for Hopper GPUs: for every group, the sum over its rows of outer products: the gradient of its weights.
 
-The rows are the contracted dimension, and a group's begin anywhere. Steps over them begin at the last multiple of ALIGN_M rows up
-to there; the first and the last may hold rows of other groups, or of none, whatever lies there: those are zeroed in shared
+The rows are the contracted dimension, and a group's begin anywhere. Steps over them begin at the last multiple of ALIGN_M rows
+up to there; the first and the last may hold rows of other groups, or of none, whatever lies there: those are zeroed in shared
 memory.
 """
 

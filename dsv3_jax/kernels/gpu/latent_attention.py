@@ -72,8 +72,8 @@ def past_attention_gpu(
     q_rope_BTNP: jax.Array,
     latent_YZC: jax.Array,
     rope_YZP: jax.Array,
-    table_BJ: jax.Array | None,
-    length_B: jax.Array,
+    page_table_BJ: jax.Array | None,
+    cached_length_B: jax.Array,
     *,
     scale: float,
     num_blocks: int | None = None,
@@ -100,15 +100,15 @@ def past_attention_gpu(
     if reason is not None:
         raise ValueError(f"attention over cached latents by 'pallas_gpu' {reason}; use the backend chunked")
     num_blocks = num_blocks or hopper.current_gpu().num_blocks
-    if table_BJ is None:
-        table_BJ = varying_over(jnp.arange(B, dtype=jnp.int32)[:, None], varying_axes(length_B))
-    J = table_BJ.shape[1]
+    if page_table_BJ is None:
+        page_table_BJ = varying_over(jnp.arange(B, dtype=jnp.int32)[:, None], varying_axes(cached_length_B))
+    J = page_table_BJ.shape[1]
     row_blocks = -(-A // WG_M)
     splits = number_of_splits(B * row_blocks, -(-J * page_size // BLOCK), num_blocks)
 
     missing = row_blocks * WG_M - A
     queries = [jnp.pad(q.reshape(B, A, -1), ((0, 0), (0, missing), (0, 0))) for q in (q_latent_BTNC, q_rope_BTNP)]
-    arrays = [table_BJ.reshape(-1), length_B, *queries, latent_YZC, rope_YZP]
+    arrays = [page_table_BJ.reshape(-1), cached_length_B, *queries, latent_YZC, rope_YZP]
     mixed_SBAC, lse_SBA = _attend(arrays, scale, splits, num_blocks, interpret)
     mixed_BAC, lse_BA = _together(mixed_SBAC, lse_SBA)
     return mixed_BAC[:, :A].reshape(B, T, N, C), lse_BA[:, :A].reshape(B, T, N)

@@ -47,8 +47,8 @@ def past_attention_tpu(
     q_rope_BTNP: jax.Array,
     latent_YZC: jax.Array,
     rope_YZP: jax.Array,
-    table_BJ: jax.Array | None,
-    length_B: jax.Array,
+    page_table_BJ: jax.Array | None,
+    cached_length_B: jax.Array,
     *,
     scale: float,
     block: int | None = None,
@@ -72,11 +72,11 @@ def past_attention_tpu(
             "verify fewer drafted tokens in a step, or use the backend chunked"
         )
     block = block or block_tokens(A)
-    latent_YZC, table_BJ = _in_small_pages(latent_YZC, table_BJ, block)
-    page_size, J = latent_YZC.shape[1], table_BJ.shape[1]
-    if table_BJ.size * 4 > LARGEST_TABLE_BYTES:
+    latent_YZC, page_table_BJ = _in_small_pages(latent_YZC, page_table_BJ, block)
+    page_size, J = latent_YZC.shape[1], page_table_BJ.shape[1]
+    if page_table_BJ.size * 4 > LARGEST_TABLE_BYTES:
         raise ValueError(
-            f"a table of {B} x {J} pages takes {table_BJ.size * 4:,} bytes of scalar memory, and there is room for "
+            f"a table of {B} x {J} pages takes {page_table_BJ.size * 4:,} bytes of scalar memory, and there is room for "
             f"{LARGEST_TABLE_BYTES:,}; use larger pages, fewer sequences a device, or the backend chunked"
         )
     Z = min(max(block // page_size, 1), J) * page_size
@@ -87,7 +87,7 @@ def past_attention_tpu(
     halves = min(B, 2)
     missing = -B % halves
     queries = (jnp.pad(q.reshape(B, A, -1), ((0, missing), (0, 0), (0, 0))) for q in (q_latent_BTNC, q_rope_BTNP))
-    scalars = table_BJ.reshape(-1), jnp.pad(length_B, (0, missing))
+    scalars = page_table_BJ.reshape(-1), jnp.pad(cached_length_B, (0, missing))
 
     def of_sequence(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *shape), lambda half, i, *_: (half * ((B + missing) // halves) + i, 0, 0))
@@ -136,7 +136,7 @@ def block_tokens(num_rows: int) -> int:
     return min(max(LOGITS // num_rows // SMALLEST_BLOCK * SMALLEST_BLOCK, SMALLEST_BLOCK), LARGEST_BLOCK)
 
 
-def _in_small_pages(latent_YZC: jax.Array, table_BJ: jax.Array | None, block: int) -> tuple[jax.Array, jax.Array]:
+def _in_small_pages(latent_YZC: jax.Array, page_table_BJ: jax.Array | None, block: int) -> tuple[jax.Array, jax.Array]:
     """The same latents in pages of at most a block, without a copy, and with a table in any case."""
     num_pages, page_size, C = latent_YZC.shape
     rows = sublanes(latent_YZC.dtype)
@@ -145,13 +145,13 @@ def _in_small_pages(latent_YZC: jax.Array, table_BJ: jax.Array | None, block: in
             f"pages of {page_size} tokens of {latent_YZC.dtype.name} are no whole tiles of a TPU; choose a page size (of a "
             f"contiguous cache: its capacity) that is a multiple of {rows}, best of {LANES}"
         )
-    if table_BJ is None:
-        table_BJ = jnp.arange(num_pages, dtype=jnp.int32)[:, None]
+    if page_table_BJ is None:
+        page_table_BJ = jnp.arange(num_pages, dtype=jnp.int32)[:, None]
     if page_size <= block:
-        return latent_YZC, table_BJ
+        return latent_YZC, page_table_BJ
     size = math.gcd(page_size, block)
     part = jnp.arange(page_size // size, dtype=jnp.int32)
-    return latent_YZC.reshape(-1, size, C), (table_BJ[..., None] * len(part) + part).reshape(table_BJ.shape[0], -1)
+    return latent_YZC.reshape(-1, size, C), (page_table_BJ[..., None] * len(part) + part).reshape(page_table_BJ.shape[0], -1)
 
 
 def _kernel(

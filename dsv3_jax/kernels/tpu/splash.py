@@ -43,7 +43,7 @@ def splash_attention(
     *,
     scale: float,
     first: jax.Array | int = 0,
-    starts_BT: jax.Array | None = None,
+    segment_starts_BT: jax.Array | None = None,
     forward: Block = FORWARD,
     backward: Block = BACKWARD,
     interpret: Any = False,
@@ -60,8 +60,8 @@ def splash_attention(
       scale: factor on the logits.
       first: position of the first query among the keys; not 0 where other devices hold the queries before it. All queries
         lie among the keys: first + T <= S.
-      starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key before.
-        None keeps no documents apart.
+      segment_starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key
+        before. None keeps no documents apart.
       forward, backward: blocks, made smaller for wider heads, float32 and short sequences.
       interpret: as `pallas_call` takes it: to run on any platform, as JAX operations. For tests.
 
@@ -85,7 +85,7 @@ def splash_attention(
     backward = _dividing(_smaller(backward, row_bytes), queries, keys)
     scaled = (q_BTNX.astype(jnp.float32) * scale).astype(q_BTNX.dtype)
     by_head = _by_head(scaled, queries), _by_head(k_BSMX, keys), _by_head(v_BSMW, keys)
-    if starts_BT is None:
+    if segment_starts_BT is None:
         parts = CORES if B * M % CORES == 0 else 1
         segments: tuple[Any, ...] = ()
         earliest = None
@@ -93,7 +93,7 @@ def splash_attention(
         # A sequence has its own segments.
         halves = CORES if M % CORES == 0 else 1
         parts = B * halves
-        ids = _segments(starts_BT, first, queries, keys, S)
+        ids = _segments(segment_starts_BT, first, queries, keys, S)
         segments = (jax.tree.map(lambda ids: jnp.repeat(ids, halves, axis=0), ids),)
         earliest = ids.q.min(0)
     split = (array.reshape(parts, -1, *array.shape[1:]) for array in by_head)
@@ -101,13 +101,13 @@ def splash_attention(
     return o.reshape(B, N, queries, W)[:, :, :T].swapaxes(1, 2)
 
 
-def _segments(starts_BT: jax.Array, first: jax.Array | int, queries: int, keys: int, S: int) -> splash.SegmentIds:
+def _segments(segment_starts_BT: jax.Array, first: jax.Array | int, queries: int, keys: int, S: int) -> splash.SegmentIds:
     """The number of every query's document, [B, queries], and of every key's, [B, keys]: the position where it begins.
 
     Of the keys before the queries only those count that share the first query's document, and those after are never seen, so
     that no device needs the others' starts.
     """
-    ids_BT = first_seen(starts_BT, first)
+    ids_BT = first_seen(segment_starts_BT, first)
     T = ids_BT.shape[1]
     same_BS = jnp.where(jnp.arange(S) >= ids_BT[:, :1], ids_BT[:, :1], -1)
     ids_BS = jax.lax.dynamic_update_slice_in_dim(same_BS, ids_BT, first, 1)

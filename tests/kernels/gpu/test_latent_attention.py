@@ -53,19 +53,19 @@ ALL = 0, 1, 2, 3, 4, 5
 )
 def test_latent_attention(new: int, page: int | None, splits: int, sequences: tuple[int, ...], monkeypatch: Any) -> None:
     """Mixed lengths, around the borders of blocks, and sequences without a past; garbage wherever no token is; empty splits."""
-    own, cached, length_B, expected = case(new, "bfloat16", page, (C, P))
+    own, cached, cached_length_B, expected = case(new, "bfloat16", page, (C, P))
     taken = np.array(sequences)
-    own, length_B, expected = [a[taken] for a in own], length_B[taken], expected[taken]
+    own, cached_length_B, expected = [a[taken] for a in own], cached_length_B[taken], expected[taken]
     if page is None:
         cached = jax.tree.map(lambda a: a[taken], cached)
     else:
-        cached = cached._replace(table_BJ=cached.table_BJ[taken])
+        cached = cached._replace(page_table_BJ=cached.page_table_BJ[taken])
     monkeypatch.setattr(kernel, "number_of_splits", lambda *_: splits)
     monkeypatch.setitem(
         contract._BACKENDS, "interpreted", functools.partial(past_attention_gpu, num_blocks=1, interpret=INTERPRETED)
     )
-    own, cached, length_B = jax.tree.map(jnp.asarray, (own, cached, length_B))
-    found = latent_attention(*own, cached, length_B, scale=SCALE, backend="interpreted")
+    own, cached, cached_length_B = jax.tree.map(jnp.asarray, (own, cached, cached_length_B))
+    found = latent_attention(*own, cached, cached_length_B, scale=SCALE, backend="interpreted")
     chex.assert_shape(found, expected.shape)
     assert found.dtype == jnp.bfloat16
     chex.assert_trees_all_close(np.asarray(found, np.float64), expected, **TOLERANCE["bfloat16"])
@@ -83,11 +83,13 @@ def test_more_rows_than_a_block_has(splits: int, monkeypatch: Any) -> None:
     rope[0] *= np.linspace(1, 20, 144)[:, None]
     rope[1] *= np.linspace(20, 1, 144)[:, None]
     arrays = [jnp.asarray(a, jnp.bfloat16) for a in (q, q_rope, latent, rope)]
-    length_B = jnp.asarray(np.array([144, 136, 0], np.int32))
+    cached_length_B = jnp.asarray(np.array([144, 136, 0], np.int32))
     monkeypatch.setattr(kernel, "number_of_splits", lambda *_: splits)
-    found = past_attention_gpu(*arrays, None, length_B, scale=SCALE, num_blocks=splits, interpret=INTERPRETED)
+    found = past_attention_gpu(*arrays, None, cached_length_B, scale=SCALE, num_blocks=splits, interpret=INTERPRETED)
     wide = [jnp.asarray(np.asarray(a, np.float32)) for a in arrays]
-    expected = jax.jit(functools.partial(past_attention_chunked, table_BJ=None, scale=SCALE))(*wide, length_B=length_B)
+    expected = jax.jit(functools.partial(past_attention_chunked, page_table_BJ=None, scale=SCALE))(
+        *wide, cached_length_B=cached_length_B
+    )
     chex.assert_trees_all_close(found, expected, **TOLERANCE["bfloat16"])
     assert found[0].dtype == found[1].dtype == jnp.float32
     assert (np.asarray(found[0])[2] == 0).all()

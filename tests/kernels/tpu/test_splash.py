@@ -23,7 +23,7 @@ from dsv3_jax.kernels.tpu.memory import round_up
 from dsv3_jax.kernels.tpu.splash import splash_attention
 from dsv3_jax.model import mla, training_loss
 from dsv3_jax.model.mla import MLA
-from dsv3_jax.model.rope import rotation
+from dsv3_jax.model.rope import rope_angles
 from tests.intermediates import intermediate_shapes
 from tests.kernels.interpreter import STRICT, assert_no_race
 from tests.kernels.reference_attention import SCALE, assert_is_attention, draw, expected_of, in_parts, value_and_gradients
@@ -190,18 +190,18 @@ def layers_on(mesh: Mesh | None, *documents: np.ndarray | None) -> list[Any]:
     params = random_variables(MODEL)["params"]["dense_layers"]["self_attn"]
     x_BTD, dy_BTD = np.random.default_rng(0).standard_normal((2, 4, LENGTH, MODEL.hidden_size)).astype(np.float32)
 
-    def loss(params: Any, x_BTD: jax.Array, starts_BT: Any) -> jax.Array:
-        turns = rotation(MODEL, jnp.arange(LENGTH)[None])
+    def loss(params: Any, x_BTD: jax.Array, segment_starts_BT: Any) -> jax.Array:
+        turns = rope_angles(MODEL, jnp.arange(LENGTH)[None])
 
         @jax.checkpoint
         def layer(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return x_BTD + MLA(MODEL).apply({"params": params}, x_BTD, turns, starts_BT=starts_BT)[0], None
+            return x_BTD + MLA(MODEL).apply({"params": params}, x_BTD, turns, segment_starts_BT=segment_starts_BT)[0], None
 
         return jnp.sum(dy_BTD * jax.lax.scan(layer, x_BTD, params)[0])
 
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         program = jax.jit(jax.value_and_grad(loss, (0, 1)))
-        return [program(params, x_BTD, starts_BT) for starts_BT in documents]
+        return [program(params, x_BTD, segment_starts_BT) for segment_starts_BT in documents]
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dsv3_jax import Engine, SamplingParams
-from dsv3_jax.config.cli import exits_with_one_line, parse_flags
+from dsv3_jax.config.cli import cli_main, parse_flags
 from dsv3_jax.config.hugging_face import read_model
 from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
 from dsv3_jax.data.storage import digest
@@ -54,7 +54,7 @@ class Task(NamedTuple):
     """Of redundant experts."""
 
 
-@exits_with_one_line
+@cli_main
 def main() -> None:
     flags, speed = parse_flags(Flags, description=__doc__), Speed()
     join_processes(flags.distributed)

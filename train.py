@@ -21,7 +21,7 @@ import jax
 
 from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.config.cli import exits_with_one_line, how_to_resume, parse_run
+from dsv3_jax.config.cli import cli_main, how_to_resume, parse_run
 from dsv3_jax.data import TrainBatches, compressor_bits_per_byte, prepare_text
 from dsv3_jax.parallel.devices import BatchPlacement, cache_compilations
 from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
@@ -42,7 +42,7 @@ from dsv3_jax.train.start import check_start, first_state, going_on
 from dsv3_jax.train.step import compile_train_step, describe_backends
 
 
-@exits_with_one_line
+@cli_main
 def main() -> None:
     started = time.perf_counter()
     arguments = parse_run(description=__doc__ or "")

@@ -17,7 +17,7 @@ from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype, save_hf
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.checkpoint.saving import new_folder
 from dsv3_jax.config import Config, DataConfig, TrainConfig
-from dsv3_jax.config.cli import OneLineParser, exits_with_one_line
+from dsv3_jax.config.cli import OneLineParser, cli_main
 from dsv3_jax.config.hugging_face import is_hugging_face
 from dsv3_jax.train.start import save_run_start
 
@@ -73,7 +73,7 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
     print(f"{source} is now the run directory {target}, at step 0{'' if has_tokenizer else ' (no tokenizer.json)'}")
 
 
-@exits_with_one_line
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = OneLineParser(prog="python -m dsv3_jax.convert", description=(__doc__ or "").partition("\n\n")[0])

@@ -12,7 +12,7 @@ import json
 from typing import Literal
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.config.cli import exits_with_one_line, parse_flags
+from dsv3_jax.config.cli import cli_main, parse_flags
 from dsv3_jax.data import HeldoutWindows, compressor_bits_per_byte
 from dsv3_jax.data.sources import read_source
 from dsv3_jax.infer.load import load_model
@@ -36,7 +36,7 @@ class EvaluateFlags:
     """Dtype to compute in; None is the checkpoint's own."""
 
 
-@exits_with_one_line
+@cli_main
 def main() -> None:
     """The command line; prints one JSON object."""
     flags = parse_flags(EvaluateFlags, description=__doc__ or "")

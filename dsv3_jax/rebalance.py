@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.cli import OneLineParser, exits_with_one_line
+from dsv3_jax.config.cli import OneLineParser, cli_main
 from dsv3_jax.files import read_arrays, write_arrays
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.parallel.replicas import place_experts
@@ -164,7 +164,7 @@ def _report(name: str, counts: np.ndarray, placement: np.ndarray, num_shards: in
         print(f"{label}: busiest shard {before}{_busiest(expert_P, counts_E, num_shards):.2f} times the mean")
 
 
-@exits_with_one_line
+@cli_main
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = OneLineParser(

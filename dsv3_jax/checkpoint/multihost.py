@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.checkpoint.faults import io_reason, one_line
-from dsv3_jax.parallel.multihost import forget, hear, is_first_process, tell
+from dsv3_jax.parallel.multihost import is_first_process, kv_delete, kv_get, kv_set
 
 
 @contextlib.contextmanager
@@ -119,7 +119,7 @@ class FailedElsewhere(OSError):
     """Another process of the run could not write its part."""
 
 
-class RollCall:
+class Barrier:
     """A `barrier_sync_fn` for Orbax; called by one thread at a time, and by all processes equally often."""
 
     def __init__(self) -> None:
@@ -154,12 +154,12 @@ class RollCall:
         turn = next(self._turns)
         folder = f"{self._name}/{turn}"
         if not is_first_process():
-            tell(f"{folder}/{jax.process_index()}", said)
-            return json.loads(hear(f"{folder}/all"))
-        everyone = [said, *(hear(f"{folder}/{process}") for process in range(1, jax.process_count()))]
-        tell(f"{folder}/all", f"[{', '.join(everyone)}]")
+            kv_set(f"{folder}/{jax.process_index()}", said)
+            return json.loads(kv_get(f"{folder}/all"))
+        everyone = [said, *(kv_get(f"{folder}/{process}") for process in range(1, jax.process_count()))]
+        kv_set(f"{folder}/all", f"[{', '.join(everyone)}]")
         if turn:
-            forget(f"{self._name}/{turn - 1}/")  # Whoever is here has heard it.
+            kv_delete(f"{self._name}/{turn - 1}/")  # Whoever is here has heard it.
         return [json.loads(one) for one in everyone]
 
 

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dsv3_jax.checkpoint.faults import io_reason, is_of_the_machine, late_reads_keep_quiet, one_line, orbax_keeps_quiet
-from dsv3_jax.checkpoint.multihost import RollCall
+from dsv3_jax.checkpoint.multihost import Barrier
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
 from dsv3_jax.model import abstract_variables
@@ -253,7 +253,7 @@ def _async_options() -> ocp.AsyncOptions:
     """
     if jax.process_count() == 1:
         return ocp.AsyncOptions(create_directories_asynchronously=False)
-    return ocp.AsyncOptions(barrier_sync_fn=RollCall())
+    return ocp.AsyncOptions(barrier_sync_fn=Barrier())
 
 
 def _warn(text: str) -> None:

@@ -3,7 +3,7 @@
 `python train.py --config configs/tiny.py --train.steps 200 --mesh.expert 4` reads the file, sets the fields and
 validates the result. The dataclasses are the only source: tyro reads values by their types and writes `--help` from their
 docstrings, with the defaults of the chosen file. Whatever is wrong is a ValueError of one line, which
-`exits_with_one_line` prints.
+`cli_main` prints.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
-def exits_with_one_line(main: Callable[..., None]) -> Callable[..., None]:
+def cli_main(main: Callable[..., None]) -> Callable[..., None]:
     """Makes a ValueError, NotImplementedError or OSError of a program's `main` one line on stderr and exit code 2.
 
     Ctrl-C gives one line and code 130, a closed pipe behind the output nothing and code 1.

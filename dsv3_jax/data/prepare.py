@@ -33,7 +33,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import require, require_positive, require_seed
-from dsv3_jax.config.cli import exits_with_one_line, parse_flags
+from dsv3_jax.config.cli import cli_main, parse_flags
 from dsv3_jax.data.corpus import is_held_out, split_tail
 from dsv3_jax.data.shards import FORMAT, KINDS, describe, file_record, read_json, shard_file, shard_record
 from dsv3_jax.data.sources import Document, SourceFile, documents_of, source_files, whole_document
@@ -77,7 +77,7 @@ class PrepareFlags:
         require(0.0 <= self.fim_rate <= 1.0, f"fim_rate is {self.fim_rate}; it must lie in 0..1")
 
 
-@exits_with_one_line
+@cli_main
 def main() -> None:
     """The command line; prints one line."""
     started = time.perf_counter()

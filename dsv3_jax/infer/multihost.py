@@ -21,7 +21,7 @@ import jax
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.request import Request
 from dsv3_jax.infer.sampling import SamplingParams
-from dsv3_jax.parallel.multihost import OF_INPUT, forget, hear, tell
+from dsv3_jax.parallel.multihost import OF_INPUT, kv_delete, kv_get, kv_set
 
 CALLS_OF_A_PAGE = 1000
 """Calls told under one folder of the store; it is removed when every process has read on for as many."""
@@ -123,9 +123,9 @@ class _Journal:
         page, place = divmod(self._calls, CALLS_OF_A_PAGE)
         if place == 0 and page >= 2:
             for process in range(1, jax.process_count()):
-                hear(f"{_FOLDER}/{page - 2}/read/{process}")
-            forget(f"{_FOLDER}/{page - 2}/")
-        tell(f"{_FOLDER}/{page}/{place}", json.dumps(told))
+                kv_get(f"{_FOLDER}/{page - 2}/read/{process}")
+            kv_delete(f"{_FOLDER}/{page - 2}/")
+        kv_set(f"{_FOLDER}/{page}/{place}", json.dumps(told))
         self._calls += 1
 
 
@@ -133,10 +133,10 @@ def _heard() -> Iterator[list[Any]]:
     calls = 0
     while True:
         page, place = divmod(calls, CALLS_OF_A_PAGE)
-        yield json.loads(hear(f"{_FOLDER}/{page}/{place}", _POLL_MILLISECONDS))
+        yield json.loads(kv_get(f"{_FOLDER}/{page}/{place}", _POLL_MILLISECONDS))
         calls += 1
         if place == CALLS_OF_A_PAGE - 1:
-            tell(f"{_FOLDER}/{page}/read/{jax.process_index()}", "")
+            kv_set(f"{_FOLDER}/{page}/read/{jax.process_index()}", "")
 
 
 def _params(values: dict[str, Any]) -> SamplingParams:

@@ -34,7 +34,7 @@ from dsv3_jax.kernels.quantized import in_dtype, is_quantized
 from dsv3_jax.model import DeepSeekV3, unstack, with_absorbed_weights
 from dsv3_jax.model.mla import CacheMetadata
 from dsv3_jax.model.sharding import place_variables
-from dsv3_jax.parallel.devices import place_alike, release
+from dsv3_jax.parallel.devices import release, replicate
 from dsv3_jax.parallel.mesh import current_mesh
 from dsv3_jax.parallel.replicas import place_experts
 from dsv3_jax.parallel.sharding import SERVING, use_rules
@@ -92,7 +92,7 @@ class Runner:
 
     def set_up(self, slot: int, row: Sampler) -> None:
         """Tells how the sequence that gets a slot is sampled; `row` is one of `Sampler.row`."""
-        self._slots = _with_sampler(self._slots, *place_alike((np.int32(slot), row), self._sharding(WHOLE)))
+        self._slots = _with_sampler(self._slots, *replicate((np.int32(slot), row), self._sharding(WHOLE)))
 
     def warm_up(self) -> None:
         """Runs every program that reports no log-probabilities once, for nobody: it is compiled, and nothing changes."""
@@ -149,7 +149,7 @@ class Runner:
         return table
 
     def _put(self, tree: Any) -> Any:
-        return place_alike(tree, self._sharding(ROWS))
+        return replicate(tree, self._sharding(ROWS))
 
     def _sharding(self, spec: PartitionSpec) -> Sharding:
         # Never none: arrays that belong to no device yet, and later do, would have programs compiled twice.

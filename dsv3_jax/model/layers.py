@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
-from dsv3_jax.parallel.sharding import TOKENS, current_rules, project
+from dsv3_jax.parallel.sharding import TOKEN_SPEC, current_rules, project
 
 EMBEDDING_AXES = "vocab", "embed"
 
@@ -93,7 +93,7 @@ def _look_up_on_mesh(embedding_VD: jax.Array, tokens_BT: jax.Array, config: Mode
         rows_BTD = jax.lax.all_to_all(rows_BTD, "context", 1, 2, tiled=True)
         return jax.lax.all_to_all(rows_BTD, batch_axes, 0, 2, tiled=True)
 
-    split = jax.shard_map(on_device, in_specs=(rules.spec(EMBEDDING_AXES), TOKENS), out_specs=TOKENS)
+    split = jax.shard_map(on_device, in_specs=(rules.spec(EMBEDDING_AXES), TOKEN_SPEC), out_specs=TOKEN_SPEC)
     known_BT = (tokens_BT >= 0) & (tokens_BT < config.vocab_size)
     return jnp.where(known_BT[..., None], split(embedding_VD, tokens_BT), jnp.nan)
 

@@ -20,7 +20,7 @@ from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 from dsv3_jax.model.model import HEAD_AXES, DeepSeekV3
 from dsv3_jax.model.mtp import rows_of_depth
 from dsv3_jax.parallel.mesh import AXES, current_mesh
-from dsv3_jax.parallel.sharding import TOKENS, current_rules, scattered_sum, whole_weight
+from dsv3_jax.parallel.sharding import TOKEN_SPEC, all_gather_weight, current_rules, reduce_scatter_grad
 
 
 class HeldoutBatch(NamedTuple):
@@ -95,7 +95,7 @@ def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, we
         # Each device of a `tensor` group has the whole loss of their tokens: its share keeps the sum right.
         return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES)
 
-    specs = TOKENS, current_rules().spec(HEAD_AXES), TOKENS, TOKENS
+    specs = TOKEN_SPEC, current_rules().spec(HEAD_AXES), TOKEN_SPEC, TOKEN_SPEC
     return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec())(h_BTD, head_DV, target_BT, weight_BT)
 
 
@@ -115,8 +115,10 @@ def cross_entropy_and_greedy(
         # All of a `tensor` group found the same tokens; the maximum says so.
         return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES), jax.lax.pmax(greedy_BT, "tensor")
 
-    specs = TOKENS, current_rules().spec(HEAD_AXES), TOKENS, TOKENS
-    return jax.shard_map(on_device, in_specs=specs, out_specs=(PartitionSpec(), TOKENS))(h_BTD, head_DV, target_BT, weight_BT)
+    specs = TOKEN_SPEC, current_rules().spec(HEAD_AXES), TOKEN_SPEC, TOKEN_SPEC
+    return jax.shard_map(on_device, in_specs=specs, out_specs=(PartitionSpec(), TOKEN_SPEC))(
+        h_BTD, head_DV, target_BT, weight_BT
+    )
 
 
 def _scored(
@@ -160,7 +162,7 @@ class _Head(NamedTuple):
     def of(cls, head_DV: jax.Array, dtype: Any, on_mesh: bool) -> _Head:
         if not on_mesh:
             return cls(head_DV.astype(dtype), 0, False)
-        return cls(whole_weight(head_DV, HEAD_AXES, dtype), jax.lax.axis_index("tensor") * head_DV.shape[1], True)
+        return cls(all_gather_weight(head_DV, HEAD_AXES, dtype), jax.lax.axis_index("tensor") * head_DV.shape[1], True)
 
     def hit_BTV(self, target_BT: jax.Array) -> jax.Array:
         """Which of these columns is the target."""
@@ -227,7 +229,7 @@ def _forward(h_BTD, head_DV, target_BT, weight_BT, chunk, on_mesh):  # type: ign
     dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T]
     if on_mesh:
         # Now, and not when the compiler finds time: what waits for the end is this device's part of the gradient alone.
-        dhead_DV = scattered_sum(dhead_DV.astype(h_BTD.dtype), HEAD_AXES)
+        dhead_DV = reduce_scatter_grad(dhead_DV.astype(h_BTD.dtype), HEAD_AXES)
         total, dh_BTD, dhead_DV = jax.lax.optimization_barrier((total, dh_BTD, dhead_DV))
     return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
 

@@ -26,7 +26,7 @@ from dsv3_jax.kernels.vma import varying_axes, varying_over
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.rope import RopeAngles, apply_rope
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh, current_platform
-from dsv3_jax.parallel.sharding import TOKENS, Weight, splittable, whole_weight
+from dsv3_jax.parallel.sharding import TOKEN_SPEC, Weight, all_gather_weight, shard_map_spec
 
 KV_B_AXES = "latent", "heads", "head_dim"
 # The reference fixes it, whatever rms_norm_eps says (model of the published code; both are 1e-6 there).
@@ -179,11 +179,11 @@ class MLA(nn.Module):
 
         def attend_over(kernel_CNX: Weight, *others: Any) -> jax.Array:
             if current_mesh() is not None:
-                kernel_CNX = whole_weight(kernel_CNX, KV_B_AXES, config.dtype)
+                kernel_CNX = all_gather_weight(kernel_CNX, KV_B_AXES, config.dtype)
             return expanded_attention(kernel_CNX.astype(config.dtype), *others, scale=config.softmax_scale)
 
         if current_mesh() is not None:
-            kernel_CNX, spec = splittable(kernel_CNX, KV_B_AXES)
+            kernel_CNX, spec = shard_map_spec(kernel_CNX, KV_B_AXES)
             attend_over = _by_sequences_and_heads(attend_over, cached, spec)
         return attend_over(kernel_CNX, q_nope_BTNH, q_rope_BTNP, *new, cached, cached_length_B)
 
@@ -210,9 +210,9 @@ def expanding_pays(config: ModelConfig, num_queries: int) -> bool:
 
 def _by_sequences_and_heads(attend_over: Callable[..., jax.Array], cached: CachedLatents, *before: Any) -> Any:
     """Attention over a cache on the current mesh: a device has its own sequences, the pages of these, and its own heads."""
-    mine, heads = PartitionSpec(BATCH_AXES), PartitionSpec(*TOKENS, "tensor")
+    mine, heads = PartitionSpec(BATCH_AXES), PartitionSpec(*TOKEN_SPEC, "tensor")
     pages = jax.tree.map(lambda _: mine, cached)
-    specs: Any = *before, heads, heads, TOKENS, TOKENS, pages, mine
+    specs: Any = *before, heads, heads, TOKEN_SPEC, TOKEN_SPEC, pages, mine
     # A kernel says nothing of the axes that its results vary over.
     return jax.shard_map(attend_over, in_specs=specs, out_specs=heads, check_vma=False)
 
@@ -258,14 +258,14 @@ def _attend_on_mesh(
     def on_device(
         q_BTNX: jax.Array, latents: tuple[jax.Array, jax.Array], kernel_CNX: Weight, segment_starts_BT: jax.Array | None
     ) -> jax.Array:
-        whole = whole_weight(varying_over(kernel_CNX, varying_axes(q_BTNX)), KV_B_AXES, config.dtype)
+        whole = all_gather_weight(varying_over(kernel_CNX, varying_axes(q_BTNX)), KV_B_AXES, config.dtype)
         everyone = Latents(*(jax.lax.all_gather(part, "context", axis=1, tiled=True) for part in latents))
         first = jax.lax.axis_index("context") * q_BTNX.shape[1]
         return _attend_expanded(q_BTNX, everyone, whole, segment_starts_BT, config, first)
 
-    heads = PartitionSpec(*TOKENS, "tensor")
-    kernel_CNX, kernel_spec = splittable(kernel_CNX, KV_B_AXES)
-    specs: Any = heads, (TOKENS, TOKENS), kernel_spec, TOKENS
+    heads = PartitionSpec(*TOKEN_SPEC, "tensor")
+    kernel_CNX, kernel_spec = shard_map_spec(kernel_CNX, KV_B_AXES)
+    specs: Any = heads, (TOKEN_SPEC, TOKEN_SPEC), kernel_spec, TOKEN_SPEC
     backend = _attention_backend(config, segment_starts_BT is not None)
     # Splash says nothing of the axes its results vary over, so there the check is off, and with it the sums that JAX would
     # put where a value begins to vary; those of replicated inputs' gradients, which are all there are, the border has anyway.

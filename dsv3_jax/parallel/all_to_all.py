@@ -26,7 +26,7 @@ from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.experts import ExpertOrder, expert_ffn, rows_at, sort_by_expert, sum_over_choices
 from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
-from dsv3_jax.parallel.sharding import TOKENS, Weight, scattered_sum, splittable, whole_weight
+from dsv3_jax.parallel.sharding import TOKEN_SPEC, Weight, all_gather_weight, reduce_scatter_grad, shard_map_spec
 
 ExpertWeights = tuple[Weight, Weight, Weight]
 """The routed experts' parameters, gate, up and down: [E, D, F] twice and [E, F, D]."""
@@ -54,7 +54,8 @@ def routed_experts_on_mesh(
     hidden units, each is rounded, and they are added up in x's dtype.
 
     Args:
-      x_BTD, chosen_BTK, weight_BTK: tokens, their experts (indices of the stacks) and the weights of these, split as `TOKENS`.
+      x_BTD, chosen_BTK, weight_BTK: tokens, their experts (indices of the stacks) and the weights of these, split as
+        `TOKEN_SPEC`.
       weights: split as `WEIGHT_AXES`.
       config: gives the exchange and the size of its buffer.
       backend: of `expert_ffn`.
@@ -72,9 +73,9 @@ def routed_experts_on_mesh(
         receive_factor=config.receive_factor,
         kernel_config=_KernelConfig(backend, config.dtype),
     )
-    split, weight_specs = zip(*map(splittable, weights, WEIGHT_AXES), strict=True)
-    specs = TOKENS, TOKENS, TOKENS, weight_specs
-    return jax.shard_map(region, in_specs=specs, out_specs=(TOKENS, PartitionSpec()))(x_BTD, chosen_BTK, weight_BTK, split)
+    split, weight_specs = zip(*map(shard_map_spec, weights, WEIGHT_AXES), strict=True)
+    specs = TOKEN_SPEC, TOKEN_SPEC, TOKEN_SPEC, weight_specs
+    return jax.shard_map(region, in_specs=specs, out_specs=(TOKEN_SPEC, PartitionSpec()))(x_BTD, chosen_BTK, weight_BTK, split)
 
 
 def _on_device(
@@ -171,14 +172,14 @@ _weighted_sums.defvjp(_forward, _backward)
 
 def _gather(weights: ExpertWeights, kernel_config: _KernelConfig) -> ExpertWeights:
     """The local experts' weights, whole along the fsdp axes."""
-    gate, up, down = (whole_weight(w, axes, kernel_config.dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
+    gate, up, down = (all_gather_weight(w, axes, kernel_config.dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
     return gate, up, down
 
 
 def _scatter(dwhole: tuple[jax.Array, ...], weights: ExpertWeights) -> ExpertWeights:
     """Their gradients, summed over the fsdp axes and split along them again, in the dtype of the parameters."""
     triples = zip(dwhole, WEIGHT_AXES, weights, strict=True)
-    gate, up, down = (scattered_sum(dw, axes).astype(w.dtype) for dw, axes, w in triples)
+    gate, up, down = (reduce_scatter_grad(dw, axes).astype(w.dtype) for dw, axes, w in triples)
     return gate, up, down
 
 
@@ -426,7 +427,7 @@ class Dense(Exchange):
 
 
 @struct.dataclass
-class Ring(Exchange):
+class AllGatherExchange(Exchange):
     """Every device sees the tokens of its whole group, works on the rows of its experts, and the sums are scattered."""
 
     sorted: ExpertOrder
@@ -436,7 +437,7 @@ class Ring(Exchange):
     num_rows: int = struct.field(pytree_node=False)
 
     @classmethod
-    def plan(cls, chosen_TK: jax.Array, num_experts: int, receive_factor: float) -> Ring:
+    def plan(cls, chosen_TK: jax.Array, num_experts: int, receive_factor: float) -> AllGatherExchange:
         num_devices = jax.lax.axis_size(EXPERT_AXIS)
         local = num_experts // num_devices
         expert = jax.lax.all_gather(chosen_TK, EXPERT_AXIS, tiled=True) - _here() * local
@@ -493,7 +494,7 @@ class Ring(Exchange):
         return jnp.where(mine, row, 0), mine
 
 
-EXCHANGES: dict[str, Any] = {"local": Local, "ragged": Ragged, "dense": Dense, "ring": Ring}
+EXCHANGES: dict[str, Any] = {"local": Local, "ragged": Ragged, "dense": Dense, "ring": AllGatherExchange}
 
 
 def _here() -> jax.Array:

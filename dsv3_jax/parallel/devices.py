@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from dsv3_jax.parallel.sharding import TOKENS
+from dsv3_jax.parallel.sharding import TOKEN_SPEC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class BatchPlacement:
 
     def __init__(self, mesh: Mesh, batch_size: int, sequence_length: int) -> None:
         self._shape = batch_size, sequence_length
-        self._sharding = NamedSharding(mesh, TOKENS)
+        self._sharding = NamedSharding(mesh, TOKEN_SPEC)
         held = self._sharding.addressable_devices_indices_map(self._shape)
         self.rows = sorted({row for index in held.values() if index for row in range(*index[0].indices(batch_size))})
         """The rows of each batch that devices of this process hold."""
@@ -132,11 +132,11 @@ class BatchPlacement:
             wanted = [place[row] for row in range(*index[-2].indices(batch_size))]
             return array[..., wanted, index[-1]]
 
-        sharding = NamedSharding(self._sharding.mesh, PartitionSpec(*(None for _ in leading), *TOKENS))
+        sharding = NamedSharding(self._sharding.mesh, PartitionSpec(*(None for _ in leading), *TOKEN_SPEC))
         return jax.make_array_from_callback((*leading, *self._shape), sharding, part)
 
 
-def place_alike(tree: Any, sharding: Sharding) -> Any:
+def replicate(tree: Any, sharding: Sharding) -> Any:
     """Arrays that every process holds alike, onto the devices of `sharding`.
 
     `jax.device_put` would have the processes compare what they hold, which takes a collective for each array.

@@ -34,7 +34,7 @@ so before.
 """
 
 OF_INPUT = ValueError, OSError, NotImplementedError
-"""What a program ends of in one line (`exits_with_one_line`), and its other processes in the same."""
+"""What a program ends of in one line (`cli_main`), and its other processes in the same."""
 _POLL_MILLISECONDS = 10_000
 _turns = itertools.count()
 
@@ -107,11 +107,11 @@ def by_first_process(function: Callable[[], Any]) -> None:
             function()
         except Exception as error:
             expected = isinstance(error, OF_INPUT)
-            tell(key, ("refused " if expected else "failed ") + (str(error) or type(error).__name__))
+            kv_set(key, ("refused " if expected else "failed ") + (str(error) or type(error).__name__))
             raise
-        tell(key, "done")
+        kv_set(key, "done")
     else:
-        outcome, _, message = hear(key).partition(" ")
+        outcome, _, message = kv_get(key).partition(" ")
         if outcome == "refused":
             raise ValueError(message)
         if outcome == "failed":
@@ -190,7 +190,7 @@ def wait_for_first_process() -> None:
 def write_note(name: str, text: str) -> None:
     """Leaves a note for all processes, unless there is one of that name: the first stands."""
     try:
-        tell(f"dsv3_jax/note/{name}", text)
+        kv_set(f"dsv3_jax/note/{name}", text)
     except jax.errors.JaxRuntimeError as error:
         if "ALREADY_EXISTS" not in str(error):
             raise
@@ -210,16 +210,16 @@ def _judged_by_first_process(said: str, judge: Callable[[list[str]], None]) -> N
     """Hands what every process says to `judge` on process 0, in order; a ValueError of its is raised on all."""
     key = f"dsv3_jax/{next(_turns)}"
     if not is_first_process():
-        tell(f"{key}/{jax.process_index()}", said)
-    by_first_process(lambda: judge([said, *(hear(f"{key}/{process}") for process in range(1, jax.process_count()))]))
+        kv_set(f"{key}/{jax.process_index()}", said)
+    by_first_process(lambda: judge([said, *(kv_get(f"{key}/{process}") for process in range(1, jax.process_count()))]))
 
 
-def tell(key: str, value: str) -> None:
+def kv_set(key: str, value: str) -> None:
     """Puts `value` into the store under `key`, which must be new."""
     global_state.client.key_value_set(key, value.encode(errors="backslashreplace").decode())  # type: ignore[union-attr]
 
 
-def hear(key: str, poll: int = _POLL_MILLISECONDS) -> str:
+def kv_get(key: str, poll: int = _POLL_MILLISECONDS) -> str:
     """What another process tells under `key`; as long as it takes, for the service ends this process if that one is gone.
 
     It is asked for again after `poll` milliseconds, between which this process hears of no signal. The store keeps a little of
@@ -233,6 +233,6 @@ def hear(key: str, poll: int = _POLL_MILLISECONDS) -> str:
                 raise
 
 
-def forget(folder: str) -> None:
+def kv_delete(folder: str) -> None:
     """Removes what was told under keys that begin with `folder`, which ends with a slash."""
     global_state.client.key_value_delete(folder)  # type: ignore[union-attr]

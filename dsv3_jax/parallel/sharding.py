@@ -24,10 +24,10 @@ FSDP_AXES = "fsdp", "expert", "context"
 EXPERT_FSDP_AXES = "fsdp", "context"
 """The same for the weights of routed experts, whose experts the `expert` axis already splits."""
 
-TOKENS = PartitionSpec(BATCH_AXES, "context")
+TOKEN_SPEC = PartitionSpec(BATCH_AXES, "context")
 """[B, T, ...]: the leading axes of every activation."""
 
-MICRO_BATCHES = PartitionSpec(None, *TOKENS)
+MICRO_BATCHES = PartitionSpec(None, *TOKEN_SPEC)
 """[A, B, T]: the micro-batches of a step, each split as the next."""
 
 
@@ -145,7 +145,7 @@ Weight = jax.Array | QuantizedArray
 
 def place_tokens(x: jax.Array) -> jax.Array:
     """An activation [B, T, ...], its tokens split over the token axes and its other dimensions whole."""
-    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, TOKENS)
+    return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, TOKEN_SPEC)
 
 
 def project(x: jax.Array, kernel: Weight, names: tuple[str, ...], *, num_in: int = 1, **how: Any) -> jax.Array:
@@ -166,12 +166,12 @@ def project(x: jax.Array, kernel: Weight, names: tuple[str, ...], *, num_in: int
     split = [_along_tensor(name) for name in names]
 
     def on_device(x: jax.Array, kernel: Weight) -> jax.Array:
-        y = _contract(x, whole_weight(varying_over(kernel, varying_axes(x)), names, x.dtype), num_in, how)
+        y = _contract(x, all_gather_weight(varying_over(kernel, varying_axes(x)), names, x.dtype), num_in, how)
         return jax.lax.psum(y, "tensor") if "tensor" in split[:num_in] else y
 
-    kernel, kernel_spec = splittable(kernel, names)
-    specs = PartitionSpec(*TOKENS, *split[:num_in]), kernel_spec
-    return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(*TOKENS, *split[num_in:]))(x, kernel)
+    kernel, kernel_spec = shard_map_spec(kernel, names)
+    specs = PartitionSpec(*TOKEN_SPEC, *split[:num_in]), kernel_spec
+    return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(*TOKEN_SPEC, *split[num_in:]))(x, kernel)
 
 
 def _contract(x: jax.Array, kernel: Weight, num_in: int, how: dict[str, Any]) -> jax.Array:
@@ -183,7 +183,7 @@ def _along_tensor(name: str) -> str | None:
     return "tensor" if "tensor" in getattr(current_rules(), name) else None
 
 
-def splittable(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
+def shard_map_spec(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
     """A weight as it enters a region of `jax.shard_map`, and the specs that split it there as its logical axes say.
 
     Scales of a weight in 8 bits are split as its values are. Where an edge cuts blocks, they are divided first, into blocks of
@@ -219,7 +219,7 @@ def _num_parts(name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in getattr(current_rules(), name))
 
 
-def whole_weight(part: Weight, names: tuple[str, ...], dtype: Any) -> Any:
+def all_gather_weight(part: Weight, names: tuple[str, ...], dtype: Any) -> Any:
     """Inside `jax.shard_map`: a weight cast to `dtype` and made whole along the fsdp axes. Its transpose sums and scatters.
 
     One in 8 bits travels and stays in them.
@@ -245,7 +245,7 @@ def _rounded(part: jax.Array, dtype: Any) -> jax.Array:
     return part.astype(dtype)
 
 
-def scattered_sum(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
+def reduce_scatter_grad(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """Inside `jax.shard_map`: this device's part of the sum, over the fsdp axes, of everybody's gradient of a whole weight."""
     for dimension, axes in _fsdp_splits(names):
         for axis in axes:

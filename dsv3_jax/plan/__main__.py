@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dsv3_jax.config import Config, MeshConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.config.cli import exits_with_one_line, parse_with_config
+from dsv3_jax.config.cli import cli_main, parse_with_config
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import AXES, check_fits
@@ -71,7 +71,7 @@ class PlanFlags:
             require(self.serve == Serving(), "--serve.* belongs to --mode serve; add that")
 
 
-@exits_with_one_line
+@cli_main
 def main() -> None:
     """The command line."""
     flags, config = parse_with_config(PlanFlags, description=__doc__ or "", prepare=_without_mesh_of_training)

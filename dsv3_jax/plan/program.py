@@ -50,7 +50,7 @@ def device_values(array: Any) -> int:
 
 
 def gathered(array: Any) -> jax.ShapeDtypeStruct:
-    """A weight as it is multiplied with: whole along the axes that split it for want of room (`whole_weight`)."""
+    """A weight as it is multiplied with: whole along the axes that split it for want of room (`all_gather_weight`)."""
     sharding = array.sharding
     spec = (None if part in (FSDP_AXES, EXPERT_FSDP_AXES) else part for part in sharding.spec)
     return placed(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

@@ -12,7 +12,7 @@ import typing
 import pytest
 
 from dsv3_jax.config import Config, ModelConfig, RopeScaling, TrainConfig
-from dsv3_jax.config.cli import exits_with_one_line, load_config, parse_flags, parse_run, parse_with_config
+from dsv3_jax.config.cli import cli_main, load_config, parse_flags, parse_run, parse_with_config
 
 CONFIG = """
 from dsv3_jax.config import Config, ModelConfig, RopeScaling, TrainConfig
@@ -142,7 +142,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
     monkeypatch.delenv("DSV3_JAX_TRACEBACK", raising=False)
     arguments = given.split() if "--config" in given else ["--config", config_file, *given.split()]
     with pytest.raises(SystemExit) as exit_info:
-        exits_with_one_line(lambda: parse_run(arguments))()
+        cli_main(lambda: parse_run(arguments))()
     captured = capsys.readouterr()
     assert exit_info.value.code == 2
     assert captured.out == ""
@@ -153,7 +153,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
 def test_the_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DSV3_JAX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="does not exist"):
-        exits_with_one_line(lambda: parse_run(["--nothing"]))()
+        cli_main(lambda: parse_run(["--nothing"]))()
 
 
 @pytest.mark.parametrize(
@@ -171,21 +171,15 @@ def test_what_the_machine_or_the_user_ends_gets_one_line(
 
     monkeypatch.delenv("DSV3_JAX_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as exit_info:
-        exits_with_one_line(main)()
+        cli_main(main)()
     assert (exit_info.value.code, capsys.readouterr().err) == (code, line)
     monkeypatch.setenv("DSV3_JAX_TRACEBACK", "1")
     with pytest.raises(type(error)):
-        exits_with_one_line(main)()
+        cli_main(main)()
 
 
 def test_a_closed_pipe_ends_a_program_without_a_word():
-    program = (
-        "from dsv3_jax.config.cli import exits_with_one_line\n"
-        "@exits_with_one_line\n"
-        "def main():\n"
-        "    for i in range(10**6): print(i)\n"
-        "main()"
-    )
+    program = "from dsv3_jax.config.cli import cli_main\n@cli_main\ndef main():\n    for i in range(10**6): print(i)\nmain()"
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -197,7 +191,7 @@ def test_a_closed_pipe_ends_a_program_without_a_word():
 
 def test_other_exceptions_pass_through():
     with pytest.raises(ZeroDivisionError):
-        exits_with_one_line(lambda: 1 / 0)()
+        cli_main(lambda: 1 / 0)()
 
 
 def test_help_lists_every_field_with_docstring_and_default(config_file: str, capsys: pytest.CaptureFixture[str]):

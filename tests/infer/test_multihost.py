@@ -31,9 +31,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             del told[key]
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(multihost, "tell", told.__setitem__)
-    monkeypatch.setattr(multihost, "hear", lambda key, *_: told[key])
-    monkeypatch.setattr(multihost, "forget", forget)
+    monkeypatch.setattr(multihost, "kv_set", told.__setitem__)
+    monkeypatch.setattr(multihost, "kv_get", lambda key, *_: told[key])
+    monkeypatch.setattr(multihost, "kv_delete", forget)
     return told
 
 
@@ -91,7 +91,7 @@ def test_what_all_have_read_is_removed(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multihost, "CALLS_OF_A_PAGE", 4)
-    monkeypatch.setattr(multihost, "hear", lambda key, *_: store[key] if "/read/" not in key else store.get(key, "read"))
+    monkeypatch.setattr(multihost, "kv_get", lambda key, *_: store[key] if "/read/" not in key else store.get(key, "read"))
     with multihost.leading(engines[0]):
         tokens = list(engines[0].stream([1, 2, 3], TWENTY))
     assert len(tokens) == 20
@@ -151,7 +151,7 @@ def test_a_call_that_may_not_have_been_told_is_the_last(
     def interrupted(*_: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(multihost, "tell", interrupted)
+    monkeypatch.setattr(multihost, "kv_set", interrupted)
     with multihost.leading(engine):
         with pytest.raises(KeyboardInterrupt):
             engine.submit([1])
@@ -194,6 +194,6 @@ def test_signals_are_left_to_process_0(
 
 
 def test_one_process_tells_nobody(engines: tuple[Engine, Engine]) -> None:
-    tell = engines[0].tell
+    kv_set = engines[0].tell
     with multihost.leading(engines[0]):
-        assert engines[0].tell is tell
+        assert engines[0].tell is kv_set

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.model.layers import EMBEDDING_AXES, Embedding, Linear, RMSNorm, SwiGLU
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.sharding import RULES, SERVING, TOKENS, ShardingRules, use_rules
+from dsv3_jax.parallel.sharding import RULES, SERVING, TOKEN_SPEC, ShardingRules, use_rules
 from tests.model.tiny import CONFIG, assert_gradient
 from tests.tolerances import TOLERANCE
 
@@ -139,7 +139,7 @@ def test_rows_looked_up_on_a_mesh(rules: ShardingRules) -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
     variables = {"params": {"embedding": normal(12, 16)}}
     tokens_BT = np.arange(24).reshape(8, 3) % 13
-    shardings = {"params": {"embedding": NamedSharding(mesh, rules.spec(EMBEDDING_AXES))}}, NamedSharding(mesh, TOKENS)
+    shardings = {"params": {"embedding": NamedSharding(mesh, rules.spec(EMBEDDING_AXES))}}, NamedSharding(mesh, TOKEN_SPEC)
     with jax.set_mesh(mesh), use_rules(rules):
         found_BTD = jax.jit(Embedding(config).apply, in_shardings=shardings)(variables, tokens_BT)
     table = np.concatenate([variables["params"]["embedding"], np.full((1, 16), np.nan, np.float32)])

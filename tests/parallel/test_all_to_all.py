@@ -20,7 +20,7 @@ from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.model.moe import routed_experts
 from dsv3_jax.parallel.all_to_all import WEIGHT_AXES, routed_experts_on_mesh
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.sharding import RULES, TOKENS
+from dsv3_jax.parallel.sharding import RULES, TOKEN_SPEC
 from tests.model.tiny import CONFIG
 from tests.parallel.ragged_emulation import emulate_ragged
 from tests.tolerances import TOLERANCE
@@ -82,7 +82,7 @@ def on_mesh(sizes: str, exchange: str, factor: float, dtype: str = "float32") ->
         y, transpose, rounds = jax.vjp(lambda x, w, e: apply(x, chosen, w, e), x, weight, experts, has_aux=True)
         return y, *transpose(dy.astype(y.dtype)), rounds
 
-    tokens = NamedSharding(mesh, TOKENS)
+    tokens = NamedSharding(mesh, TOKEN_SPEC)
     weights = tuple(NamedSharding(mesh, RULES.spec(axes)) for axes in WEIGHT_AXES)
     return jax.jit(run, in_shardings=(tokens, tokens, weights, tokens, tokens)), mesh
 

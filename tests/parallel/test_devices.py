@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from dsv3_jax.config import MeshConfig, TrainConfig
 from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.sharding import TOKENS
+from dsv3_jax.parallel.sharding import TOKEN_SPEC
 
 _BATCH_BT = np.arange(8 * 6, dtype=np.int32).reshape(8, 6)
 _MESHES = [
@@ -35,7 +35,7 @@ def test_every_device_gets_its_part(config: MeshConfig) -> None:
     placement = BatchPlacement(mesh, 8, 6)
     placed = placement.place(_BATCH_BT)
     assert placement.rows == list(range(8))
-    assert placed.sharding == NamedSharding(mesh, TOKENS)
+    assert placed.sharding == NamedSharding(mesh, TOKEN_SPEC)
     assert placed.dtype == np.int32
     np.testing.assert_array_equal(placed, _BATCH_BT)
     rows_a_device = 8 // (config.data * config.fsdp * config.expert)

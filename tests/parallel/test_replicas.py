@@ -19,7 +19,7 @@ from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.replicas import place_experts, replicas_of
-from dsv3_jax.parallel.sharding import TOKENS
+from dsv3_jax.parallel.sharding import TOKEN_SPEC
 from dsv3_jax.plan.hlo import collectives
 from dsv3_jax.rebalance import rebalance_experts, shard_loads
 from tests.model.tiny import CONFIG as TINY
@@ -205,7 +205,7 @@ def placed_layer(placement: np.ndarray) -> Tree:
 def program(exchange: str) -> tuple[Any, Any]:
     config = dataclasses.replace(CONFIG, n_group=1, topk_group=1, expert_exchange=exchange, receive_factor=1.0)
     mesh = make_mesh(MESH)
-    tokens = NamedSharding(mesh, TOKENS)
+    tokens = NamedSharding(mesh, TOKEN_SPEC)
     return mesh, jax.jit(MoE(config).apply, in_shardings=(None, tokens))
 
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.kernels.quantized import QuantizedArray
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.sharding import RULES, SERVING, TOKENS, _rounded, place_tokens, project, use_rules
+from dsv3_jax.parallel.sharding import RULES, SERVING, TOKEN_SPEC, _rounded, place_tokens, project, use_rules
 from dsv3_jax.plan.hlo import collectives
 from tests.parallel.test_all_to_all import MESHES
 from tests.tolerances import TOLERANCE
@@ -46,7 +46,7 @@ def product(x: np.ndarray, kernel: np.ndarray, num_in: int) -> np.ndarray:
 def program(sizes: dict[str, int], kinds: Iterable[str]) -> tuple[Any, Any]:
     """({kind: (x, kernel, dy)}) -> {kind: (y, dx, dkernel)}; one program, which costs less to compile than one for each."""
     mesh = make_mesh(MeshConfig(**sizes))
-    tokens = NamedSharding(mesh, TOKENS)
+    tokens = NamedSharding(mesh, TOKEN_SPEC)
 
     def product_and_gradients(arrays: dict[str, tuple]) -> dict[str, tuple]:
         out = {}
@@ -81,7 +81,7 @@ def test_products_under_the_rules_of_generation(kind: str) -> None:
     names, shape, num_in = KERNELS[kind]
     x, kernel, _ = draw(shape, num_in)
     mesh = make_mesh(MeshConfig(fsdp=2, expert=2, tensor=2))
-    shardings = NamedSharding(mesh, TOKENS), NamedSharding(mesh, SERVING.spec(names))
+    shardings = NamedSharding(mesh, TOKEN_SPEC), NamedSharding(mesh, SERVING.spec(names))
     run = jax.jit(functools.partial(project, names=names, num_in=num_in), in_shardings=shardings)
     with jax.set_mesh(mesh), use_rules(SERVING):
         compiled = run.lower(x, kernel).compile()
@@ -147,4 +147,4 @@ def test_tokens_are_placed() -> None:
     assert place_tokens(x) is x
     with jax.set_mesh(mesh):
         placed = jax.jit(place_tokens)(x)
-    assert placed.sharding.is_equivalent_to(NamedSharding(mesh, TOKENS), 3)
+    assert placed.sharding.is_equivalent_to(NamedSharding(mesh, TOKEN_SPEC), 3)

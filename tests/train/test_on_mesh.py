@@ -22,7 +22,7 @@ from dsv3_jax.model import moe as router_module
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, make_mesh
-from dsv3_jax.parallel.sharding import MICRO_BATCHES, TOKENS
+from dsv3_jax.parallel.sharding import MICRO_BATCHES, TOKEN_SPEC
 from dsv3_jax.train.state import TrainState, state_shardings
 from dsv3_jax.train.step import train_step
 from tests.model.tiny import CONFIG, random_variables
@@ -253,7 +253,7 @@ def test_a_load_that_leaves_an_axis_out_would_show(
                 count(chosen_BTK, token_mask_BT, num_experts), [axis for axis in TOKEN_AXES if axis != left_out]
             )
 
-        mapped = jax.shard_map(on_device, in_specs=(TOKENS, TOKENS), out_specs=PartitionSpec(), check_vma=False)
+        mapped = jax.shard_map(on_device, in_specs=(TOKEN_SPEC, TOKEN_SPEC), out_specs=PartitionSpec(), check_vma=False)
         return mapped(chosen_BTK, token_mask_BT)
 
     wanted, _ = on_one_device(ONE_LAYER)

@@ -28,10 +28,10 @@ from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_c
 from dsv3_jax.data.storage import digest
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.infer.batch import CompletionLines, PromptLines, complete_lines, read_prompt_lines, require_place, submit_lines
-from dsv3_jax.infer.cache import LONGEST_BY_DEFAULT, Sizes
+from dsv3_jax.infer.cache import DEFAULT_MAX_LENGTH, EngineConfig
 from dsv3_jax.infer.chat import Conversation, converse
 from dsv3_jax.infer.load import LoadedModel, load_model
-from dsv3_jax.infer.multihost import follow, leading
+from dsv3_jax.infer.multihost import follower, leader
 from dsv3_jax.infer.report import Speed, opening
 from dsv3_jax.infer.request import prompt_ids
 from dsv3_jax.parallel.devices import cache_compilations
@@ -74,10 +74,10 @@ def main() -> None:
     options = {"mesh": mesh, "prefix_cache": flags.prefix_cache, "placement": task.placement, **sizes}
     engine = Engine(model.config, model.variables, model.tokenizer, donate=True, **options)
     if not is_first_process():
-        follow(engine)
+        follower(engine)
         return
     lines, code = opening(model, mesh, engine), 0
-    with leading(engine):
+    with leader(engine):
         if flags.serve:
             say(*lines)
             code = serve(engine, task.model_name, task.template, flags.server)
@@ -107,7 +107,7 @@ def checked(flags: Flags, mesh: Mesh) -> Task:
     """
     config, tokenizer = read_model(flags.checkpoint), load_tokenizer(flags.checkpoint)
     name, sizes = os.path.basename(os.path.abspath(flags.checkpoint)), flags.sizes(config)
-    longest = Sizes.of(config, mesh, **sizes).max_length
+    longest = EngineConfig.of(config, mesh, **sizes).max_length
     placement = None if flags.placement is None else read_placement(flags.placement, config, mesh.shape["expert"])
     if not is_first_process():
         return Task(None, None, sizes, name, placement)
@@ -156,7 +156,7 @@ def batch(
 def length_for(prompt: str, params: SamplingParams, model: LoadedModel) -> int:
     """The engine's max_length for one completion: the usual one, or more if the completion needs it."""
     needed = 1 + len(model.tokenizer.encode(prompt)) + params.max_tokens
-    return min(max(LONGEST_BY_DEFAULT, needed), model.config.max_position_embeddings)
+    return min(max(DEFAULT_MAX_LENGTH, needed), model.config.max_position_embeddings)
 
 
 def say(*lines: str) -> None:

@@ -59,7 +59,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 Row = dict[str, Any]
 
 
-class Sizes(NamedTuple):
+class EngineConfig(NamedTuple):
     """What is measured."""
 
     experts: tuple[int, int, int] = (8, 7168, 2048)
@@ -84,7 +84,7 @@ class Sizes(NamedTuple):
     turns: int = 5
 
 
-TOY = Sizes(
+TOY = EngineConfig(
     experts=(2, 24, 16),
     rows=(8, 16),
     heads=2,
@@ -122,7 +122,7 @@ def main() -> None:
     same = ("device", "commit", "jax")
     done = {row["row"]: row for row in _read(arguments.out) if all(row[name] == here[name] for name in same)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    suite = Suite(TOY if arguments.toy else Sizes(), done)
+    suite = Suite(TOY if arguments.toy else EngineConfig(), done)
     with arguments.out.open("a", encoding="utf-8") as file:
         if arguments.out.stat().st_size and not arguments.out.read_text(encoding="utf-8").endswith("\n"):
             file.write("\n")  # After a line that a stop cut off.
@@ -189,7 +189,7 @@ def _short(value: Any) -> str:
 class Suite:
     """The sizes, and what was measured so far."""
 
-    def __init__(self, sizes: Sizes, done: dict[str, Row]) -> None:
+    def __init__(self, sizes: EngineConfig, done: dict[str, Row]) -> None:
         self.sizes, self.done = sizes, done
 
     def seconds(self, run: Callable[[], Any], ready: Callable[[Any], Any] = jax.block_until_ready) -> float:

@@ -16,12 +16,12 @@ from dsv3_jax.model.mla import CacheMetadata, Latents
 from dsv3_jax.model.transformer import stack_sizes
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
 
-LONGEST_BY_DEFAULT = 4096
+DEFAULT_MAX_LENGTH = 4096
 SMALLEST_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class EngineConfig:
     """The numbers of an engine. `Sizes.of` makes them out of what is asked for."""
 
     num_shards: int
@@ -55,7 +55,7 @@ class Sizes:
         chunk: int = 512,
         page_size: int | None = None,
         cache_tokens: int | None = None,
-    ) -> Sizes:
+    ) -> EngineConfig:
         """The sizes of an engine for a model. Arguments and errors as those of `Engine`."""
         require_sizes(
             max_batch=max_batch,
@@ -73,7 +73,7 @@ class Sizes:
         shards = num_shards(mesh)
         page_size = (128 if jax.default_backend() == "tpu" else 64) if page_size is None else page_size
         slots = -(-max_batch // shards)
-        longest = min(LONGEST_BY_DEFAULT, context) if max_length is None else max_length
+        longest = min(DEFAULT_MAX_LENGTH, context) if max_length is None else max_length
         if cache_tokens is None:
             pages = slots * pages_for(longest, drafts, page_size)
         else:

@@ -13,14 +13,14 @@ from dsv3_jax.config.cli import DistributedFlags
 from dsv3_jax.infer.cache import require_sizes
 from dsv3_jax.infer.sampling import SamplingParams
 
-DRAFTS_BY_DEFAULT = 1
+DEFAULT_DRAFTS = 1
 """Of a model that can draft."""
-BATCH_BY_DEFAULT = 8
-SAMPLED_BY = (
+DEFAULT_MAX_BATCH = 8
+SAMPLING_FIELDS = (
     "max_tokens", "temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty", "stop",
 )  # fmt: skip
 """What of `SamplingParams` has a flag."""
-SIZED_BY = "max_batch", "max_length", "drafts", "chunk", "page_size", "cache_tokens"
+ENGINE_FIELDS = "max_batch", "max_length", "drafts", "chunk", "page_size", "cache_tokens"
 """What `Sizes.of` takes, each by its flag."""
 
 
@@ -84,7 +84,7 @@ class InferFlags:
         require(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
         # What is out of range is refused before a model is read.
         self.sampling(InferConfig(), 1)
-        require_sizes(**{name: getattr(self, name) for name in SIZED_BY})
+        require_sizes(**{name: getattr(self, name) for name in ENGINE_FIELDS})
 
     def modes(self) -> dict[str, bool]:
         """What can be done, and which of it is asked for."""
@@ -98,15 +98,15 @@ class InferFlags:
     def sampling(self, of_run: InferConfig, longest: int) -> SamplingParams:
         """How completions are drawn: as was given, else as `of_run`; a chat's replies have up to `longest` tokens."""
         wanted = dataclasses.asdict(of_run) | ({"max_tokens": longest} if self.interactive else {})
-        own = {name: getattr(self, name) for name in SAMPLED_BY}
+        own = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         wanted |= {name: value for name, value in own.items() if value is not None}
         del wanted["prompt"]
         return SamplingParams(**wanted)
 
     def sizes(self, config: ModelConfig) -> dict[str, Any]:
         """What `Sizes.of` takes."""
-        of_many = 1 if self.batch_file is None else BATCH_BY_DEFAULT
+        of_many = 1 if self.batch_file is None else DEFAULT_MAX_BATCH
         can_draft = config.num_nextn_predict_layers > 0
-        chosen = {"max_batch": of_many, "drafts": DRAFTS_BY_DEFAULT if can_draft else 0}
-        given = {name: getattr(self, name) for name in SIZED_BY}
+        chosen = {"max_batch": of_many, "drafts": DEFAULT_DRAFTS if can_draft else 0}
+        given = {name: getattr(self, name) for name in ENGINE_FIELDS}
         return {name: chosen.get(name) if size is None else size for name, size in given.items()}

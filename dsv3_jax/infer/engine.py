@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.infer.cache import Sizes, bytes_per_token
+from dsv3_jax.infer.cache import EngineConfig, bytes_per_token
 from dsv3_jax.infer.request import Chunk, Completion, Prompt, Request, TextCodec, TokenLogprobs, Update, prompt_ids, require_id
 from dsv3_jax.infer.request import Sequence as Scheduled
 from dsv3_jax.infer.runner import Drawn, Runner
@@ -80,7 +80,7 @@ class Engine:
           ValueError: if one of these is out of range, the model has no MTP depth to draft with, or an array is not that of
             `config`.
         """
-        self.sizes = Sizes.of(
+        self.sizes = EngineConfig.of(
             config,
             mesh,
             max_batch=max_batch,

@@ -30,8 +30,8 @@ _POLL_MILLISECONDS = 3_600_000
 
 
 @contextlib.contextmanager
-def leading(engine: Engine) -> Iterator[None]:
-    """On process 0: the others, in `follow`, do what this engine does until the end of the context. Alone it does nothing.
+def leader(engine: Engine) -> Iterator[None]:
+    """On process 0: the others, in `follower`, do what this engine does until the end of the context. Alone it does nothing.
 
     What is raised within ends them too, an error of input in the same line. Once a step was broken off, the others may be
     inside it, waiting: the engine then raises RuntimeError whatever it is asked, and the end of this process ends them.
@@ -39,7 +39,7 @@ def leading(engine: Engine) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    journal, before = _Journal(engine), engine.tell
+    journal, before = _CommandLog(engine), engine.tell
     engine.tell, engine.digest = journal.note, 0
     try:
         yield
@@ -52,8 +52,8 @@ def leading(engine: Engine) -> Iterator[None]:
             engine.tell = before
 
 
-def follow(engine: Engine) -> None:
-    """On every other process: does what process 0 does, until its `leading` ends.
+def follower(engine: Engine) -> None:
+    """On every other process: does what process 0 does, until its `leader` ends.
 
     SIGTERM and Ctrl-C are left to process 0, whose end ends this one; whoever stops all of them sends them to all, often twice.
 
@@ -85,7 +85,7 @@ def follow(engine: Engine) -> None:
                 engine.warm_up()
 
 
-class _Journal:
+class _CommandLog:
     """What is asked of an engine, as the others are told."""
 
     def __init__(self, engine: Engine) -> None:

@@ -16,7 +16,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.infer.cache import DRAFTER, ROWS, Cache, Sizes, append, chunk_sizes, empty_cache
+from dsv3_jax.infer.cache import DRAFTER, ROWS, Cache, EngineConfig, append, chunk_sizes, empty_cache
 from dsv3_jax.infer.request import Chunk, Sequence
 from dsv3_jax.infer.sampling import (
     MOST_LOGPROBS,
@@ -26,8 +26,8 @@ from dsv3_jax.infer.sampling import (
     distribution,
     draw,
     logprobs,
+    rejection_sample,
     seen_along,
-    verify,
     with_row,
 )
 from dsv3_jax.kernels.quantized import in_dtype, is_quantized
@@ -49,7 +49,7 @@ class Runner:
         self,
         config: ModelConfig,
         variables: dict[str, Any],
-        sizes: Sizes,
+        sizes: EngineConfig,
         mesh: Mesh | None = None,
         placement: Mapping[str, np.ndarray] | None = None,
         donate: bool = False,
@@ -337,7 +337,7 @@ def decode(
     cache = append(cache, new, metadata)
     logits_BTV = model.apply(variables, h_BTD, method="head")
     target_BTV = distribution(logits_BTV, sampler, seen_along(sampler.seen_BV, slots.draft_Bn))
-    token_BT, count_B = verify(target_BTV, slots.draft_probs_BnV, slots.draft_Bn, sampler.seed_B, before_B + 1)
+    token_BT, count_B = rejection_sample(target_BTV, slots.draft_probs_BnV, slots.draft_Bn, sampler.seed_B, before_B + 1)
     newest_B = jnp.take_along_axis(token_BT, (count_B - 1)[:, None], axis=1)[:, 0]
     sampler = _having_seen(sampler, token_BT, count_B)
 

@@ -246,12 +246,12 @@ class Stream(enum.IntEnum):
     """A draft."""
 
 
-def random_key(seed: jax.Array, place: jax.Array, stream: jax.Array | int) -> jax.Array:
+def random_key(seed: jax.Array, position: jax.Array, stream: jax.Array | int) -> jax.Array:
     """The key of one random number: told by the seed, the token's place in its sequence and the use, and nothing else."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), place), stream)
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), stream)
 
 
-def draw(probs_BV: jax.Array, seed_B: jax.Array, place_B: jax.Array, stream: jax.Array | int) -> jax.Array:
+def draw(probs_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array, stream: jax.Array | int) -> jax.Array:
     """Draws one token a row: [B] int32. A row with a single possible token gives exactly that.
 
     Args:
@@ -262,7 +262,7 @@ def draw(probs_BV: jax.Array, seed_B: jax.Array, place_B: jax.Array, stream: jax
     """
 
     def drawn() -> jax.Array:
-        key_B = jax.vmap(random_key)(seed_B, place_B, jnp.broadcast_to(jnp.asarray(stream), seed_B.shape))
+        key_B = jax.vmap(random_key)(seed_B, position_B, jnp.broadcast_to(jnp.asarray(stream), seed_B.shape))
         return jax.vmap(jax.random.categorical)(key_B, jnp.log(probs_BV))
 
     # Greedy batches need none of the B V random numbers.
@@ -274,8 +274,8 @@ def draw(probs_BV: jax.Array, seed_B: jax.Array, place_B: jax.Array, stream: jax
 # Which drafts of speculative decoding stand, so that what comes out is distributed as if drawn token by token.
 
 
-def verify(
-    target_BTV: jax.Array, draft_probs_BnV: jax.Array, draft_Bn: jax.Array, seed_B: jax.Array, place_B: jax.Array
+def rejection_sample(
+    target_BTV: jax.Array, draft_probs_BnV: jax.Array, draft_Bn: jax.Array, seed_B: jax.Array, position_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The new tokens that n drafts lead to: tokens [B, T] int32 with T = n + 1, and how many of them count, [B] in 1..T.
 
@@ -292,7 +292,7 @@ def verify(
     n = draft_Bn.shape[1]
     p_Bn = jnp.take_along_axis(target_BTV[:, :n], draft_Bn[..., None], axis=-1)[..., 0]
     q_Bn = jnp.take_along_axis(draft_probs_BnV, draft_Bn[..., None], axis=-1)[..., 0]
-    accepted_Bn = is_accepted(p_Bn, q_Bn, _uniform(seed_B[:, None], place_B[:, None] + jnp.arange(n)))
+    accepted_Bn = is_accepted(p_Bn, q_Bn, _uniform(seed_B[:, None], position_B[:, None] + jnp.arange(n)))
     kept_B = jnp.sum(jnp.cumprod(accepted_Bn, axis=1), axis=1)
 
     at_B11 = kept_B[:, None, None]
@@ -300,7 +300,7 @@ def verify(
     # Behind the last draft q is 0, and the residual is p itself.
     q_BV = jnp.take_along_axis(draft_probs_BnV, at_B11, axis=1, mode="fill", fill_value=0)[:, 0]
     stream_B = jnp.where(kept_B < n, Stream.RESIDUAL, Stream.TARGET)
-    new_B = draw(residual(p_BV, q_BV), seed_B, place_B + kept_B, stream_B)
+    new_B = draw(residual(p_BV, q_BV), seed_B, position_B + kept_B, stream_B)
     draft_BT = jnp.pad(draft_Bn, ((0, 0), (0, 1)))
     tokens_BT = jnp.where(jnp.arange(n + 1) < kept_B[:, None], draft_BT, new_B[:, None])
     return tokens_BT.astype(jnp.int32), (kept_B + 1).astype(jnp.int32)
@@ -319,8 +319,8 @@ def residual(p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
 
 
 @jnp.vectorize
-def _uniform(seed: jax.Array, place: jax.Array) -> jax.Array:
-    return jax.random.uniform(random_key(seed, place, Stream.ACCEPT))
+def _uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
+    return jax.random.uniform(random_key(seed, position, Stream.ACCEPT))
 
 
 def logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence as Ids
 
-from dsv3_jax.infer.cache import Sizes
+from dsv3_jax.infer.cache import EngineConfig
 from dsv3_jax.infer.request import Chunk, Sequence, Step
 
 
@@ -21,10 +21,10 @@ class Scheduler:
     has its max_tokens or met a stop.
     """
 
-    def __init__(self, sizes: Sizes, *, prefix_cache: bool = True) -> None:
+    def __init__(self, sizes: EngineConfig, *, prefix_cache: bool = True) -> None:
         """An empty schedule; `prefix_cache`: whether sequences share the pages of equal beginnings."""
         self._sizes, self._prefix_cache = sizes, prefix_cache
-        self._pools = [PagePool(sizes.pages_per_shard, sizes.page_size) for _ in range(sizes.num_shards)]
+        self._pools = [PageAllocator(sizes.pages_per_shard, sizes.page_size) for _ in range(sizes.num_shards)]
         self._slots: list[Sequence | None] = [None] * sizes.slots
         self._waiting: list[Sequence] = []
         self._arrivals = 0
@@ -59,7 +59,7 @@ class Scheduler:
                 f"{prompt} prompt tokens and max_tokens {most} are {prompt + most}, more than max_length "
                 f"{self._sizes.max_length}; shorten the prompt, lower max_tokens or raise max_length"
             )
-        pages, room = self._num_pages(self._most_places(sequence)), self._sizes.pages_per_shard
+        pages, room = self._num_pages(self._most_positions(sequence)), self._sizes.pages_per_shard
         if pages > room:
             raise ValueError(
                 f"{prompt} prompt tokens and max_tokens {most} need {pages} pages of {self._sizes.page_size} tokens, more than "
@@ -119,10 +119,10 @@ class Scheduler:
         self._publish(sequence)
         return True
 
-    def _num_pages(self, places: int) -> int:
-        return -(-places // self._sizes.page_size)
+    def _num_pages(self, positions: int) -> int:
+        return -(-positions // self._sizes.page_size)
 
-    def _most_places(self, sequence: Sequence) -> int:
+    def _most_positions(self, sequence: Sequence) -> int:
         """Places that a sequence can need. The device may write further, for tokens past max_tokens; that is dropped."""
         return len(sequence.prompt) + sequence.max_tokens + 2 * self._sizes.drafts + 1
 
@@ -148,8 +148,8 @@ class Scheduler:
         assert sequence.shard is not None
         pool = self._pools[sequence.shard]
         longest = sequence.cached + (self._sizes.drafts + 1) * sequence.decodes
-        places = min(longest + 2 * self._sizes.drafts + 1, self._most_places(sequence))
-        missing = self._num_pages(places) - len(sequence.pages)
+        positions = min(longest + 2 * self._sizes.drafts + 1, self._most_positions(sequence))
+        missing = self._num_pages(positions) - len(sequence.pages)
         if missing <= 0:
             return True
         while missing > pool.available:
@@ -271,7 +271,7 @@ class Scheduler:
 Key = tuple[int | None, tuple[int, ...]]
 
 
-class PagePool:
+class PageAllocator:
     """Pages by number, each free, held by one or more sequences, or kept for its text until the room is needed.
 
     Whoever holds a published page holds those before it too, and gives back the last one first. So pages that nobody

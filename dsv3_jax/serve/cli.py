@@ -9,7 +9,7 @@ from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import require, require_numbers, require_positive
-from dsv3_jax.infer.cli import BATCH_BY_DEFAULT, SAMPLED_BY, InferFlags
+from dsv3_jax.infer.cli import DEFAULT_MAX_BATCH, SAMPLING_FIELDS, InferFlags
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the server listens, and what it lets a client ask of it.
@@ -59,7 +59,7 @@ class Flags(ServeOptions, InferFlags):
         InferFlags.__post_init__(self)
         ServeOptions.__post_init__(self)
         remedy = "each request says how it is drawn" if self.serve else "it belongs to --serve"
-        useless = SAMPLED_BY if self.serve else [field.name for field in dataclasses.fields(ServeOptions)]
+        useless = SAMPLING_FIELDS if self.serve else [field.name for field in dataclasses.fields(ServeOptions)]
         for field in dataclasses.fields(self):
             given = field.name in useless and getattr(self, field.name) != field.default
             require(not given, f"--{field.name.replace('_', '-')} would change nothing; {remedy}, leave it out")
@@ -74,4 +74,4 @@ class Flags(ServeOptions, InferFlags):
 
     def sizes(self, config: ModelConfig) -> dict[str, Any]:
         sizes = super().sizes(config)
-        return sizes | {"max_batch": BATCH_BY_DEFAULT} if self.serve and self.max_batch is None else sizes
+        return sizes | {"max_batch": DEFAULT_MAX_BATCH} if self.serve and self.max_batch is None else sizes

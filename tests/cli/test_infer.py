@@ -21,7 +21,7 @@ import infer
 from dsv3_jax import Completion, Engine, SamplingParams, rebalance
 from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
 from dsv3_jax.data.tokenizer import load_tokenizer
-from dsv3_jax.infer.cli import BATCH_BY_DEFAULT, DRAFTS_BY_DEFAULT
+from dsv3_jax.infer.cli import DEFAULT_DRAFTS, DEFAULT_MAX_BATCH
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.serve import ServeOptions
 from tests.cli.conftest import CONFIG, ROOT, Done, plain_environment
@@ -31,14 +31,14 @@ PROGRAM = str(ROOT / "infer.py")
 
 def generated(run: Path, prompts: list, params: list[SamplingParams]) -> list[Completion]:
     """Completions by an engine of our own, which speculates as infer.py does: what is drawn hangs on the drafts."""
-    return list(engine_of(run, 1 if len(prompts) == 1 else BATCH_BY_DEFAULT).generate(prompts, params))
+    return list(engine_of(run, 1 if len(prompts) == 1 else DEFAULT_MAX_BATCH).generate(prompts, params))
 
 
 @functools.cache
 def engine_of(run: Path, slots: int) -> Engine:
     """An engine of the sizes that infer.py takes, so that each of its programs is compiled once."""
     model = load_model(str(run))
-    return Engine(model.config, model.variables, model.tokenizer, drafts=DRAFTS_BY_DEFAULT, max_batch=slots)
+    return Engine(model.config, model.variables, model.tokenizer, drafts=DEFAULT_DRAFTS, max_batch=slots)
 
 
 def completed(run: Path, prompt: str, params: SamplingParams) -> tuple[str, int]:
@@ -69,8 +69,8 @@ def test_the_runs_own_prompt_and_limits_are_the_defaults(straight: tuple[Path, D
 def test_the_whole_context_of_the_model_may_be_used(
     straight: tuple[Path, Done], called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsv3_jax.infer.cache.LONGEST_BY_DEFAULT", 16)
-    monkeypatch.setattr("infer.LONGEST_BY_DEFAULT", 16)
+    monkeypatch.setattr("dsv3_jax.infer.cache.DEFAULT_MAX_LENGTH", 16)
+    monkeypatch.setattr("infer.DEFAULT_MAX_LENGTH", 16)
     longest = CONFIG.model.max_position_embeddings - len(load_tokenizer(straight[0]).encode("x = 1\n")) - 1
     expected, _ = completed(straight[0], "x = 1\n", SamplingParams(max_tokens=longest))
     done = called(infer.main, "--checkpoint", "runs/straight", "--prompt", "x = 1\n", "--max-tokens", str(longest))

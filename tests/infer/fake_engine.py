@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from typing import Any
 
-from dsv3_jax.infer.cache import Sizes
+from dsv3_jax.infer.cache import EngineConfig
 from dsv3_jax.infer.request import Chunk, Sequence, Step
 from dsv3_jax.infer.scheduler import Scheduler
 
@@ -73,11 +73,11 @@ class Device:
         if last:
             text = [*text, next_token(text)]
             self.slots[sequence.slot].text = text
-        for place in range(chunk.start, stop):
-            self.write(sequence, place, main=text[place], mtp=(text[place], text[place + 1]))
+        for position in range(chunk.start, stop):
+            self.write(sequence, position, main=text[position], mtp=(text[position], text[position + 1]))
         if last:
-            for place in range(stop, stop + self.drafts - 1):
-                self.write(sequence, place, mtp=JUNK)
+            for position in range(stop, stop + self.drafts - 1):
+                self.write(sequence, position, mtp=JUNK)
         return text[stop:] if last else []
 
     def decode(self, sequence: Sequence) -> list[int]:
@@ -88,28 +88,28 @@ class Device:
         assert len(slot.table) * self.page_size >= min(length + 2 * self.drafts + 1, most + 2 * self.drafts + 1)
         new = complete(slot.text, self.rng.randint(1, self.drafts + 1))
         slot.text = slot.text + new
-        for place in range(length, length + 2 * self.drafts + 1):
-            if place < length + len(new):
-                self.write(sequence, place, main=slot.text[place], mtp=(slot.text[place], slot.text[place + 1]))
+        for position in range(length, length + 2 * self.drafts + 1):
+            if position < length + len(new):
+                self.write(sequence, position, main=slot.text[position], mtp=(slot.text[position], slot.text[position + 1]))
             else:
-                self.write(sequence, place, main=JUNK[0] if place <= length + self.drafts else None, mtp=JUNK)
+                self.write(sequence, position, main=JUNK[0] if position <= length + self.drafts else None, mtp=JUNK)
         return new
 
     def check(self, sequence: Sequence, text: list[int], count: int) -> None:
         """The first `count` places hold the latents of `text`."""
-        for place in range(count):
-            where = self.where(sequence, place)
-            assert self.main.get(where) == text[place], f"place {place} of {text}"
-            assert self.mtp.get(where) == (text[place], text[place + 1]), f"MTP place {place} of {text}"
+        for position in range(count):
+            where = self.where(sequence, position)
+            assert self.main.get(where) == text[position], f"place {position} of {text}"
+            assert self.mtp.get(where) == (text[position], text[position + 1]), f"MTP place {position} of {text}"
 
-    def write(self, sequence: Sequence, place: int, *, mtp: tuple[int, int], main: int | None = None) -> None:
-        if place < len(sequence.pages) * self.page_size:
-            self.mtp[self.where(sequence, place)] = mtp
+    def write(self, sequence: Sequence, position: int, *, mtp: tuple[int, int], main: int | None = None) -> None:
+        if position < len(sequence.pages) * self.page_size:
+            self.mtp[self.where(sequence, position)] = mtp
             if main is not None:
-                self.main[self.where(sequence, place)] = main
+                self.main[self.where(sequence, position)] = main
 
-    def where(self, sequence: Sequence, place: int) -> tuple[int, int, int]:
-        return sequence.shard, self.slots[sequence.slot].table[place // self.page_size], place % self.page_size
+    def where(self, sequence: Sequence, position: int) -> tuple[int, int, int]:
+        return sequence.shard, self.slots[sequence.slot].table[position // self.page_size], position % self.page_size
 
 
 class Engine:
@@ -119,7 +119,7 @@ class Engine:
         self.sizes = sizes
         options = dict(sizes)
         prefix_cache = options.pop("prefix_cache", True)
-        self.scheduler = Scheduler(Sizes(**options), prefix_cache=prefix_cache)
+        self.scheduler = Scheduler(EngineConfig(**options), prefix_cache=prefix_cache)
         self.device = Device(sizes, random.Random(seed))
         self.live: list[Sequence] = []
         self.stops: dict[Sequence, int | None] = {}

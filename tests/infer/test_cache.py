@@ -57,11 +57,11 @@ def test_append_writes_where_the_table_says_and_nowhere_else() -> None:
     written = 0
     for b in range(3):
         for t in range(T):
-            page, place = divmod(cached_length_B[b] + t, size)
+            page, position = divmod(cached_length_B[b] + t, size)
             if page < 3 and page_table_BJ[b, page] < pages:
                 written += 1
                 for pool, fresh in zip(old["moe_layers_0"], new["moe_layers_0"], strict=True):
-                    pool[page_table_BJ[b, page], place] = fresh[b, t]
+                    pool[page_table_BJ[b, page], position] = fresh[b, t]
     assert written == 6 + 6 + 1
     for array, expected in zip(found["moe_layers_0"], old["moe_layers_0"], strict=True):
         np.testing.assert_array_equal(array, expected)

@@ -56,7 +56,7 @@ def _follow(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(engine, "submit", noted)
-    multihost.follow(engine)
+    multihost.follower(engine)
     return requests
 
 
@@ -68,7 +68,7 @@ def test_every_call_is_repeated(store: dict[str, str], engines: tuple[Engine, En
     )
     warmed = []
     monkeypatch.setattr(Runner, "warm_up", lambda runner: warmed.append(runner))
-    with multihost.leading(first):
+    with multihost.leader(first):
         first.warm_up()
         requests = [first.submit([1 + i, 2, 3, 4 * i], params) for i, params in enumerate((drawn, TWENTY, drawn))]
         for _ in range(5):
@@ -92,7 +92,7 @@ def test_what_all_have_read_is_removed(
 ) -> None:
     monkeypatch.setattr(multihost, "CALLS_OF_A_PAGE", 4)
     monkeypatch.setattr(multihost, "kv_get", lambda key, *_: store[key] if "/read/" not in key else store.get(key, "read"))
-    with multihost.leading(engines[0]):
+    with multihost.leader(engines[0]):
         tokens = list(engines[0].stream([1, 2, 3], TWENTY))
     assert len(tokens) == 20
     pages = {int(key.split("/")[2]) for key in store}
@@ -103,7 +103,7 @@ def test_what_all_have_read_is_removed(
 def test_a_process_that_reads_says_how_far(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with multihost.leading(engines[0]):
+    with multihost.leader(engines[0]):
         list(engines[0].stream([1, 2, 3], dataclasses.replace(TWENTY, max_tokens=3)))
     calls = list(store.values())
     monkeypatch.setattr(multihost, "CALLS_OF_A_PAGE", 2)
@@ -118,14 +118,14 @@ def test_a_process_that_reads_says_how_far(
 def test_after_a_step_that_was_broken_off_nothing_goes_on(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor without `leading`, where each process asks its own engine."""
+    """Nor without `leader`, where each process asks its own engine."""
     engine = make_engine()
 
     def broken_off(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "_step", broken_off)
-    with multihost.leading(engine):
+    with multihost.leader(engine):
         engine.submit([1, 2, 3], TWENTY)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
@@ -152,7 +152,7 @@ def test_a_call_that_may_not_have_been_told_is_the_last(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(multihost, "kv_set", interrupted)
-    with multihost.leading(engine):
+    with multihost.leader(engine):
         with pytest.raises(KeyboardInterrupt):
             engine.submit([1])
         with pytest.raises(RuntimeError, match="start all of them anew"):
@@ -162,7 +162,7 @@ def test_a_call_that_may_not_have_been_told_is_the_last(
 def test_an_error_of_input_ends_the_others_in_the_same_line(
     store: dict[str, str], engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="outside the vocabulary") as error, multihost.leading(engines[0]):
+    with pytest.raises(ValueError, match="outside the vocabulary") as error, multihost.leader(engines[0]):
         engines[0].submit([10**6])
     with pytest.raises(ValueError, match=f"^{re.escape(str(error.value))}$"):
         _follow(engines[1], monkeypatch)
@@ -173,7 +173,7 @@ def test_other_tokens_are_noticed(
 ) -> None:
     """Here of a model with other weights."""
     first = make_engine(seed=1)
-    with multihost.leading(first):
+    with multihost.leader(first):
         list(first.stream([1, 2, 3], TWENTY))
     other = make_engine()
     with pytest.raises(RuntimeError, match="process 1 has come to other tokens than process 0"):
@@ -186,7 +186,7 @@ def test_signals_are_left_to_process_0(
     numbers = signal.SIGTERM, signal.SIGINT
     before, during = [signal.getsignal(number) for number in numbers], []
     monkeypatch.setattr(engines[1], "step", lambda: during.append([signal.getsignal(number) for number in numbers]))
-    with multihost.leading(engines[0]):
+    with multihost.leader(engines[0]):
         engines[0].step()
     _follow(engines[1], monkeypatch)
     assert during == [[signal.SIG_IGN] * 2]
@@ -194,6 +194,6 @@ def test_signals_are_left_to_process_0(
 
 
 def test_one_process_tells_nobody(engines: tuple[Engine, Engine]) -> None:
-    kv_set = engines[0].tell
-    with multihost.leading(engines[0]):
-        assert engines[0].tell is kv_set
+    tell = engines[0].tell
+    with multihost.leader(engines[0]):
+        assert engines[0].tell is tell

@@ -231,9 +231,9 @@ def test_draws_are_distributed_as_they_should_be() -> None:
     p_V = np.array([0.3, 0.02, 0.0, 0.18, 0.25, 0.05, 0.1, 0.1])
     probs_BV = np.tile(p_V.astype(np.float32), (count, 1))
     many, one = np.arange(count, dtype=np.uint32), np.full(count, 7, np.uint32)
-    for seed_B, place_B in [(many, one), (one, many)]:
+    for seed_B, position_B in [(many, one), (one, many)]:
         for stream in Stream:
-            counts = np.bincount(drawn(probs_BV, seed_B, place_B, stream), minlength=8)
+            counts = np.bincount(drawn(probs_BV, seed_B, position_B, stream), minlength=8)
             assert counts[2] == 0
             statistic = np.sum((counts - count * p_V)[p_V > 0] ** 2 / (count * p_V)[p_V > 0])
             assert scipy.special.chdtrc(6, statistic) > 1e-3
@@ -241,18 +241,18 @@ def test_draws_are_distributed_as_they_should_be() -> None:
 
 def test_a_draw_is_told_by_seed_place_and_stream_and_nothing_else() -> None:
     probs_BV = np.stack([softmax(row) for row in logits(64)])
-    seed_B, place_B = np.arange(64, dtype=np.uint32) % 5, np.arange(64) // 5
-    together_B = np.asarray(drawn(probs_BV, seed_B, place_B, Stream.TARGET))
+    seed_B, position_B = np.arange(64, dtype=np.uint32) % 5, np.arange(64) // 5
+    together_B = np.asarray(drawn(probs_BV, seed_B, position_B, Stream.TARGET))
     assert together_B.dtype == np.int32
     for b in range(0, 64, 9):
         row = slice(b, b + 1)
-        assert drawn(probs_BV[row], seed_B[row], place_B[row], Stream.TARGET)[0] == together_B[b]
+        assert drawn(probs_BV[row], seed_B[row], position_B[row], Stream.TARGET)[0] == together_B[b]
     mixed_B = np.where(np.arange(64) % 2, Stream.DRAFT, Stream.TARGET)
-    np.testing.assert_array_equal(drawn(probs_BV, seed_B, place_B, mixed_B)[::2], together_B[::2])
+    np.testing.assert_array_equal(drawn(probs_BV, seed_B, position_B, mixed_B)[::2], together_B[::2])
     others = [
-        drawn(probs_BV, seed_B + 5, place_B, Stream.TARGET),
-        drawn(probs_BV, seed_B, place_B + 20, Stream.TARGET),
-        *(drawn(probs_BV, seed_B, place_B, stream) for stream in Stream if stream != Stream.TARGET),
+        drawn(probs_BV, seed_B + 5, position_B, Stream.TARGET),
+        drawn(probs_BV, seed_B, position_B + 20, Stream.TARGET),
+        *(drawn(probs_BV, seed_B, position_B, stream) for stream in Stream if stream != Stream.TARGET),
     ]
     for other_B in others:
         assert np.mean(np.asarray(other_B) == together_B) < 0.5

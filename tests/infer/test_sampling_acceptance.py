@@ -17,7 +17,7 @@ import pytest
 import scipy.special
 
 from dsv3_jax.infer import sampling
-from dsv3_jax.infer.sampling import Stream, draw, logprobs, verify
+from dsv3_jax.infer.sampling import Stream, draw, logprobs, rejection_sample
 
 V, N, COUNT, NEW, ROWS = 8, 2, 20_000, 3, 500
 PROMPT = (3, 5)
@@ -45,7 +45,9 @@ def step(text_BS: jax.Array, cached_length_B: jax.Array, draft_stream: Any) -> t
         drafts.append(draw(probs[-1], seed_B, cached_length_B + i, draft_stream))
         before_B, last_B = last_B, drafts[-1]
         target.append(jnp.asarray(model)[before_B, last_B])
-    tokens_BT, count_B = verify(jnp.stack(target, 1), jnp.stack(probs, 1), jnp.stack(drafts, 1), seed_B, cached_length_B)
+    tokens_BT, count_B = rejection_sample(
+        jnp.stack(target, 1), jnp.stack(probs, 1), jnp.stack(drafts, 1), seed_B, cached_length_B
+    )
     # What a count leaves out is written too, and overwritten by the next step.
     return text_BS.at[row_B1, cached_length_B[:, None] + jnp.arange(N + 1)].set(tokens_BT), count_B
 
@@ -122,11 +124,11 @@ def test_drafts_that_share_random_numbers_with_what_judges_or_replaces_them_are_
     assert p_value(generated(step, stream)[0], joint()) < 1e-6
 
 
-verified, drawn = jax.jit(verify), jax.jit(draw)
+verified, drawn = jax.jit(rejection_sample), jax.jit(draw)
 
 
 def random_step(rows: int, seed: int) -> tuple[np.ndarray, ...]:
-    """Arguments of `verify`: distributions, drafts, seeds and places that differ from row to row."""
+    """Arguments of `rejection_sample`: distributions, drafts, seeds and places that differ from row to row."""
     rng = np.random.default_rng(seed)
     target_BTV = rng.dirichlet(np.ones(V), (rows, N + 1)).astype(np.float32)
     draft_BnV = rng.dirichlet(np.ones(V), (rows, N)).astype(np.float32)
@@ -148,11 +150,11 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 
 def test_accepted_drafts_come_first_and_a_sure_draft_is_always_accepted() -> None:
-    target_BTV, _, draft_Bn, seed_B, place_B = random_step(ROWS, 2)
-    tokens_BT, count_B = map(np.asarray, verified(target_BTV, target_BTV[:, :N], draft_Bn, seed_B, place_B))
+    target_BTV, _, draft_Bn, seed_B, position_B = random_step(ROWS, 2)
+    tokens_BT, count_B = map(np.asarray, verified(target_BTV, target_BTV[:, :N], draft_Bn, seed_B, position_B))
     np.testing.assert_array_equal(count_B, N + 1)
     np.testing.assert_array_equal(tokens_BT[:, :N], draft_Bn)
-    np.testing.assert_array_equal(tokens_BT[:, N], drawn(target_BTV[:, N], seed_B, place_B + N, Stream.TARGET))
+    np.testing.assert_array_equal(tokens_BT[:, N], drawn(target_BTV[:, N], seed_B, position_B + N, Stream.TARGET))
 
 
 @pytest.mark.parametrize("beside_drawn_ones", [False, True])
@@ -187,9 +189,9 @@ def test_a_one_hot_draft_of_a_drawn_row_is_accepted_as_often_as_the_model_says()
 
 
 def test_without_drafts_it_is_a_plain_draw() -> None:
-    target_BTV, q_BnV, draft_Bn, seed_B, place_B = random_step(ROWS, 4)
-    tokens_BT, count_B = verified(target_BTV[:, :1], q_BnV[:, :0], draft_Bn[:, :0], seed_B, place_B)
-    np.testing.assert_array_equal(tokens_BT[:, 0], drawn(target_BTV[:, 0], seed_B, place_B, Stream.TARGET))
+    target_BTV, q_BnV, draft_Bn, seed_B, position_B = random_step(ROWS, 4)
+    tokens_BT, count_B = verified(target_BTV[:, :1], q_BnV[:, :0], draft_Bn[:, :0], seed_B, position_B)
+    np.testing.assert_array_equal(tokens_BT[:, 0], drawn(target_BTV[:, 0], seed_B, position_B, Stream.TARGET))
     np.testing.assert_array_equal(count_B, 1)
 
 
@@ -197,10 +199,10 @@ def test_a_residual_that_rounding_leaves_empty_is_the_models_distribution() -> N
     """Exaggerated: a row of p that adds up to a half, and is nowhere above q."""
     q_V = np.array([0.5, 0.25, 0.125, 0.125, 0, 0, 0, 0], np.float32)
     q_BV = np.tile(q_V, (COUNT, 1))
-    seed_B, place_B = np.arange(COUNT, dtype=np.uint32), np.zeros(COUNT, np.int32)
-    draft_B = np.asarray(drawn(q_BV, seed_B, place_B, Stream.DRAFT))
+    seed_B, position_B = np.arange(COUNT, dtype=np.uint32), np.zeros(COUNT, np.int32)
+    draft_B = np.asarray(drawn(q_BV, seed_B, position_B, Stream.DRAFT))
     target_BTV = np.stack([q_BV / 2, q_BV], axis=1)
-    tokens_BT, count_B = map(np.asarray, verified(target_BTV, q_BV[:, None], draft_B[:, None], seed_B, place_B))
+    tokens_BT, count_B = map(np.asarray, verified(target_BTV, q_BV[:, None], draft_B[:, None], seed_B, position_B))
     assert p_value(count_B[:, None] - 1, np.array([0.5, 0.5])) > 1e-3
     replaced = tokens_BT[count_B == 1, :1]
     assert replaced.max() < 4

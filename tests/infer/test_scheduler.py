@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 from hypothesis import stateful, strategies
 
-from dsv3_jax.infer.cache import Sizes
+from dsv3_jax.infer.cache import EngineConfig
 from dsv3_jax.infer.request import Chunk, Sequence
 from dsv3_jax.infer.scheduler import Scheduler
 from tests.infer.fake_engine import VOCAB, Engine, complete
@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
 def scheduler(**changes: Any) -> Scheduler:
     options = SIZES | changes
     prefix_cache = options.pop("prefix_cache", True)
-    return Scheduler(Sizes(**options), prefix_cache=prefix_cache)
+    return Scheduler(EngineConfig(**options), prefix_cache=prefix_cache)
 
 
 def submit(scheduler: Scheduler, prompt: list[int], max_tokens: int = 8) -> Sequence:

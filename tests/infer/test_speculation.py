@@ -42,8 +42,8 @@ def texts(rng: np.random.Generator, count: int) -> np.ndarray:
     rows = []
     for _ in range(LENGTH + 1):
         rows.append(token)
-        place = (order == token[:, None]).argmax(1)
-        token = np.take_along_axis(order, ((place + 1) % V)[:, None], axis=1)[:, 0]
+        position = (order == token[:, None]).argmax(1)
+        token = np.take_along_axis(order, ((position + 1) % V)[:, None], axis=1)[:, 0]
     return np.stack(rows, axis=1).astype(np.int32)
 
 

@@ -35,8 +35,8 @@ from dsv3_jax.data.chat_template import ChatTemplate
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve.cli import ServeOptions
 from dsv3_jax.serve.replies import DONE, Reply, encode, event
-from dsv3_jax.serve.requests import ApiError, Served, Wanted, read_chat, read_completion, refuse
-from dsv3_jax.serve.worker import HUNG_UP, Running, Service, require_name_and_key
+from dsv3_jax.serve.requests import ApiError, GenerationRequest, ModelInfo, read_chat, read_completion, refuse
+from dsv3_jax.serve.worker import HUNG_UP, ActiveRequest, Service, require_name_and_key
 
 # What needs no key: the page, which asks for one, and what a load balancer asks.
 _OPEN = {"/", "/health"}
@@ -107,7 +107,7 @@ def _model(service: Service) -> dict[str, Any]:
 # Completions.
 
 
-async def _answer(service: Service, read: Callable[[Any, Served], Wanted], request: Request) -> Response:
+async def _answer(service: Service, read: Callable[[Any, ModelInfo], GenerationRequest], request: Request) -> Response:
     service.check_ready()
     body = await _body(request, service.options.max_body, service.options.read_timeout)
     # Long texts take a while to encode, which the others should not wait for.
@@ -154,7 +154,7 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-async def _events(running: Running, reply: Reply, wanted: Wanted, scope: Scope) -> AsyncIterator[bytes]:
+async def _events(running: ActiveRequest, reply: Reply, wanted: GenerationRequest, scope: Scope) -> AsyncIterator[bytes]:
     """The stream; an error ends it as an event of its own, since its status is long told."""
     for chunk in reply.opening():
         yield event(chunk)
@@ -174,7 +174,7 @@ async def _events(running: Running, reply: Reply, wanted: Wanted, scope: Scope) 
 class _Stream(StreamingResponse):
     """Events as they come. The request is closed however the stream ends, be it before its first event."""
 
-    def __init__(self, events: AsyncIterator[bytes], running: Running) -> None:
+    def __init__(self, events: AsyncIterator[bytes], running: ActiveRequest) -> None:
         super().__init__(
             events, media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"}
         )

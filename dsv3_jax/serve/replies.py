@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv3_jax.infer.request import TokenLogprobs
-from dsv3_jax.serve.requests import Wanted
+from dsv3_jax.serve.requests import GenerationRequest
 from dsv3_jax.serve.worker import Progress, TokenBytes, Usage
 
 DONE = b"data: [DONE]\n\n"
@@ -29,7 +29,7 @@ def event(content: Any) -> bytes:
 class Reply:
     """Writes the answer to one request."""
 
-    def __init__(self, wanted: Wanted, model: str, token_bytes: TokenBytes) -> None:
+    def __init__(self, wanted: GenerationRequest, model: str, token_bytes: TokenBytes) -> None:
         self._wanted, self._token_bytes = wanted, token_bytes
         self._is_chat = wanted.kind == "chat"
         prefix, self._object = ("chatcmpl", "chat.completion") if self._is_chat else ("cmpl", "text_completion")

@@ -33,7 +33,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class ModelInfo:
     """What requests are held to."""
 
     name: str
@@ -53,7 +53,7 @@ class Served:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class GenerationRequest:
     """A request, understood."""
 
     kind: Literal["completion", "chat"]
@@ -75,7 +75,7 @@ class Wanted:
         return self.params[0].logprobs is not None
 
 
-def read_completion(body: Any, served: Served) -> Wanted:
+def read_completion(body: Any, served: ModelInfo) -> GenerationRequest:
     """The body of POST /v1/completions.
 
     Raises:
@@ -89,13 +89,13 @@ def read_completion(body: Any, served: Served) -> Wanted:
     most = fields.integer("max_tokens", 1)
     logprobs = fields.integer("logprobs", 0, MOST_COMPLETION_LOGPROBS)
     prompt = fields.take("prompt")
-    asked = _Asked(fields, served)
+    asked = _ParsedBody(fields, served)
     fields.finish()
     prompts = _prompts(prompt, served)
     return asked.wanted("completion", prompts, COMPLETION_TOKENS if most is None else most, logprobs, "prompt")
 
 
-def read_chat(body: Any, served: Served) -> Wanted:
+def read_chat(body: Any, served: ModelInfo) -> GenerationRequest:
     """The body of POST /v1/chat/completions.
 
     Raises:
@@ -125,7 +125,7 @@ def read_chat(body: Any, served: Served) -> Wanted:
     if top is not None and not reports:
         raise refuse(f"top_logprobs is {top} without logprobs; set logprobs to true", "top_logprobs")
     messages = _messages(fields.take("messages"))
-    asked = _Asked(fields, served)
+    asked = _ParsedBody(fields, served)
     fields.finish()
     try:
         prompt = encode_prompt(served.template, served.tokenizer, messages)
@@ -136,10 +136,10 @@ def read_chat(body: Any, served: Served) -> Wanted:
     return dataclasses.replace(wanted, params=[params.ending_at(closing) for params in wanted.params])
 
 
-class _Asked:
+class _ParsedBody:
     """The fields that both endpoints have."""
 
-    def __init__(self, fields: Fields, served: Served) -> None:
+    def __init__(self, fields: Fields, served: ModelInfo) -> None:
         self._served = served
         stop_ids = fields.take("stop_token_ids")
         top_p = fields.number("top_p", 0, 1, 1.0)
@@ -175,7 +175,7 @@ class _Asked:
         most: int | None,
         logprobs: int | None,
         prompt_field: str,
-    ) -> Wanted:
+    ) -> GenerationRequest:
         """Joins them with an endpoint's own; `most` None is the rest of the context, `prompt_field` what prompts came in."""
         if len(prompts) * self._n > self._served.max_choices:
             raise refuse(
@@ -193,7 +193,7 @@ class _Asked:
                 raise refuse(str(error), str(error).split(maxsplit=1)[0]) from error
         # Only now is it known that they are ids.
         self._served.require_tokens(params[0].stop_token_ids, "stop_token_ids")
-        return Wanted(kind, prompts, params, self._stream, self._include_usage)
+        return GenerationRequest(kind, prompts, params, self._stream, self._include_usage)
 
     def _room(self, prompt: int, most: int | None, field: str) -> int:
         """Tokens that the completion of a prompt may have."""
@@ -207,7 +207,7 @@ class _Asked:
         return self._served.max_length - prompt if most is None else most
 
 
-def _check_model(fields: Fields, served: Served) -> None:
+def _check_model(fields: Fields, served: ModelInfo) -> None:
     name = fields.text("model")
     if name is None:
         raise refuse(f"model is missing; this server has {served.name}", "model")
@@ -254,7 +254,7 @@ def _biases(fields: Fields) -> dict[int, float]:
     return found
 
 
-def _prompts(prompt: Any, served: Served) -> list[list[int]]:
+def _prompts(prompt: Any, served: ModelInfo) -> list[list[int]]:
     """A prompt, or several; each as text or as token ids."""
     several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
     prompts = prompt if several else [prompt]
@@ -263,7 +263,7 @@ def _prompts(prompt: Any, served: Served) -> list[list[int]]:
     return [_prompt(each, served) for each in prompts]
 
 
-def _prompt(prompt: Any, served: Served) -> list[int]:
+def _prompt(prompt: Any, served: ModelInfo) -> list[int]:
     is_ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
     if not isinstance(prompt, str) and not is_ids:
         raise refuse("prompt must be a string, a list of strings, a list of token ids, or a list of such lists", "prompt")

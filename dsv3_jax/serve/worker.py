@@ -29,7 +29,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer import Engine, SamplingParams
 from dsv3_jax.infer.request import FinishReason, Request, TokenLogprobs, Update
 from dsv3_jax.serve.cli import ServeOptions
-from dsv3_jax.serve.requests import ApiError, Served, Wanted, refuse
+from dsv3_jax.serve.requests import ApiError, GenerationRequest, ModelInfo, refuse
 
 
 class Accepted(NamedTuple):
@@ -58,11 +58,11 @@ class Progress(NamedTuple):
     finish_reason: FinishReason | None
 
 
-class HungUp(NamedTuple):
+class Disconnected(NamedTuple):
     """The client is gone."""
 
 
-class CutOff(NamedTuple):
+class Cancelled(NamedTuple):
     """The server ends now."""
 
 
@@ -70,7 +70,7 @@ class TimedOut(NamedTuple):
     """The time of a request is over."""
 
 
-Event = Accepted | Refused | Failed | Progress | HungUp | CutOff | TimedOut
+Event = Accepted | Refused | Failed | Progress | Disconnected | Cancelled | TimedOut
 
 
 class Job:
@@ -386,14 +386,14 @@ class Service:
         require_name_and_key(name, api_key)
         self.options, self.api_key = options, api_key
         self.created = int(time.time())
-        self.served = Served(name, engine.config, engine.tokenizer, template, engine.sizes.max_length, options.max_choices)
+        self.served = ModelInfo(name, engine.config, engine.tokenizer, template, engine.sizes.max_length, options.max_choices)
         self.token_bytes = TokenBytes(engine.tokenizer)
         self.worker = Worker(engine)
         self.metrics = Metrics(engine.sizes.pages, lambda: self.worker.counts)
         self.draining = False
         """Takes nothing new."""
         self._most_open = engine.sizes.slots + options.max_queue
-        self._running: set[Running] = set()
+        self._running: set[ActiveRequest] = set()
         self.open_choices = 0
         """Completions that somebody waits for."""
         self.open_requests = 0
@@ -417,11 +417,11 @@ class Service:
         for running in self._running:
             running.cut_off()
 
-    def forget(self, running: Running) -> None:
+    def forget(self, running: ActiveRequest) -> None:
         """Told by a request that has been closed."""
         self._running.discard(running)
 
-    async def admit(self, wanted: Wanted, receive: Receive) -> Running:
+    async def admit(self, wanted: GenerationRequest, receive: Receive) -> ActiveRequest:
         """Takes a request on; the caller closes what it gets.
 
         Raises:
@@ -433,7 +433,7 @@ class Service:
             raise refuse(f"{count} completions are more than the {self._most_open} that this server can ever hold", "n")
         if self.open_choices + count > self._most_open:
             raise ApiError(429, "The queue is full; come back later", code="queue_full", headers=LATER)
-        running = Running(self, wanted, receive)
+        running = ActiveRequest(self, wanted, receive)
         self._running.add(running)
         try:
             await running.accepted()
@@ -451,10 +451,10 @@ def require_name_and_key(name: str, api_key: str | None) -> None:
         raise ValueError("the API key is empty; give it characters, or unset DSV3_JAX_API_KEY to serve everyone")
 
 
-class Running:
+class ActiveRequest:
     """A request under way. Its slots are its own until `close`."""
 
-    def __init__(self, service: Service, wanted: Wanted, receive: Receive) -> None:
+    def __init__(self, service: Service, wanted: GenerationRequest, receive: Receive) -> None:
         self._service, self._wanted = service, wanted
         self._started = time.monotonic()
         self._job = Job(wanted.choices)
@@ -500,7 +500,7 @@ class Running:
 
     def cut_off(self) -> None:
         """Ends it with an error, which is the next thing that its client is told."""
-        self._job.events.put_nowait(CutOff())
+        self._job.events.put_nowait(Cancelled())
 
     async def _next(self) -> Event:
         event = await self._job.events.get()
@@ -513,9 +513,9 @@ class Running:
                 seconds = self._service.options.timeout
                 message = f"The request took more than {seconds:g} seconds, and was ended"
                 raise ApiError(504, message, code="timeout", headers=NOT_AGAIN)
-            case CutOff():
+            case Cancelled():
                 raise ApiError(503, "The server is going down, and the request was cut off", code="draining", headers=LATER)
-            case HungUp():
+            case Disconnected():
                 raise ApiError(HUNG_UP, "The client has closed the connection")
         return event
 
@@ -543,4 +543,4 @@ async def _watch(receive: Receive, events: asyncio.Queue[Event]) -> None:
     """Waits for the client to hang up; its body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    events.put_nowait(HungUp())
+    events.put_nowait(Disconnected())

@@ -10,20 +10,20 @@ import pytest
 
 from dsv3_jax.data.chat_template import encode_prompt
 from dsv3_jax.infer import SamplingParams
-from dsv3_jax.serve.requests import ApiError, Served, Wanted, read_chat, read_completion
+from dsv3_jax.serve.requests import ApiError, GenerationRequest, ModelInfo, read_chat, read_completion
 from tests.data.test_chat_template import ASSISTANT, BOS, EOS, IDS, TEMPLATE, TOKENIZER, USER
 from tests.serve.running import MODEL
 
 CONFIG = dataclasses.replace(MODEL, bos_token_id=IDS[BOS])
-SERVED = Served("tiny", CONFIG, TOKENIZER, TEMPLATE, max_length=64, max_choices=8)
+SERVED = ModelInfo("tiny", CONFIG, TOKENIZER, TEMPLATE, max_length=64, max_choices=8)
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-def completion(**body: Any) -> Wanted:
+def completion(**body: Any) -> GenerationRequest:
     return read_completion({"model": "tiny", "prompt": "Hello", "seed": 5} | body, SERVED)
 
 
-def chat(**body: Any) -> Wanted:
+def chat(**body: Any) -> GenerationRequest:
     return read_chat({"model": "tiny", "messages": HELLO, "seed": 5} | body, SERVED)
 
 

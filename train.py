@@ -22,7 +22,7 @@ import jax
 from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config.cli import cli_main, how_to_resume, parse_run
-from dsv3_jax.data import TrainBatches, compressor_bits_per_byte, prepare_text
+from dsv3_jax.data import TrainBatches, build_dataset, compressor_bits_per_byte
 from dsv3_jax.parallel.devices import BatchPlacement, cache_compilations
 from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
 from dsv3_jax.parallel.multihost import (
@@ -35,10 +35,10 @@ from dsv3_jax.parallel.multihost import (
     wait_for_first_process,
 )
 from dsv3_jax.train.evaluation import Evaluator, evaluate_sources
-from dsv3_jax.train.guards import SkippedSteps, StopRequest
+from dsv3_jax.train.guards import GracefulShutdown, NaNGuard
 from dsv3_jax.train.logging import Observer, keep_batch
 from dsv3_jax.train.profiling import profiled_steps
-from dsv3_jax.train.start import check_start, first_state, going_on
+from dsv3_jax.train.start import check_start, init_or_restore, resume_config
 from dsv3_jax.train.step import compile_train_step, describe_backends
 
 
@@ -53,14 +53,14 @@ def main() -> None:
     require_agreement({"run_dir": arguments.run_dir, "resume": arguments.resume, **dataclasses.asdict(config)})
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
-    config = going_on(config, arguments.run_dir, resume=arguments.resume)
+    config = resume_config(config, arguments.run_dir, resume=arguments.resume)
     notes = check_start(config, arguments.run_dir, resume=arguments.resume)
     backends = describe_backends(config.model, mesh, documents=not config.data.cross_document_attention)
     cache_compilations(config.data.cache_dir)
 
     # Text to tokens. Whatever is wrong with the text is said before the run directory is touched.
-    text = first_process_first(lambda: prepare_text(config.data, config.model, config.train))
-    require_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.heldout_digest})
+    text = first_process_first(lambda: build_dataset(config.data, config.model, config.train))
+    require_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.validation_digest})
     placement = BatchPlacement(mesh, config.train.micro_batch, config.train.sequence_length)
     make_batches = functools.partial(
         TrainBatches, text.rows, config.train, schedules, across_documents=config.data.cross_document_attention
@@ -82,7 +82,7 @@ def main() -> None:
         print(f"{run.path}: {text.corpus.report}; {epochs}", *notes, sep="\n", flush=True)
 
     with jax.set_mesh(mesh), Checkpoints(run, config.checkpoint) as checkpoints:
-        state, saved = first_state(config, mesh, checkpoints)
+        state, saved = init_or_restore(config, mesh, checkpoints)
         first, counters = (saved.record.step, saved.record.counters) if saved else (0, {})
         profiled = profiled_steps(arguments.profile, steps=steps, done=first)
         if first_process:
@@ -95,24 +95,24 @@ def main() -> None:
         step = compile_train_step(config, mesh)
         score = functools.partial(evaluate_sources, Evaluator(config.model, placement.place))
         keep = functools.partial(keep_batch, run, whole_batches, first_process)
-        skipped = SkippedSteps(config.train.max_skipped, keep, **counters)
+        skipped = NaNGuard(config.train.max_skipped, keep, **counters)
         with Observer(run, config, mesh, first, profiled=profiled, started=started, writes=first_process) as observer:
-            with StopRequest(jax.process_count()) as stop:
-                for number, batch in enumerate(observer.waiting_for(batches.iterate(first)), first + 1):
+            with GracefulShutdown(jax.process_count()) as stop:
+                for number, batch in enumerate(observer.data_timer(batches.iterate(first)), first + 1):
                     values = schedules.at(number - 1)
                     observer.before_step(number)
                     state, metrics, load = step(state, place(batch), values)
                     observer.after_step(number, state, load)
                     skipped.see(number, metrics["skipped"])
                     checkpoints.poll()
-                    ends = number == steps or skipped.stuck is not None or stop.after(number)
+                    ends = number == steps or skipped.abort_reason is not None or stop.after(number)
                     evaluates = config.train.eval_every and number % config.train.eval_every == 0
                     if ends or evaluates or number % config.train.log_every == 0:
-                        skipped.settle()
-                        sample = functools.partial(score, state.variables, text.heldout, config.train.eval_batches)
+                        skipped.update()
+                        sample = functools.partial(score, state.variables, text.validation, config.train.eval_batches)
                         observer.log(number, metrics, values, skipped.total, sample if evaluates else None)
                     if ends or number % config.checkpoint.every == 0:
-                        skipped.settle()
+                        skipped.update()
                         with observer.paused():
                             checkpoints.save(number, state.variables, state.optimizer, skipped.counters)
                     if ends:
@@ -121,19 +121,19 @@ def main() -> None:
             with observer.paused():
                 observer.draw_report()
                 checkpoints.wait()
-                if skipped.stuck is not None:
-                    raise ValueError(skipped.stuck)
+                if skipped.abort_reason is not None:
+                    raise ValueError(skipped.abort_reason)
                 if (taken := int(state.step)) < steps:
                     checkpoints.require_saved()
                     observer.say(f"{stop.reason}: stopped after step {taken} of {steps}, saved; go on with: {how_to_resume()}")
                     return
 
                 # What it learned, beside what general compressors make of the same bytes.
-                observer.say(f"scoring {sum(windows.num_bytes for windows in text.heldout.values()):,} held-out bytes")
-                scored = score(state.variables, text.heldout).total
+                observer.say(f"scoring {sum(windows.num_bytes for windows in text.validation.values()):,} held-out bytes")
+                scored = score(state.variables, text.validation).total
 
     if first_process:
-        documents = [document for source in text.corpus.heldout.values() for document in source]
+        documents = [document for source in text.corpus.validation.values() for document in source]
         compressors = compressor_bits_per_byte(documents)
         summary = {
             "steps": steps,

@@ -36,7 +36,7 @@ def main() -> None:
 
     run, *_ = load_run(flags.run)
     model = load_model(flags.run)
-    sources = [document.text for document in load_corpus(run.data).heldout if document.name.endswith(".py")]
+    sources = [document.text for document in load_corpus(run.data).validation if document.name.endswith(".py")]
     prompts = [ids[:PROMPT] for ids in map(model.tokenizer.encode, sources) if len(ids) > PROMPT + NEW][: flags.prompts]
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
 

@@ -32,10 +32,10 @@ from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.config.cli import load_config
-from dsv3_jax.data import TrainBatches, prepare_text
+from dsv3_jax.data import TrainBatches, build_dataset
 from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.train.guards import SkippedSteps, StopRequest
+from dsv3_jax.train.guards import GracefulShutdown, NaNGuard
 from dsv3_jax.train.logging import Observer, keep_batch
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import compile_train_step
@@ -53,7 +53,7 @@ def main() -> None:
     config = load_config("configs/tiny.py")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=flags.steps))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    text = prepare_text(config.data, config.model, config.train)
+    text = build_dataset(config.data, config.model, config.train)
     batches = TrainBatches(text.rows, config.train, config.schedules)
     place = functools.partial(jax.tree.map, BatchPlacement(mesh, config.train.micro_batch, config.train.sequence_length).place)
     values = [config.schedules.at(number) for number in range(flags.steps)]
@@ -70,9 +70,9 @@ def main() -> None:
         def whole(state: Any) -> tuple[float, float]:
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
                 run = RunDirectory.create_or_resume(f"{folder}/run", config, resume=False)
-                skipped = SkippedSteps(config.train.max_skipped, functools.partial(keep_batch, run, batches, True))
+                skipped = NaNGuard(config.train.max_skipped, functools.partial(keep_batch, run, batches, True))
                 opened = Observer(run, config, mesh, 0, profiled=range(0), started=time.perf_counter(), writes=True)
-                with Checkpoints(run, config.checkpoint) as checkpoints, opened as observer, StopRequest(1) as stop:
+                with Checkpoints(run, config.checkpoint) as checkpoints, opened as observer, GracefulShutdown(1) as stop:
                     started = time.perf_counter()
                     with observer.paused():
                         checkpoints.save(0, state.variables, state.optimizer, skipped.counters)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.cli import cli_main, parse_flags
-from dsv3_jax.data import HeldoutWindows, compressor_bits_per_byte
+from dsv3_jax.data import ValidationWindows, compressor_bits_per_byte
 from dsv3_jax.data.sources import read_source
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.parallel.devices import cache_compilations
@@ -49,7 +49,7 @@ def main() -> None:
     if flags.batch_size < 1:
         raise ValueError(f"--batch-size is {flags.batch_size}; it must be at least 1")
     cache_compilations(DataConfig.cache_dir)
-    windows = HeldoutWindows(
+    windows = ValidationWindows(
         documents,
         model.tokenizer,
         model.config,

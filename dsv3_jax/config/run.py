@@ -384,7 +384,7 @@ Changes = tuple[tuple[float, float], ...]
 """Later values of a constant: pairs of tokens seen and the value from there on."""
 
 
-class StepValues(NamedTuple):
+class StepHyperparams(NamedTuple):
     """What one step is taken with: float32 scalars, and an int32 count."""
 
     learning_rate: Any
@@ -445,10 +445,10 @@ class Schedules:
         done = min(max((self.tokens_before(step + 1) - start) / whole, 0.0), 1.0) if whole > 0 else 1.0
         return o.final_learning_rate + (o.learning_rate - o.final_learning_rate) * (1 + math.cos(math.pi * done)) / 2
 
-    def at(self, step: int) -> StepValues:
+    def at(self, step: int) -> StepHyperparams:
         """Everything the step is taken with."""
         train, seen = self._train, self.tokens_before(step)
-        return StepValues(
+        return StepHyperparams(
             np.float32(self.learning_rate(step)),
             np.float32(_value(train.mtp_loss_weight, train.mtp_loss_weight_after, seen)),
             np.float32(_value(train.bias_update_speed, train.bias_update_speed_after, seen)),

@@ -5,27 +5,34 @@ from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt, load_chat_t
 from dsv3_jax.data.corpus import Corpus, CorpusReport, load_corpus
 from dsv3_jax.data.rows import PackedRows, Row, Rows, TokenStream
 from dsv3_jax.data.sources import Document
-from dsv3_jax.data.text import Text, prepare_text
+from dsv3_jax.data.text import Dataset, build_dataset
 from dsv3_jax.data.tokenizer import Tokenizer, document_marks, load_tokenizer, prepare_tokenizer
-from dsv3_jax.data.tokens import FillInTheMiddle, HeldoutWindows, compressor_bits_per_byte, fill_in_the_middle, tokenize_corpus
-from dsv3_jax.model.losses import Batch, HeldoutBatch
+from dsv3_jax.data.tokens import (
+    FillInTheMiddle,
+    ValidationWindows,
+    compressor_bits_per_byte,
+    fill_in_the_middle,
+    tokenize_corpus,
+)
+from dsv3_jax.model.losses import Batch, ValidationBatch
 
 __all__ = [
     "Batch",
     "ChatTemplate",
     "Corpus",
     "CorpusReport",
+    "Dataset",
     "Document",
     "FillInTheMiddle",
-    "HeldoutBatch",
-    "HeldoutWindows",
     "PackedRows",
     "Row",
     "Rows",
-    "Text",
     "TokenStream",
     "Tokenizer",
     "TrainBatches",
+    "ValidationBatch",
+    "ValidationWindows",
+    "build_dataset",
     "compressor_bits_per_byte",
     "document_marks",
     "encode_prompt",
@@ -33,7 +40,6 @@ __all__ = [
     "load_chat_template",
     "load_corpus",
     "load_tokenizer",
-    "prepare_text",
     "prepare_tokenizer",
     "tokenize_corpus",
 ]

@@ -22,17 +22,17 @@ import tokenizers
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import require
-from dsv3_jax.data.chat_template import ChatTemplate, Piece, encode_pieces, mark_spelt_tokens
+from dsv3_jax.data.chat_template import ChatTemplate, Piece, encode_pieces, escape_special_tokens
 from dsv3_jax.data.corpus import split_by_name
 from dsv3_jax.data.rows import Row
 from dsv3_jax.data.sources import Document, Record, paired, records, source_files
 from dsv3_jax.data.storage import NpyFile, digest, load_or_make
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.data.tokens import HeldoutWindows
+from dsv3_jax.data.tokens import ValidationWindows
 
 _CONVERSATIONS_AT_ONCE = 256
 # Of each stored number; the rest is the id.
-_LEARNT = np.uint32(1 << 31)
+_IN_LOSS = np.uint32(1 << 31)
 _LAST = np.uint32(1 << 30)
 _ID = np.uint32((1 << 30) - 1)
 
@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray
     """int32 [n]."""
-    is_learnt: np.ndarray
+    is_in_loss: np.ndarray
     """bool [n]; what the assistant says."""
     is_text: np.ndarray
     """bool [n]; those of them that spell text, and are not marks of the template."""
@@ -59,13 +59,13 @@ class ChatTokens:
         whole = stored[:]
         self.ends = np.flatnonzero(whole & _LAST) + 1
         """Where each conversation ends, int64."""
-        self.learnt = np.flatnonzero(whole & _LEARNT)
+        self.in_loss = np.flatnonzero(whole & _IN_LOSS)
         """Where the tokens lie that are learnt, int64, growing."""
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids start..stop-1, int32, and whether each is learnt, bool."""
         stored = self._stored[start:stop]
-        return (stored & _ID).astype(np.int32), (stored & _LEARNT) != 0
+        return (stored & _ID).astype(np.int32), (stored & _IN_LOSS) != 0
 
 
 def tokenize_chat(
@@ -91,7 +91,7 @@ def tokenize_chat(
     def write(path: Path) -> None:
         stored = []
         for encoded in encode_conversations(conversations, template, tokenizer):
-            stored.append(encoded.ids.astype(np.uint32) | np.where(encoded.is_learnt, _LEARNT, np.uint32(0)))
+            stored.append(encoded.ids.astype(np.uint32) | np.where(encoded.is_in_loss, _IN_LOSS, np.uint32(0)))
             stored[-1][-1] |= _LAST
         np.save(path, np.concatenate(stored))
 
@@ -114,35 +114,35 @@ def encode_conversations(
         ]
         encoded = iter(encode_pieces(tokenizer, [piece for pieces in batch for piece, _ in pieces]))
         for pieces in batch:
-            yield _joined([(piece, learnt, next(encoded)) for piece, learnt in pieces])
+            yield _joined([(piece, in_loss, next(encoded)) for piece, in_loss in pieces])
 
 
 def _joined(pieces: list[tuple[Piece, bool, list[int]]]) -> Encoded:
     ids = [id_ for _, _, ids in pieces for id_ in ids]
-    learnt = [is_learnt for _, is_learnt, ids in pieces for _ in ids]
-    text = [is_learnt and piece.token is None for piece, is_learnt, ids in pieces for _ in ids]
-    said = "".join(piece.text for piece, is_learnt, _ in pieces if is_learnt and piece.token is None)
-    return Encoded(np.array(ids, np.int32), np.array(learnt, bool), np.array(text, bool), said)
+    in_loss = [is_in_loss for _, is_in_loss, ids in pieces for _ in ids]
+    text = [is_in_loss and piece.token is None for piece, is_in_loss, ids in pieces for _ in ids]
+    said = "".join(piece.text for piece, is_in_loss, _ in pieces if is_in_loss and piece.token is None)
+    return Encoded(np.array(ids, np.int32), np.array(in_loss, bool), np.array(text, bool), said)
 
 
 def _pieces(conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer) -> list[tuple[Piece, bool]]:
     """The rendered conversation in pieces, each with whether it is learnt."""
-    marked = mark_spelt_tokens(tokenizer, conversation.messages, {"tools": conversation.tools})
+    marked = escape_special_tokens(tokenizer, conversation.messages, {"tools": conversation.tools})
     try:
         spans = _spans(marked.messages, template, marked.variables["tools"])
     except ValueError as error:
         raise ValueError(f"{conversation.where}: {error}") from error
     found = []
-    for text, is_learnt in spans:
+    for text, is_in_loss in spans:
         pieces = marked.pieces(text)
-        if is_learnt:
+        if is_in_loss:
             closing = [piece for piece in pieces if not piece.text.isspace()][-1:]
             require(
                 bool(closing) and closing[0].token is not None,
                 f"{conversation.where}: {template.origin} closes the assistant's turn with {text[-20:]!r} and no special "
                 "token, so a model would never learn to stop; use a template that does",
             )
-        found += [(piece, is_learnt) for piece in pieces]
+        found += [(piece, is_in_loss) for piece in pieces]
     return found
 
 
@@ -162,7 +162,7 @@ def _spans(messages: list[dict], template: ChatTemplate, tools: object) -> list[
         )
         spans += [(whole[place : len(before)], False), (whole[len(before) : len(after)], True)]
         place = len(after)
-    return [(text, is_learnt) for text, is_learnt in [*spans, (whole[place:], False)] if text]
+    return [(text, is_in_loss) for text, is_in_loss in [*spans, (whole[place:], False)] if text]
 
 
 def _no_clock() -> datetime.datetime:
@@ -195,9 +195,9 @@ class ChatRows:
         # The last token is a target only.
         self._targets = np.minimum(conversations.ends - self._starts - 1, sequence_length)
         # The first token has nothing before it to be told from.
-        learnt = np.append(conversations.learnt, conversations.ends[-1])
-        first_learnt = learnt[np.searchsorted(learnt, self._starts + 1)]
-        self._used = np.flatnonzero(first_learnt <= self._starts + self._targets)
+        in_loss = np.append(conversations.in_loss, conversations.ends[-1])
+        first_in_loss = in_loss[np.searchsorted(in_loss, self._starts + 1)]
+        self._used = np.flatnonzero(first_in_loss <= self._starts + self._targets)
         require(
             self._used.size > 0,
             f"every one of the {self._targets.size} conversations has a prompt of more than train.sequence_length "
@@ -215,8 +215,8 @@ class ChatRows:
         items = []
         for conversation in members[ends[turn - 1] if turn else 0 : ends[turn]]:
             start = self._starts[conversation]
-            ids, is_learnt = self._tokens.read(start, start + self._targets[conversation] + 1)
-            items.append((ids, is_learnt[1:]))
+            ids, is_in_loss = self._tokens.read(start, start + self._targets[conversation] + 1)
+            items.append((ids, is_in_loss[1:]))
         return _row(items, self._length)
 
     def epochs(self, rows: int) -> float:
@@ -254,7 +254,7 @@ class ChatRows:
 
 def chat_windows(
     conversations: Sequence[Encoded], *, batch_size: int, sequence_length: int, across_documents: bool
-) -> HeldoutWindows:
+) -> ValidationWindows:
     """Held-out conversations as windows that score each byte the assistant says once.
 
     A conversation longer than a window goes on in another one, in which its earlier part is not seen.
@@ -271,7 +271,7 @@ def chat_windows(
     members, ends = _first_fit(np.arange(lengths.size), lengths, sequence_length)
     rows = [_row([items[member] for member in row], sequence_length) for row in np.split(members, ends[:-1])]
     num_bytes = sum(len(encoded.said.encode("utf-8")) for encoded in conversations)
-    return HeldoutWindows.of_rows(rows, num_bytes, batch_size, across_documents=across_documents)
+    return ValidationWindows.of_rows(rows, num_bytes, batch_size, across_documents=across_documents)
 
 
 def _first_fit(order: np.ndarray, lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
@@ -346,10 +346,10 @@ class ChatCorpus:
     """Training and held-out conversations."""
 
     train: list[Conversation]
-    heldout_conversations: list[Conversation]
+    validation_conversations: list[Conversation]
     copies: int
     """Held-out conversations dropped because training ones say the same, word by word."""
-    heldout: list[Document] = dataclasses.field(default_factory=list)
+    validation: list[Document] = dataclasses.field(default_factory=list)
     """What is scored of the held-out conversations: the assistant's words, as the template writes them."""
 
     @functools.cached_property
@@ -358,9 +358,9 @@ class ChatCorpus:
         return conversations_digest(self.train)
 
     @functools.cached_property
-    def heldout_digest(self) -> str:
+    def validation_digest(self) -> str:
         """Of the held-out ones."""
-        return conversations_digest(self.heldout_conversations)
+        return conversations_digest(self.validation_conversations)
 
     @property
     def report(self) -> str:
@@ -368,7 +368,7 @@ class ChatCorpus:
         turns = sum(message["role"] == ASSISTANT for conversation in self.train for message in conversation.messages)
         return (
             f"train on {len(self.train):,} conversations with {turns:,} turns of the assistant; hold out "
-            f"{len(self.heldout_conversations):,} (copies dropped: {self.copies})"
+            f"{len(self.validation_conversations):,} (copies dropped: {self.copies})"
         )
 
 
@@ -394,16 +394,16 @@ def load_chat_corpus(config: DataConfig) -> ChatCorpus:
         len(conversations) >= 2,
         f"data.source {config.source!r} holds {len(conversations)} conversations; it takes at least 2, one to hold out",
     )
-    train, heldout = split_by_name(conversations, config.heldout_fraction)
+    train, validation = split_by_name(conversations, config.heldout_fraction)
     # Runs of words, by which copies of texts are found, would not do: prompts of one kind are alike, and answers short.
-    learnt = {one.words for one in train}
-    kept = [one for one in heldout if one.words not in learnt]
+    trained = {one.words for one in train}
+    kept = [one for one in validation if one.words not in trained]
     require(
         bool(kept),
-        f"data.source {config.source!r}: nothing is left to hold out, as every one of the {len(heldout)} conversations "
+        f"data.source {config.source!r}: nothing is left to hold out, as every one of the {len(validation)} conversations "
         "chosen by name is also a training one; remove the copies or raise data.heldout_fraction",
     )
-    return ChatCorpus(train, kept, len(heldout) - len(kept))
+    return ChatCorpus(train, kept, len(validation) - len(kept))
 
 
 def _conversation(record: Record) -> Conversation:

@@ -190,7 +190,7 @@ def encode_prompt(
     Raises:
       ValueError: as `ChatTemplate.render` does.
     """
-    marked = mark_spelt_tokens(tokenizer, messages, variables)
+    marked = escape_special_tokens(tokenizer, messages, variables)
     rendered = template.render(marked.messages, add_generation_prompt=add_generation_prompt, **marked.variables)
     return [id_ for ids in encode_pieces(tokenizer, marked.pieces(rendered)) for id_ in ids]
 
@@ -201,7 +201,7 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[in
     return [next(texts) if piece.token is None else [piece.token] for piece in pieces]
 
 
-def mark_spelt_tokens(tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> Marked:
+def escape_special_tokens(tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> Marked:
     """Marks, in every text of the messages and variables, whatever spells an added token of the tokenizer.
 
     Raises:

@@ -65,7 +65,7 @@ class Corpus:
     """Training and held-out documents."""
 
     train: list[Document]
-    heldout: list[Document]
+    validation: list[Document]
     report: CorpusReport
 
     @functools.cached_property
@@ -74,9 +74,9 @@ class Corpus:
         return _digest(self.train)
 
     @functools.cached_property
-    def heldout_digest(self) -> str:
+    def validation_digest(self) -> str:
         """The same of the held-out documents, on which the processes of a run have to agree."""
-        return _digest(self.heldout)
+        return _digest(self.validation)
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -87,40 +87,40 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     documents, binary = read_source(config.source)
     if config.source == STDLIB:
-        train, heldout = _split_stdlib(documents)
+        train, validation = _split_stdlib(documents)
     elif len(documents) == 1:
         # The two halves of one text are alike by nature, so they are not compared.
         return _corpus(*split_tail(documents[0], config.heldout_fraction), dropped=0, binary=len(binary))
     else:
-        train, heldout = split_by_name(documents, config.heldout_fraction)
-    repeated = near_duplicates([document.text for document in heldout], (document.text for document in train))
-    kept = [document for document, repeats in zip(heldout, repeated, strict=True) if not repeats]
+        train, validation = split_by_name(documents, config.heldout_fraction)
+    repeated = near_duplicates([document.text for document in validation], (document.text for document in train))
+    kept = [document for document, repeats in zip(validation, repeated, strict=True) if not repeats]
     if not kept:
         raise ValueError(
-            f"data.source {config.source!r}: nothing is left to hold out, as every one of the {len(heldout)} documents chosen "
+            f"data.source {config.source!r}: nothing is left to hold out, as each of the {len(validation)} documents chosen "
             "by name nearly repeats training documents; remove the copies or raise data.heldout_fraction"
         )
-    return _corpus(train, kept, dropped=len(heldout) - len(kept), binary=len(binary))
+    return _corpus(train, kept, dropped=len(validation) - len(kept), binary=len(binary))
 
 
 def _digest(documents: list[Document]) -> str:
     return digest(*(part for document in documents for part in (document.name, document.text)))
 
 
-def _corpus(train: list[Document], heldout: list[Document], *, dropped: int, binary: int) -> Corpus:
+def _corpus(train: list[Document], validation: list[Document], *, dropped: int, binary: int) -> Corpus:
     report = CorpusReport(
         train_documents=len(train),
         train_bytes=sum(document.num_bytes for document in train),
-        heldout_documents=len(heldout),
-        heldout_bytes=sum(document.num_bytes for document in heldout),
+        heldout_documents=len(validation),
+        heldout_bytes=sum(document.num_bytes for document in validation),
         near_duplicates=dropped,
-        replaced=sum(document.replaced for document in (*train, *heldout)),
+        replaced=sum(document.replaced for document in (*train, *validation)),
         binary=binary,
     )
-    return Corpus(train, heldout, report)
+    return Corpus(train, validation, report)
 
 
-def is_held_out(source: str, name: str, fraction: float) -> bool:
+def is_validation(source: str, name: str, fraction: float) -> bool:
     """Whether the document of this name is held out, told by its name alone."""
     if source == STDLIB:
         package, _, below = name.partition("/")
@@ -130,22 +130,22 @@ def is_held_out(source: str, name: str, fraction: float) -> bool:
 
 def _split_stdlib(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     train: list[Document] = []
-    heldout: list[Document] = []
+    validation: list[Document] = []
     for document in documents:
-        (heldout if is_held_out(STDLIB, document.name, 0) else train).append(document)
-    if not train or not heldout:
+        (validation if is_validation(STDLIB, document.name, 0) else train).append(document)
+    if not train or not validation:
         raise ValueError("the standard library of this Python is not installed as source files; name a data.source of your own")
-    return train, heldout
+    return train, validation
 
 
 def split_by_name(documents: list[Named], fraction: float) -> tuple[list[Named], list[Named]]:
     """Holds out the documents whose names hash below `fraction`; at least one, and never all of them."""
     position = {document.name: _position(document.name) for document in documents}
     names = sorted(position, key=lambda name: (position[name], name))
-    chosen = sum(position[name] < fraction for name in names)  # As `is_held_out` says.
-    heldout_names = set(names[: min(max(chosen, 1), len(names) - 1)])
-    train = [document for document in documents if document.name not in heldout_names]
-    return train, [document for document in documents if document.name in heldout_names]
+    chosen = sum(position[name] < fraction for name in names)  # As `is_validation` says.
+    validation_names = set(names[: min(max(chosen, 1), len(names) - 1)])
+    train = [document for document in documents if document.name not in validation_names]
+    return train, [document for document in documents if document.name in validation_names]
 
 
 def _position(name: str) -> float:

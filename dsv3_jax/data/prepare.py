@@ -34,7 +34,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import require, require_positive, require_seed
 from dsv3_jax.config.cli import cli_main, parse_flags
-from dsv3_jax.data.corpus import is_held_out, split_tail
+from dsv3_jax.data.corpus import is_validation, split_tail
 from dsv3_jax.data.shards import FORMAT, KINDS, describe, file_record, read_json, shard_file, shard_record
 from dsv3_jax.data.sources import Document, SourceFile, documents_of, source_files, whole_document
 from dsv3_jax.data.storage import digest
@@ -408,7 +408,7 @@ class _Worker:
 
     def documents(self, number: int, counts: dict[str, int]) -> Iterator[Document]:
         """The training documents of a piece; what is held out goes to `counts` and its file."""
-        with _draft(shard_file(self.job.folder, number, "heldout")) as draft, open(draft, "w", encoding="utf-8") as heldout:
+        with _draft(shard_file(self.job.folder, number, "heldout")) as draft, open(draft, "w", encoding="utf-8") as validation:
             for document, num_bytes in documents_in(self.job.pieces[number], self.job.files):
                 if self._stop.is_set():
                     raise KeyboardInterrupt
@@ -422,7 +422,7 @@ class _Worker:
                 if held is not None:
                     counts["heldout_documents"] += 1
                     counts["heldout_bytes"] += held.num_bytes
-                    heldout.write(json.dumps(dataclasses.asdict(held)) + "\n")
+                    validation.write(json.dumps(dataclasses.asdict(held)) + "\n")
                 if train is not None:
                     counts["documents"] += 1
                     counts["bytes"] += train.num_bytes
@@ -438,7 +438,7 @@ class _Worker:
         if self.job.is_lone:
             (train,), (held,) = split_tail(document, self.job.heldout_fraction)
             return train, held
-        if is_held_out(self.job.source, document.name, self.job.heldout_fraction):
+        if is_validation(self.job.source, document.name, self.job.heldout_fraction):
             return None, document
         return document, None
 

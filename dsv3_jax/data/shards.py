@@ -70,7 +70,7 @@ class Prepared:
     meta: dict[str, Any]
     parts: list[Part]
     """The shards that hold documents."""
-    heldout: list[Document]
+    validation: list[Document]
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -83,9 +83,9 @@ class Prepared:
         return digest(json.dumps(self.meta, sort_keys=True))
 
     @functools.cached_property
-    def heldout_digest(self) -> str:
+    def validation_digest(self) -> str:
         """Of the held-out documents."""
-        return digest(*(part for document in self.heldout for part in (document.name, document.text)))
+        return digest(*(part for document in self.validation for part in (document.name, document.text)))
 
     @property
     def report(self) -> str:
@@ -152,13 +152,13 @@ def open_prepared(source: str, cache_dir: str) -> Prepared:
         for number, shard in enumerate(meta["shards"])
         if shard["tokens"]
     ]
-    heldout = [
+    validation = [
         Document(**json.loads(line))
         for number in range(len(meta["shards"]))
         for line in shard_file(folder, number, "heldout").read_text("utf-8").split("\n")
         if line
     ]
-    return Prepared(folder, meta, parts, heldout)
+    return Prepared(folder, meta, parts, validation)
 
 
 def shard_file(folder: Path, number: int, kind: str) -> Path:

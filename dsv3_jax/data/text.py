@@ -17,14 +17,14 @@ from dsv3_jax.data.shards import Prepared, is_prepared, open_prepared
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.storage import ArrayPart, digest
 from dsv3_jax.data.tokenizer import Tokenizer, check_fits, document_marks, load_tokenizer, prepare_tokenizer
-from dsv3_jax.data.tokens import HeldoutWindows, fill_in_the_middle, require_reproduced, tokenize_corpus
+from dsv3_jax.data.tokens import ValidationWindows, fill_in_the_middle, require_reproduced, tokenize_corpus
 
 
 class Split(Protocol):
     """What every kind of source says of itself: a `Corpus`, a `Prepared` or a `ChatCorpus`."""
 
     @property
-    def heldout(self) -> list[Document]:
+    def validation(self) -> list[Document]:
         """Held-out documents: the bytes that are scored."""
 
     @property
@@ -32,7 +32,7 @@ class Split(Protocol):
         """Of the training documents, in order."""
 
     @property
-    def heldout_digest(self) -> str:
+    def validation_digest(self) -> str:
         """Of the held-out ones."""
 
 
@@ -52,24 +52,24 @@ class Corpora:
         return "\n".join([f"{len(self.reports)} sources", *(f"  {name}: {report}" for name, report in self.reports.items())])
 
     @property
-    def heldout(self) -> dict[str, list[Document]]:
+    def validation(self) -> dict[str, list[Document]]:
         """Held-out documents by source."""
-        return {name: source.heldout for name, source in self.sources.items()}
+        return {name: source.validation for name, source in self.sources.items()}
 
     @property
-    def heldout_digest(self) -> str:
+    def validation_digest(self) -> str:
         """Of all held-out documents, on which the processes of a run have to agree."""
-        return digest(*(source.heldout_digest for source in self.sources.values()))
+        return digest(*(source.validation_digest for source in self.sources.values()))
 
 
-class Text(NamedTuple):
+class Dataset(NamedTuple):
     """The text of a run."""
 
     corpus: Corpora
     tokenizer: Tokenizer
     rows: Rows
     """Every row of the run."""
-    heldout: dict[str, HeldoutWindows]
+    validation: dict[str, ValidationWindows]
     """By source, under the name it was given by."""
     digest: str
     """Of the training texts, their shares, the tokenizer and what is made of them: what a continued run has to share."""
@@ -90,7 +90,7 @@ class Text(NamedTuple):
         return dict.fromkeys(self.corpus.sources, self.rows.epochs(rows))
 
 
-def prepare_text(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Text:
+def build_dataset(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
     """Reads the sources, trains or loads the tokenizer, and tokenises both parts of each; cached in `data.cache_dir`.
 
     Raises:
@@ -99,7 +99,7 @@ def prepare_text(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Te
     return _prepare_chat(data, model, train) if data.kind == "chat" else _prepare_documents(data, model, train)
 
 
-def _prepare_documents(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Text:
+def _prepare_documents(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
     opened: dict[str, Corpus | Prepared] = {}
     for name in data.shares:
         if is_prepared(name):
@@ -110,7 +110,7 @@ def _prepare_documents(data: DataConfig, model: ModelConfig, train: TrainConfig)
     fim = fill_in_the_middle(data, train.seed, tokenizer)
     eos = document_marks(model)[1]
     rows: dict[str, Rows] = {}
-    windows: dict[str, HeldoutWindows] = {}
+    windows: dict[str, ValidationWindows] = {}
     for name, source in opened.items():
         if isinstance(source, Prepared):
             _check_prepared(name, source, data, model, train)
@@ -119,12 +119,12 @@ def _prepare_documents(data: DataConfig, model: ModelConfig, train: TrainConfig)
             parts = [ArrayPart.closed_by(eos, tokenize_corpus(source, tokenizer, data, model, fim))]
         with _naming(data, name):
             rows[name] = PackedRows(TokenStream(parts, eos, train.seed), train.sequence_length, train.seed)
-            windows[name] = HeldoutWindows(source.heldout, tokenizer, model, **_shape(data, train))
+            windows[name] = ValidationWindows(source.validation, tokenizer, model, **_shape(data, train))
     corpora = Corpora(opened, {name: str(source.report) for name, source in opened.items()})
     return _text(data, train, corpora, tokenizer, rows, windows, str(fim))
 
 
-def _prepare_chat(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Text:
+def _prepare_chat(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
     require(
         data.tokenizer is not None,
         "data.tokenizer is None, but conversations (data.kind chat) take the tokenizer and the chat template of a checkpoint; "
@@ -137,17 +137,17 @@ def _prepare_chat(data: DataConfig, model: ModelConfig, train: TrainConfig) -> T
     opened: dict[str, ChatCorpus] = {}
     reports: dict[str, str] = {}
     rows: dict[str, Rows] = {}
-    windows: dict[str, HeldoutWindows] = {}
+    windows: dict[str, ValidationWindows] = {}
     for name in data.shares:
         corpus = opened[name] = load_chat_corpus(dataclasses.replace(data, source=name, mixture=()))
         conversations = tokenize_chat(corpus.train, template, tokenizer, data.cache_dir)
         with _naming(data, name):
             rows[name] = packed = ChatRows(conversations, train.sequence_length, train.seed)
-            encoded = list(encode_conversations(corpus.heldout_conversations, template, tokenizer))
-            scored = [Document(one.name, ids.said) for one, ids in zip(corpus.heldout_conversations, encoded, strict=True)]
+            encoded = list(encode_conversations(corpus.validation_conversations, template, tokenizer))
+            scored = [Document(one.name, ids.said) for one, ids in zip(corpus.validation_conversations, encoded, strict=True)]
             require_reproduced(scored, [ids.ids[ids.is_text] for ids in encoded], tokenizer)
             windows[name] = chat_windows(encoded, **_shape(data, train))
-        opened[name] = dataclasses.replace(corpus, heldout=scored)
+        opened[name] = dataclasses.replace(corpus, validation=scored)
         reports[name] = f"{corpus.report}; {packed.report}"
     made = f"{template.source} {template.special_tokens}"
     text = _text(data, train, Corpora(opened, reports), tokenizer, rows, windows, made)
@@ -160,13 +160,13 @@ def _text(
     corpora: Corpora,
     tokenizer: Tokenizer,
     rows: dict[str, Rows],
-    heldout: dict[str, HeldoutWindows],
+    validation: dict[str, ValidationWindows],
     made: str,
-) -> Text:
+) -> Dataset:
     """Puts together what was made of each source; `made` says how, as far as sources and tokenizer do not."""
     mixed = next(iter(rows.values())) if len(rows) == 1 else MixedRows(rows, data.shares, train.seed)
     sources = (part for name, share in data.shares.items() for part in (corpora.sources[name].train_digest, repr(share)))
-    return Text(corpora, tokenizer, mixed, heldout, digest(data.kind, *sources, tokenizer.to_json(), made))
+    return Dataset(corpora, tokenizer, mixed, validation, digest(data.kind, *sources, tokenizer.to_json(), made))
 
 
 def _shape(data: DataConfig, train: TrainConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from dsv3_jax.data.rows import Row
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.storage import NpyFile, digest, load_or_make
 from dsv3_jax.data.tokenizer import Tokenizer, document_marks
-from dsv3_jax.model.losses import HeldoutBatch
+from dsv3_jax.model.losses import ValidationBatch
 
 _DOCUMENTS_AT_ONCE = 1024
 _CHARACTERS_AT_ONCE = 4_000_000
@@ -169,7 +169,7 @@ def fill_in_the_middle(data: DataConfig, seed: int, tokenizer: Tokenizer) -> Fil
 # Held-out text: windows that score every byte of it once, and what general compressors make of the same bytes.
 
 
-class HeldoutWindows:
+class ValidationWindows:
     """All batches of the held-out documents, each of the same shape.
 
     The documents stand one after the other between their marks, as in training, cut into windows that do not
@@ -221,7 +221,7 @@ class HeldoutWindows:
         self._set(rows, sum(document.num_bytes for document in documents), batch_size, across_documents)
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Row], num_bytes: int, batch_size: int, *, across_documents: bool) -> HeldoutWindows:
+    def of_rows(cls, rows: Sequence[Row], num_bytes: int, batch_size: int, *, across_documents: bool) -> ValidationWindows:
         """Windows made elsewhere; their weights are 1 at the tokens that spell the `num_bytes` bytes, each once."""
         require(len(rows) > 0, "there is no held-out text to score")
         windows = cls.__new__(cls)
@@ -241,11 +241,11 @@ class HeldoutWindows:
         """Batches."""
         return -(-len(self._rows.tokens_T) // self._batch_size)
 
-    def __iter__(self) -> Iterator[HeldoutBatch]:
+    def __iter__(self) -> Iterator[ValidationBatch]:
         """All batches; each scored token is in exactly one."""
         return self._batches(np.arange(len(self._rows.tokens_T)))
 
-    def sample(self, num_batches: int) -> Iterator[HeldoutBatch]:
+    def sample(self, num_batches: int) -> Iterator[ValidationBatch]:
         """At most `num_batches` batches of windows spread evenly over the text: always the same ones."""
         windows = len(self._rows.tokens_T)
         rows = min(num_batches * self._batch_size, windows)
@@ -255,13 +255,13 @@ class HeldoutWindows:
         """Bits per byte, from the summed loss of all scored tokens in nats."""
         return nats / math.log(2) / self.num_bytes
 
-    def _batches(self, rows: np.ndarray) -> Iterator[HeldoutBatch]:
+    def _batches(self, rows: np.ndarray) -> Iterator[ValidationBatch]:
         for start in range(0, len(rows), self._batch_size):
             chosen = rows[start : start + self._batch_size]
             padding = ((0, self._batch_size - len(chosen)), (0, 0))
             tokens, targets, weights = (np.pad(array[chosen], padding) for array in self._rows[:3])
             starts = np.pad(self._rows.segment_starts_T[chosen], padding, constant_values=-1)
-            yield HeldoutBatch(tokens, targets, weights, None if self._across_documents else starts)
+            yield ValidationBatch(tokens, targets, weights, None if self._across_documents else starts)
 
 
 def require_reproduced(documents: Sequence[Document], encoded: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:

@@ -23,7 +23,7 @@ from dsv3_jax.parallel.mesh import AXES, current_mesh
 from dsv3_jax.parallel.sharding import TOKEN_SPEC, all_gather_weight, current_rules, reduce_scatter_grad
 
 
-class HeldoutBatch(NamedTuple):
+class ValidationBatch(NamedTuple):
     """Windows of held-out tokens, the token that follows each, and whether that one is scored."""
 
     tokens_BT: np.ndarray

@@ -12,7 +12,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.model.losses import HeldoutBatch, cross_entropy, cross_entropy_and_greedy, depth_weights
+from dsv3_jax.model.losses import ValidationBatch, cross_entropy, cross_entropy_and_greedy, depth_weights
 
 
 class Evaluation(NamedTuple):
@@ -44,9 +44,9 @@ class Evaluator:
     def __init__(self, config: ModelConfig, place: Callable[[np.ndarray], Any] = jnp.asarray) -> None:
         """Args: config: the model; place: puts an array [B, T] of a batch where the model runs."""
         self._place = place
-        self._score = jax.jit(functools.partial(heldout_scores, config=config))
+        self._score = jax.jit(functools.partial(validation_scores, config=config))
 
-    def __call__(self, variables: dict[str, Any], batches: Iterable[HeldoutBatch]) -> Evaluation:
+    def __call__(self, variables: dict[str, Any], batches: Iterable[ValidationBatch]) -> Evaluation:
         """The loss of the batches' scored tokens under `variables`, and the drafts for them."""
         # Summed in Python's numbers: float32 would lose digits over a million tokens.
         nats, tokens, accepted, drafted = 0.0, 0, None, None
@@ -60,7 +60,7 @@ class Evaluator:
         return Evaluation(nats, tokens, accepted, drafted)
 
 
-class HeldoutScores(NamedTuple):
+class ValidationScores(NamedTuple):
     """What one batch of held-out windows comes to, as scalars on the device."""
 
     nats: jax.Array
@@ -71,7 +71,7 @@ class HeldoutScores(NamedTuple):
     """int32; None without MTP."""
 
 
-def heldout_scores(
+def validation_scores(
     variables: dict[str, Any],
     tokens_BT: jax.Array,
     target_BT: jax.Array,
@@ -79,7 +79,7 @@ def heldout_scores(
     segment_starts_BT: jax.Array | None = None,
     *,
     config: ModelConfig,
-) -> HeldoutScores:
+) -> ValidationScores:
     """Scores held-out windows, for `jax.jit`; [B, T, V] logits never exist.
 
     The loss is the weighted sum of the next-token cross entropies. Of the first MTP depth (section 2.2 of the report), row i
@@ -101,14 +101,14 @@ def heldout_scores(
     head_DV = variables["params"]["lm_head"]["kernel"]
     if not has_mtp:
         nats = cross_entropy(features.h_BTD, head_DV, target_BT, weight_BT, config.loss_chunk)
-        return HeldoutScores(nats, None, None)
+        return ValidationScores(nats, None, None)
     nats, verified_BT = cross_entropy_and_greedy(features.h_BTD, head_DV, target_BT, weight_BT, config.loss_chunk)
     # Of the drafts' loss nothing is asked, so the compiler leaves it out.
     _, draft_BT = cross_entropy_and_greedy(features.mtp_h_BTD[0], head_DV, target_BT, weight_BT, config.loss_chunk)
     # Row i + 1 may live on another device than row i: it is the tokens that travel.
     counts_BT = depth_weights(weight_BT, segment_starts_BT, 1) > 0
     accepted_BT = counts_BT & (draft_BT == jnp.roll(verified_BT, -1, axis=1))
-    return HeldoutScores(nats, jnp.sum(accepted_BT, dtype=jnp.int32), jnp.sum(counts_BT, dtype=jnp.int32))
+    return ValidationScores(nats, jnp.sum(accepted_BT, dtype=jnp.int32), jnp.sum(counts_BT, dtype=jnp.int32))
 
 
 class SourceScores(NamedTuple):
@@ -121,7 +121,7 @@ class SourceScores(NamedTuple):
     """Share of the MTP drafts that is accepted; None of a model without MTP."""
 
 
-class HeldoutWindows(Protocol):
+class ValidationWindows(Protocol):
     """Batches of one held-out text; `dsv3_jax.data.tokens` has the implementation."""
 
     num_tokens: int
@@ -129,16 +129,16 @@ class HeldoutWindows(Protocol):
     num_bytes: int
     """UTF-8 bytes that the scored tokens spell."""
 
-    def __iter__(self) -> Iterator[HeldoutBatch]: ...
+    def __iter__(self) -> Iterator[ValidationBatch]: ...
 
-    def sample(self, num_batches: int) -> Iterator[HeldoutBatch]:
+    def sample(self, num_batches: int) -> Iterator[ValidationBatch]:
         """Batches spread evenly over the text."""
 
     def bits_per_byte(self, nats: float) -> float:
         """Bits per byte of the text, for the summed loss of its tokens."""
 
 
-class HeldoutReport(NamedTuple):
+class ValidationReport(NamedTuple):
     """The scores of all held-out text, and of each of its sources."""
 
     total: SourceScores
@@ -160,11 +160,11 @@ class HeldoutReport(NamedTuple):
 
 
 def evaluate_sources(
-    evaluate: Callable[[dict[str, Any], Iterable[HeldoutBatch]], Evaluation],
+    evaluate: Callable[[dict[str, Any], Iterable[ValidationBatch]], Evaluation],
     variables: dict[str, Any],
-    heldout: Mapping[str, HeldoutWindows],
+    validation: Mapping[str, ValidationWindows],
     num_batches: int | None = None,
-) -> HeldoutReport:
+) -> ValidationReport:
     """Scores the held-out text of every source, or a sample of each.
 
     What a sample does not score is taken to be like what it does: its loss a token, its drafts a token, and the bytes a token
@@ -182,7 +182,7 @@ def evaluate_sources(
       num_batches: batches of each source, spread evenly over it; None for all.
     """
     sources, parts = {}, []
-    for name, windows in heldout.items():
+    for name, windows in validation.items():
         scored = evaluate(variables, windows if num_batches is None else windows.sample(num_batches))
         stands_for = windows.num_tokens / scored.tokens
         nats = scored.nats * stands_for
@@ -190,4 +190,4 @@ def evaluate_sources(
         drafts = (scored.accepted or 0) * stands_for, (scored.drafted or 0) * stands_for
         parts.append((nats, windows.num_tokens, windows.bits_per_byte(nats) * windows.num_bytes, windows.num_bytes, *drafts))
     nats, tokens, bits, num_bytes, accepted, drafted = map(sum, zip(*parts, strict=True))
-    return HeldoutReport(SourceScores(nats / tokens, bits / num_bytes, accepted / drafted if drafted else None), sources)
+    return ValidationReport(SourceScores(nats / tokens, bits / num_bytes, accepted / drafted if drafted else None), sources)

@@ -17,7 +17,7 @@ from typing import Any
 from dsv3_jax.parallel.multihost import read_note, write_note
 
 
-class SkippedSteps:
+class NaNGuard:
     """Counts them. The flag of a step is read once the next is on its way, so that the devices need not wait."""
 
     def __init__(self, limit: int, keep: Callable[[int], str], total: int = 0, in_a_row: int = 0) -> None:
@@ -30,7 +30,7 @@ class SkippedSteps:
         """
         self._limit = limit
         self._keep = keep
-        self.stuck: str | None = None
+        self.abort_reason: str | None = None
         """Why the run ends, once `limit` steps in a row were skipped."""
         self.total = total
         self.in_a_row = in_a_row
@@ -43,10 +43,10 @@ class SkippedSteps:
 
     def see(self, step: int, flag: Any) -> None:
         """Takes the flag of a step (a scalar on the devices, 1 if it was skipped), and reads that of the step before."""
-        self.settle()
+        self.update()
         self._unread = step, flag
 
-    def settle(self) -> None:
+    def update(self) -> None:
         """Waits for the last flag, and reads it."""
         if self._unread is None:
             return
@@ -56,8 +56,8 @@ class SkippedSteps:
             return
         self.total += 1
         self.in_a_row += 1
-        if self.in_a_row >= self._limit and self.stuck is None:
-            self.stuck = (
+        if self.in_a_row >= self._limit and self.abort_reason is None:
+            self.abort_reason = (
                 f"the loss or gradient of {self.in_a_row} steps in a row, up to step {step}, was not finite; none was taken; "
                 f"{self._keep(step)}; lower optimizer.learning_rate, in another --run-dir"
             )
@@ -72,7 +72,7 @@ _NOTE = "stop"
 _STEPS_AHEAD = 4
 
 
-class StopRequest:
+class GracefulShutdown:
     """Whether a signal asks the run to stop; a context manager, within which SIGTERM and a first SIGINT end no process.
 
     A second SIGINT does. Of several processes any may be told: all of them then stop after the same step.
@@ -84,7 +84,7 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
         self._last_step: int | None = None
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> GracefulShutdown:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self

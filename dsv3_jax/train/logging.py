@@ -28,15 +28,15 @@ from tensorboardX.summary import scalar
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
-from dsv3_jax.config.run import StepValues
+from dsv3_jax.config.run import StepHyperparams
 from dsv3_jax.data import TrainBatches
 from dsv3_jax.files import write_whole
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.devices import peak_flops
-from dsv3_jax.train.evaluation import HeldoutReport
+from dsv3_jax.train.evaluation import ValidationReport
 from dsv3_jax.train.guards import Watchdog
 from dsv3_jax.train.profiling import StepProfiler
-from dsv3_jax.train.report import ExpertLoad, in_short, in_time, write_report
+from dsv3_jax.train.report import ExpertLoad, humanize, in_time, write_report
 
 Item = TypeVar("Item")
 
@@ -89,9 +89,9 @@ class Observer(contextlib.ExitStack):
         """Prints a line."""
         self._bar.say(text)
 
-    def waiting_for(self, batches: Iterable[Item]) -> Iterator[Item]:
+    def data_timer(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches; waiting for them is measured."""
-        return self._clock.waiting_for(batches)
+        return self._clock.data_timer(batches)
 
     def before_step(self, step: int) -> None:
         """To be called before a step is sent to the devices."""
@@ -113,9 +113,9 @@ class Observer(contextlib.ExitStack):
         self,
         step: int,
         metrics: dict[str, jax.Array],
-        values: StepValues,
+        values: StepHyperparams,
         skipped: int,
-        evaluate: Callable[[], HeldoutReport] | None = None,
+        evaluate: Callable[[], ValidationReport] | None = None,
     ) -> None:
         """Logs a step.
 
@@ -130,7 +130,7 @@ class Observer(contextlib.ExitStack):
         row = {"step": step, **finite(metrics), "learning_rate": float(values.learning_rate), "skipped": skipped}
         row |= {"batch_size": self._schedules.batch_size(step - 1), "tokens": tokens}
         if tokens > self._logged_tokens:
-            row |= self._clock.lap(tokens - self._logged_tokens)
+            row |= self._clock.throughput(tokens - self._logged_tokens)
             row |= speed(self._config, row["tokens_per_second"], self._mesh.size, self._mesh.devices.flat[0].device_kind)
         with self._watchdog.paused():
             row |= evaluate().row if evaluate is not None else {}
@@ -339,7 +339,7 @@ class Clock:
         self._since = time.perf_counter()
         self._waited = 0.0
 
-    def waiting_for(self, items: Iterable[T]) -> Iterator[T]:
+    def data_timer(self, items: Iterable[T]) -> Iterator[T]:
         """The items; what it takes to get one is counted as waiting."""
         iterator = iter(items)
         while True:
@@ -351,7 +351,7 @@ class Clock:
             self._waited += time.perf_counter() - asked
             yield item
 
-    def lap(self, tokens: float) -> dict[str, float]:
+    def throughput(self, tokens: float) -> dict[str, float]:
         """`tokens_per_second` and `input_wait`, the share of the time spent waiting for batches, since the last lap began."""
         seconds = time.perf_counter() - self._since
         return {"tokens_per_second": tokens / seconds, "input_wait": self._waited / seconds}
@@ -444,7 +444,7 @@ class ProgressBar:
         self._seen.append((time.perf_counter(), tokens))
         loss = f"loss {row['main_loss']:.3f}" if "main_loss" in row else "skipped"
         text = f"step {row['step']}  {loss}  {_speed_of(row)}  violation {row['max_violation']:.2f}"
-        amount = f"{in_short(tokens)} of {in_short(self._tokens)} tokens"
+        amount = f"{humanize(tokens)} of {humanize(self._tokens)} tokens"
         if speed := self._speed(row):
             amount += f", {in_time((self._tokens - tokens) / speed)} left"
         self._progress.update(self._task, completed=tokens, description=text, amount=amount)

@@ -97,7 +97,7 @@ def _wide(axis: Axes) -> None:
 
 
 def _counts(value: float, _: float = 0) -> str:
-    return in_short(value, 2)
+    return humanize(value, 2)
 
 
 def _percent(value: float, _: float = 0) -> str:
@@ -259,7 +259,7 @@ def _ticks(highest: float) -> list[float]:
 _SUFFIXES = "", "K", "M", "B", "T"
 
 
-def in_short(number: float, decimals: int = 1) -> str:
+def humanize(number: float, decimals: int = 1) -> str:
     """A count in few digits: 980, 1.2M, 123K, 14.8T; `decimals` at most, and those only below 100."""
     value, power = float(f"{number:.{decimals + 2}g}"), 0  # Rounded first: 999,960 is 1M.
     if abs(value) >= 1e15:

@@ -21,7 +21,7 @@ from dsv3_jax.train.state import TrainState, init_state, state_of, state_shardin
 _HOW_IT_IS_COMPUTED = {*FREE_FIELDS["model"], "dtype", "param_dtype"}
 
 
-def going_on(config: Config, run_dir: str, *, resume: bool) -> Config:
+def resume_config(config: Config, run_dir: str, *, resume: bool) -> Config:
     """The config; of a run that is resumed, with the run's own tokenizer: where it came from may be gone by now."""
     run = RunDirectory(run_dir)
     if not resume or run.steps_saved is None or config.data.tokenizer is None or not run.tokenizer_file.exists():
@@ -58,7 +58,7 @@ def check_start(config: Config, run_dir: str, *, resume: bool) -> list[str]:
     ]
 
 
-def first_state(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Restored | None]:
+def init_or_restore(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Restored | None]:
     """The state that a run goes on from, laid out over the mesh; `check_start` has been passed.
 
     Returns:

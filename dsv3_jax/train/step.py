@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.config.run import StepValues
+from dsv3_jax.config.run import StepHyperparams
 from dsv3_jax.kernels.attention import choose_attention
 from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.model import training_loss
@@ -65,7 +65,7 @@ def describe_backends(config: ModelConfig, mesh: Mesh, documents: bool = False) 
 
 
 def train_step(
-    state: TrainState, batch: Batch, values: StepValues, *, config: Config
+    state: TrainState, batch: Batch, values: StepHyperparams, *, config: Config
 ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
     """Takes one step; pure, for `compile_train_step`.
 
@@ -105,7 +105,7 @@ def train_step(
     return after, metrics, losses.load
 
 
-def gradients(state: TrainState, batch: Batch, values: StepValues, config: Config) -> tuple[Any, Losses]:
+def gradients(state: TrainState, batch: Batch, values: StepHyperparams, config: Config) -> tuple[Any, Losses]:
     """Gradient of the objective over the whole batch, accumulated over the micro-batches that are filled, and the losses."""
     depths = range(config.model.num_nextn_predict_layers + 1)
     num_micro_batches = batch.tokens_ABT.shape[0]

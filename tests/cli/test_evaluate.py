@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax import evaluate
-from dsv3_jax.data import Document, HeldoutWindows, load_corpus
+from dsv3_jax.data import Document, ValidationWindows, load_corpus
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.train.evaluation import Evaluator
 from tests.cli.conftest import CONFIG, Done
@@ -34,7 +34,7 @@ def test_the_figures_of_a_text_file(straight: tuple[Path, Done], called: Callabl
 
     model = load_model(str(straight[0]))
     shape = {"batch_size": 8, "sequence_length": CONFIG.train.sequence_length}
-    windows = HeldoutWindows([Document("bisect.py", text)], model.tokenizer, model.config, **shape)
+    windows = ValidationWindows([Document("bisect.py", text)], model.tokenizer, model.config, **shape)
     scored = Evaluator(model.config)(model.variables, windows)
     assert figures["tokens"] == scored.tokens == len(model.tokenizer.encode(text))
     assert figures["loss"] == pytest.approx(scored.loss, rel=1e-6)
@@ -49,7 +49,7 @@ def test_the_held_out_documents_score_as_at_the_end_of_the_run(
     cached: list[str] = []
     monkeypatch.setattr(evaluate, "cache_compilations", cached.append)
     (workplace / "heldout").mkdir()
-    for document in load_corpus(CONFIG.data).heldout:
+    for document in load_corpus(CONFIG.data).validation:
         (workplace / "heldout" / document.name).write_text(document.text)
     done = called(evaluate.main, "--checkpoint", "runs/straight", "--text", "heldout", "--batch-size", "3")
     summary = json.loads((straight[0] / "summary.json").read_text())

@@ -17,7 +17,7 @@ from dsv3_jax.checkpoint.hugging_face import load_hf
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config.cli import parse_run
 from dsv3_jax.convert import main as convert
-from dsv3_jax.data import TrainBatches, prepare_text
+from dsv3_jax.data import TrainBatches, build_dataset
 from dsv3_jax.model import training_loss
 from tests.cli.conftest import ROOT, Done
 
@@ -79,7 +79,7 @@ def test_no_prompt_token_is_learnt(chats: Path, workplace: Path, monkeypatch: py
     """Other ids in place of the targets that are prompt or padding leave loss and gradient as they are, to the bit."""
     monkeypatch.chdir(workplace)
     config = parse_run(FLAGS).config
-    text = prepare_text(config.data, config.model, config.train)
+    text = build_dataset(config.data, config.model, config.train)
     batch = TrainBatches(text.rows, config.train, config.schedules, across_documents=False)[0]
     tokens, targets, weights, starts = (array[0] for array in batch)
     assert 0.1 < weights.mean() < 0.8

@@ -31,29 +31,29 @@ def encode(messages: list[dict[str, Any]], template: ChatTemplate = TEMPLATE) ->
     return encoded
 
 
-def learnt(encoded: Encoded) -> list[list[int]]:
+def in_loss(encoded: Encoded) -> list[list[int]]:
     """The stretches of learnt tokens."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.is_learnt.astype(int), [0]])))
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], encoded.is_in_loss.astype(int), [0]])))
     return [encoded.ids[a:b].tolist() for a, b in edges.reshape(-1, 2)]
 
 
 def test_every_turn_of_the_assistant_is_learnt_with_its_end_and_nothing_else() -> None:
     encoded = encode(MULTI)
     turns = [[*TOKENIZER.encode(text), IDS[EOS]] for text in ("1 é 漢", "2")]
-    assert learnt(encoded) == turns
+    assert in_loss(encoded) == turns
     # Up to each turn, the ids are the prompt that is given at inference.
-    ends = np.flatnonzero(np.diff(encoded.is_learnt.astype(int)) == 1) + 1
+    ends = np.flatnonzero(np.diff(encoded.is_in_loss.astype(int)) == 1) + 1
     for end, number in zip(ends, (2, 4), strict=True):
         assert encoded.ids[:end].tolist() == encode_prompt(TEMPLATE, TOKENIZER, MULTI[:number])
     assert encoded.ids.tolist() == encode_prompt(TEMPLATE, TOKENIZER, MULTI, add_generation_prompt=False)
     assert encoded.said == "1 é 漢2"
     assert TOKENIZER.decode(encoded.ids[encoded.is_text]) == encoded.said
-    assert encoded.is_learnt.sum() - encoded.is_text.sum() == 2
+    assert encoded.is_in_loss.sum() - encoded.is_text.sum() == 2
 
 
 def test_what_follows_the_last_answer_is_not_learnt() -> None:
     encoded = encode([*MULTI, {"role": "user", "content": "Three?"}])
-    assert learnt(encoded) == learnt(encode(MULTI))
+    assert in_loss(encoded) == in_loss(encode(MULTI))
     assert encoded.ids[-7:].tolist() != encode(MULTI).ids[-7:].tolist()
 
 
@@ -109,10 +109,10 @@ def test_tokens_are_kept_and_made_again_when_broken(tmp_path: Path, harm: bytes 
         first.read(0, 5)
     start = 0
     for one, end in zip(chats, again.ends, strict=True):
-        ids, is_learnt = again.read(start, end)
+        ids, is_in_loss = again.read(start, end)
         expected = encode(one.messages)
         np.testing.assert_array_equal(ids, expected.ids)
-        np.testing.assert_array_equal(is_learnt, expected.is_learnt)
+        np.testing.assert_array_equal(is_in_loss, expected.is_in_loss)
         start = end
     tokenize_chat(chats, ChatTemplate(DEEPSEEK + " ", TEMPLATE.special_tokens), TOKENIZER, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2

@@ -24,15 +24,15 @@ def encoded(shapes: Sequence[Shape]) -> list[Encoded]:
     numbers = itertools.count(1)
     made = []
     for shape in shapes:
-        learnt = np.concatenate([np.repeat([False, True], turn) for turn in shape])
-        made.append(Encoded(np.array([next(numbers) for _ in learnt], np.int32), learnt, learnt, "x" * int(learnt.sum())))
+        in_loss = np.concatenate([np.repeat([False, True], turn) for turn in shape])
+        made.append(Encoded(np.array([next(numbers) for _ in in_loss], np.int32), in_loss, in_loss, "x" * int(in_loss.sum())))
     return made
 
 
 def stored(conversations: Sequence[Encoded]) -> ChatTokens:
     parts = []
     for one in conversations:
-        parts.append(one.ids.astype(np.uint32) | (one.is_learnt.astype(np.uint32) << np.uint32(31)))
+        parts.append(one.ids.astype(np.uint32) | (one.is_in_loss.astype(np.uint32) << np.uint32(31)))
         parts[-1][-1] |= np.uint32(1 << 30)
     return ChatTokens(np.concatenate(parts))
 
@@ -46,7 +46,7 @@ def rows_of(shapes: Sequence[Shape], length: int = 32, seed: int = 0) -> ChatRow
 def test_every_answer_is_learnt_once_an_epoch_and_no_prompt(shapes: list[Shape]) -> None:
     conversations, length = encoded(shapes), 64  # None is longer than 60.
     rows = ChatRows(stored(conversations), length, 0)
-    answers = np.concatenate([one.ids[one.is_learnt] for one in conversations]).tolist()
+    answers = np.concatenate([one.ids[one.is_in_loss] for one in conversations]).tolist()
     number = 0
     for _ in range(3):
         seen: collections.Counter[int] = collections.Counter()
@@ -74,7 +74,7 @@ def test_conversations_lie_whole_side_by_side(shapes: list[Shape]) -> None:
             stop = place + one.ids.size - 1
             np.testing.assert_array_equal(row.tokens_T[place:stop], one.ids[:-1])
             np.testing.assert_array_equal(row.targets_T[place:stop], one.ids[1:])
-            np.testing.assert_array_equal(row.loss_weight_T[place:stop], one.is_learnt[1:])
+            np.testing.assert_array_equal(row.loss_weight_T[place:stop], one.is_in_loss[1:])
             assert (row.segment_starts_T[place:stop] == place).all()
             place = stop
         assert place > 0
@@ -90,8 +90,8 @@ def test_long_conversations_are_cut_at_the_end_of_a_row_and_counted() -> None:
         "102 tokens in 2 rows, 40.6% of them padding; conversations cut at the end of a row: 2 (tokens: 29), of which left "
         "out, as no answer begins before: 1"
     )
-    learnt = sorted(int(target) for number in (0, 1) for target in rows[number].targets_T[rows[number].loss_weight_T == 1])
-    assert learnt == [*range(21, 34), *range(99, 103)]
+    in_loss = sorted(int(target) for number in (0, 1) for target in rows[number].targets_T[rows[number].loss_weight_T == 1])
+    assert in_loss == [*range(21, 34), *range(99, 103)]
     with pytest.raises(ValueError, match=r"every one of the 1 conversations has a prompt of more than train\.sequence_length"):
         rows_of([((40, 5),)])
 

@@ -31,34 +31,34 @@ def split(source: Path, **fields: float) -> Corpus:
 def test_split_hangs_on_names_alone(tmp_path: Path) -> None:
     write_documents(tmp_path / "a", 300)
     first = split(tmp_path / "a", heldout_fraction=0.2)
-    heldout = {document.name for document in first.heldout}
-    assert 30 <= len(heldout) <= 90  # 60 expected, 7 the standard deviation
-    assert heldout.isdisjoint(document.name for document in first.train)
+    validation = {document.name for document in first.validation}
+    assert 30 <= len(validation) <= 90  # 60 expected, 7 the standard deviation
+    assert validation.isdisjoint(document.name for document in first.train)
     assert first.report.train_documents + first.report.heldout_documents == 300
-    assert first.report.heldout_bytes == sum(len((tmp_path / "a" / name).read_bytes()) for name in heldout)
+    assert first.report.heldout_bytes == sum(len((tmp_path / "a" / name).read_bytes()) for name in validation)
 
     for number in range(150):
         (tmp_path / "a" / f"{number:03}.txt").write_text(text_of(1000 + number))
-    assert {document.name for document in split(tmp_path / "a", heldout_fraction=0.2).heldout} == heldout
-    assert {document.name for document in split(tmp_path / "a", heldout_fraction=0.1).heldout} < heldout
+    assert {document.name for document in split(tmp_path / "a", heldout_fraction=0.2).validation} == validation
+    assert {document.name for document in split(tmp_path / "a", heldout_fraction=0.1).validation} < validation
 
 
 def test_at_least_one_document_on_each_side(tmp_path: Path) -> None:
     write_documents(tmp_path / "few", 3)
-    assert [len(side) for side in (split(tmp_path / "few").train, split(tmp_path / "few").heldout)] == [2, 1]
+    assert [len(side) for side in (split(tmp_path / "few").train, split(tmp_path / "few").validation)] == [2, 1]
     most = split(tmp_path / "few", heldout_fraction=0.999)
-    assert [len(most.train), len(most.heldout)] == [1, 2]
+    assert [len(most.train), len(most.validation)] == [1, 2]
 
 
 def test_near_copies_of_training_documents_are_dropped(tmp_path: Path) -> None:
     write_documents(tmp_path / "a", 60)
     clean = split(tmp_path / "a", heldout_fraction=0.2)
     assert clean.report.near_duplicates == 0
-    copied = clean.heldout[0].name
+    copied = clean.validation[0].name
     (tmp_path / "a" / copied).write_text(clean.train[0].text.upper().lower() + "and some words more\n")
     copies = split(tmp_path / "a", heldout_fraction=0.2)
     assert copies.report.near_duplicates == 1
-    assert [document.name for document in copies.heldout] == [document.name for document in clean.heldout[1:]]
+    assert [document.name for document in copies.validation] == [document.name for document in clean.validation[1:]]
     assert [document.name for document in copies.train] == [document.name for document in clean.train]
 
 
@@ -73,13 +73,13 @@ def test_lone_document_gives_its_end(tmp_path: Path) -> None:
     lines = [f"line {number} of the text\n" for number in range(100)]
     (tmp_path / "one.txt").write_text("".join(lines))
     corpus = split(tmp_path / "one.txt", heldout_fraction=0.1)
-    assert corpus.train[0].text + corpus.heldout[0].text == "".join(lines)
-    assert corpus.heldout[0].text.startswith("line ")
-    assert 10 <= corpus.heldout[0].text.count("\n") <= 11
+    assert corpus.train[0].text + corpus.validation[0].text == "".join(lines)
+    assert corpus.validation[0].text.startswith("line ")
+    assert 10 <= corpus.validation[0].text.count("\n") <= 11
 
     (tmp_path / "flat.txt").write_text("x" * 1000)
     flat = split(tmp_path / "flat.txt")
-    assert [len(flat.train[0].text), len(flat.heldout[0].text)] == [980, 20]
+    assert [len(flat.train[0].text), len(flat.validation[0].text)] == [980, 20]
     (tmp_path / "tiny.txt").write_text("x")
     with pytest.raises(ValueError, match="single character"):
         split(tmp_path / "tiny.txt")
@@ -103,9 +103,9 @@ def test_train_digest_follows_names_and_texts(tmp_path: Path) -> None:
     (tmp_path / "a" / before.train[3].name).write_text(text_of(77))
     changed = split(tmp_path / "a")
     assert changed.train_digest != before.train_digest
-    assert changed.heldout_digest == before.heldout_digest
-    (tmp_path / "a" / before.heldout[0].name).write_text(text_of(78))
-    assert split(tmp_path / "a").heldout_digest != before.heldout_digest
+    assert changed.validation_digest == before.validation_digest
+    (tmp_path / "a" / before.validation[0].name).write_text(text_of(78))
+    assert split(tmp_path / "a").validation_digest != before.validation_digest
 
 
 @functools.cache
@@ -114,17 +114,17 @@ def stdlib() -> Corpus:
 
 
 def test_stdlib_holds_out_whole_packages() -> None:
-    heldout = {document.name for document in stdlib().heldout}
-    assert {name.split("/")[0] for name in heldout} == set(STDLIB_HELDOUT)
+    validation = {document.name for document in stdlib().validation}
+    assert {name.split("/")[0] for name in validation} == set(STDLIB_HELDOUT)
     assert not {document.name.split("/")[0] for document in stdlib().train} & set(STDLIB_HELDOUT)
-    assert {"json/decoder.py", "logging/__init__.py", "importlib/_bootstrap.py"} <= heldout
+    assert {"json/decoder.py", "logging/__init__.py", "importlib/_bootstrap.py"} <= validation
     root = Path(sysconfig.get_paths()["stdlib"])
-    for document in stdlib().heldout:
+    for document in stdlib().validation:
         assert document.text == (root / document.name).read_bytes().decode("utf-8")
 
 
 def test_stdlib_is_the_library_itself_without_tests_tables_and_installed_packages() -> None:
-    names = [document.name for document in (*stdlib().train, *stdlib().heldout)]
+    names = [document.name for document in (*stdlib().train, *stdlib().validation)]
     assert {"argparse.py", "asyncio/tasks.py", "email/message.py", "typing.py"} <= set(names)
     assert len(names) == len(set(names))
     for name in names:
@@ -140,5 +140,5 @@ def test_stdlib_is_the_library_itself_without_tests_tables_and_installed_package
 def test_stdlib_copies_would_be_found_and_there_are_none() -> None:
     train = [document.text for document in stdlib().train]
     argparse = next(document.text for document in stdlib().train if document.name == "argparse.py")
-    heldout = [document.text for document in stdlib().heldout]
-    assert near_duplicates([argparse.replace("self", "me"), *heldout], train) == [True, *[False] * len(heldout)]
+    validation = [document.text for document in stdlib().validation]
+    assert near_duplicates([argparse.replace("self", "me"), *validation], train) == [True, *[False] * len(validation)]

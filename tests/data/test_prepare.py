@@ -24,7 +24,7 @@ from dsv3_jax.config.cli import parse_flags
 from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.data.prepare import PrepareFlags, main, prepare
 from dsv3_jax.data.shards import open_prepared
-from dsv3_jax.data.text import prepare_text
+from dsv3_jax.data.text import build_dataset
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.data.tokens import FillInTheMiddle, tokenize_corpus
 
@@ -83,7 +83,7 @@ def test_what_it_makes_is_what_a_run_makes_of_the_source(workplace: Path, made: 
     np.testing.assert_array_equal(np.concatenate(parts), tokens)
     ends = np.concatenate([part.ends() + start for part, start in zip(prepared.parts, starts(parts), strict=True)])
     np.testing.assert_array_equal(ends, np.flatnonzero(tokens == 1) + 1)
-    assert prepared.heldout == corpus.heldout
+    assert prepared.validation == corpus.validation
     report = corpus.report
     assert [made[name] for name in ("documents", "bytes", "heldout_documents", "heldout_bytes")] == [
         report.train_documents, report.train_bytes, report.heldout_documents, report.heldout_bytes,
@@ -146,7 +146,7 @@ def test_what_is_missing_is_made_again_and_nothing_else(workplace: Path, made: d
     (folder / "meta.json").unlink()
     (folder / ".draft-00001.tokens.npy-abc").write_bytes(b"left by a kill")
     with pytest.raises(ValueError, match=r"holes is not whole yet \(no meta\.json\): run the same .* again"):
-        prepare_text(DataConfig(source=str(folder), fim_rate=0.1), MODEL, TrainConfig())
+        build_dataset(DataConfig(source=str(folder), fim_rate=0.1), MODEL, TrainConfig())
     meta, tokens = prepare(flags(workplace, "holes", workers=2))
     assert tokens == made["shards"][1]["tokens"] + made["shards"][2]["tokens"]
     assert contents(folder) == contents(workplace / "whole")
@@ -231,9 +231,9 @@ def test_a_lone_text_gives_its_end(tmp_path: Path, workplace: Path) -> None:
     options = {"heldout_fraction": 0.1, "workers": 1}
     prepare(PrepareFlags(str(tmp_path / "one.txt"), str(workplace / "tokenizer.json"), str(tmp_path / "out"), **options))
     prepared = open_prepared(str(tmp_path / "out"), str(tmp_path / "cache"))
-    (part,), (heldout,) = prepared.parts, prepared.heldout
-    assert TOKENIZER.decode(part.read(0, part.num_tokens)) + heldout.text == text
-    assert 95 < heldout.text.count("\n") < 105
+    (part,), (validation,) = prepared.parts, prepared.validation
+    assert TOKENIZER.decode(part.read(0, part.num_tokens)) + validation.text == text
+    assert 95 < validation.text.count("\n") < 105
 
 
 def test_nothing_to_hold_out_or_to_train_on_is_refused(tmp_path: Path, workplace: Path) -> None:
@@ -263,4 +263,4 @@ def test_marks_are_those_that_the_tokenizer_files_name(tmp_path: Path, workplace
     meta, _ = prepare(PrepareFlags(str(tmp_path / "text"), str(tmp_path), str(tmp_path / "out"), bos_token="", **options))
     assert (meta["bos_token_id"], meta["eos_token_id"]) == (None, 0)
     with pytest.raises(ValueError, match=r"between the ids None and 0, but model\.bos_token_id and .* are \(0, 1\)"):
-        prepare_text(DataConfig(source=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache")), MODEL, TrainConfig())
+        build_dataset(DataConfig(source=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache")), MODEL, TrainConfig())

@@ -25,9 +25,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(60):
         (folder / "text" / f"{number}.txt").write_text(" ".join(np.random.default_rng(number).choice(WORDS, 6000)))
     train_tokenizer([" ".join(WORDS)], 400, ["<bos>", "<eos>"]).save(folder / "tokenizer.json")
-    for name, heldout in (("out", 0.1), ("other", 0.2)):
+    for name, validation in (("out", 0.1), ("other", 0.2)):
         paths = str(folder / "text"), str(folder / "tokenizer.json"), str(folder / name)
-        prepare(PrepareFlags(*paths, heldout_fraction=heldout, shard_megabytes=1, workers=1))
+        prepare(PrepareFlags(*paths, heldout_fraction=validation, shard_megabytes=1, workers=1))
     return folder
 
 
@@ -113,8 +113,8 @@ def test_what_goes_wrong_while_a_run_goes_on_is_named(folder: Path) -> None:
 
 def test_digests_follow_everything_the_folder_holds(folder: Path, original: Path) -> None:
     one, same, other = opened(folder), opened(original / "out"), opened(original / "other")
-    assert (one.train_digest, one.heldout_digest) == (same.train_digest, same.heldout_digest)
+    assert (one.train_digest, one.validation_digest) == (same.train_digest, same.validation_digest)
     assert one.train_digest != other.train_digest
-    assert one.heldout_digest != other.heldout_digest
+    assert one.validation_digest != other.validation_digest
     meta = json.loads((folder / "meta.json").read_text())
     assert [shard["tokens"] for shard in meta["shards"]] == [part.num_tokens for part in one.parts]

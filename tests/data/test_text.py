@@ -14,7 +14,7 @@ from dsv3_jax.config import DataConfig, ModelConfig, TrainConfig
 from dsv3_jax.data.prepare import PrepareFlags, prepare
 from dsv3_jax.data.rows import MixedRows
 from dsv3_jax.data.shards import open_prepared
-from dsv3_jax.data.text import Text, prepare_text
+from dsv3_jax.data.text import Dataset, build_dataset
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsv3_jax.data.tokens import fill_in_the_middle
 from tests.data.test_chat_template import BOS, DEEPSEEK, EOS, IDS, TOKENIZER, USER
@@ -55,16 +55,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(workplace: Path, train: TrainConfig = TRAIN, model: ModelConfig = MODEL, **fields: Any) -> Text:
+def made(workplace: Path, train: TrainConfig = TRAIN, model: ModelConfig = MODEL, **fields: Any) -> Dataset:
     data = DataConfig(**{"cache_dir": str(workplace / "cache"), "heldout_fraction": 0.1} | fields)
-    return prepare_text(data, model, train)
+    return build_dataset(data, model, train)
 
 
 def test_a_lone_source(workplace: Path) -> None:
     source = str(workplace / "a")
     text = made(workplace, source=source)
-    assert list(text.heldout) == list(text.corpus.heldout) == [source]
-    assert text.heldout[source].num_bytes == sum(document.num_bytes for document in text.corpus.heldout[source])
+    assert list(text.validation) == list(text.corpus.validation) == [source]
+    assert text.validation[source].num_bytes == sum(document.num_bytes for document in text.corpus.validation[source])
     assert text.corpus.report.count("\n") == 0
     assert text.epochs(100)[source] == pytest.approx(3200 / text.rows._stream.epoch_length)
     assert (text.rows[5].loss_weight_T == 1).all()
@@ -80,7 +80,7 @@ def test_a_prepared_source_brings_its_tokenizer(workplace: Path) -> None:
     # The same as reading the text, but for the tokenizer that was named there.
     direct = made(workplace, source=str(workplace / "b"), tokenizer=str(workplace / "tokenizer.json"))
     np.testing.assert_equal(direct.rows[17], text.rows[17])
-    batches = zip(direct.heldout[str(workplace / "b")], text.heldout[source], strict=True)
+    batches = zip(direct.validation[str(workplace / "b")], text.validation[source], strict=True)
     for one, other in batches:
         np.testing.assert_equal(one, other)
 
@@ -89,14 +89,14 @@ def test_a_mixture_has_one_tokenizer_and_every_source_its_windows(workplace: Pat
     a, b = str(workplace / "a"), str(workplace / "b")
     text = made(workplace, mixture=((a, 3.0), (b, 1.0)))
     assert isinstance(text.rows, MixedRows)
-    assert list(text.heldout) == [a, b]
+    assert list(text.validation) == [a, b]
     assert text.rows.rows_by_source(1024) == {a: 768, b: 256}
     assert text.corpus.report.startswith("2 sources\n  ")
     assert text.epochs(1024).keys() == {a, b}
     # Trained on both: words of either are few tokens.
     for name in "ab":
         assert len(text.tokenizer.encode(f"{name}1x1 {name}2x2 {name}3x3")) < 20
-    assert text.corpus.heldout_digest != made(workplace, source=a).corpus.heldout_digest
+    assert text.corpus.validation_digest != made(workplace, source=a).corpus.validation_digest
 
 
 def test_prepared_and_other_sources_mix(workplace: Path) -> None:
@@ -132,10 +132,10 @@ def test_filled_in_documents_come_back_from_the_rows(workplace: Path) -> None:
     stream, _ = text.rows._stream.read(0, text.rows._stream.epoch_length)
     documents = np.split(stream, np.flatnonzero(stream == 1) + 1)[:-1]
     read = {fim.unfim(ids, text.tokenizer) for ids in documents}
-    heldout = {document.text for document in text.corpus.heldout[source]}
-    assert read == {path.read_text() for path in Path(source).iterdir()} - heldout
+    validation = {document.text for document in text.corpus.validation[source]}
+    assert read == {path.read_text() for path in Path(source).iterdir()} - validation
     # Held-out text stays as it is.
-    scored = next(iter(text.heldout[source]))
+    scored = next(iter(text.validation[source]))
     assert not set(scored.targets_BT.ravel()) & {2, 3, 4}
 
 
@@ -153,7 +153,7 @@ def test_conversations(workplace: Path) -> None:
     assert "?" not in said
     assert IDS[USER] in row.tokens_T
     assert "conversations cut at the end of a row: 0 (tokens: 0)" in text.corpus.report
-    for windows, documents in zip(text.heldout.values(), text.corpus.heldout.values(), strict=True):
+    for windows, documents in zip(text.validation.values(), text.corpus.validation.values(), strict=True):
         batch = next(iter(windows))
         assert batch.segment_starts_BT is not None
         assert windows.num_bytes == sum(document.num_bytes for document in documents)
@@ -192,7 +192,7 @@ def test_the_digest_covers_whatever_changes_the_rows(workplace: Path, tmp_path: 
     # A training document that changes is noticed; a prepared folder is what meta.json says it is.
     trained = open_prepared(str(workplace / "prepared"), str(workplace / "cache"))
     assert dataclasses.replace(trained, meta=trained.meta | {"seed": 7}).train_digest != trained.train_digest
-    held = {document.name for document in made(workplace, source=a, tokenizer=tokenizer).corpus.heldout[a]}
+    held = {document.name for document in made(workplace, source=a, tokenizer=tokenizer).corpus.validation[a]}
     changed = next(path for path in sorted((tmp_path / "a").iterdir()) if path.name not in held)
     changed.write_text("changed")
     assert made(workplace, source=str(tmp_path / "a"), tokenizer=tokenizer).digest != digests["one source"]

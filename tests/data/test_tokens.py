@@ -38,9 +38,9 @@ def test_tokens_are_the_training_documents_between_their_marks(
         assert bos is None or ids[0] == bos
         assert tokenizer.decode(ids) == document.text
         assert tokenizer.encode(document.text) == ids[0 if bos is None else 1 : -1]
-    heldout = {document.text for document in corpus.heldout}
-    assert heldout
-    assert heldout.isdisjoint(tokenizer.decode(part.tolist()) for part in parts)
+    validation = {document.text for document in corpus.validation}
+    assert validation
+    assert validation.isdisjoint(tokenizer.decode(part.tolist()) for part in parts)
 
 
 @pytest.mark.parametrize("broken", [b"", b"\x93NUMPY nonsense", "half", "float", "short"])

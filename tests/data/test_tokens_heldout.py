@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
-from dsv3_jax.data.tokens import HeldoutWindows, compressor_bits_per_byte
+from dsv3_jax.data.tokens import ValidationWindows, compressor_bits_per_byte
 
 DOCUMENTS = [
     Document("a", "The first document, <eos> spelt out.\n" + " ".join(map(str, range(1000, 1050)))),
@@ -28,15 +28,15 @@ TOKENIZER = train_tokenizer([document.text for document in DOCUMENTS], 290, ["<b
 MODEL = ModelConfig(vocab_size=300)
 
 
-def windows(model: ModelConfig = MODEL, batch_size: int = 3, sequence_length: int = 10) -> HeldoutWindows:
-    return HeldoutWindows(DOCUMENTS, TOKENIZER, model, batch_size=batch_size, sequence_length=sequence_length)
+def windows(model: ModelConfig = MODEL, batch_size: int = 3, sequence_length: int = 10) -> ValidationWindows:
+    return ValidationWindows(DOCUMENTS, TOKENIZER, model, batch_size=batch_size, sequence_length=sequence_length)
 
 
 @pytest.mark.parametrize(("batch_size", "sequence_length"), [(3, 10), (1, 7), (64, 16), (2, 1000)])
 def test_every_byte_is_scored_once_in_order(batch_size: int, sequence_length: int) -> None:
-    heldout = windows(batch_size=batch_size, sequence_length=sequence_length)
-    batches = list(heldout)
-    assert len(batches) == len(heldout)
+    validation = windows(batch_size=batch_size, sequence_length=sequence_length)
+    batches = list(validation)
+    assert len(batches) == len(validation)
     for batch in batches:
         arrays = [batch.tokens_BT, batch.targets_BT, batch.loss_weight_BT]
         chex.assert_shape(arrays, (batch_size, sequence_length))
@@ -47,7 +47,7 @@ def test_every_byte_is_scored_once_in_order(batch_size: int, sequence_length: in
     scored = np.concatenate([batch.loss_weight_BT.ravel() for batch in batches]) == 1
     assert TOKENIZER.decode(targets[scored].tolist()) == "".join(document.text for document in DOCUMENTS)
     assert scored.sum() == sum(len(TOKENIZER.encode(document.text)) for document in DOCUMENTS)
-    assert heldout.num_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
+    assert validation.num_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
     assert set(targets[~scored]) <= {0, 1}
 
 
@@ -69,8 +69,8 @@ def test_windows_cut_one_stream_and_carry_the_token_before(bos: int | None, eos:
 @pytest.mark.parametrize("bos", [0, None])
 def test_starts_say_where_in_its_window_a_document_begins(bos: int | None) -> None:
     model = ModelConfig(vocab_size=300, bos_token_id=bos)
-    heldout = HeldoutWindows(DOCUMENTS, TOKENIZER, model, batch_size=3, sequence_length=10, across_documents=False)
-    batches = list(heldout)
+    validation = ValidationWindows(DOCUMENTS, TOKENIZER, model, batch_size=3, sequence_length=10, across_documents=False)
+    batches = list(validation)
     tokens = np.concatenate([batch.tokens_BT for batch in batches])
     starts = np.concatenate([batch.segment_starts_BT for batch in batches])
     length = 1 + sum(len(TOKENIZER.encode(document.text)) + (1 if bos is None else 2) for document in DOCUMENTS) - 1
@@ -87,30 +87,30 @@ def test_starts_say_where_in_its_window_a_document_begins(bos: int | None) -> No
 
 
 def test_sample_is_spread_over_the_text_and_always_the_same() -> None:
-    heldout = windows()
-    rows = {row.tobytes(): index for index, row in enumerate(np.concatenate([batch.targets_BT for batch in heldout]))}
-    assert len(rows) > 3 * (len(heldout) - 1)  # no two windows are alike
-    sampled = np.concatenate([batch.targets_BT for batch in heldout.sample(2)])
+    validation = windows()
+    rows = {row.tobytes(): index for index, row in enumerate(np.concatenate([batch.targets_BT for batch in validation]))}
+    assert len(rows) > 3 * (len(validation) - 1)  # no two windows are alike
+    sampled = np.concatenate([batch.targets_BT for batch in validation.sample(2)])
     assert sampled.shape == (6, 10)
     places = [rows[row.tobytes()] for row in sampled]
     assert places == sorted(set(places))
     assert places[0] == 0
     assert places[-1] >= len(rows) * 0.6
-    chex.assert_trees_all_equal(list(heldout.sample(2)), list(heldout.sample(2)))
-    chex.assert_trees_all_equal(list(heldout.sample(1000)), list(heldout))
+    chex.assert_trees_all_equal(list(validation.sample(2)), list(validation.sample(2)))
+    chex.assert_trees_all_equal(list(validation.sample(1000)), list(validation))
 
 
 def test_bits_per_byte_of_a_uniform_model() -> None:
-    heldout = windows()
-    num_tokens = sum(float(batch.loss_weight_BT.sum()) for batch in heldout)
-    assert heldout.bits_per_byte(num_tokens * math.log(256)) == pytest.approx(8 * num_tokens / heldout.num_bytes)
+    validation = windows()
+    num_tokens = sum(float(batch.loss_weight_BT.sum()) for batch in validation)
+    assert validation.bits_per_byte(num_tokens * math.log(256)) == pytest.approx(8 * num_tokens / validation.num_bytes)
 
 
 def test_tokenizer_that_loses_text_is_refused() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"the": 2, "<unk>": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match="does not reproduce 'a'"):
-        HeldoutWindows(DOCUMENTS, Tokenizer(backend), MODEL, batch_size=1, sequence_length=8)
+        ValidationWindows(DOCUMENTS, Tokenizer(backend), MODEL, batch_size=1, sequence_length=8)
 
 
 def test_tokenizer_with_more_ids_than_the_vocabulary_is_refused() -> None:
@@ -122,7 +122,7 @@ def test_tokenizer_with_more_ids_than_the_vocabulary_is_refused() -> None:
 
 def test_nothing_to_score_is_refused() -> None:
     with pytest.raises(ValueError, match="no held-out text"):
-        HeldoutWindows([], TOKENIZER, MODEL, batch_size=1, sequence_length=8)
+        ValidationWindows([], TOKENIZER, MODEL, batch_size=1, sequence_length=8)
 
 
 def test_compressors_are_those_of_the_command_line() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dsv3_jax.infer import Engine
 from dsv3_jax.infer.request import Update
-from tests.serve.running import ModelInfo, make_engine, served
+from tests.serve.running import RunningServer, make_engine, served
 
 
 @pytest.fixture(scope="package")
@@ -24,7 +24,7 @@ def offline() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def server(engine: Engine) -> Iterator[ModelInfo]:
+def server(engine: Engine) -> Iterator[RunningServer]:
     with served(engine) as running:
         yield running
 

@@ -55,7 +55,7 @@ def make_engine(config: ModelConfig = MODEL, **options: Any) -> Engine:
     return Engine(config, variables(), TOKENIZER, **{"max_batch": 4, "chunk": 16, "page_size": 16, **options})
 
 
-class ModelInfo:
+class RunningServer:
     """A server in a thread, and what a client needs."""
 
     def __init__(self, server: Server, thread: threading.Thread, service: Service, url: str) -> None:
@@ -92,7 +92,7 @@ def served(
     template: ChatTemplate | None = TEMPLATE,
     options: ServeOptions = ServeOptions(),  # noqa: B008  # frozen
     api_key: str | None = None,
-) -> Iterator[ModelInfo]:
+) -> Iterator[RunningServer]:
     """A server for this engine, on a free port."""
     service = Service(engine, NAME, template, options, api_key)
     server = Server(service)
@@ -100,7 +100,7 @@ def served(
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:
-        yield ModelInfo(server, thread, service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield RunningServer(server, thread, service, f"http://127.0.0.1:{listener.getsockname()[1]}")
     finally:
         server.should_exit = True
         thread.join(30)

@@ -16,7 +16,7 @@ from dsv3_jax.data.chat_template import encode_prompt
 from dsv3_jax.infer import Completion, Engine, SamplingParams
 from dsv3_jax.serve import ServeOptions
 from tests.data.test_chat_template import TEMPLATE, TOKENIZER
-from tests.serve.running import CONTEXT, NAME, ModelInfo, served
+from tests.serve.running import CONTEXT, NAME, RunningServer, served
 
 CHAT: list[Any] = [{"role": "user", "content": "Hello there"}]
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -24,7 +24,7 @@ PROMPT = TOKENIZER.encode("Hello")
 
 
 @pytest.fixture
-def client(server: ModelInfo) -> openai.OpenAI:
+def client(server: RunningServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
@@ -33,7 +33,7 @@ def complete(offline: Engine, prompt: list[int], max_tokens: int, **params: Any)
     return next(offline.generate([prompt], SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)))
 
 
-def sent(server: ModelInfo, length: int, content: bytes) -> socket.socket:
+def sent(server: RunningServer, length: int, content: bytes) -> socket.socket:
     """A connection that has sent the head of a request for `length` bytes, and these."""
     connection = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30)
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
@@ -78,7 +78,7 @@ def test_streams_bring_the_same_in_pieces(client: openai.OpenAI, offline: Engine
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_stream_is_server_sent_events(server: ModelInfo) -> None:
+def test_a_stream_is_server_sent_events(server: RunningServer) -> None:
     answer = server.post(prompt="Hello", max_tokens=2, stream=True)
     assert answer.headers["content-type"].startswith("text/event-stream")
     *events, done, rest = answer.text.split("\n\n")
@@ -144,7 +144,7 @@ def test_log_probabilities_of_chats(client: openai.OpenAI, offline: Engine) -> N
     assert [entry for piece in pieces for entry in piece] == content
 
 
-def test_a_prompt_that_comes_again_is_cached(server: ModelInfo, client: openai.OpenAI) -> None:
+def test_a_prompt_that_comes_again_is_cached(server: RunningServer, client: openai.OpenAI) -> None:
     prompt = [int(i) % 250 + 3 for i in range(7, 7 * 60, 7)]
     cached = []
     for _ in range(2):
@@ -174,19 +174,19 @@ def test_errors_have_openais_form(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b'{"a":NaN}', b'{"a":' + b"1" * 5000 + b"}", b"3"])
-def test_what_is_no_json_object_is_refused(server: ModelInfo, content: bytes) -> None:
+def test_what_is_no_json_object_is_refused(server: RunningServer, content: bytes) -> None:
     answer = server.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_half_a_surrogate_is_refused_and_quoted(server: ModelInfo) -> None:
+def test_half_a_surrogate_is_refused_and_quoted(server: RunningServer) -> None:
     body = f'{{"model": "{NAME}", "prompt": "x", "\\ud800": 1}}'
     answer = server.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "\ud800")
 
 
-def test_other_types_paths_and_methods(server: ModelInfo) -> None:
+def test_other_types_paths_and_methods(server: RunningServer) -> None:
     answer = server.http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
     for method, path, status in (("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):

@@ -11,12 +11,12 @@ import pytest
 from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions
 from dsv3_jax.serve.app import most_connections
-from tests.serve.running import ModelInfo, served
+from tests.serve.running import RunningServer, served
 
 HEAD = b"GET /health HTTP/1.1\r\nhost: x\r\n"
 
 
-def connected(server: ModelInfo) -> socket.socket:
+def connected(server: RunningServer) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10)
 
 

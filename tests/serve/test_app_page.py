@@ -17,7 +17,7 @@ from dsv3_jax.serve import ServeOptions
 from dsv3_jax.serve.app import load_page
 from tests.data.test_chat_template import TEMPLATE, TOKENIZER
 from tests.serve.browser import Page, browser
-from tests.serve.running import CONTEXT, NAME, ModelInfo, served
+from tests.serve.running import CONTEXT, NAME, RunningServer, served
 
 LOADED = "document.querySelector('#model').textContent.startsWith('tiny')"
 IDLE = "!document.querySelector('#send').hidden"
@@ -32,7 +32,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 @pytest.fixture
-def visited(page: Page, slow: Engine) -> Iterator[tuple[Page, ModelInfo]]:
+def visited(page: Page, slow: Engine) -> Iterator[tuple[Page, RunningServer]]:
     """The page of a server that takes its time; each server has a port, and so a storage, of its own."""
     with served(slow) as server:
         page.problems.clear()
@@ -74,7 +74,7 @@ def set_field(page: Page, field: str, value: str) -> None:
     page.evaluate(f"document.querySelector('{field}').value = '{value}'")
 
 
-def test_the_page_sends_and_shows_the_answer_as_it_comes(visited: tuple[Page, ModelInfo]) -> None:
+def test_the_page_sends_and_shows_the_answer_as_it_comes(visited: tuple[Page, RunningServer]) -> None:
     page, server = visited
     set_field(page, "#most", "60")
     send(page, "Hello")
@@ -90,7 +90,7 @@ def test_the_page_sends_and_shows_the_answer_as_it_comes(visited: tuple[Page, Mo
     assert server.metric("dsv3_requests_total", endpoint="/v1/chat/completions", status="200") == 1
 
 
-def test_the_page_keeps_the_conversation(visited: tuple[Page, ModelInfo]) -> None:
+def test_the_page_keeps_the_conversation(visited: tuple[Page, RunningServer]) -> None:
     """The second request carries the first turn, a reload forgets nothing, and a new conversation does."""
     page, server = visited
     set_field(page, "#most", "3")
@@ -110,7 +110,7 @@ def test_the_page_keeps_the_conversation(visited: tuple[Page, ModelInfo]) -> Non
     assert page.evaluate("sessionStorage.getItem('messages')") == "[]"
 
 
-def test_the_page_stops_an_answer(visited: tuple[Page, ModelInfo]) -> None:
+def test_the_page_stops_an_answer(visited: tuple[Page, RunningServer]) -> None:
     page, server = visited
     send(page, "Hello")
     page.wait("(document.querySelectorAll('article')[1] || {}).textContent")
@@ -123,7 +123,7 @@ def test_the_page_stops_an_answer(visited: tuple[Page, ModelInfo]) -> None:
     assert (question, bool(answer), page.evaluate(ERROR)) == ("Hello", True, "")
 
 
-def test_a_new_conversation_ends_the_answer_of_the_old(visited: tuple[Page, ModelInfo]) -> None:
+def test_a_new_conversation_ends_the_answer_of_the_old(visited: tuple[Page, RunningServer]) -> None:
     page, server = visited
     send(page, "Hello")
     page.wait("(document.querySelectorAll('article')[1] || {}).textContent")
@@ -133,7 +133,7 @@ def test_a_new_conversation_ends_the_answer_of_the_old(visited: tuple[Page, Mode
     assert page.evaluate(f"[sessionStorage.getItem('messages'), {ERROR}, {SPOKEN}]") == ["[]", "", []]
 
 
-def test_the_page_shows_errors_and_gives_the_message_back(visited: tuple[Page, ModelInfo]) -> None:
+def test_the_page_shows_errors_and_gives_the_message_back(visited: tuple[Page, RunningServer]) -> None:
     page, _ = visited
     long = "Hello " * CONTEXT
     send(page, long)
@@ -187,7 +187,7 @@ def test_without_a_chat_template_the_page_continues_text(page: Page, engine: Eng
         assert server.metric("dsv3_requests_total", endpoint="/v1/completions", status="200") == 1
 
 
-def test_the_page_fits_a_phone_and_names_its_controls(visited: tuple[Page, ModelInfo]) -> None:
+def test_the_page_fits_a_phone_and_names_its_controls(visited: tuple[Page, RunningServer]) -> None:
     page, _ = visited
     page.call("Emulation.setDeviceMetricsOverride", width=320, height=568, deviceScaleFactor=1, mobile=True)
     try:

@@ -19,14 +19,14 @@ from dsv3_jax.infer import Engine
 from dsv3_jax.serve import ServeOptions, serve
 from dsv3_jax.serve.worker import Service
 from tests.data.test_chat_template import TEMPLATE
-from tests.serve.running import MODEL, NAME, ModelInfo, served, variables
+from tests.serve.running import MODEL, NAME, RunningServer, served, variables
 
 LONG: dict[str, Any] = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
 Answer = httpx2.Response | httpx2.TransportError
 
 
 @contextlib.contextmanager
-def asking(server: ModelInfo) -> Iterator[list[Answer]]:
+def asking(server: RunningServer) -> Iterator[list[Answer]]:
     """A long request under way; when it has ended, its answer lies in the list."""
     answers: list[Answer] = []
 

@@ -27,7 +27,7 @@ from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.train.start import first_state
+from dsv3_jax.train.start import init_or_restore
 from tests.cli.conftest import TRAIN
 from tests.cli.processes import running
 
@@ -140,7 +140,7 @@ def final_state(run: Path, steps: int) -> Any:
     config = directory.config()
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     with Checkpoints(directory) as checkpoints:
-        state, saved = first_state(config, one, checkpoints)
+        state, saved = init_or_restore(config, one, checkpoints)
     assert saved is not None
     assert saved.record.step == steps
     return jax.tree.map(np.asarray, state)

@@ -12,7 +12,7 @@ from dsv3_jax.train.state import TrainState, state_of
 from tests.model.tiny import random_variables
 
 
-def first_state(config: Config) -> TrainState:
+def init_or_restore(config: Config) -> TrainState:
     """A state of numpy arrays around random variables."""
     variables = random_variables(config.model)
     shapes = jax.eval_shape(functools.partial(state_of, config), variables)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import MeshConfig, ModelConfig
-from dsv3_jax.data import Document, HeldoutBatch, HeldoutWindows
+from dsv3_jax.data import Document, ValidationBatch, ValidationWindows
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.devices import BatchPlacement
@@ -24,11 +24,11 @@ from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.evaluation import (
     Evaluation,
     Evaluator,
-    HeldoutReport,
-    HeldoutScores,
     SourceScores,
+    ValidationReport,
+    ValidationScores,
     evaluate_sources,
-    heldout_scores,
+    validation_scores,
 )
 from tests import reference_model
 from tests.intermediates import intermediate_shapes
@@ -43,14 +43,14 @@ CONFIG = dataclasses.replace(
 )
 
 
-def batches(count: int) -> list[HeldoutBatch]:
+def batches(count: int) -> list[ValidationBatch]:
     """Random windows with random tokens unscored, the last window all padding."""
     rng = np.random.default_rng(0)
     made = []
     for seed in range(count):
         tokens_BX = random_tokens(B, T + 1, seed=seed)
         loss_weight_BT = rng.integers(0, 2, (B, T)).astype(np.float32)
-        made.append(HeldoutBatch(tokens_BX[:, :-1], tokens_BX[:, 1:], loss_weight_BT))
+        made.append(ValidationBatch(tokens_BX[:, :-1], tokens_BX[:, 1:], loss_weight_BT))
     made[-1].loss_weight_BT[-1] = 0
     return made
 
@@ -91,12 +91,12 @@ def test_sums_keep_their_digits_over_many_tokens(monkeypatch: pytest.MonkeyPatch
     """In float32, 2^24 + 1 is 2^24."""
     evaluator = Evaluator(CONFIG)
 
-    def score(variables: dict, tokens: jax.Array, targets: jax.Array, weights: jax.Array, starts: None) -> HeldoutScores:
-        return HeldoutScores(np.float32(tokens[0, 0]), np.int32(1), np.int32(2))
+    def score(variables: dict, tokens: jax.Array, targets: jax.Array, weights: jax.Array, starts: None) -> ValidationScores:
+        return ValidationScores(np.float32(tokens[0, 0]), np.int32(1), np.int32(2))
 
     monkeypatch.setattr(evaluator, "_score", score)
     ones = np.ones((1, 1), np.float32)
-    parts = [HeldoutBatch(np.full((1, 1), nats), np.zeros((1, 1), np.int32), ones) for nats in (2**24, 1, 1)]
+    parts = [ValidationBatch(np.full((1, 1), nats), np.zeros((1, 1), np.int32), ones) for nats in (2**24, 1, 1)]
     assert evaluator({}, parts) == Evaluation(2**24 + 2, 3, 3, 6)
 
 
@@ -105,7 +105,7 @@ def test_bits_per_byte_of_a_text(evaluator: Evaluator) -> None:
     text = "for x in range(3):\n    print(x, 'ünï')\n" * 3
     tokenizer = train_tokenizer([text], 270, ["<bos>", "<eos>"])
     variables = random_variables(CONFIG)
-    windows = HeldoutWindows([Document("a", text)], tokenizer, CONFIG, batch_size=B, sequence_length=T)
+    windows = ValidationWindows([Document("a", text)], tokenizer, CONFIG, batch_size=B, sequence_length=T)
     evaluation = evaluator(variables, windows)
 
     ids = [1, 0, *tokenizer.encode(text)]
@@ -125,16 +125,16 @@ DRAFTING = dataclasses.replace(MESH_MODEL, vocab_size=8, num_hidden_layers=1, fi
 WIDE, LONG = 8, 32
 
 
-def drafting_batches(count: int) -> list[HeldoutBatch]:
+def drafting_batches(count: int) -> list[ValidationBatch]:
     rng = np.random.default_rng(1)
     made = []
     for seed in range(count):
         tokens_BX = random_tokens(WIDE, LONG + 1, DRAFTING, seed=seed)
-        made.append(HeldoutBatch(tokens_BX[:, :-1], tokens_BX[:, 1:], rng.integers(0, 2, (WIDE, LONG)).astype(np.float32)))
+        made.append(ValidationBatch(tokens_BX[:, :-1], tokens_BX[:, 1:], rng.integers(0, 2, (WIDE, LONG)).astype(np.float32)))
     return made
 
 
-def looked_at(config: ModelConfig, variables: dict, batches: list[HeldoutBatch]) -> Evaluation:
+def looked_at(config: ModelConfig, variables: dict, batches: list[ValidationBatch]) -> Evaluation:
     """Every draft verified by itself, in whole logits."""
     nats, tokens, accepted, drafted = 0.0, 0, 0, 0
     for tokens_BT, targets_BT, loss_weight_BT, _ in batches:
@@ -184,14 +184,14 @@ def test_on_a_mesh_the_same_drafts_are_accepted(name: str, monkeypatch: pytest.M
 
 
 def test_a_window_of_one_token_has_no_drafts() -> None:
-    batch = HeldoutBatch(*(np.zeros((2, 1), np.int32),) * 2, np.ones((2, 1), np.float32))
+    batch = ValidationBatch(*(np.zeros((2, 1), np.int32),) * 2, np.ones((2, 1), np.float32))
     found = Evaluator(DRAFTING)(random_variables(DRAFTING), [batch])
     assert (found.tokens, found.accepted, found.drafted, found.acceptance) == (2, 0, 0, None)
 
 
 def test_logits_of_whole_windows_never_exist() -> None:
     config = dataclasses.replace(DRAFTING, vocab_size=56)  # a size that nothing else has
-    score = functools.partial(heldout_scores, config=config)
+    score = functools.partial(validation_scores, config=config)
     shapes = intermediate_shapes(score, random_variables(config), *drafting_batches(1)[0])
     assert {shape for shape in shapes if shape[-1:] == (56,) and WIDE in shape} == {(WIDE, config.loss_chunk, 56)}
 
@@ -199,16 +199,16 @@ def test_logits_of_whole_windows_never_exist() -> None:
 # --- Several sources ---------------------------------------------------------------------------------------------------
 
 
-def windows_of(texts: list[str], length: int = 8) -> HeldoutWindows:
+def windows_of(texts: list[str], length: int = 8) -> ValidationWindows:
     tokenizer = train_tokenizer(["abc abd abe\n" * 9], 260, ["<bos>", "<eos>"])
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
-    return HeldoutWindows(documents, tokenizer, CONFIG, batch_size=2, sequence_length=length)
+    return ValidationWindows(documents, tokenizer, CONFIG, batch_size=2, sequence_length=length)
 
 
 def told(nats_per_token: float, accepted: float | None = None) -> Callable[..., Evaluation]:
     """An evaluation in which every scored token costs as much, and every second token has a draft."""
 
-    def evaluate(_: dict, batches: Iterable[HeldoutBatch]) -> Evaluation:
+    def evaluate(_: dict, batches: Iterable[ValidationBatch]) -> Evaluation:
         tokens = sum(int(batch.loss_weight_BT.sum()) for batch in batches)
         drafts = (None, None) if accepted is None else (round(accepted * tokens), tokens)
         return Evaluation(nats_per_token * tokens, tokens, *drafts)
@@ -218,14 +218,14 @@ def told(nats_per_token: float, accepted: float | None = None) -> Callable[..., 
 
 def test_sources_and_their_total() -> None:
     """All of it: bits are summed over the bytes of both, whatever the share of each."""
-    heldout = {"prose": windows_of(["abc abd " * 40]), "code": windows_of(["ünï " * 30, "x"])}
+    validation = {"prose": windows_of(["abc abd " * 40]), "code": windows_of(["ünï " * 30, "x"])}
     costs = {"prose": 2.0, "code": 0.5}
-    by_windows = {id(windows): costs[name] for name, windows in heldout.items()}
-    found = evaluate_sources(lambda variables, windows: told(by_windows[id(windows)])(variables, windows), {}, heldout)
-    nats = {name: costs[name] * heldout[name].num_tokens for name in heldout}
-    for name, windows in heldout.items():
+    by_windows = {id(windows): costs[name] for name, windows in validation.items()}
+    found = evaluate_sources(lambda variables, windows: told(by_windows[id(windows)])(variables, windows), {}, validation)
+    nats = {name: costs[name] * validation[name].num_tokens for name in validation}
+    for name, windows in validation.items():
         assert found.sources[name] == (costs[name], pytest.approx(nats[name] / math.log(2) / windows.num_bytes), None)
-    tokens, num_bytes = (sum(getattr(windows, of) for windows in heldout.values()) for of in ("num_tokens", "num_bytes"))
+    tokens, num_bytes = (sum(getattr(windows, of) for windows in validation.values()) for of in ("num_tokens", "num_bytes"))
     assert num_bytes == 320 + 30 * 6 + 1
     assert found.total.loss == pytest.approx(sum(nats.values()) / tokens)
     assert found.total.bits_per_byte == pytest.approx(sum(nats.values()) / math.log(2) / num_bytes)
@@ -241,21 +241,21 @@ def test_sources_and_their_total() -> None:
 
 def test_a_sample_stands_for_its_source() -> None:
     """A long source weighs as much in the total as it has text, though no more of it is scored than of a short one."""
-    heldout = {"long": windows_of(["abc abd " * 400]), "short": windows_of(["abe " * 3])}
+    validation = {"long": windows_of(["abc abd " * 400]), "short": windows_of(["abe " * 3])}
     cost, accepted = {"long": 3.0, "short": 1.0}, {"long": 0.5, "short": 0.0}
-    names, seen = iter(heldout), []
+    names, seen = iter(validation), []
 
-    def evaluate(_: dict, batches: Iterable[HeldoutBatch]) -> Evaluation:
+    def evaluate(_: dict, batches: Iterable[ValidationBatch]) -> Evaluation:
         name = next(names)
         seen.append(told(cost[name], accepted[name])({}, batches))
         return seen[-1]
 
-    found = evaluate_sources(evaluate, {}, heldout, 1)
-    assert [part.tokens < windows.num_tokens for part, windows in zip(seen, heldout.values(), strict=True)] == [True, False]
-    weights = np.array([windows.num_tokens for windows in heldout.values()])
+    found = evaluate_sources(evaluate, {}, validation, 1)
+    assert [part.tokens < windows.num_tokens for part, windows in zip(seen, validation.values(), strict=True)] == [True, False]
+    weights = np.array([windows.num_tokens for windows in validation.values()])
     assert found.total.loss == pytest.approx(np.average([3.0, 1.0], weights=weights))
     assert found.total.acceptance == pytest.approx(np.average([seen[0].acceptance, 0.0], weights=weights))
-    whole = heldout["long"]
+    whole = validation["long"]
     assert found.sources["long"].bits_per_byte == pytest.approx(3.0 / math.log(2) * whole.num_tokens / whole.num_bytes)
 
 
@@ -263,6 +263,6 @@ def test_one_source_keeps_the_names_it_has_always_had() -> None:
     windows = windows_of(["abc abd " * 40])
     found = evaluate_sources(told(2.0, 0.25), {}, {"text": windows})
     scores = SourceScores(2.0, windows.bits_per_byte(2.0 * windows.num_tokens), pytest.approx(0.25, abs=0.01))
-    assert found == HeldoutReport(scores, {"text": scores})
+    assert found == ValidationReport(scores, {"text": scores})
     bits = {"heldout_bits_per_byte": found.total.bits_per_byte}
     assert found.row == {"heldout_loss": 2.0, **bits, "mtp_acceptance": found.total.acceptance}

@@ -12,7 +12,7 @@ from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, TrainConfig
 from dsv3_jax.data import PackedRows, TokenStream, TrainBatches
 from dsv3_jax.data.storage import ArrayPart
-from dsv3_jax.train.guards import SkippedSteps
+from dsv3_jax.train.guards import NaNGuard
 from dsv3_jax.train.logging import keep_batch
 
 
@@ -28,35 +28,35 @@ class Flag:
 
 
 def test_a_flag_is_read_when_the_next_step_is_on_its_way() -> None:
-    steps, flags = SkippedSteps(3, keep=str), [Flag(number in (1, 2, 5)) for number in range(7)]
+    steps, flags = NaNGuard(3, keep=str), [Flag(number in (1, 2, 5)) for number in range(7)]
     for number, flag in enumerate(flags):
         steps.see(number, flag)
         assert [flag.read for flag in flags[: number + 1]] == [True] * number + [False]
     assert (steps.total, steps.in_a_row) == (3, 1)
-    steps.settle()
+    steps.update()
     assert flags[-1].read
     assert (steps.total, steps.in_a_row) == (3, 0)
-    steps.settle()
+    steps.update()
     assert (steps.total, steps.in_a_row) == (3, 0)
 
 
 def test_as_many_in_a_row_end_the_run_and_keep_the_batch() -> None:
     kept: list[int] = []
-    steps = SkippedSteps(3, keep=lambda step: kept.append(step) or f"file {step}", total=4, in_a_row=1)  # type: ignore[func-returns-value]
+    steps = NaNGuard(3, keep=lambda step: kept.append(step) or f"file {step}", total=4, in_a_row=1)  # type: ignore[func-returns-value]
     steps.see(11, 1.0)
     steps.see(12, 1.0)
-    assert steps.stuck is None
-    steps.settle()
-    assert re.search(r"3 steps in a row, up to step 12, was not finite.*; file 12; lower optimizer", steps.stuck or "")
+    assert steps.abort_reason is None
+    steps.update()
+    assert re.search(r"3 steps in a row, up to step 12, was not finite.*; file 12; lower optimizer", steps.abort_reason or "")
     assert kept == [12]
     assert (steps.total, steps.in_a_row) == (6, 3)
 
 
 def test_one_good_step_begins_the_count_anew() -> None:
-    steps = SkippedSteps(2, keep=str)
+    steps = NaNGuard(2, keep=str)
     for number in range(20):
         steps.see(number, float(number % 2))
-    steps.settle()
+    steps.update()
     assert steps.total == 10
 
 

@@ -8,13 +8,13 @@ import signal
 import pytest
 
 from dsv3_jax.train import guards
-from dsv3_jax.train.guards import StopRequest
+from dsv3_jax.train.guards import GracefulShutdown
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    with StopRequest(1) as stop:
+    with GracefulShutdown(1) as stop:
         assert not stop.after(1)
         os.kill(os.getpid(), number)
         assert stop.after(2)
@@ -28,7 +28,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) ->
 
 def test_without_a_signal_nothing_stops_and_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with StopRequest(1) as stop:
+    with GracefulShutdown(1) as stop:
         assert signal.getsignal(signal.SIGINT) != before
         assert not any(stop.after(step) for step in range(5))
     assert signal.getsignal(signal.SIGINT) == before
@@ -41,7 +41,7 @@ def test_processes_stop_after_the_same_step(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(guards, "read_note", notes.get)
     for told_at, lead in ((5, 2), (5, -2), (5, 0)):
         notes.clear()
-        told, other = StopRequest(2), StopRequest(2)
+        told, other = GracefulShutdown(2), GracefulShutdown(2)
         last: dict[str, int] = {}
         for step in range(1, 20):
             if step == told_at:

@@ -21,12 +21,12 @@ def test_laps_count_their_own_time_and_waiting(monkeypatch: pytest.MonkeyPatch) 
             yield number
 
     clock, seen = Clock(), []
-    for number in clock.waiting_for(items()):
+    for number in clock.data_timer(items()):
         seen.append(number)
         now += 1.5  # the step
         if number == 1:
-            assert clock.lap(40) == {"tokens_per_second": pytest.approx(10), "input_wait": pytest.approx(0.25)}
+            assert clock.throughput(40) == {"tokens_per_second": pytest.approx(10), "input_wait": pytest.approx(0.25)}
             now += 7  # an evaluation
             clock.start()
     assert seen == [0, 1, 2, 3]
-    assert clock.lap(40)["tokens_per_second"] == pytest.approx(10)
+    assert clock.throughput(40)["tokens_per_second"] == pytest.approx(10)

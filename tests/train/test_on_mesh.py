@@ -28,7 +28,7 @@ from dsv3_jax.train.step import train_step
 from tests.model.tiny import CONFIG, random_variables
 from tests.parallel.ragged_emulation import emulate_ragged
 from tests.parallel.test_all_to_all import MESHES
-from tests.train.first_states import first_state
+from tests.train.first_states import init_or_restore
 
 MODEL = dataclasses.replace(
     CONFIG,
@@ -122,7 +122,7 @@ def train(
     mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
     shardings, everywhere = state_shardings(run, mesh), NamedSharding(mesh, PartitionSpec())
     batch = NamedSharding(mesh, MICRO_BATCHES)
-    state = jax.device_put(first_state(run), shardings)
+    state = jax.device_put(init_or_restore(run), shardings)
     step = jax.jit(
         functools.partial(train_step, config=run),
         in_shardings=(shardings, batch, everywhere),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsv3_jax.train.report import in_short, in_time
+from dsv3_jax.train.report import humanize, in_time
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from dsv3_jax.train.report import in_short, in_time
     ],
 )
 def test_counts(number: float, text: str) -> None:
-    assert in_short(number) == text
+    assert humanize(number) == text
 
 
 @pytest.mark.parametrize(
@@ -40,4 +40,4 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_more_decimals() -> None:
-    assert [in_short(number, 2) for number in (1250, 12_750, 127_500, 1000)] == ["1.25K", "12.75K", "128K", "1K"]
+    assert [humanize(number, 2) for number in (1250, 12_750, 127_500, 1000)] == ["1.25K", "12.75K", "128K", "1K"]

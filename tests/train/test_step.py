@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from dsv3_jax.config import Config, OptimizerConfig, TrainConfig
-from dsv3_jax.config.run import StepValues
+from dsv3_jax.config.run import StepHyperparams
 from dsv3_jax.data import Batch
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.train.state import TrainState
@@ -26,7 +26,7 @@ from dsv3_jax.train.step import train_step
 from tests import reference_model
 from tests.model.tiny import MOE_ONLY, oracle_tensors, published, random_tokens
 from tests.tolerances import TOLERANCE
-from tests.train.first_states import first_state
+from tests.train.first_states import init_or_restore
 
 B, T = 4, 24
 GAMMA, LAMBDA = 0.01, 0.3
@@ -48,12 +48,12 @@ METRICS = {"loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "skippe
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]]
 
 
-def values(config: Config = RUN, step: int = 0) -> StepValues:
+def values(config: Config = RUN, step: int = 0) -> StepHyperparams:
     return config.schedules.at(step)
 
 
 def start(config: Config = RUN) -> TrainState:
-    return jax.device_put(first_state(config))
+    return jax.device_put(init_or_restore(config))
 
 
 @pytest.fixture(scope="module")

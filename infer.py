@@ -27,7 +27,7 @@ from dsv3_jax.config.hugging_face import read_model
 from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
 from dsv3_jax.data.storage import digest
 from dsv3_jax.data.tokenizer import load_tokenizer
-from dsv3_jax.infer.batch import CompletionLines, PromptLines, complete_lines, read_prompt_lines, require_place, submit_lines
+from dsv3_jax.infer.batch import CompletionLines, PromptLines, check_place, complete_lines, read_prompt_lines, submit_lines
 from dsv3_jax.infer.cache import DEFAULT_MAX_LENGTH, EngineConfig
 from dsv3_jax.infer.chat import Conversation, converse
 from dsv3_jax.infer.load import LoadedModel, load_model
@@ -36,9 +36,9 @@ from dsv3_jax.infer.report import Speed, opening
 from dsv3_jax.infer.request import prompt_ids
 from dsv3_jax.parallel.devices import cache_compilations
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.multihost import first_process_first, is_first_process, join_processes, require_agreement
+from dsv3_jax.parallel.multihost import check_agreement, first_process_first, is_first_process, join_processes
 from dsv3_jax.rebalance import read_placement
-from dsv3_jax.serve import require_servable, serve
+from dsv3_jax.serve import check_servable, serve
 from dsv3_jax.serve.cli import Flags
 
 
@@ -58,11 +58,11 @@ class Task(NamedTuple):
 def main() -> None:
     flags, speed = parse_flags(Flags, description=__doc__), Speed()
     join_processes(flags.distributed)
-    require_agreement(dataclasses.asdict(flags) | {"distributed": None})
+    check_agreement(dataclasses.asdict(flags) | {"distributed": None})
     mesh = make_mesh(flags.mesh)
     task = first_process_first(lambda: checked(flags, mesh))
     model = load_model(flags.checkpoint, flags.dtype, mesh)
-    require_agreement(
+    check_agreement(
         {"checkpoint": model.origin, "tokenizer": digest(model.tokenizer.to_json()), **dataclasses.asdict(model.config)}
     )
     cache_compilations(flags.cache_dir)
@@ -114,7 +114,7 @@ def checked(flags: Flags, mesh: Mesh) -> Task:
     prompts = None
     if flags.batch_file is not None:
         prompts = read_prompt_lines(flags.batch_file[0])
-        require_place(flags.batch_file[1], prompts=flags.batch_file[0])
+        check_place(flags.batch_file[1], prompts=flags.batch_file[0])
     is_chat = flags.interactive or (prompts is not None and prompts.need_template)
     template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
     if flags.prompt is not None:
@@ -122,7 +122,7 @@ def checked(flags: Flags, mesh: Mesh) -> Task:
             longest = config.max_position_embeddings
         prompt_ids(flags.prompt, config, tokenizer, longest)
     if flags.serve:
-        require_servable(name, flags.server)
+        check_servable(name, flags.server)
     return Task(prompts, template, sizes, name, placement)
 
 

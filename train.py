@@ -27,11 +27,11 @@ from dsv3_jax.parallel.devices import BatchPlacement, cache_compilations
 from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
 from dsv3_jax.parallel.multihost import (
     by_first_process,
+    check_agreement,
+    check_shared,
     first_process_first,
     is_first_process,
     join_processes,
-    require_agreement,
-    require_shared,
     wait_for_first_process,
 )
 from dsv3_jax.train.evaluation import Evaluator, evaluate_sources
@@ -50,7 +50,7 @@ def main() -> None:
     profiled_steps(arguments.profile, steps=steps)
     join_processes(arguments.distributed)
     first_process = is_first_process()
-    require_agreement({"run_dir": arguments.run_dir, "resume": arguments.resume, **dataclasses.asdict(config)})
+    check_agreement({"run_dir": arguments.run_dir, "resume": arguments.resume, **dataclasses.asdict(config)})
     mesh = make_mesh(config.mesh)
     check_fits(config, mesh)
     config = resume_config(config, arguments.run_dir, resume=arguments.resume)
@@ -60,7 +60,7 @@ def main() -> None:
 
     # Text to tokens. Whatever is wrong with the text is said before the run directory is touched.
     text = first_process_first(lambda: build_dataset(config.data, config.model, config.train))
-    require_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.validation_digest})
+    check_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.validation_digest})
     placement = BatchPlacement(mesh, config.train.micro_batch, config.train.sequence_length)
     make_batches = functools.partial(
         TrainBatches, text.rows, config.train, schedules, across_documents=config.data.cross_document_attention
@@ -73,7 +73,7 @@ def main() -> None:
     open_run = functools.partial(RunDirectory.create_or_resume, arguments.run_dir, config)
     by_first_process(lambda: held.append(open_run(resume=arguments.resume, text_digest=text.digest)))
     run = RunDirectory(arguments.run_dir)
-    require_shared(run.config_file)
+    check_shared(run.config_file)
     if first_process:
         text.tokenizer.save(run.tokenizer_file)
         if text.template is not None:
@@ -124,7 +124,7 @@ def main() -> None:
                 if skipped.abort_reason is not None:
                     raise ValueError(skipped.abort_reason)
                 if (taken := int(state.step)) < steps:
-                    checkpoints.require_saved()
+                    checkpoints.check_saved()
                     observer.say(f"{stop.reason}: stopped after step {taken} of {steps}, saved; go on with: {how_to_resume()}")
                     return
 
@@ -150,7 +150,7 @@ def main() -> None:
         }
         print(json.dumps(summary))
         run.write_summary(summary)
-    checkpoints.require_saved()
+    checkpoints.check_saved()
     wait_for_first_process()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from dsv3_jax.checkpoint.folder import require_no_folder
+from dsv3_jax.checkpoint.folder import check_no_folder
 from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype, save_hf
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.checkpoint.saving import new_folder
@@ -36,7 +36,7 @@ def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool =
     Raises:
       ValueError: if `source` holds no checkpoint, or `target` exists and is not empty.
     """
-    require_no_folder(target)
+    check_no_folder(target)
     config, variables, step = load_run(str(source), dtype)
     has_tokenizer = (epath.Path(source) / _TOKENIZER).exists()
     save_hf(target, config.model, variables, tokenizer_from=source if has_tokenizer else None, fp8=fp8)
@@ -54,7 +54,7 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
     Raises:
       ValueError: if `source` cannot be loaded, or `target` exists and is not empty.
     """
-    require_no_folder(target)
+    check_no_folder(target)
     model, variables = load_hf(source, dtype or "float32")
     if dtype is None:
         model = dataclasses.replace(model, dtype=named_dtype(source))

@@ -52,7 +52,7 @@ class _Found:
         self.problems.setdefault(kind, []).append(item)
 
 
-def require_no_folder(path: Any) -> None:
+def check_no_folder(path: Any) -> None:
     """Raises ValueError if `path` exists, unless it is an empty folder: nothing is ever overwritten."""
     target = epath.Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

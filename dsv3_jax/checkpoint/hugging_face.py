@@ -18,7 +18,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding
 
-from dsv3_jax.checkpoint.folder import CheckpointError, find_tensors, read_config, require_no_folder
+from dsv3_jax.checkpoint.folder import CheckpointError, check_no_folder, find_tensors, read_config
 from dsv3_jax.checkpoint.fp8 import EXPORT_CONFIG, SCALE_SUFFIX, block_size, scale_shape
 from dsv3_jax.checkpoint.loading import Weights, differing_copies, load_array
 from dsv3_jax.checkpoint.multihost import all_or_none, first_alone
@@ -101,7 +101,7 @@ def load_variables(
 ) -> Variables:
     """The second half of `load_hf`: makes the arrays of what `open_hf` found."""
     if keep_fp8:
-        require_fp8(weights)
+        check_fp8(weights)
     shardings = {} if mesh is None else traverse_util.flatten_dict(variable_shardings(config, mesh))
     if differing := differing_copies(weights, config, mesh):
         raise CheckpointError(weights.folder, {"MTP copies that differ": differing})
@@ -146,7 +146,7 @@ def save_hf(
     """
     processes = processes_of(variables)
     with all_or_none(processes):
-        require_no_folder(path)
+        check_no_folder(path)
         arrays = checked_arrays(config, variables)
         tokenizer_files = [] if tokenizer_from is None else _tokenizer_files(epath.Path(tokenizer_from))
         if max_shard_bytes < 1:
@@ -172,7 +172,7 @@ def _tokenizer_files(folder: epath.Path) -> list[epath.Path]:
 # FP8 tensors of a checkpoint as they are: 8-bit values and their scales, in place of the arrays they stand for.
 
 
-def require_fp8(weights: Weights) -> None:
+def check_fp8(weights: Weights) -> None:
     """Raises ValueError if the checkpoint has no FP8 blocks to keep."""
     if weights.block is None:
         raise ValueError(f"{weights.folder} holds no FP8 blocks (config.json has no quantization_config); leave keep_fp8 out")

@@ -30,7 +30,7 @@ from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.model.sharding import variable_shardings
-from dsv3_jax.parallel.multihost import by_first_process, is_first_process, on_every_process, require_agreement
+from dsv3_jax.parallel.multihost import by_first_process, check_agreement, is_first_process, on_every_process
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -140,7 +140,7 @@ class Checkpoints:
             _warn(f"step {step} is saved; saving works again")
         self.failed = None
 
-    def require_saved(self) -> None:
+    def check_saved(self) -> None:
         """Raises ValueError if the last save failed: for the end of a run, when none is left to try again."""
         self.wait()
         if self.failed:
@@ -168,7 +168,7 @@ class Checkpoints:
           ValueError: naming all, if none is whole; if one is of another model, or cannot be read for reasons of this machine.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        require_agreement({"checkpoints": steps})
+        check_agreement({"checkpoints": steps})
         damage: dict[int, str] = {}
         for step in steps:
             folder = self._folder / str(step)
@@ -450,7 +450,7 @@ def read_items(folder: epath.Path, record: Record, like: dict[str, Any]) -> dict
     for name, tree in like.items():
         if name not in record.arrays:
             raise DamagedError(f"it was saved without {name}")
-        _require_same_model(f"{folder}/{name}", record.arrays[name], by_path(tree))
+        _check_same_model(f"{folder}/{name}", record.arrays[name], by_path(tree))
     return {name: _read_item(folder / name, record.arrays[name], tree) for name, tree in like.items()}
 
 
@@ -544,7 +544,7 @@ def _read(folder: epath.Path, read: Callable[[], Any]) -> Any:
     return result
 
 
-def _require_same_model(where: str, stored: dict[str, Stored], wanted: dict[str, Any]) -> None:
+def _check_same_model(where: str, stored: dict[str, Stored], wanted: dict[str, Any]) -> None:
     for path in (*wanted, *stored):
         there = list(stored[path].shape) if path in stored else "nothing"
         here = list(wanted[path].shape) if path in wanted else "nothing"

@@ -80,12 +80,12 @@ class RunDirectory:
             Nothing is written then.
         """
         run = cls(path)
-        run._refuse_what_is_there(config, resume, text_digest)
+        run._check_existing(config, resume, text_digest)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             if "://" not in str(run.path):
                 run._lock = FolderLock(run.path, run.lock_file)
-                run._refuse_what_is_there(config, resume, text_digest)  # It may have changed before it was locked.
+                run._check_existing(config, resume, text_digest)  # It may have changed before it was locked.
             write_whole(run.config_file, config.to_json())
             if text_digest is not None:
                 write_whole(run.text_digest_file, text_digest + "\n")
@@ -117,7 +117,7 @@ class RunDirectory:
         """Writes summary.json; of a run that was resumed, `seconds` count from the last start."""
         write_whole(self.summary_file, json.dumps(summary) + "\n")
 
-    def _refuse_what_is_there(self, config: Config, resume: bool, text_digest: str | None) -> None:
+    def _check_existing(self, config: Config, resume: bool, text_digest: str | None) -> None:
         leftovers = {self.lock_file, part_of(self.config_file)}  # Of a start that was killed before it had a config.
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run directory {self.path} is a file; name a folder")
@@ -125,9 +125,9 @@ class RunDirectory:
             before = self.config()
             if not resume:
                 raise ValueError(f"{self.path} already holds a run; continue it with --resume, or name another --run-dir")
-            self._refuse_other_config(before, config)
-            self._refuse_fewer_steps(config)
-            self._refuse_other_text(text_digest)
+            self._check_same_config(before, config)
+            self._check_num_steps(config)
+            self._check_same_text(text_digest)
         elif self.path.exists() and not leftovers.issuperset(self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run (no config.json); name another --run-dir")
 
@@ -137,7 +137,7 @@ class RunDirectory:
         folders = self.checkpoints.iterdir() if self.checkpoints.exists() else ()
         return max((int(folder.name) for folder in folders if folder.name.isdigit()), default=None)
 
-    def _refuse_fewer_steps(self, now: Config) -> None:
+    def _check_num_steps(self, now: Config) -> None:
         taken = self.steps_saved or 0
         if taken > now.train.steps:
             raise ValueError(
@@ -145,7 +145,7 @@ class RunDirectory:
                 "another --run-dir"
             )
 
-    def _refuse_other_config(self, before: Config, now: Config) -> None:
+    def _check_same_config(self, before: Config, now: Config) -> None:
         values = _binding(now)
         # A run that has seen no text yet, as dsv3_jax.convert leaves it, is bound by its model alone.
         is_new = not self.text_digest_file.exists()
@@ -161,7 +161,7 @@ class RunDirectory:
                     "value, or name another --run-dir"
                 )
 
-    def _refuse_other_text(self, text_digest: str | None) -> None:
+    def _check_same_text(self, text_digest: str | None) -> None:
         if self.text_digest_file.exists() and self.text_digest_file.read_text().strip() != text_digest:
             raise ValueError(
                 f"{self.path} was trained on another text, or with another tokenizer, than data.source gives now; "

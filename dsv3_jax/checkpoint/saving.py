@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from dsv3_jax.checkpoint.folder import INDEX, CheckpointError, require_no_folder
+from dsv3_jax.checkpoint.folder import INDEX, CheckpointError, check_no_folder
 from dsv3_jax.checkpoint.fp8 import FP8, SCALE_SUFFIX, quantise, scale_shape
 from dsv3_jax.checkpoint.multihost import all_or_none, first_alone, same_everywhere, take
 from dsv3_jax.checkpoint.names import Leaf, copies, leaves, natural_order
@@ -183,7 +183,7 @@ def new_folder(target: epath.Path, processes: int) -> Iterator[epath.Path]:
         with first_alone(processes) as first:
             if first:
                 folder_to_disk(partial_folder)
-                require_no_folder(target)  # Another export may have been quicker.
+                check_no_folder(target)  # Another export may have been quicker.
                 if target.exists():
                     target.rmdir() if "://" in str(target) else os.rmdir(target)  # That of etils removes what came since.
                 partial_folder.rename(target)

@@ -7,13 +7,13 @@ import sys
 from typing import Any
 
 
-def require(condition: bool, message: str) -> None:
+def check(condition: bool, message: str) -> None:
     """Raises ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
 
 
-def require_numbers(config: Any, prefix: str = "") -> None:
+def check_numbers(config: Any, prefix: str = "") -> None:
     """Raises ValueError naming the first field declared as an integer or a number that is none, or is not finite."""
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), str(field.type).removesuffix(" | None")
@@ -21,20 +21,20 @@ def require_numbers(config: Any, prefix: str = "") -> None:
             continue
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         if kind == "int":
-            require(is_integer, f"{prefix}{field.name} is {value!r}; use an integer")
+            check(is_integer, f"{prefix}{field.name} is {value!r}; use an integer")
         else:
             is_finite = (is_integer or isinstance(value, float)) and abs(value) <= sys.float_info.max
-            require(is_finite, f"{prefix}{field.name} is {value!r}; use a finite number")
+            check(is_finite, f"{prefix}{field.name} is {value!r}; use a finite number")
 
 
-def require_seed(name: str, seed: Any) -> None:
+def check_seed(name: str, seed: Any) -> None:
     """Raises ValueError unless `seed` is an integer of 32 bits without a sign: what random keys are made from."""
     is_seed = isinstance(seed, int) and 0 <= seed < 2**32
-    require(is_seed, f"{name} is {seed!r}; it must be an integer in 0..{2**32 - 1}")
+    check(is_seed, f"{name} is {seed!r}; it must be an integer in 0..{2**32 - 1}")
 
 
-def require_positive(config: Any, *names: str) -> None:
+def check_positive(config: Any, *names: str) -> None:
     """Raises ValueError naming the first of the fields `names` that is below 1."""
     for name in names:
         value = getattr(config, name)
-        require(value >= 1, f"{name} is {value}; it must be at least 1")
+        check(value >= 1, f"{name} is {value}; it must be at least 1")

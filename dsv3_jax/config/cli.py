@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.config.hugging_face import model_to_train
 from dsv3_jax.config.model import ModelConfig, RopeScaling
 from dsv3_jax.config.run import Config
@@ -140,16 +140,14 @@ def load_config(path: str, init_from: str | None = None, stand_in: ModelConfig |
         raise ValueError(f"config file {path!r}: {error}") from error
     except Exception as error:  # It is a program: anything may go wrong in it.
         raise ValueError(f"config file {path!r} does not run ({type(error).__name__}: {error}); correct it") from error
-    require("config" in exposed, f"config file {path!r} exposes no `config`; end it with config = Config(...)")
+    check("config" in exposed, f"config file {path!r} exposes no `config`; end it with config = Config(...)")
     config = exposed["config"]
     if callable(config):
         remedy = "name it with --init-from, a run directory or a Hugging Face folder"
         model = stand_in if init_from is None else model_to_train(init_from)
-        require(model is not None, f"config file {path!r} makes its config from the model of a checkpoint; {remedy}")
+        check(model is not None, f"config file {path!r} makes its config from the model of a checkpoint; {remedy}")
         config = config(model)
-    require(
-        isinstance(config, Config), f"`config` of {path!r} is a {type(config).__name__}; it must be a dsv3_jax.config.Config"
-    )
+    check(isinstance(config, Config), f"`config` of {path!r} is a {type(config).__name__}; it must be a dsv3_jax.config.Config")
     return config
 
 
@@ -187,7 +185,7 @@ def parse_with_config(
     """
     given, wants_help = _tokenize(argv)
     flag_types, field_types = _leaf_types(flags_type), _leaf_types(Config)
-    _refuse_unknown(given, flag_types | field_types)
+    _check_known(given, flag_types | field_types)
     flags = _build_flags(flags_type, {name: _read(name, given[name], flag_types[name]) for name in flag_types if name in given})
     overrides = {name: _read(name, given[name], field_types[name]) for name in field_types if name in given}
     if (init_from := getattr(flags, "init_from", None)) is not None:
@@ -210,7 +208,7 @@ def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, desc
     """
     given, wants_help = _tokenize(argv)
     flag_types = _leaf_types(flags_type)
-    _refuse_unknown(given, flag_types)
+    _check_known(given, flag_types)
     if wants_help:
         _print_help(flags_type, None, description)
     return _build_flags(flags_type, {name: _read(name, values, flag_types[name]) for name, values in given.items()})
@@ -296,7 +294,7 @@ def _leaf_types(cls: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _refuse_unknown(given: dict[str, list[str]], known: dict[str, Any]) -> None:
+def _check_known(given: dict[str, list[str]], known: dict[str, Any]) -> None:
     def likeness(name: str, candidate: str) -> float:
         # The last part counts twice: people forget the group, or put a field into the wrong one.
         last = difflib.SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
@@ -342,7 +340,7 @@ def _type_name(hint: Any) -> str:
 
 def _build_flags(flags_type: type[Flags], values: dict[str, Any]) -> Flags:
     for field in dataclasses.fields(flags_type):  # type: ignore[arg-type]
-        require(_has_default(field) or field.name in values, f"--{field.name} is missing (--help lists all)")
+        check(_has_default(field) or field.name in values, f"--{field.name} is missing (--help lists all)")
     built = {name: value for name, value in values.items() if "." not in name}
     for name, hint in typing.get_type_hints(flags_type).items():
         inner = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
@@ -362,7 +360,7 @@ def _override(config: Any, overrides: dict[str, Any], path: str = "") -> Any:
     for group in dict.fromkeys(name.partition(".")[0] for name in overrides if "." in name):
         inner = {name.removeprefix(f"{group}."): value for name, value in overrides.items() if name.startswith(f"{group}.")}
         dotted = f"{path}{group}"
-        require(group not in changes, f"--{dotted} None contradicts --{dotted}.{min(inner)}; keep one of the two")
+        check(group not in changes, f"--{dotted} None contradicts --{dotted}.{min(inner)}; keep one of the two")
         current = getattr(config, group)
         if current is None:
             current = typing.cast(type, _group_type(hints[group]))()

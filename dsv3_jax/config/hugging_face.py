@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.config.model import ModelConfig, RopeScaling
 from dsv3_jax.config.run import Config
 
@@ -75,7 +75,7 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     # Asking for more dense layers than there are layers means that all of them are dense.
     fields["first_k_dense_replace"] = min(fields["first_k_dense_replace"], fields["num_hidden_layers"])
     heads, kv_heads = fields["num_attention_heads"], config.get("num_key_value_heads")
-    require(
+    check(
         kv_heads is None or kv_heads == heads,
         f"num_key_value_heads is {kv_heads!r}; latent attention has as many as num_attention_heads ({heads})",
     )
@@ -85,7 +85,7 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     fields["num_nextn_predict_layers"] = _integer(depths, "num_nextn_predict_layers")
 
     norm_topk_prob = config.get("norm_topk_prob", True)
-    require(isinstance(norm_topk_prob, bool), f"norm_topk_prob is {norm_topk_prob!r}; use true or false")
+    check(isinstance(norm_topk_prob, bool), f"norm_topk_prob is {norm_topk_prob!r}; use true or false")
     fields["norm_topk_prob"] = norm_topk_prob
     fields["bos_token_id"] = _token_id("bos_token_id", config.get("bos_token_id", 0))
     eos = config.get("eos_token_id", 1)
@@ -95,7 +95,7 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     fields["rope_theta"], fields["rope_scaling"] = _rope(config, fields["max_position_embeddings"])
     dtype = _one_value(config, "torch_dtype", "dtype")
     if dtype is not None:
-        require(isinstance(dtype, str), f"torch_dtype is {dtype!r}; use the name of a dtype, such as bfloat16")
+        check(isinstance(dtype, str), f"torch_dtype is {dtype!r}; use the name of a dtype, such as bfloat16")
         fields["dtype"] = fields["param_dtype"] = dtype
     return fields
 
@@ -119,12 +119,12 @@ def fields_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_supported(config: dict[str, Any]) -> None:
-    require("model_type" in config, "the config has no model_type; it is not the config.json of a Hugging Face model")
+    check("model_type" in config, "the config has no model_type; it is not the config.json of a Hugging Face model")
     model_type = config["model_type"]
-    require(model_type in _MODEL_TYPES, f"model_type is {model_type!r}; only {' and '.join(_MODEL_TYPES)} are supported")
+    check(model_type in _MODEL_TYPES, f"model_type is {model_type!r}; only {' and '.join(_MODEL_TYPES)} are supported")
     for name, only in _ONLY.items():
         value = config.get(name)
-        require(value is None or value == only, f"{name} is {value!r}; only {only!r} is supported")
+        check(value is None or value == only, f"{name} is {value!r}; only {only!r} is supported")
 
 
 def _rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
@@ -132,20 +132,20 @@ def _rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, 
     merged: dict[str, Any] = {}
     for spelling in ("rope_scaling", "rope_parameters"):
         stated = config.get(spelling) or {}
-        require(isinstance(stated, dict), f"{spelling} is {stated!r}; use an object or null")
+        check(isinstance(stated, dict), f"{spelling} is {stated!r}; use an object or null")
         for key, value in stated.items():
             if value is None:
                 continue
-            require(not isinstance(value, dict), f"{spelling}.{key} is an object; parameters per layer type are not supported")
+            check(not isinstance(value, dict), f"{spelling}.{key} is an object; parameters per layer type are not supported")
             key = "rope_type" if key == "type" else key
-            require(
+            check(
                 merged.get(key, value) == value,
                 f"{spelling}.{key} is {value!r}, but it is also given as {merged.get(key)!r}; keep one of the two",
             )
             merged[key] = value
     for key in ("rope_theta", "original_max_position_embeddings"):
         if config.get(key) is not None:
-            require(
+            check(
                 merged.get(key, config[key]) == config[key],
                 f"{key} is {config[key]!r}, but the rotary parameters give it as {merged.get(key)!r}; keep one of the two",
             )
@@ -153,14 +153,14 @@ def _rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, 
 
     theta = _number(merged, "rope_theta", 10000.0)
     rope_type = merged.get("rope_type") or "default"
-    require(rope_type in ("default", "yarn"), f"rope type is {rope_type!r}; only 'default' and 'yarn' are supported")
+    check(rope_type in ("default", "yarn"), f"rope type is {rope_type!r}; only 'default' and 'yarn' are supported")
     return theta, None if rope_type == "default" else _yarn(merged, max_position_embeddings)
 
 
 def _yarn(parameters: dict[str, Any], max_position_embeddings: int) -> RopeScaling:
     for name, only in _ONLY_YARN.items():
         value = parameters.get(name, only)
-        require(value == only, f"{name} of the rotary parameters is {value!r}; only {only!r} is supported")
+        check(value == only, f"{name} of the rotary parameters is {value!r}; only {only!r} is supported")
     # As in the reference, a zero or null here means "not given".
     mscale, mscale_all_dim = parameters.get("mscale") or None, parameters.get("mscale_all_dim") or None
     return RopeScaling(
@@ -189,7 +189,7 @@ def _yarn_to_hf(scaling: RopeScaling) -> dict[str, Any]:
 def _one_value(config: dict[str, Any], name: str, alias: str, default: Any = None) -> Any:
     """The value under `name` or `alias`, two spellings of one field."""
     stated = {key: config[key] for key in (name, alias) if config.get(key) is not None}
-    require(
+    check(
         len(stated) < 2 or stated[name] == stated[alias],
         f"{name} is {stated.get(name)!r} but {alias}, the same field, is {stated.get(alias)!r}; keep one of the two",
     )
@@ -198,22 +198,22 @@ def _one_value(config: dict[str, Any], name: str, alias: str, default: Any = Non
 
 def _integer(config: dict[str, Any], name: str, default: int | None = None) -> int:
     value: Any = config.get(name, default)
-    require(name in config or default is not None, f"{name} is missing, and it has no default")
-    require(isinstance(value, int) and not isinstance(value, bool), f"{name} is {value!r}; use an integer")
+    check(name in config or default is not None, f"{name} is missing, and it has no default")
+    check(isinstance(value, int) and not isinstance(value, bool), f"{name} is {value!r}; use an integer")
     return value
 
 
 def _number(config: dict[str, Any], name: str, default: float | None = None) -> float:
     value: Any = config.get(name, default)
-    require(name in config or default is not None, f"{name} is missing, and it has no default")
+    check(name in config or default is not None, f"{name} is missing, and it has no default")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    require(is_number and abs(value) <= sys.float_info.max, f"{name} is {value!r}; use a finite number")
+    check(is_number and abs(value) <= sys.float_info.max, f"{name} is {value!r}; use a finite number")
     return float(value)
 
 
 def _token_id(name: str, value: Any) -> int | None:
     is_id = isinstance(value, int) and not isinstance(value, bool)
-    require(value is None or is_id, f"{name} is {value!r}; use a token id or null")
+    check(value is None or is_id, f"{name} is {value!r}; use a token id or null")
     return value
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from dsv3_jax.config.checks import require, require_numbers, require_positive
+from dsv3_jax.config.checks import check, check_numbers, check_positive
 
 # ----------------------------------------------------------------------------------------------------------------------
 # YaRN's numbers, as the `rope_scaling` of a Hugging Face config names them.
@@ -38,10 +38,10 @@ class RopeScaling:
     """Scales the attention logits (squared); 0 or None leaves them alone."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, "rope_scaling.")
-        require(self.factor >= 1.0, f"rope_scaling.factor is {self.factor}; it must be at least 1")
-        require_positive(self, "original_max_position_embeddings")
-        require(
+        check_numbers(self, "rope_scaling.")
+        check(self.factor >= 1.0, f"rope_scaling.factor is {self.factor}; it must be at least 1")
+        check_positive(self, "original_max_position_embeddings")
+        check(
             self.beta_fast >= self.beta_slow > 0,
             f"rope_scaling.beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow}), which must be positive",
         )
@@ -71,7 +71,7 @@ def _dtype_name(field: str, dtype: Any) -> str:
         name: Any = dtype if dtype is None or isinstance(dtype, str) else jnp.dtype(dtype).name
     except (TypeError, ValueError):
         name = dtype
-    require(
+    check(
         name in ("float32", "bfloat16", "float16", "float64"),
         f"{field} is {name!r}; choose float32, bfloat16, float16 or float64",
     )
@@ -174,50 +174,48 @@ class ModelConfig:
         self._check()
 
     def _check(self) -> None:
-        require_numbers(self)
-        require_positive(
+        check_numbers(self)
+        check_positive(
             self, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank",
             "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "moe_intermediate_size",
             "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings",
             "attention_chunk", "loss_chunk",
         )  # fmt: skip
-        require(
+        check(
             self.q_lora_rank is None or self.q_lora_rank > 0,
             f"q_lora_rank is {self.q_lora_rank}; use a positive width, or None for a direct query projection",
         )
-        require(
-            self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number"
-        )
-        require(
+        check(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim is {self.qk_rope_head_dim}; rotary pairs need an even number")
+        check(
             0 <= self.first_k_dense_replace <= self.num_hidden_layers,
             f"first_k_dense_replace is {self.first_k_dense_replace}; it must lie in 0..num_hidden_layers",
         )
-        require(self.n_shared_experts >= 0, f"n_shared_experts is {self.n_shared_experts}; it cannot be negative")
-        require(
+        check(self.n_shared_experts >= 0, f"n_shared_experts is {self.n_shared_experts}; it cannot be negative")
+        check(
             self.num_nextn_predict_layers >= 0,
             f"num_nextn_predict_layers is {self.num_nextn_predict_layers}; it cannot be negative",
         )
         experts, groups = self.n_routed_experts, self.n_group
-        require(experts % groups == 0, f"n_routed_experts ({experts}) is not a multiple of n_group ({groups})")
-        require(self.topk_group <= groups, f"topk_group ({self.topk_group}) exceeds n_group ({groups})")
-        require(
+        check(experts % groups == 0, f"n_routed_experts ({experts}) is not a multiple of n_group ({groups})")
+        check(self.topk_group <= groups, f"topk_group ({self.topk_group}) exceeds n_group ({groups})")
+        check(
             groups == 1 or experts // groups >= 2,
             f"n_group ({groups}) leaves {experts // groups} expert a group; a group is scored by its best two, so it needs two",
         )
         reachable, chosen = self.topk_group * experts // groups, self.num_experts_per_tok
         kept = f"topk_group ({self.topk_group}) groups"
-        require(chosen <= reachable, f"num_experts_per_tok ({chosen}) exceeds the {reachable} experts of {kept}")
+        check(chosen <= reachable, f"num_experts_per_tok ({chosen}) exceeds the {reachable} experts of {kept}")
         for name in ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "initializer_range"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
-        require(self.aux_loss_alpha >= 0, f"aux_loss_alpha is {self.aux_loss_alpha}; it cannot be negative")
+            check(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be positive")
+        check(self.aux_loss_alpha >= 0, f"aux_loss_alpha is {self.aux_loss_alpha}; it cannot be negative")
         for name, kind in _NAMED.items():
             value, names = getattr(self, name), typing.get_args(kind)
-            require(value in names, f"{name} is {value!r}; choose from {names}")
-        require(self.receive_factor > 0, f"receive_factor is {self.receive_factor}; it must be positive")
-        require(self.eos_token_id != (), "eos_token_id is empty; name a token id, or use None")
+            check(value in names, f"{name} is {value!r}; choose from {names}")
+        check(self.receive_factor > 0, f"receive_factor is {self.receive_factor}; it must be positive")
+        check(self.eos_token_id != (), "eos_token_id is empty; name a token id, or use None")
         for name, ids in (("bos_token_id", [self.bos_token_id]), ("eos_token_id", self.eos_token_ids)):
             for token in ids:
-                require(
+                check(
                     token is None or 0 <= token < self.vocab_size,
                     f"{name} {token} is outside the vocabulary of {self.vocab_size}",
                 )

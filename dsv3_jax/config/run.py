@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dsv3_jax.config.checks import require, require_positive, require_seed
+from dsv3_jax.config.checks import check, check_positive, check_seed
 from dsv3_jax.config.model import ModelConfig
 
 
@@ -38,8 +38,8 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            require(size == -1 or size >= 1, f"mesh.{name} is {size}; use a positive size, or -1 once for the rest")
-        require(list(sizes.values()).count(-1) <= 1, f"mesh has -1 more than once: {sizes}; only one axis can be the rest")
+            check(size == -1 or size >= 1, f"mesh.{name} is {size}; use a positive size, or -1 once for the rest")
+        check(list(sizes.values()).count(-1) <= 1, f"mesh has -1 more than once: {sizes}; only one axis can be the rest")
 
     def resolve(self, num_devices: int) -> dict[str, int]:
         """Axis sizes for `num_devices` devices, -1 replaced.
@@ -51,13 +51,13 @@ class MeshConfig:
         known = math.prod(size for size in sizes.values() if size != -1)
         for name, size in sizes.items():
             if size == -1:
-                require(
+                check(
                     num_devices % known == 0,
                     f"mesh {sizes}: {num_devices} devices are not a multiple of the known sizes ({known})",
                 )
                 sizes[name] = num_devices // known
         product = math.prod(sizes.values())
-        require(
+        check(
             product == num_devices,
             f"mesh {sizes} has {product} places for {num_devices} devices; let the sizes multiply to it, or set one to -1",
         )
@@ -90,26 +90,26 @@ class DataConfig:
     have their own split."""
 
     def __post_init__(self) -> None:
-        require(self.source != "", 'data.source is empty; name a file, a folder or "stdlib"')
-        _require_mixture(self.mixture)
-        require(self.kind in ("text", "chat"), f"data.kind is {self.kind!r}; choose text or chat")
-        require(
+        check(self.source != "", 'data.source is empty; name a file, a folder or "stdlib"')
+        _check_mixture(self.mixture)
+        check(self.kind in ("text", "chat"), f"data.kind is {self.kind!r}; choose text or chat")
+        check(
             self.kind == "text" or not self.cross_document_attention,
             "data.kind is chat and data.cross_document_attention True; conversations stand in rows with padding, which nothing "
             "may attend to, so set it to False",
         )
-        require(0.0 <= self.fim_rate <= 1.0, f"data.fim_rate is {self.fim_rate}; it must lie in 0..1")
-        require(
+        check(0.0 <= self.fim_rate <= 1.0, f"data.fim_rate is {self.fim_rate}; it must lie in 0..1")
+        check(
             self.kind == "text" or self.fim_rate == 0,
             f"data.fim_rate is {self.fim_rate}, but conversations (data.kind chat) are not filled in; set it to 0",
         )
-        require(
+        check(
             len(set(self.fim_tokens)) == len(self.fim_tokens) == 3 and all(self.fim_tokens),
             f"data.fim_tokens is {self.fim_tokens}; name three special tokens, for begin, hole and end",
         )
         # What is kept there is mapped into memory.
-        require("://" not in self.cache_dir, f"data.cache_dir is {self.cache_dir!r}; name a folder of this machine")
-        require(
+        check("://" not in self.cache_dir, f"data.cache_dir is {self.cache_dir!r}; name a folder of this machine")
+        check(
             0.0 < self.heldout_fraction < 1.0, f"data.heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1"
         )
 
@@ -125,14 +125,14 @@ class DataConfig:
 _LEAST_SHARE = 1e-6
 
 
-def _require_mixture(mixture: tuple[tuple[str, float], ...]) -> None:
+def _check_mixture(mixture: tuple[tuple[str, float], ...]) -> None:
     names = [name for name, _ in mixture]
-    require(all(names), f"data.mixture is {mixture}; every source needs a name")
-    require(len(set(names)) == len(names), f"data.mixture names a source twice: {names}; add up its weights")
+    check(all(names), f"data.mixture is {mixture}; every source needs a name")
+    check(len(set(names)) == len(names), f"data.mixture names a source twice: {names}; add up its weights")
     total = sum(weight for _, weight in mixture)
     for name, weight in mixture:
         # A share below this would take blocks of more rows than can be shuffled at once.
-        require(
+        check(
             math.isfinite(total) and weight > 0 and weight >= _LEAST_SHARE * total,
             f"data.mixture gives {name!r} the weight {weight}; it must be positive, and at least {_LEAST_SHARE} of the sum",
         )
@@ -168,24 +168,24 @@ class OptimizerConfig:
     """Dtype both moments are stored in."""
 
     def __post_init__(self) -> None:
-        require(
+        check(
             0 <= self.final_learning_rate <= self.learning_rate,
             f"optimizer.final_learning_rate ({self.final_learning_rate}) must lie in 0..learning_rate ({self.learning_rate})",
         )
-        require(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        check(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
         for name in ("warmup_steps", "constant_tokens"):
-            require(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it cannot be negative")
-        require(
+            check(getattr(self, name) >= 0, f"optimizer.{name} is {getattr(self, name)}; it cannot be negative")
+        check(
             self.decay_tokens is None or self.decay_tokens > 0,
             f"optimizer.decay_tokens is {self.decay_tokens}; it must be positive, or None for the rest of the run",
         )
-        _require_changes("optimizer.learning_rate_after", self.learning_rate_after)
+        _check_changes("optimizer.learning_rate_after", self.learning_rate_after)
         for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        require(self.epsilon > 0, f"optimizer.epsilon is {self.epsilon}; it must be positive")
-        require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it cannot be negative")
-        require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
-        require(
+            check(0 <= getattr(self, name) < 1, f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        check(self.epsilon > 0, f"optimizer.epsilon is {self.epsilon}; it must be positive")
+        check(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it cannot be negative")
+        check(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be positive")
+        check(
             self.moment_dtype in ("float32", "bfloat16"),
             f"optimizer.moment_dtype is {self.moment_dtype!r}; choose float32 or bfloat16",
         )
@@ -233,17 +233,17 @@ class TrainConfig:
     """Seed of the parameters and of the order of the data."""
 
     def __post_init__(self) -> None:
-        require_positive(
+        check_positive(
             self, "steps", "batch_size", "sequence_length", "log_every", "eval_batches", "max_skipped", "batch_ramp_unit"
         )
-        require(
+        check(
             (self.batch_ramp_tokens > 0) == (self.initial_batch_size is not None),
             f"train.initial_batch_size is {self.initial_batch_size} and train.batch_ramp_tokens {self.batch_ramp_tokens}; a "
             "ramp of the batch takes both",
         )
         for name in ("micro_batch_size", "initial_batch_size"):
             size = getattr(self, name)
-            require(
+            check(
                 size is None or 0 < size <= self.batch_size,
                 f"train.{name} is {size}; it must lie in 1..train.batch_size ({self.batch_size})",
             )
@@ -251,16 +251,16 @@ class TrainConfig:
         if self.initial_batch_size is not None:
             sizes |= {"initial_batch_size": self.initial_batch_size, "batch_ramp_unit": self.batch_ramp_unit}
         for name, size in sizes.items():
-            require(
+            check(
                 size % self.micro_batch == 0,
                 f"train.{name} is {size}, no multiple of train.micro_batch_size ({self.micro_batch}); change one of them",
             )
         for name in ("mtp_loss_weight_after", "bias_update_speed_after", "aux_loss_alpha_after"):
-            _require_changes(f"train.{name}", getattr(self, name))
-        require(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; it cannot be negative")
-        require(self.mtp_loss_weight >= 0, f"train.mtp_loss_weight is {self.mtp_loss_weight}; it cannot be negative")
-        require(self.bias_update_speed >= 0, f"train.bias_update_speed is {self.bias_update_speed}; it cannot be negative")
-        require_seed("train.seed", self.seed)
+            _check_changes(f"train.{name}", getattr(self, name))
+        check(self.eval_every >= 0, f"train.eval_every is {self.eval_every}; it cannot be negative")
+        check(self.mtp_loss_weight >= 0, f"train.mtp_loss_weight is {self.mtp_loss_weight}; it cannot be negative")
+        check(self.bias_update_speed >= 0, f"train.bias_update_speed is {self.bias_update_speed}; it cannot be negative")
+        check_seed("train.seed", self.seed)
 
     @property
     def micro_batch(self) -> int:
@@ -273,13 +273,13 @@ class TrainConfig:
         return self.batch_size // self.micro_batch
 
 
-def _require_changes(name: str, changes: tuple[tuple[float, float], ...]) -> None:
+def _check_changes(name: str, changes: tuple[tuple[float, float], ...]) -> None:
     tokens = [at for at, _ in changes]
-    require(
+    check(
         tokens == sorted(set(tokens)) and all(at > 0 for at in tokens),
         f"{name} is {changes}; write pairs of tokens and value, the tokens growing from above 0",
     )
-    require(
+    check(
         all(math.isfinite(value) and value >= 0 for _, value in changes), f"{name} is {changes}; its values cannot be negative"
     )
 
@@ -296,8 +296,8 @@ class CheckpointConfig:
     """Checkpoints of every that many steps are kept for good; None for none."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "every", "keep")
-        require(
+        check_positive(self, "every", "keep")
+        check(
             self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every == 0),
             f"checkpoint.keep_every is {self.keep_every}; it must be a multiple of checkpoint.every ({self.every}), or None",
         )
@@ -317,9 +317,9 @@ class InferConfig:
     """Samples from the smallest set of tokens that holds this much probability."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_tokens")
-        require(self.temperature >= 0, f"infer.temperature is {self.temperature}; it cannot be negative")
-        require(0 < self.top_p <= 1, f"infer.top_p is {self.top_p}; it must lie in (0, 1]")
+        check_positive(self, "max_tokens")
+        check(self.temperature >= 0, f"infer.temperature is {self.temperature}; it cannot be negative")
+        check(0 < self.top_p <= 1, f"infer.top_p is {self.top_p}; it must lie in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,9 +336,9 @@ class Config:
 
     def __post_init__(self) -> None:
         length, longest = self.train.sequence_length, self.model.max_position_embeddings
-        require(length <= longest, f"train.sequence_length ({length}) exceeds model.max_position_embeddings ({longest})")
+        check(length <= longest, f"train.sequence_length ({length}) exceeds model.max_position_embeddings ({longest})")
         depths = self.model.num_nextn_predict_layers
-        require(length > depths, f"train.sequence_length ({length}) must exceed model.num_nextn_predict_layers ({depths})")
+        check(length > depths, f"train.sequence_length ({length}) must exceed model.num_nextn_predict_layers ({depths})")
 
     @property
     def schedules(self) -> Schedules:
@@ -363,7 +363,7 @@ def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
     """Builds the dataclass `cls` from nested dicts, refusing unknown fields."""
     hints = typing.get_type_hints(cls)
     unknown = set(values) - set(hints)
-    require(not unknown, f"{path} has unknown fields {sorted(unknown)}; known: {sorted(hints)}")
+    check(not unknown, f"{path} has unknown fields {sorted(unknown)}; known: {sorted(hints)}")
     built = {}
     for name, value in values.items():
         nested = [t for t in (hints[name], *typing.get_args(hints[name])) if dataclasses.is_dataclass(t)]

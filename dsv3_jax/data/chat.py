@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.chat_template import ChatTemplate, Piece, encode_pieces, escape_special_tokens
 from dsv3_jax.data.corpus import split_by_name
 from dsv3_jax.data.rows import Row
@@ -82,10 +82,10 @@ def tokenize_chat(
 
     def load(path: Path) -> ChatTokens:
         stored = NpyFile(path)
-        require(stored.dtype == np.uint32, f"holds {stored.dtype}, not uint32")
+        check(stored.dtype == np.uint32, f"holds {stored.dtype}, not uint32")
         tokens = ChatTokens(stored)
         is_whole = tokens.ends.size == len(conversations) and tokens.ends[-1] == stored.size
-        require(is_whole, "conversations are missing")
+        check(is_whole, "conversations are missing")
         return tokens
 
     def write(path: Path) -> None:
@@ -137,7 +137,7 @@ def _pieces(conversation: Conversation, template: ChatTemplate, tokenizer: Token
         pieces = marked.pieces(text)
         if is_in_loss:
             closing = [piece for piece in pieces if not piece.text.isspace()][-1:]
-            require(
+            check(
                 bool(closing) and closing[0].token is not None,
                 f"{conversation.where}: {template.origin} closes the assistant's turn with {text[-20:]!r} and no special "
                 "token, so a model would never learn to stop; use a template that does",
@@ -155,7 +155,7 @@ def _spans(messages: list[dict], template: ChatTemplate, tools: object) -> list[
             continue
         before = template.render(messages[:number], add_generation_prompt=True, tools=tools)
         after = template.render(messages[: number + 1], tools=tools)
-        require(
+        check(
             whole.startswith(after) and after.startswith(before) and place <= len(before) < len(after),
             f"{template.origin} writes the messages before message {number}, an answer, otherwise once it or later ones are "
             "there, so what it says cannot be told apart; split the conversation, or use a template that changes no turn",
@@ -198,7 +198,7 @@ class ChatRows:
         in_loss = np.append(conversations.in_loss, conversations.ends[-1])
         first_in_loss = in_loss[np.searchsorted(in_loss, self._starts + 1)]
         self._used = np.flatnonzero(first_in_loss <= self._starts + self._targets)
-        require(
+        check(
             self._used.size > 0,
             f"every one of the {self._targets.size} conversations has a prompt of more than train.sequence_length "
             f"({sequence_length}) tokens; raise it",
@@ -266,7 +266,7 @@ def chat_windows(
             is_scored = encoded.is_text[start + 1 : start + sequence_length + 1]
             if is_scored.any():
                 items.append((ids, is_scored))
-    require(bool(items), "the assistant says nothing in the held-out conversations; raise data.heldout_fraction")
+    check(bool(items), "the assistant says nothing in the held-out conversations; raise data.heldout_fraction")
     lengths = np.array([ids.size - 1 for ids, _ in items], np.int64)
     members, ends = _first_fit(np.arange(lengths.size), lengths, sequence_length)
     rows = [_row([items[member] for member in row], sequence_length) for row in np.split(members, ends[:-1])]
@@ -385,12 +385,12 @@ def load_chat_corpus(config: DataConfig) -> ChatCorpus:
     """
     conversations: list[Conversation] = []
     for file in source_files(config.source, "data.source"):
-        require(
+        check(
             file.is_jsonl,
             f"data.source {config.source!r}: {file.name} is no .jsonl file, as data.kind chat takes them; move it away",
         )
         conversations += (_conversation(record) for record in records(file.read().split(b"\n"), file))
-    require(
+    check(
         len(conversations) >= 2,
         f"data.source {config.source!r} holds {len(conversations)} conversations; it takes at least 2, one to hold out",
     )
@@ -398,7 +398,7 @@ def load_chat_corpus(config: DataConfig) -> ChatCorpus:
     # Runs of words, by which copies of texts are found, would not do: prompts of one kind are alike, and answers short.
     trained = {one.words for one in train}
     kept = [one for one in validation if one.words not in trained]
-    require(
+    check(
         bool(kept),
         f"data.source {config.source!r}: nothing is left to hold out, as every one of the {len(validation)} conversations "
         "chosen by name is also a training one; remove the copies or raise data.heldout_fraction",
@@ -416,13 +416,13 @@ def _conversation(record: Record) -> Conversation:
         )
     for number, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
-        require(
+        check(
             isinstance(message, dict)
             and isinstance(message.get("role"), str)
             and (isinstance(content, str) or (content is None and bool(message.get("tool_calls")))),
             f'{record.where}: message {number} needs a "role" and a "content", both strings (no content beside "tool_calls")',
         )
-    require(
+    check(
         any(message["role"] == ASSISTANT for message in messages),
         f"{record.where} has no message of the role {ASSISTANT!r}, so nothing in it can be learnt; remove the line",
     )

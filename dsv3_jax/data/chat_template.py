@@ -26,7 +26,7 @@ import jinja2.parser
 import jinja2.sandbox
 from etils import epath
 
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.tokenizer import Tokenizer, named_tokens, tokenizer_config, tokenizer_folder
 from dsv3_jax.files import write_whole
 
@@ -210,7 +210,7 @@ def escape_special_tokens(tokenizer: Tokenizer, messages: Sequence[Message], var
     tokens, pattern = _token_pattern(tokenizer)
     used = set(json.dumps([messages, variables], ensure_ascii=False, default=str))
     free = [mark for mark in _NONCHARACTERS if mark not in used]
-    require(
+    check(
         len(free) >= 2,
         f"the messages hold {len(_NONCHARACTERS) - len(free)} of the {len(_NONCHARACTERS)} noncharacters U+FDD0 to U+FDEF; "
         "remove them",

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.config.checks import require, require_positive, require_seed
+from dsv3_jax.config.checks import check, check_positive, check_seed
 from dsv3_jax.config.cli import cli_main, parse_flags
 from dsv3_jax.data.corpus import is_validation, split_tail
 from dsv3_jax.data.shards import FORMAT, KINDS, describe, file_record, read_json, shard_file, shard_record
@@ -70,11 +70,11 @@ class PrepareFlags:
     """Processes; None is one for each processor."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "shard_megabytes")
-        require_seed("seed", self.seed)
-        require(self.workers is None or self.workers >= 1, f"workers is {self.workers}; it must be at least 1")
-        require(0.0 < self.heldout_fraction < 1.0, f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1")
-        require(0.0 <= self.fim_rate <= 1.0, f"fim_rate is {self.fim_rate}; it must lie in 0..1")
+        check_positive(self, "shard_megabytes")
+        check_seed("seed", self.seed)
+        check(self.workers is None or self.workers >= 1, f"workers is {self.workers}; it must be at least 1")
+        check(0.0 < self.heldout_fraction < 1.0, f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1")
+        check(0.0 <= self.fim_rate <= 1.0, f"fim_rate is {self.fim_rate}; it must lie in 0..1")
 
 
 @cli_main
@@ -95,12 +95,12 @@ def prepare(flags: PrepareFlags) -> tuple[dict[str, Any], int]:
     Raises:
       ValueError: on whatever is wrong with the source, the tokenizer, or a folder that holds something else.
     """
-    require("://" not in flags.output, f"--output is {flags.output!r}; name a folder of this machine")
+    check("://" not in flags.output, f"--output is {flags.output!r}; name a folder of this machine")
     tokenizer = load_tokenizer(flags.tokenizer)
     named = named_tokens(flags.tokenizer)
     bos = _token_id(tokenizer, "bos_token", flags.bos_token, named.get("bos_token"), "<bos>")
     eos = _token_id(tokenizer, "eos_token", flags.eos_token, named.get("eos_token"), "<eos>")
-    require(eos is not None, "--eos-token is empty; name the token that ends a document")
+    check(eos is not None, "--eos-token is empty; name the token that ends a document")
     assert eos is not None
     fim = FillInTheMiddle.of(flags.fim_rate, flags.fim_tokens, flags.seed, tokenizer)
     options = {
@@ -122,7 +122,7 @@ def prepare(flags: PrepareFlags) -> tuple[dict[str, Any], int]:
     plan = _open_folder(folder, options, [file.name for file in files])
     if plan is None:
         pieces = cut_into_pieces(files, flags.shard_megabytes * 10**6)
-        require(bool(pieces), f"--source {flags.source!r} holds no text; name UTF-8 text or JSONL")
+        check(bool(pieces), f"--source {flags.source!r} holds no text; name UTF-8 text or JSONL")
         write_whole(folder / "tokenizer.json", tokenizer.to_json())
         plan = {"options": options, "files": [file.name for file in files], "pieces": pieces}
         write_whole(folder / "plan.json", json.dumps(plan) + "\n")
@@ -144,7 +144,7 @@ def _token_id(tokenizer: Tokenizer, option: str, given: str | None, named: str |
     text = given if given is not None else named if named is not None else usual
     if given is None and named is None and option == "bos_token" and usual not in ids:
         return None
-    require(text in ids, f"the tokenizer has no added token {text!r}; name its {option} with --{option.replace('_', '-')}")
+    check(text in ids, f"the tokenizer has no added token {text!r}; name its {option} with --{option.replace('_', '-')}")
     return ids[text]
 
 
@@ -162,12 +162,12 @@ def _open_folder(folder: Path, options: dict[str, Any], names: list[str]) -> dic
         raise ValueError(f"--output {str(folder)!r} cannot be written ({error}); name another folder") from error
     if not (folder / "plan.json").exists():
         others = sorted(path.name for path in folder.iterdir() if path.name != "tokenizer.json" and path.name[:1] != ".")
-        require(not others, f"--output {str(folder)!r} holds {others[:1]} and no plan.json; name another folder")
+        check(not others, f"--output {str(folder)!r} holds {others[:1]} and no plan.json; name another folder")
         return None
     plan = read_json(folder / "plan.json")
     before = plan.get("options", {})
     changed = [name for name in options if before.get(name) != options[name]]
-    require(
+    check(
         not changed,
         f"--output {str(folder)!r} was begun with {', '.join(f'{name} {before.get(name)}' for name in changed)}, now "
         f"{', '.join(str(options[name]) for name in changed)}; use the same, or name another folder",
@@ -203,8 +203,8 @@ def _write_meta(job: Job, options: dict[str, Any]) -> dict[str, Any]:
     shards = [read_json(shard_record(job.folder, number)) for number in range(len(job.pieces))]
     counts = {name: sum(shard[name] for shard in shards) for name in COUNTS}
     place = f"--source {job.source!r}"
-    require(counts["documents"] > 0, f"{place} gives no document to train on; give more text or a lower --heldout-fraction")
-    require(
+    check(counts["documents"] > 0, f"{place} gives no document to train on; give more text or a lower --heldout-fraction")
+    check(
         counts["heldout_documents"] > 0,
         f"{place}: of {counts['documents']} documents none was chosen to be held out; raise --heldout-fraction "
         f"({job.heldout_fraction}), in another --output",
@@ -306,7 +306,7 @@ def documents_in(piece: Piece, files: list[SourceFile]) -> Iterator[tuple[Docume
     for segment in piece:
         file = files[segment.file]
         size = file.path.stat().length if file.path.exists() else 0
-        require(
+        check(
             size == segment.size,
             f"{file.source}: {file.name} is {size} bytes now and was {segment.size}; put it back, or start in another --output",
         )

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.storage import Part
 
 # Rows, and tokens, of the longest stretch that is shuffled. It reads from some 130 parts of 32M tokens, whose orders of
@@ -110,7 +110,7 @@ class PackedRows:
         Raises:
           ValueError: if the text does not fill one row.
         """
-        require(
+        check(
             stream.epoch_length >= sequence_length,
             f"the training text is {stream.epoch_length} tokens, less than one row of train.sequence_length "
             f"({sequence_length}); give more text or a shorter train.sequence_length",

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.storage import NpyFile, Part, digest, load_or_make, stamp
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -43,7 +43,7 @@ class Shard:
         """Raises: ValueError, naming the file, if it is missing or is not what the folder's meta.json says."""
         self._tokens = NpyFile(tokens)
         self._ends_path = ends
-        require(
+        check(
             self._tokens.dtype == dtype and self._tokens.size == num_tokens,
             f"{tokens} holds {self._tokens.dtype}[{self._tokens.size}], not {dtype}[{num_tokens}]; prepare the folder again",
         )
@@ -112,8 +112,8 @@ def is_prepared(source: str) -> bool:
     folder = epath.Path(source).expanduser()
     if not (folder / "plan.json").exists() or not (folder / "tokenizer.json").exists():
         return False
-    require("://" not in source, f"{source} is a prepared folder; copy it to a disk of this machine, where it can be read fast")
-    require(
+    check("://" not in source, f"{source} is a prepared folder; copy it to a disk of this machine, where it can be read fast")
+    check(
         (folder / "meta.json").exists(),
         f"{source} is not whole yet (no meta.json): run the same python -m dsv3_jax.data.prepare again, which continues it",
     )
@@ -132,7 +132,7 @@ def open_prepared(source: str, cache_dir: str) -> Prepared:
     """
     folder = Path(source).expanduser()
     meta = read_json(folder / "meta.json")
-    require(
+    check(
         meta.get("format") == FORMAT,
         f"{folder / 'meta.json'} is of the format {meta.get('format')!r}, not {FORMAT!r}; prepare the folder again",
     )
@@ -141,7 +141,7 @@ def open_prepared(source: str, cache_dir: str) -> Prepared:
         expected |= {shard_file(folder, number, kind): shard["files"][kind] for kind in KINDS}
     for path, file in expected.items():
         size = stamp(path)[0]
-        require(
+        check(
             size == file["size"],
             f"{path} is {size} bytes, and was prepared with {file['size']}; it is damaged or foreign: copy or prepare it again",
         )
@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}); prepare the folder again") from error
-    require(isinstance(content, dict), f"{path} holds no object; prepare the folder again")
+    check(isinstance(content, dict), f"{path} holds no object; prepare the folder again")
     return content
 
 
@@ -194,16 +194,16 @@ def _hash() -> Any:
 def _check_digests(expected: dict[Path, dict[str, Any]], cache_dir: str) -> None:
     """Reads every file, unless these very ones were found right before."""
 
-    def check(item: tuple[Path, dict[str, Any]]) -> None:
+    def check_file(item: tuple[Path, dict[str, Any]]) -> None:
         path, file = item
-        require(
+        check(
             file_record(path) == file,
             f"{path} does not have the digest it was prepared with; it is damaged or foreign: copy or prepare it again",
         )
 
     def check_all(done: Path) -> None:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(check, expected.items()))
+            list(pool.map(check_file, expected.items()))
         done.touch()
 
     seen = digest(*(f"{path.absolute()} {stamp(path)} {file['digest']}" for path, file in expected.items()))

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 
 _REMEDY = "put it back, or make it again, and use --resume"
 
@@ -34,7 +34,7 @@ class NpyFile:
             mapped = np.load(path, mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is missing or damaged ({error}); copy it there, or make it again") from error
-        require(mapped.ndim == 1, f"{path} holds {mapped.dtype}{list(mapped.shape)}, no flat array; make it again")
+        check(mapped.ndim == 1, f"{path} holds {mapped.dtype}{list(mapped.shape)}, no flat array; make it again")
         self.dtype: np.dtype = mapped.dtype
         self.size: int = mapped.size
         self._offset = mapped.offset
@@ -47,12 +47,12 @@ class NpyFile:
         """
         start, stop, step = part.indices(self.size)
         assert step == 1
-        require(stamp(self._path) == self._stamp, f"{self._path} was changed while the run goes on; {_REMEDY}")
+        check(stamp(self._path) == self._stamp, f"{self._path} was changed while the run goes on; {_REMEDY}")
         try:
             read = np.fromfile(self._path, self.dtype, max(stop - start, 0), offset=self._offset + start * self.dtype.itemsize)
         except OSError as error:
             raise ValueError(f"{self._path} cannot be read ({error}); {_REMEDY}") from error
-        require(read.size == max(stop - start, 0), f"{self._path} was cut short while the run goes on; {_REMEDY}")
+        check(read.size == max(stop - start, 0), f"{self._path} was cut short while the run goes on; {_REMEDY}")
         return read
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from dsv3_jax.config import DataConfig, ModelConfig, TrainConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.chat import ChatCorpus, ChatRows, chat_windows, encode_conversations, load_chat_corpus, tokenize_chat
 from dsv3_jax.data.chat_template import ChatTemplate, load_chat_template
 from dsv3_jax.data.corpus import Corpus, load_corpus
@@ -17,7 +17,7 @@ from dsv3_jax.data.shards import Prepared, is_prepared, open_prepared
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.storage import ArrayPart, digest
 from dsv3_jax.data.tokenizer import Tokenizer, check_fits, document_marks, load_tokenizer, prepare_tokenizer
-from dsv3_jax.data.tokens import ValidationWindows, fill_in_the_middle, require_reproduced, tokenize_corpus
+from dsv3_jax.data.tokens import ValidationWindows, check_reproduced, fill_in_the_middle, tokenize_corpus
 
 
 class Split(Protocol):
@@ -125,7 +125,7 @@ def _prepare_documents(data: DataConfig, model: ModelConfig, train: TrainConfig)
 
 
 def _prepare_chat(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
-    require(
+    check(
         data.tokenizer is not None,
         "data.tokenizer is None, but conversations (data.kind chat) take the tokenizer and the chat template of a checkpoint; "
         "name its folder",
@@ -145,7 +145,7 @@ def _prepare_chat(data: DataConfig, model: ModelConfig, train: TrainConfig) -> D
             rows[name] = packed = ChatRows(conversations, train.sequence_length, train.seed)
             encoded = list(encode_conversations(corpus.validation_conversations, template, tokenizer))
             scored = [Document(one.name, ids.said) for one, ids in zip(corpus.validation_conversations, encoded, strict=True)]
-            require_reproduced(scored, [ids.ids[ids.is_text] for ids in encoded], tokenizer)
+            check_reproduced(scored, [ids.ids[ids.is_text] for ids in encoded], tokenizer)
             windows[name] = chat_windows(encoded, **_shape(data, train))
         opened[name] = dataclasses.replace(corpus, validation=scored)
         reports[name] = f"{corpus.report}; {packed.report}"
@@ -197,13 +197,13 @@ def _tokenizer(data: DataConfig, model: ModelConfig, sources: Mapping[str, Corpu
     name, first = prepared[0]
     content = first.tokenizer.to_json()
     for other, source in prepared[1:]:
-        require(
+        check(
             source.tokenizer.to_json() == content,
             f"the prepared folders {name!r} and {other!r} have different tokenizers; prepare one of them again, with that of "
             "the other (--tokenizer)",
         )
     if data.tokenizer is not None:
-        require(
+        check(
             load_tokenizer(data.tokenizer).to_json() == content,
             f"data.tokenizer {data.tokenizer!r} is not the one that {name!r} was prepared with; prepare the folder "
             "again with it (--tokenizer), or name no data.tokenizer",
@@ -215,17 +215,17 @@ def _tokenizer(data: DataConfig, model: ModelConfig, sources: Mapping[str, Corpu
 def _check_prepared(name: str, source: Prepared, data: DataConfig, model: ModelConfig, train: TrainConfig) -> None:
     meta = source.meta
     marks = meta["bos_token_id"], meta["eos_token_id"]
-    require(
+    check(
         marks == document_marks(model),
         f"{name!r} was prepared with documents between the ids {marks[0]} and {marks[1]}, but model.bos_token_id and "
         f"model.eos_token_id are {document_marks(model)}; set them alike, or prepare it again (--bos-token, --eos-token)",
     )
-    require(
+    check(
         meta["fim_rate"] == data.fim_rate,
         f"{name!r} was prepared with --fim-rate {meta['fim_rate']}, but data.fim_rate is {data.fim_rate}; set it alike, or "
         "prepare the folder again",
     )
-    require(
+    check(
         not data.fim_rate or meta["fim_tokens"] == list(data.fim_tokens),
         f"{name!r} was prepared with --fim-tokens {meta['fim_tokens']}, but data.fim_tokens is {list(data.fim_tokens)}; set "
         "them alike",

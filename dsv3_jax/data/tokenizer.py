@@ -20,7 +20,7 @@ from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax.config import DataConfig, ModelConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.storage import digest, load_or_make
@@ -108,7 +108,7 @@ def document_marks(model: ModelConfig) -> tuple[int | None, int]:
     Raises:
       ValueError: if the model has no eos_token_id.
     """
-    require(bool(model.eos_token_ids), "model.eos_token_id is None; training needs a token that ends a document, such as 1")
+    check(bool(model.eos_token_ids), "model.eos_token_id is None; training needs a token that ends a document, such as 1")
     return model.bos_token_id, model.eos_token_ids[0]
 
 
@@ -162,7 +162,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[st
       ValueError: if the vocabulary has no room for every byte and the special tokens.
     """
     least = 256 + len(specials)
-    require(
+    check(
         vocab_size >= least,
         f"model.vocab_size is {vocab_size}; a byte-level tokenizer with {list(specials)} needs at least {least}",
     )
@@ -199,7 +199,7 @@ def _trained_specials(model: ModelConfig, data: DataConfig) -> list[str]:
     """The special tokens in the order of their ids: those of the model, then the three to fill in the middle with."""
     bos, eos = document_marks(model)
     named = {eos: "<eos>"} if bos is None else {bos: "<bos>", eos: "<eos>"}
-    require(
+    check(
         sorted(named) == list(range(2 if bos is not None else 1)) and len(model.eos_token_ids) == 1,
         f"model.bos_token_id {model.bos_token_id} and model.eos_token_id {model.eos_token_id} do not fit a tokenizer "
         "trained here, whose special tokens come first; use 0 and 1, or None and 0, or name a data.tokenizer",
@@ -219,12 +219,12 @@ def _training_texts(documents: Sequence[Document]) -> Iterable[str]:
 
 def check_fits(tokenizer: Tokenizer, model: ModelConfig, name: str) -> None:
     """Raises ValueError unless the ids of the tokenizer `name` are the model's, and the document marks none of its texts'."""
-    require(
+    check(
         tokenizer.vocab_size <= model.vocab_size,
         f"{name} has {tokenizer.vocab_size} ids; raise model.vocab_size ({model.vocab_size}) to that",
     )
     for field, id_ in zip(("bos_token_id", "eos_token_id"), document_marks(model), strict=True):
-        require(
+        check(
             id_ is None or id_ in tokenizer.special_tokens or id_ >= tokenizer.vocab_size,
             f"model.{field} {id_} is an ordinary token of {name}; "
             f"use one of its special tokens: {dict(sorted(tokenizer.special_tokens.items())[:8])}",
@@ -254,7 +254,7 @@ def tokenizer_config(tokenizer: str | epath.PathLike) -> dict[str, Any]:
         config = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}); copy it from the checkpoint again") from error
-    require(isinstance(config, dict), f"{file} holds no JSON object; copy it from the checkpoint again")
+    check(isinstance(config, dict), f"{file} holds no JSON object; copy it from the checkpoint again")
     return config
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from dsv3_jax.config import DataConfig, ModelConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.rows import Row
 from dsv3_jax.data.sources import Document
@@ -41,9 +41,9 @@ def tokenize_corpus(
 
     def load(path: Path) -> NpyFile:
         tokens = NpyFile(path)
-        require(tokens.dtype == dtype, f"holds {tokens.dtype}, not {dtype}")
+        check(tokens.dtype == dtype, f"holds {tokens.dtype}, not {dtype}")
         ends = np.flatnonzero(tokens[:] == eos)
-        require(ends.size == len(corpus.train) and ends[-1] == tokens.size - 1, "documents are missing")
+        check(ends.size == len(corpus.train) and ends[-1] == tokens.size - 1, "documents are missing")
         return tokens
 
     def write(path: Path) -> None:
@@ -116,7 +116,7 @@ class FillInTheMiddle:
             return None
         known = {text: id_ for id_, text in tokenizer.added_tokens.items()}
         missing = [token for token in tokens if token not in known]
-        require(
+        check(
             not missing,
             f"the tokenizer has no tokens {missing} to fill in the middle with; name those it has (data.fim_tokens), or set "
             "data.fim_rate to 0",
@@ -148,7 +148,7 @@ class FillInTheMiddle:
         marks = [id_ for id_ in ids if id_ in (self.begin, self.hole, self.end)]
         if not marks:
             return tokenizer.decode(ids)
-        require(
+        check(
             marks == [self.begin, self.hole, self.end],
             f"the marks of a filled-in document are {marks}; they must be {[self.begin, self.hole, self.end]}, once each",
         )
@@ -195,18 +195,18 @@ class ValidationWindows:
           ValueError: if there is no document, if the tokenizer does not give a document back unchanged, so that
             its tokens would not stand for all of the bytes, or if it gives ids outside the model's vocabulary.
         """
-        require(len(documents) > 0, "there is no held-out text to score")
+        check(len(documents) > 0, "there is no held-out text to score")
         bos, eos = document_marks(model)
         opening = [] if bos is None else [bos]
         tokens, scored, opens = [eos], [False], []
         encoded = tokenizer.encode_documents([document.text for document in documents])
-        require_reproduced(documents, encoded, tokenizer)
+        check_reproduced(documents, encoded, tokenizer)
         for ids in encoded:
             opens.append(len(tokens))
             tokens += [*opening, *ids, eos]
             scored += [*[False] * len(opening), *[True] * len(ids), False]
         highest = max(tokens)
-        require(
+        check(
             highest < model.vocab_size,
             f"the tokenizer gives token id {highest}, outside the model's vocabulary of {model.vocab_size}; use the "
             "tokenizer.json that the model was trained with",
@@ -223,7 +223,7 @@ class ValidationWindows:
     @classmethod
     def of_rows(cls, rows: Sequence[Row], num_bytes: int, batch_size: int, *, across_documents: bool) -> ValidationWindows:
         """Windows made elsewhere; their weights are 1 at the tokens that spell the `num_bytes` bytes, each once."""
-        require(len(rows) > 0, "there is no held-out text to score")
+        check(len(rows) > 0, "there is no held-out text to score")
         windows = cls.__new__(cls)
         windows._set(Row(*map(np.stack, zip(*rows, strict=True))), num_bytes, batch_size, across_documents)
         return windows
@@ -264,10 +264,10 @@ class ValidationWindows:
             yield ValidationBatch(tokens, targets, weights, None if self._across_documents else starts)
 
 
-def require_reproduced(documents: Sequence[Document], encoded: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
+def check_reproduced(documents: Sequence[Document], encoded: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
     """Raises ValueError, naming a document, unless its ids stand for all of its bytes."""
     for document, ids in zip(documents, encoded, strict=True):
-        require(
+        check(
             tokenizer.decode(ids) == document.text,
             f"the tokenizer does not reproduce {document.name!r}, so bits per byte would be wrong; use a byte-level one",
         )

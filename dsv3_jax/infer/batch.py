@@ -15,7 +15,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.chat_template import ChatTemplate, Message, closing_tokens, encode_prompt
 from dsv3_jax.data.sources import paired
 from dsv3_jax.data.storage import digest
@@ -157,11 +157,11 @@ def read_prompt_lines(path: str) -> PromptLines:
       ValueError: naming the line and the key, at the first that is wrong; or if there is no such file, or no line in it.
     """
     file = epath.Path(path).expanduser()
-    require(file.is_file(), f"--batch-file {path} does not exist; name a file with one JSON object a line")
+    check(file.is_file(), f"--batch-file {path} does not exist; name a file with one JSON object a line")
     data = file.read_bytes()
     texts = enumerate(data.split(b"\n"))
     lines = [_line(index, f"{path}:{index + 1}", text) for index, text in texts if text.strip()]
-    require(bool(lines), f'--batch-file {path} is empty; write one object a line, such as {{"prompt": "..."}}')
+    check(bool(lines), f'--batch-file {path} is empty; write one object a line, such as {{"prompt": "..."}}')
     return PromptLines(lines, digest(data))
 
 
@@ -170,32 +170,32 @@ def _line(index: int, where: str, text: bytes) -> PromptLine:
         values = json.loads(text.decode("utf-8"))
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON ({error}); each line must be one object") from error
-    require(isinstance(values, dict), f"{where} is {type(values).__name__}, not an object; each line must be one object")
+    check(isinstance(values, dict), f"{where} is {type(values).__name__}, not an object; each line must be one object")
     if (unknown := next((key for key in values if key not in KEYS), None)) is not None:
         nearest = max(KEYS, key=lambda key: difflib.SequenceMatcher(None, unknown, key).ratio())
         raise ValueError(f'{where} has the unknown key "{unknown}"; the nearest is "{nearest}" (all: {", ".join(KEYS)})')
     kinds = [key for key in ("prompt", "messages") if key in values]
-    require(len(kinds) == 1, f'{where} has {" and ".join(kinds) or "no prompt"}; give either "prompt" or "messages"')
+    check(len(kinds) == 1, f'{where} has {" and ".join(kinds) or "no prompt"}; give either "prompt" or "messages"')
     name = values.get("id")
     is_text = isinstance(name, str) and paired(name) == name
     is_integer = isinstance(name, int) and not isinstance(name, bool)
-    require(name is None or is_text or is_integer, f"{where}: id is {name!r}; use a text or an integer")
+    check(name is None or is_text or is_integer, f"{where}: id is {name!r}; use a text or an integer")
     content = _prompt(values["prompt"], where) if "prompt" in values else _messages(values["messages"], where)
     return PromptLine(index, where, content, kinds == ["messages"], name, _sampling(values, where))
 
 
 def _prompt(prompt: Any, where: str) -> str | list[int]:
     is_ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
-    require(isinstance(prompt, str) or is_ids, f"{where}: prompt is {prompt!r:.100}; use a string or a list of token ids")
+    check(isinstance(prompt, str) or is_ids, f"{where}: prompt is {prompt!r:.100}; use a string or a list of token ids")
     return prompt
 
 
 def _messages(messages: Any, where: str) -> list[Message]:
     is_list = isinstance(messages, list) and bool(messages)
-    require(is_list, f'{where}: messages is {messages!r:.100}; use a list like [{{"role": "user", "content": "..."}}]')
+    check(is_list, f'{where}: messages is {messages!r:.100}; use a list like [{{"role": "user", "content": "..."}}]')
     for number, message in enumerate(messages):
         is_message = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        require(is_message, f'{where}: messages[{number}] needs a "role" and a "content", both strings')
+        check(is_message, f'{where}: messages[{number}] needs a "role" and a "content", both strings')
     return messages
 
 
@@ -235,10 +235,10 @@ class CompletionLines:
         self._path = pathlib.Path(path).expanduser()
         self._settings_path = pathlib.Path(f"{self._path}.settings.json")
         self._settings = json.loads(json.dumps(settings))
-        require_place(path)
+        check_place(path)
         is_new = not self._path.exists() or not self._path.stat().st_size
         if not is_new:
-            self._require_same_settings()
+            self._check_same_settings()
         self._file = self._path.open("ab")
         try:
             self._lock()
@@ -267,7 +267,7 @@ class CompletionLines:
         self._file.write(json.dumps(told, ensure_ascii=False).encode("utf-8") + b"\n")
         self._file.flush()
 
-    def _require_same_settings(self) -> None:
+    def _check_same_settings(self) -> None:
         remedy = f"name another file, or delete {self._path.name} to begin anew"
         try:
             before = json.loads(self._settings_path.read_text("utf-8"))
@@ -275,7 +275,7 @@ class CompletionLines:
             raise ValueError(f"{self._path} exists, but what it was made from cannot be read ({error}); {remedy}") from error
         for name, value in self._settings.items():
             there = before.get(name) if isinstance(before, dict) else None
-            require(there == value, f"{self._path} was made with {name} {there!r}, not {value!r}; {remedy}")
+            check(there == value, f"{self._path} was made with {name} {there!r}, not {value!r}; {remedy}")
 
     def _lock(self) -> None:
         try:
@@ -301,14 +301,14 @@ class CompletionLines:
         except (ValueError, TypeError, KeyError):
             index = None
         is_one = isinstance(index, int) and index in indices
-        require(is_one, f"{self._path}:{number} is no completion of this batch; restore the file, or delete it to begin anew")
+        check(is_one, f"{self._path}:{number} is no completion of this batch; restore the file, or delete it to begin anew")
         return index
 
 
-def require_place(path: str, prompts: str | None = None) -> None:
+def check_place(path: str, prompts: str | None = None) -> None:
     """Raises ValueError where no file of completions can be, or where the file of `prompts` is."""
     place = pathlib.Path(path).expanduser()
-    require(place.parent.is_dir(), f"{place.parent} does not exist; make the folder for {place.name}")
-    require(not place.is_dir(), f"{path} is a folder; name a file for the completions")
+    check(place.parent.is_dir(), f"{place.parent} does not exist; make the folder for {place.name}")
+    check(not place.is_dir(), f"{path} is a folder; name a file for the completions")
     is_same = prompts is not None and place.exists() and place.samefile(pathlib.Path(prompts).expanduser())
-    require(not is_same, f"{path} holds the prompts; name another file for the completions")
+    check(not is_same, f"{path} holds the prompts; name another file for the completions")

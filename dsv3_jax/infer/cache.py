@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.model.mla import CacheMetadata, Latents
 from dsv3_jax.model.transformer import stack_sizes
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
@@ -40,8 +40,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, size in dataclasses.asdict(self).items():
-            require(size >= 1 or name == "drafts", f"{name} is {size}; it must be at least 1")
-        require(self.drafts >= 0, f"drafts is {self.drafts}; it cannot be negative, use 0")
+            check(size >= 1 or name == "drafts", f"{name} is {size}; it must be at least 1")
+        check(self.drafts >= 0, f"drafts is {self.drafts}; it cannot be negative, use 0")
 
     @classmethod
     def of(
@@ -57,7 +57,7 @@ class EngineConfig:
         cache_tokens: int | None = None,
     ) -> EngineConfig:
         """The sizes of an engine for a model. Arguments and errors as those of `Engine`."""
-        require_sizes(
+        check_sizes(
             max_batch=max_batch,
             max_length=max_length,
             drafts=drafts,
@@ -67,9 +67,9 @@ class EngineConfig:
         )
         context = config.max_position_embeddings
         can_draft = config.num_nextn_predict_layers > 0
-        require(can_draft or not drafts, f"drafts is {drafts}; the model has no MTP depth to draft with, use 0")
+        check(can_draft or not drafts, f"drafts is {drafts}; the model has no MTP depth to draft with, use 0")
         parts = 1 if mesh is None else mesh.shape["context"]
-        require(parts == 1, f"mesh.context is {parts}; inference does not split sequences, use 1")
+        check(parts == 1, f"mesh.context is {parts}; inference does not split sequences, use 1")
         shards = num_shards(mesh)
         page_size = (128 if jax.default_backend() == "tpu" else 64) if page_size is None else page_size
         slots = -(-max_batch // shards)
@@ -80,13 +80,13 @@ class EngineConfig:
             pages = cache_tokens // shards // page_size
             room = pages * page_size - _places_beyond(drafts)
             longest = min(longest, room) if max_length is None else longest
-            require(
+            check(
                 2 <= longest <= room,
                 f"cache_tokens is {cache_tokens}, and in pages of {page_size} for each of {shards} parts of the batch the "
                 f"longest sequence it holds has {max(room, 0)} tokens; raise it"
                 + ("" if max_length is None else f", or lower max_length ({max_length})"),
             )
-        require(2 <= longest <= context, f"max_length is {longest}; it must lie in 2..{context} (max_position_embeddings)")
+        check(2 <= longest <= context, f"max_length is {longest}; it must lie in 2..{context} (max_position_embeddings)")
         return cls(shards, slots, pages, page_size, longest, chunk, drafts)
 
     @property
@@ -133,7 +133,7 @@ def chunk_sizes(longest: int) -> list[int]:
     return sizes
 
 
-def require_sizes(
+def check_sizes(
     *,
     max_batch: int | None,
     max_length: int | None,
@@ -153,12 +153,12 @@ def require_sizes(
     }
     for name, size in given.items():
         is_integer = isinstance(size, int) and not isinstance(size, bool)
-        require(size is None or is_integer, f"{name} is {size!r}; use an integer")
-    require(max_batch is None or max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
-    require(drafts is None or drafts >= 0, f"drafts is {drafts}; it cannot be negative, use 0")
+        check(size is None or is_integer, f"{name} is {size!r}; use an integer")
+    check(max_batch is None or max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
+    check(drafts is None or drafts >= 0, f"drafts is {drafts}; it cannot be negative, use 0")
     is_power = chunk >= SMALLEST_CHUNK and not chunk & (chunk - 1)
-    require(is_power, f"chunk is {chunk}; it must be a power of two from {SMALLEST_CHUNK}")
-    require(page_size is None or page_size >= 1, f"page_size is {page_size}; it must be at least 1")
+    check(is_power, f"chunk is {chunk}; it must be a power of two from {SMALLEST_CHUNK}")
+    check(page_size is None or page_size >= 1, f"page_size is {page_size}; it must be at least 1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

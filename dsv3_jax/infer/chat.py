@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.data.chat_template import ChatTemplate, Message, closing_tokens, encode_prompt
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer.engine import Engine
@@ -55,7 +55,7 @@ class Conversation:
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         ids = encode_prompt(self._template, self._tokenizer, system + said)
         most = self._engine.sizes.max_length
-        require(len(ids) < most, f"the conversation's {len(ids)} tokens leave no room for a reply in max_length {most}")
+        check(len(ids) < most, f"the conversation's {len(ids)} tokens leave no room for a reply in max_length {most}")
         return self._record(said, self._engine.stream_text(ids, self._params))
 
     def _record(self, said: list[Message], updates: Iterator[Update]) -> Generator[Update]:

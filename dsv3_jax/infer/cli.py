@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config import DataConfig, InferConfig, MeshConfig, ModelConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.config.cli import DistributedFlags
-from dsv3_jax.infer.cache import require_sizes
+from dsv3_jax.infer.cache import check_sizes
 from dsv3_jax.infer.sampling import SamplingParams
 
 DEFAULT_DRAFTS = 1
@@ -81,10 +81,10 @@ class InferFlags:
 
     def __post_init__(self) -> None:
         given = [f"--{name}" for name, is_given in self.modes().items() if is_given]
-        require(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
+        check(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
         # What is out of range is refused before a model is read.
         self.sampling(InferConfig(), 1)
-        require_sizes(**{name: getattr(self, name) for name in ENGINE_FIELDS})
+        check_sizes(**{name: getattr(self, name) for name in ENGINE_FIELDS})
 
     def modes(self) -> dict[str, bool]:
         """What can be done, and which of it is asked for."""

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer.cache import EngineConfig, bytes_per_token
-from dsv3_jax.infer.request import Chunk, Completion, Prompt, Request, TextCodec, TokenLogprobs, Update, prompt_ids, require_id
+from dsv3_jax.infer.request import Chunk, Completion, Prompt, Request, TextCodec, TokenLogprobs, Update, check_id, prompt_ids
 from dsv3_jax.infer.request import Sequence as Scheduled
 from dsv3_jax.infer.runner import Drawn, Runner
 from dsv3_jax.infer.sampling import Sampler, SamplingParams
@@ -90,7 +90,7 @@ class Engine:
             page_size=page_size,
             cache_tokens=cache_tokens,
         )
-        _require_arrays_of(config, variables)
+        _check_arrays_of(config, variables)
         self.config, self.tokenizer = config, tokenizer
         self._new_scheduler = functools.partial(Scheduler, self.sizes, prefix_cache=prefix_cache)
         self._scheduler = self._new_scheduler()
@@ -239,7 +239,7 @@ class Engine:
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = prompt_ids(prompt, self.config, self.tokenizer, self.sizes.max_length)
         for i in (*params.logit_bias, *params.stop_token_ids):
-            require_id(i, self.config)
+            check_id(i, self.config)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop is {list(params.stop)}, but the engine has no tokenizer; use stop_token_ids")
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.config.eos_token_ids))
@@ -337,7 +337,7 @@ def _told(report: Any, row: int, i: int, token: int, num: int) -> TokenLogprobs:
     return TokenLogprobs(token, float(report.chosen_BT[row, i]), list(top))
 
 
-def _require_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
+def _check_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
     arrays = traverse_util.flatten_dict(variables)
     for path, expected in traverse_util.flatten_dict(abstract_variables(config)).items():
         shape = arrays[path].shape if path in arrays else None

@@ -187,11 +187,11 @@ def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) 
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")
     for i in ids:
-        require_id(i, config)
+        check_id(i, config)
     return ids
 
 
-def require_id(i: int, config: ModelConfig) -> None:
+def check_id(i: int, config: ModelConfig) -> None:
     """Raises ValueError for what is no id of the vocabulary."""
     if not 0 <= i < config.vocab_size:
         raise ValueError(f"token id {i} is outside the vocabulary of {config.vocab_size}")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dsv3_jax.config.checks import require, require_numbers, require_positive, require_seed
+from dsv3_jax.config.checks import check, check_numbers, check_positive, check_seed
 
 MOST_LOGPROBS = 20
 # Of float32; the smallest is the smallest normal number, by which 0 can still be divided.
@@ -53,19 +53,19 @@ class SamplingParams:
     """Goes on after an end-of-text token of the model."""
 
     def __post_init__(self) -> None:
-        require_numbers(self)
-        require_positive(self, "max_tokens")
-        require_seed("seed", self.seed)
-        require(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative (0 is greedy)")
-        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1] (1 keeps every token)")
-        require(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative (0 keeps every token)")
-        require(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must lie in [0, 1] (0 keeps every token)")
+        check_numbers(self)
+        check_positive(self, "max_tokens")
+        check_seed("seed", self.seed)
+        check(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative (0 is greedy)")
+        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1] (1 keeps every token)")
+        check(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative (0 keeps every token)")
+        check(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must lie in [0, 1] (0 keeps every token)")
         penalty = self.repetition_penalty
-        require(penalty > 0, f"repetition_penalty is {penalty}; it must be above 0 (1 changes nothing)")
+        check(penalty > 0, f"repetition_penalty is {penalty}; it must be above 0 (1 changes nothing)")
         if self.logprobs is not None:
             in_range = 0 <= self.logprobs <= MOST_LOGPROBS
-            require(in_range, f"logprobs is {self.logprobs}; it must lie in 0..{MOST_LOGPROBS}, or be None")
-        require(isinstance(self.ignore_eos, bool), f"ignore_eos is {self.ignore_eos!r}; use True or False")
+            check(in_range, f"logprobs is {self.logprobs}; it must lie in 0..{MOST_LOGPROBS}, or be None")
+        check(isinstance(self.ignore_eos, bool), f"ignore_eos is {self.ignore_eos!r}; use True or False")
         # Copies of the collections, which a caller may go on to change.
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
@@ -79,27 +79,27 @@ class SamplingParams:
 def _stop_texts(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     is_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
-    require(is_texts, f"stop is {stop!r}; use a string or a list of strings")
+    check(is_texts, f"stop is {stop!r}; use a string or a list of strings")
     for text in texts:
         is_text = not any("\ud800" <= character <= "\udfff" for character in text)
-        require(is_text, f"stop has {text!r}, which is no text: half of a surrogate pair is never generated; leave it out")
-    require("" not in texts, f"stop is {stop!r}; an empty string would end every completion, leave it out")
+        check(is_text, f"stop has {text!r}, which is no text: half of a surrogate pair is never generated; leave it out")
+    check("" not in texts, f"stop is {stop!r}; an empty string would end every completion, leave it out")
     return tuple(texts)
 
 
 def _stop_ids(ids: Any) -> tuple[int, ...]:
     is_ids = isinstance(ids, list | tuple) and all(_is_id(i) for i in ids)
-    require(is_ids, f"stop_token_ids is {ids!r}; use a list of token ids, which are integers from 0")
+    check(is_ids, f"stop_token_ids is {ids!r}; use a list of token ids, which are integers from 0")
     return tuple(ids)
 
 
 def _biases(biases: Any) -> dict[int, float]:
-    require(isinstance(biases, Mapping), f"logit_bias is {biases!r}; use a dict from token id to what its logit gains")
+    check(isinstance(biases, Mapping), f"logit_bias is {biases!r}; use a dict from token id to what its logit gains")
     for token, bias in biases.items():
-        require(_is_id(token), f"logit_bias has the token {token!r}; token ids are integers from 0")
+        check(_is_id(token), f"logit_bias has the token {token!r}; token ids are integers from 0")
         is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
         is_finite = is_number and abs(bias) <= sys.float_info.max
-        require(is_finite, f"logit_bias of token {token} is {bias!r}; use a finite number (-100 all but forbids a token)")
+        check(is_finite, f"logit_bias of token {token} is {bias!r}; use a finite number (-100 all but forbids a token)")
     return dict(biases)
 
 
@@ -143,7 +143,7 @@ class Sampler:
           ValueError: if a token of `logit_bias` is outside the vocabulary.
         """
         for token in params.logit_bias:
-            require(token < vocab_size, f"logit_bias has the token {token}; the vocabulary ends at {vocab_size - 1}")
+            check(token < vocab_size, f"logit_bias has the token {token}; the vocabulary ends at {vocab_size - 1}")
         bias_BV = np.zeros((1, vocab_size), np.float32)
         for token, bias in params.logit_bias.items():
             bias_BV[0, token] = min(max(bias, -LARGEST), LARGEST)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.gpu.experts import expert_ffn_pallas_gpu
 from dsv3_jax.kernels.gpu.hopper import unsupported_reason
-from dsv3_jax.kernels.quantized import QuantizedArray, require_trainable
+from dsv3_jax.kernels.quantized import QuantizedArray, check_trainable
 from dsv3_jax.kernels.tpu.experts import expert_ffn_pallas_tpu
 from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 
@@ -157,7 +157,7 @@ def _forward(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """As `expert_ffn_tiles`, keeping gate and up: to read them back is cheaper than two of eight products again."""
-    require_trainable((w_gate_EDF, w_up_EDF, w_down_EFD))
+    check_trainable((w_gate_EDF, w_up_EDF, w_down_EFD))
     num_rows, hidden = x_RD.shape[0], w_gate_EDF.shape[2]
 
     def visit(e: jax.Array, over_tiles: Callable, carry: Any) -> Any:

@@ -101,7 +101,7 @@ def _repeated(scale: jax.Array, times: tuple[int, int], sizes: tuple[int, int]) 
     return scale
 
 
-def require_trainable(weights: Any) -> None:
+def check_trainable(weights: Any) -> None:
     """Raises ValueError if a tree holds such a weight."""
     for weight in jax.tree.leaves(weights, is_leaf=is_quantized):
         if is_quantized(weight):

@@ -148,7 +148,7 @@ def first_process_first(function: Callable[[], Result]) -> Result:
     return on_every_process(lambda: results[0] if results else function())
 
 
-def require_agreement(values: Any) -> None:
+def check_agreement(values: Any) -> None:
     """Raises ValueError, on every process, unless all of them hold the same values.
 
     Args:
@@ -172,7 +172,7 @@ def require_agreement(values: Any) -> None:
     _judged_by_first_process(json.dumps(named), compare)
 
 
-def require_shared(path: epath.Path) -> None:
+def check_shared(path: epath.Path) -> None:
     """Raises ValueError, on every process, unless all of them see `path`, which process 0 has written."""
 
     def look() -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsv3_jax.config import Config, MeshConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.config.cli import cli_main, parse_with_config
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.devices import Chip
@@ -60,15 +60,15 @@ class PlanFlags:
     """Print one JSON object and nothing else."""
 
     def __post_init__(self) -> None:
-        require(self.slices >= 1, f"--slices is {self.slices}; it must be at least 1")
-        require(self.devices is None or self.devices >= 1, f"--devices is {self.devices}; it must be at least 1")
-        require(self.topology is None or self.devices is None, "--topology and --devices exclude each other; keep one")
-        require(self.slices == 1 or self.topology is not None, "--slices belongs to --topology; name the topology of one slice")
+        check(self.slices >= 1, f"--slices is {self.slices}; it must be at least 1")
+        check(self.devices is None or self.devices >= 1, f"--devices is {self.devices}; it must be at least 1")
+        check(self.topology is None or self.devices is None, "--topology and --devices exclude each other; keep one")
+        check(self.slices == 1 or self.topology is not None, "--slices belongs to --topology; name the topology of one slice")
         if self.mode == "serve":
-            require(self.topology is not None or self.devices is not None, "--mode serve takes --topology or --devices")
-            require(self.slices == 1, f"--slices is {self.slices}; slices serve each by itself, so leave it out")
+            check(self.topology is not None or self.devices is not None, "--mode serve takes --topology or --devices")
+            check(self.slices == 1, f"--slices is {self.slices}; slices serve each by itself, so leave it out")
         else:
-            require(self.serve == Serving(), "--serve.* belongs to --mode serve; add that")
+            check(self.serve == Serving(), "--serve.* belongs to --mode serve; add that")
 
 
 @cli_main
@@ -78,7 +78,7 @@ def main() -> None:
     compiled = flags.topology is not None or flags.devices is not None
     chip = None if flags.topology is None else chip_of(flags.topology)
     if flags.mode == "serve":
-        _refuse_fields_of_training(sys.argv[1:])
+        _check_no_training_fields(sys.argv[1:])
         devices = tpu_devices(flags.topology) if flags.topology else use_cpu_devices(flags.devices or 1)
         named = any(argument.startswith("--mesh.") for argument in sys.argv[1:])
         serving_mesh = config.mesh if named else None
@@ -118,7 +118,7 @@ def _without_mesh_of_training(flags: PlanFlags, config: Config) -> Config:
     return dataclasses.replace(config, mesh=MeshConfig()) if flags.mode == "serve" else config
 
 
-def _refuse_fields_of_training(arguments: Sequence[str]) -> None:
+def _check_no_training_fields(arguments: Sequence[str]) -> None:
     groups = {field.name for field in dataclasses.fields(Config)} - {"model", "mesh"}
     for argument in arguments:
         name = argument.partition("=")[0]

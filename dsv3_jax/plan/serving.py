@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from dsv3_jax.checkpoint.fp8 import EXPORT_BLOCK, scale_shape
 from dsv3_jax.checkpoint.names import Leaf, leaves
 from dsv3_jax.config import MeshConfig, ModelConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.infer.cache import ROWS, SMALLEST_CHUNK, chunk_sizes, empty_cache, pages_for
 from dsv3_jax.infer.runner import Slots, laid_out
 from dsv3_jax.kernels.quantized import QuantizedArray, is_quantized
@@ -46,15 +46,15 @@ class Serving:
 
     def __post_init__(self) -> None:
         for name in ("batch", "context", "chunk"):
-            require(getattr(self, name) >= 1, f"--serve.{name} is {getattr(self, name)}; it must be at least 1")
-        require(self.drafts in (0, 1), f"--serve.drafts is {self.drafts}; choose 0 or 1")
-        require(
+            check(getattr(self, name) >= 1, f"--serve.{name} is {getattr(self, name)}; it must be at least 1")
+        check(self.drafts in (0, 1), f"--serve.drafts is {self.drafts}; choose 0 or 1")
+        check(
             self.chunk <= self.context,
             f"--serve.chunk is {self.chunk}, more than --serve.context ({self.context}); make it that at most",
         )
         # The engine pads chunks to these.
         is_size = self.chunk in chunk_sizes(self.chunk)
-        require(is_size, f"--serve.chunk is {self.chunk}; it must be a power of two from {SMALLEST_CHUNK}")
+        check(is_size, f"--serve.chunk is {self.chunk}; it must be a power of two from {SMALLEST_CHUNK}")
 
     @property
     def start(self) -> int:
@@ -129,18 +129,18 @@ def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 def check_model(config: ModelConfig, serving: Serving) -> None:
     """Raises ValueError for what the model does not do on any mesh."""
     longest = config.max_position_embeddings
-    require(
+    check(
         serving.context <= longest,
         f"--serve.context is {serving.context}, and the model goes to {longest} tokens; lower it (and --serve.chunk)",
     )
     has_depth = config.num_nextn_predict_layers > 0
-    require(has_depth or not serving.drafts, "--serve.drafts is 1, and the model has no MTP depth; set it to 0")
+    check(has_depth or not serving.drafts, "--serve.drafts is 1, and the model has no MTP depth; set it to 0")
 
 
 def check_serves(config: ModelConfig, serving: Serving, sizes: dict[str, int]) -> None:
     """Raises ValueError, naming both, where a mesh does not divide what it splits, or the model does not go so far."""
     check_model(config, serving)
-    require(sizes["context"] == 1, f"mesh.context is {sizes['context']}; generation does not split sequences, use 1")
+    check(sizes["context"] == 1, f"mesh.context is {sizes['context']}; generation does not split sequences, use 1")
     shards = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
     splits = [
         ("--serve.batch", serving.batch, "mesh.data * mesh.fsdp * mesh.expert", shards),
@@ -151,7 +151,7 @@ def check_serves(config: ModelConfig, serving: Serving, sizes: dict[str, int]) -
         ("model.intermediate_size", config.intermediate_size, "mesh.tensor", sizes["tensor"]),
     ]
     for name, size, axes, places in splits:
-        require(size % places == 0, f"{name} is {size}, which {axes} ({places}) does not divide; change one of them")
+        check(size % places == 0, f"{name} is {size}, which {axes} ({places}) does not divide; change one of them")
 
 
 def smallest_mesh(config: ModelConfig, serving: Serving, devices: int) -> MeshConfig:

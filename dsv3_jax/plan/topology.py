@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsv3_jax.config import MeshConfig
-from dsv3_jax.config.checks import require
+from dsv3_jax.config.checks import check
 from dsv3_jax.parallel.devices import CHIPS, Chip
 from dsv3_jax.parallel.mesh import make_mesh
 
@@ -161,7 +161,7 @@ def mesh_of_all(config: MeshConfig, devices: list[Any], rest: str) -> Mesh:
     """
     mesh = make_mesh(config, devices)
     places = f"the mesh has {mesh.size} place for {len(devices)} devices; set mesh.{rest} to -1, for instance"
-    require(mesh.size == len(devices), places)
+    check(mesh.size == len(devices), places)
     return mesh
 
 

@@ -36,7 +36,7 @@ from dsv3_jax.infer import Engine
 from dsv3_jax.serve.cli import ServeOptions
 from dsv3_jax.serve.replies import DONE, Reply, encode, event
 from dsv3_jax.serve.requests import ApiError, GenerationRequest, ModelInfo, read_chat, read_completion, refuse
-from dsv3_jax.serve.worker import HUNG_UP, ActiveRequest, Service, require_name_and_key
+from dsv3_jax.serve.worker import HUNG_UP, ActiveRequest, Service, check_name_and_key
 
 # What needs no key: the page, which asks for one, and what a load balancer asks.
 _OPEN = {"/", "/health"}
@@ -324,9 +324,9 @@ def serve(
     return server.code
 
 
-def require_servable(model_name: str, options: ServeOptions) -> None:
+def check_servable(model_name: str, options: ServeOptions) -> None:
     """Raises ValueError for what `serve` would refuse, before there is an engine: name, key or address."""
-    require_name_and_key(model_name, os.environ.get(KEY_VARIABLE))
+    check_name_and_key(model_name, os.environ.get(KEY_VARIABLE))
     _listener(options.host, options.port).close()
 
 

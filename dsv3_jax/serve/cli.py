@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.checks import require, require_numbers, require_positive
+from dsv3_jax.config.checks import check, check_numbers, check_positive
 from dsv3_jax.infer.cli import DEFAULT_MAX_BATCH, SAMPLING_FIELDS, InferFlags
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -39,13 +39,13 @@ class ServeOptions:
     """Whether programs are compiled before the server listens; else the first requests that need one wait for it."""
 
     def __post_init__(self) -> None:
-        require_numbers(self)
-        require(0 <= self.port < 2**16, f"port is {self.port}; it must lie in 0..65535")
-        require_positive(self, "max_body", "max_choices")
-        require(self.max_queue >= 0, f"max_queue is {self.max_queue}; it cannot be negative")
+        check_numbers(self)
+        check(0 <= self.port < 2**16, f"port is {self.port}; it must lie in 0..65535")
+        check_positive(self, "max_body", "max_choices")
+        check(self.max_queue >= 0, f"max_queue is {self.max_queue}; it cannot be negative")
         for name in ("timeout", "read_timeout", "drain_timeout"):
             value = getattr(self, name)
-            require(value > 0, f"{name} is {value}; it must be above 0 seconds")
+            check(value > 0, f"{name} is {value}; it must be above 0 seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Flags(ServeOptions, InferFlags):
         useless = SAMPLING_FIELDS if self.serve else [field.name for field in dataclasses.fields(ServeOptions)]
         for field in dataclasses.fields(self):
             given = field.name in useless and getattr(self, field.name) != field.default
-            require(not given, f"--{field.name.replace('_', '-')} would change nothing; {remedy}, leave it out")
+            check(not given, f"--{field.name.replace('_', '-')} would change nothing; {remedy}, leave it out")
 
     def modes(self) -> dict[str, bool]:
         return super().modes() | {"serve": self.serve}

@@ -19,7 +19,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.chat_template import ChatTemplate, closing_tokens, encode_prompt
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer import SamplingParams
-from dsv3_jax.infer.request import require_id, token_ids
+from dsv3_jax.infer.request import check_id, token_ids
 from dsv3_jax.infer.sampling import MOST_LOGPROBS
 
 MOST_COMPLETION_LOGPROBS = 5
@@ -43,11 +43,11 @@ class ModelInfo:
     max_length: int
     max_choices: int
 
-    def require_tokens(self, tokens: Iterable[int], param: str) -> None:
+    def check_token_ids(self, tokens: Iterable[int], param: str) -> None:
         """Raises ApiError for what is no id of the vocabulary."""
         for token in tokens:
             try:
-                require_id(token, self.config)
+                check_id(token, self.config)
             except ValueError as error:
                 raise refuse(f"{param}: {error}", param) from error
 
@@ -160,7 +160,7 @@ class _ParsedBody:
             "logit_bias": _biases(fields),
             "stop_token_ids": () if stop_ids is None else stop_ids,
         }
-        served.require_tokens(self._given["logit_bias"], "logit_bias")
+        served.check_token_ids(self._given["logit_bias"], "logit_bias")
         for name in ("presence_penalty", "frequency_penalty"):
             fields.refuse(name, 0)
         fields.refuse("service_tier", "auto", "default")
@@ -192,7 +192,7 @@ class _ParsedBody:
             except ValueError as error:
                 raise refuse(str(error), str(error).split(maxsplit=1)[0]) from error
         # Only now is it known that they are ids.
-        self._served.require_tokens(params[0].stop_token_ids, "stop_token_ids")
+        self._served.check_token_ids(params[0].stop_token_ids, "stop_token_ids")
         return GenerationRequest(kind, prompts, params, self._stream, self._include_usage)
 
     def _room(self, prompt: int, most: int | None, field: str) -> int:

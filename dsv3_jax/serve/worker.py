@@ -383,7 +383,7 @@ class Service:
         """
         if not isinstance(engine.tokenizer, Tokenizer):
             raise ValueError(f"the engine's tokenizer is {engine.tokenizer!r:.60}; a server needs a Tokenizer")
-        require_name_and_key(name, api_key)
+        check_name_and_key(name, api_key)
         self.options, self.api_key = options, api_key
         self.created = int(time.time())
         self.served = ModelInfo(name, engine.config, engine.tokenizer, template, engine.sizes.max_length, options.max_choices)
@@ -443,7 +443,7 @@ class Service:
         return running
 
 
-def require_name_and_key(name: str, api_key: str | None) -> None:
+def check_name_and_key(name: str, api_key: str | None) -> None:
     """Raises ValueError if one of them is empty."""
     if not name:
         raise ValueError("the model's name is empty; clients must be able to ask for it")

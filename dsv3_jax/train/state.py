@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config
-from dsv3_jax.kernels.quantized import require_trainable
+from dsv3_jax.kernels.quantized import check_trainable
 from dsv3_jax.model import init_variables
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.train.optimizer import make_optimizer
@@ -70,6 +70,6 @@ def state_of(config: Config, variables: dict[str, Any]) -> TrainState:
     Raises:
       ValueError: if they hold weights in FP8, which have no gradient.
     """
-    require_trainable(variables["params"])
+    check_trainable(variables["params"])
     optimizer = make_optimizer(config.optimizer).init(variables["params"])
     return TrainState(jnp.zeros([], jnp.int32), variables["params"], variables["router"], optimizer)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dsv3_jax.infer import Completion, SamplingParams
-from dsv3_jax.infer.batch import CompletionLines, PromptLine, require_place
+from dsv3_jax.infer.batch import CompletionLines, PromptLine, check_place
 from dsv3_jax.infer.request import TokenLogprobs
 
 SETTINGS = {"prompts": "digest", "temperature": 0.5, "stop": ("\n",), "logit_bias": {3: 1.0}}
@@ -116,7 +116,7 @@ def test_the_file_of_the_prompts_is_no_place_for_completions(tmp_path: Path) -> 
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("{}\n")
     with pytest.raises(ValueError, match=r"prompts.jsonl holds the prompts; name another file"):
-        require_place(str(tmp_path / "." / "prompts.jsonl"), prompts=str(prompts))
-    require_place(str(tmp_path / "completions.jsonl"), prompts=str(prompts))
+        check_place(str(tmp_path / "." / "prompts.jsonl"), prompts=str(prompts))
+    check_place(str(tmp_path / "completions.jsonl"), prompts=str(prompts))
     with pytest.raises(ValueError, match=r"nowhere does not exist; make the folder for completions.jsonl"):
-        require_place(str(tmp_path / "nowhere" / "completions.jsonl"))
+        check_place(str(tmp_path / "nowhere" / "completions.jsonl"))

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.quantized import QuantizedArray, in_dtype, require_trainable
+from dsv3_jax.kernels.quantized import QuantizedArray, check_trainable, in_dtype
 
 # Shape, axes of the stack, axes that are inputs, block. Partial blocks at both edges, blocks that begin in one head and end in
 # another, blocks larger than the matrix, and a block for each value.
@@ -92,6 +92,6 @@ def test_a_tree_in_a_dtype_leaves_them_as_they_are() -> None:
 
 
 def test_they_cannot_be_trained() -> None:
-    require_trainable({"norm": jnp.ones(3)})
+    check_trainable({"norm": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"weight \[10, 14\] in FP8 cannot be trained; load the model without keep_fp8"):
-        require_trainable({"kernel": random_weight("a matrix")})
+        check_trainable({"kernel": random_weight("a matrix")})

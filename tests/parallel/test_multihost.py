@@ -86,7 +86,7 @@ def test_one_process_just_does_it() -> None:
     multihost.by_first_process(lambda: done.append("by the first"))
     assert multihost.first_process_first(lambda: 3) == 3
     assert multihost.on_every_process(lambda: 4) == 4
-    multihost.require_agreement({"a": 1})
+    multihost.check_agreement({"a": 1})
     multihost.wait_for_first_process()
     assert done == ["by the first"]
     with pytest.raises(OSError, match="disk"):
@@ -149,7 +149,7 @@ def test_the_first_process_goes_first(together: Callable[..., list[Any]]) -> Non
 def test_other_values_are_refused_by_name(
     together: Callable[..., list[Any]], values: list[dict[str, Any]], fragment: str
 ) -> None:
-    outcomes = together(lambda index: multihost.require_agreement(values[index]))
+    outcomes = together(lambda index: multihost.check_agreement(values[index]))
     assert len(set(_said(outcomes))) == 1
     assert isinstance(outcomes[0], ValueError)
     assert fragment in str(outcomes[0])
@@ -157,13 +157,13 @@ def test_other_values_are_refused_by_name(
 
 def test_same_configs_agree(together: Callable[..., list[Any]]) -> None:
     values = {"run_dir": "runs/a", "nothing": None, **dataclasses.asdict(Config())}
-    assert together(lambda index: multihost.require_agreement(values)) == [None] * 3
+    assert together(lambda index: multihost.check_agreement(values)) == [None] * 3
 
 
 def test_a_folder_that_is_not_shared_is_refused(together: Callable[..., list[Any]], tmp_path) -> None:
     (tmp_path / "shared").touch()
     paths = [tmp_path / "shared", tmp_path / "shared", tmp_path / "absent"]
-    outcomes = together(lambda index: multihost.require_shared(epath.Path(paths[index])))
+    outcomes = together(lambda index: multihost.check_shared(epath.Path(paths[index])))
     assert (
         _said(outcomes)
         == [
@@ -172,7 +172,7 @@ def test_a_folder_that_is_not_shared_is_refused(together: Callable[..., list[Any
         ]
         * 3
     )
-    assert together(lambda index: multihost.require_shared(epath.Path(paths[0]))) == [None] * 3
+    assert together(lambda index: multihost.check_shared(epath.Path(paths[0]))) == [None] * 3
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def attention_hopper(
     Raises:
       ValueError: for other dtypes, for widths that are no multiples of 64 or too large, and for heads that do not divide.
     """
-    _require(q_BTNX, k_BSMX, v_BSMW)
+    _check(q_BTNX, k_BSMX, v_BSMW)
     padded = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK_M), (0, 0), (0, 0))) for a in (q_BTNX, k_BSMX, v_BSMW))
     arrays = varying_alike(*padded, jnp.asarray(first, jnp.int32)[None])
     return _attend(*arrays, scale, interpret)[:, : q_BTNX.shape[1]]
@@ -97,7 +97,7 @@ def unsupported_reason(X: int, W: int) -> str | None:
     return None
 
 
-def _require(q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array) -> None:
+def _check(q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array) -> None:
     dtypes = [jnp.dtype(a.dtype).name for a in (q_BTNX, k_BSMX, v_BSMW)]
     N, X = q_BTNX.shape[2:]
     M, W = v_BSMW.shape[2:]

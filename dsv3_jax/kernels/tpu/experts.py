@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from dsv3_jax.kernels.grouped import Compute, expert_ffn_by
 from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, grouped_matmul
 from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles, grouped_matmul_dw
-from dsv3_jax.kernels.tpu.memory import Machine, require_dtype
+from dsv3_jax.kernels.tpu.memory import Machine, check_dtype
 
 
 class Tiles(NamedTuple):
@@ -97,7 +97,7 @@ def expert_ffn_pallas_tpu(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
     """`expert_ffn` for the TPU that the program is lowered for; see there. Takes float32 and bfloat16."""
-    require_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
+    check_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
     return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
 
 

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.online_softmax import MASKED
-from dsv3_jax.kernels.tpu.memory import LANES, require_dtype, sublanes
+from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, sublanes
 from dsv3_jax.kernels.vma import shape_beside
 
 # Tokens of a block: as many as make 2^18 logits (1 MiB) with all rows, within these bounds.
@@ -65,7 +65,7 @@ def past_attention_tpu(
     """
     B, T, N, C = q_latent_BTNC.shape
     P, A = q_rope_BTNP.shape[-1], T * N
-    require_dtype("attention over cached latents by 'pallas_tpu'", latent_YZC.dtype, "the backend chunked")
+    check_dtype("attention over cached latents by 'pallas_tpu'", latent_YZC.dtype, "the backend chunked")
     if A * C > LARGEST_QUERIES:
         raise ValueError(
             f"{T} tokens of {N} heads at a time are {A} rows of {C} values; the kernel has room for {LARGEST_QUERIES // C}, so "

@@ -45,7 +45,7 @@ def shared(size: int, length: int, cores: int) -> int:
     return next((s for s in (size, *smaller) if -(-length // s) % cores == 0), size)
 
 
-def require_dtype(what: str, dtype: Any, remedy: str) -> None:
+def check_dtype(what: str, dtype: Any, remedy: str) -> None:
     """Raises ValueError for a dtype that the kernels are not written for."""
     if jnp.dtype(dtype).name not in ("float32", "bfloat16"):
         raise ValueError(f"{what} got {jnp.dtype(dtype).name}; it takes float32 and bfloat16, or use {remedy}")

@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from dsv3_jax.kernels.online_softmax import first_seen
-from dsv3_jax.kernels.tpu.memory import LANES, require_dtype, round_up
+from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, round_up
 
 Block = tuple[int, int, int]
 """Queries and keys of a grid step, and the keys of those that are multiplied at once; multiples of the lanes."""
@@ -76,7 +76,7 @@ def splash_attention(
             f"splash attention got q {q_BTNX.dtype}, k {k_BSMX.dtype} and v {v_BSMW.dtype}; cast them to one dtype, or use "
             "attention_backend chunked"
         )
-    require_dtype("splash attention", q_BTNX.dtype, "attention_backend chunked")
+    check_dtype("splash attention", q_BTNX.dtype, "attention_backend chunked")
     B, T, N, X = q_BTNX.shape
     S, M, W = v_BSMW.shape[1:]
     row_bytes = (round_up(X, LANES) + round_up(W, LANES)) * q_BTNX.dtype.itemsize

@@ -28,7 +28,7 @@ import tyro
 
 from dsv3_jax.config.checks import check
 from dsv3_jax.config.hugging_face import model_to_train
-from dsv3_jax.config.model import ModelConfig, RopeScaling
+from dsv3_jax.config.model import FORMER_EXCHANGES, ExpertExchange, ModelConfig, RopeScaling
 from dsv3_jax.config.run import Config
 
 Flags = TypeVar("Flags")
@@ -314,6 +314,8 @@ def _read(name: str, values: list[str], hint: Any) -> Any:
     """The value of one option, read by tyro as the type of its field."""
     if hint is bool and not values:
         return True
+    if hint == ExpertExchange:
+        values = [FORMER_EXCHANGES.get(value, value) for value in values]
     shown = " ".join(values)
     if len(values) == 1:
         arguments = [f"--value={values[0]}"]  # A value may open with a dash.

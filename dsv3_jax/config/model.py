@@ -53,7 +53,9 @@ class RopeScaling:
 
 RematPolicy = Literal["none", "save_latents", "full"]
 ExpertBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "tiles", "ragged_dot", "reference"]
-ExpertExchange = Literal["auto", "ragged", "dense", "ring"]
+ExpertExchange = Literal["auto", "ragged", "dense", "all_gather"]
+FORMER_EXCHANGES = {"ring": "all_gather"}
+"""Names of exchanges until version 0.1, accepted wherever one is read."""
 AttentionBackend = Literal["auto", "splash", "pallas_gpu", "chunked"]
 CacheBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "chunked"]
 _NAMED = {
@@ -171,6 +173,7 @@ class ModelConfig:
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         if self.q_lora_rank == 0:
             object.__setattr__(self, "q_lora_rank", None)
+        object.__setattr__(self, "expert_exchange", FORMER_EXCHANGES.get(self.expert_exchange, self.expert_exchange))
         self._check()
 
     def _check(self) -> None:

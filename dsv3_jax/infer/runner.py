@@ -180,7 +180,7 @@ def _for_few_tokens(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
     """The config of decoding: of a token or a few for each sequence all devices may see all, and one round will do."""
     if mesh is None or config.expert_exchange != "auto":
         return config
-    return dataclasses.replace(config, expert_exchange="ring", receive_factor=float(mesh.shape["expert"]))
+    return dataclasses.replace(config, expert_exchange="all_gather", receive_factor=float(mesh.shape["expert"]))
 
 
 def laid_out(

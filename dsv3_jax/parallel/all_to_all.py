@@ -196,7 +196,7 @@ ragged_all_to_all = jax.lax.ragged_all_to_all
 _OPTIONS = Backends(
     "expert_exchange",
     auto={"cpu": "dense", "gpu": "ragged", "tpu": "ragged"},
-    anywhere=("dense", "ring"),
+    anywhere=("dense", "all_gather"),
     only_on={"ragged": ("gpu", "tpu")},
 )
 
@@ -494,7 +494,7 @@ class AllGatherExchange(Exchange):
         return jnp.where(mine, row, 0), mine
 
 
-EXCHANGES: dict[str, Any] = {"local": Local, "ragged": Ragged, "dense": Dense, "ring": AllGatherExchange}
+EXCHANGES: dict[str, Any] = {"local": Local, "ragged": Ragged, "dense": Dense, "all_gather": AllGatherExchange}
 
 
 def _here() -> jax.Array:

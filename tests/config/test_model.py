@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import math
 import pathlib
 import re
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import pytest
 
 import dsv3_jax.config
-from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.config import Config, ModelConfig, RopeScaling
+from dsv3_jax.config.cli import parse_run
 from dsv3_jax.config.model import AttentionBackend, CacheBackend, ExpertBackend, ExpertExchange, RematPolicy
 
 # Section 4.2 of the report and the published config.json.
@@ -171,7 +173,7 @@ def test_what_lies_on_the_border_is_accepted(changes: dict):
 
 def test_on_another_machine_whatever_can_be_auto_is():
     there = ModelConfig(
-        expert_backend="tiles", expert_exchange="ring", attention_backend="splash", cache_backend="chunked", remat="full"
+        expert_backend="tiles", expert_exchange="all_gather", attention_backend="splash", cache_backend="chunked", remat="full"
     )
     assert all(value != "auto" for value in dataclasses.asdict(there).values())
     here = there.with_auto_backends()
@@ -184,6 +186,17 @@ def test_spellings_are_made_one():
     assert ModelConfig(q_lora_rank=0).q_lora_rank is None
     config = ModelConfig(dtype=jnp.float32, param_dtype=jnp.bfloat16, eos_token_id=[1, 2])
     assert (config.dtype, config.param_dtype, config.eos_token_id) == ("float32", "bfloat16", (1, 2))
+
+
+def test_the_former_name_of_an_exchange_is_accepted_and_not_kept():
+    assert ModelConfig(expert_exchange="ring").expert_exchange == "all_gather"
+    arguments = ["--config", "configs/tiny.py", "--model.expert-exchange", "ring"]
+    config = parse_run(arguments).config
+    assert config.model.expert_exchange == "all_gather"
+    written = json.loads(config.to_json())
+    assert written["model"]["expert_exchange"] == "all_gather"
+    written["model"]["expert_exchange"] = "ring"
+    assert Config.from_json(json.dumps(written)) == config
 
 
 def test_with_dtype_sets_both():

@@ -98,14 +98,14 @@ def check(sizes: str, exchange: str, factor: float, chosen: np.ndarray) -> int:
 
 
 # Of these the tests below have "fsdp, expert" with every exchange; on "fsdp" nothing travels, whatever its name.
-COVER = {("fsdp", "dense"), ("expert", "ragged"), ("data, expert, tensor", "ring"), ("context, expert, tensor", "dense")}
+COVER = {("fsdp", "dense"), ("expert", "ragged"), ("data, expert, tensor", "all_gather"), ("context, expert, tensor", "dense")}
 
 
 @pytest.mark.parametrize(
     ("sizes", "exchange"),
     [
         pytest.param(*case, marks=() if case in COVER else pytest.mark.nightly)
-        for case in itertools.product(MESHES, ("ragged", "dense", "ring"))
+        for case in itertools.product(MESHES, ("ragged", "dense", "all_gather"))
     ],
 )
 def test_values_and_gradients_on_every_mesh(sizes: str, exchange: str) -> None:
@@ -117,7 +117,7 @@ NARROW = 0.4
 """A receive_factor with room for less than half of the rows on average: two tiles of them."""
 
 
-@pytest.mark.parametrize("exchange", ["ragged", "dense", "ring"])
+@pytest.mark.parametrize("exchange", ["ragged", "dense", "all_gather"])
 def test_all_tokens_to_one_expert_take_more_rounds_and_lose_nothing(exchange: str) -> None:
     """Every choice of every token: the four devices of a group all send their 24 rows to one, 16 at a time."""
     rounds = check("fsdp, expert", exchange, NARROW, np.full((B, T, K), 5, np.int32))
@@ -127,10 +127,10 @@ def test_all_tokens_to_one_expert_take_more_rounds_and_lose_nothing(exchange: st
 def test_a_ring_with_room_for_every_choice_has_no_loop_over_rounds() -> None:
     """As in decoding, and then all of them may be the same expert's."""
     chosen = np.full((B, T, K), 5, np.int32)
-    assert check("fsdp, expert", "ring", 4.0, chosen) == 1
+    assert check("fsdp, expert", "all_gather", 4.0, chosen) == 1
 
     def loops(factor: float) -> int:
-        program, mesh = on_mesh("fsdp, expert", "ring", factor)
+        program, mesh = on_mesh("fsdp, expert", "all_gather", factor)
         with jax.set_mesh(mesh):
             return program.lower(*inputs(), chosen).as_text().count("stablehlo.while")
 
@@ -138,7 +138,7 @@ def test_a_ring_with_room_for_every_choice_has_no_loop_over_rounds() -> None:
     assert loops(4.0) < loops(2.0) - 2
 
 
-@pytest.mark.parametrize("exchange", ["ragged", "dense", "ring"])
+@pytest.mark.parametrize("exchange", ["ragged", "dense", "all_gather"])
 @hypothesis.given(seed=strategies.integers(0, 2**32 - 1), skew=strategies.floats(0.02, 20))
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 def test_no_routing_loses_a_token(exchange: str, seed: int, skew: float) -> None:

@@ -17,7 +17,7 @@ from dsv3_jax.parallel.mesh import make_mesh
 from tests.parallel.ragged_emulation import emulated_ragged_all_to_all
 
 X, E, T, K = 4, 8, 6, 3  # devices along `expert`, experts, tokens a device, choices a token
-NAMES = "ragged", "dense", "ring"
+NAMES = "ragged", "dense", "all_gather"
 
 
 @pytest.fixture(autouse=True)
@@ -111,8 +111,8 @@ def test_rounds_are_as_few_as_the_buffer_allows(name: str) -> None:
 def test_choice_of_an_exchange() -> None:
     assert choose_exchange("auto", "tpu", 8) == choose_exchange("auto", "gpu", 8) == "ragged"
     assert choose_exchange("auto", "cpu", 8) == "dense"
-    assert choose_exchange("ring", "tpu", 8) == "ring"
-    assert choose_exchange("ring", "tpu", 1) == choose_exchange("ragged", "cpu", 1) == "local"
+    assert choose_exchange("all_gather", "tpu", 8) == "all_gather"
+    assert choose_exchange("all_gather", "tpu", 1) == choose_exchange("ragged", "cpu", 1) == "local"
 
 
 def test_an_exchange_that_a_platform_has_not_is_refused_by_name() -> None:

@@ -217,7 +217,7 @@ def assert_rounds(apply: Any, variables: Tree, rounds: int) -> None:
     assert int(found) == rounds
 
 
-@pytest.mark.parametrize("exchange", ["dense", "ring", "ragged"])
+@pytest.mark.parametrize("exchange", ["dense", "all_gather", "ragged"])
 def test_every_exchange_needs_fewer_rounds(exchange: str) -> None:
     """Two of three choices go to one shard of four with copies of others, 2.7 times its buffer; with their own, to all."""
     *_, load_E = layer()

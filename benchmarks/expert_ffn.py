@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from machine import machine
 
-from dsv3_jax.kernels import choose_backend, experts
+from dsv3_jax.kernels import choose_backend, expert_ffn
 
 # Rows, experts, hidden size, expert hidden size.
 _CASES = {"middle": (2048, 32, 512, 256), "tiny": (8192, 16, 256, 128), "decode": (8, 32, 512, 256)}
@@ -78,7 +78,7 @@ def main() -> None:
     backend = choose_backend("auto", jnp.float32)
 
     def named(name: str) -> Callable[..., jax.Array]:
-        return lambda *inputs: experts(*inputs, backend=name)
+        return lambda *inputs: expert_ffn(*inputs, backend=name)
 
     functions = {"ours": named(backend), "ragged_dot": named("ragged_dot"), "dense": _dense}
     for case in args.case or _CASES:

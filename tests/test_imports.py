@@ -37,7 +37,7 @@ MAY_IMPORT = {
 
 CORE = {
     **dict.fromkeys(("config", "model", "parallel"), None),
-    "kernels": "attention latent_attention online_softmax experts grouped quantized backend vma",
+    "kernels": "attention latent_attention documents experts grouped quantized backend vma",
     "train": "step state optimizer guards evaluation",
     "infer": "engine request scheduler runner cache sampling multihost",
 }

@@ -1,7 +1,7 @@
-"""Causal attention over a whole sequence.
+"""Causal attention over a whole sequence, tile by tile with the online softmax.
 
-`causal_attention` walks square tiles of the T x S matrix with the online softmax, forward and backward, so the
-matrix itself is never built: memory grows with T, not with T^2.
+`causal_attention` walks square tiles of the T x S matrix, forward and backward, so the matrix itself is never built: memory
+grows with T, not with T^2.
 
 Axes beyond the project's legend: M key-value heads (N, or 1 when all heads share the latent), X query/key width,
 U the query heads that share a key-value head, A and Z the queries and keys of one tile.
@@ -10,14 +10,14 @@ U the query heads that share a key-value head, A and Z the queries and keys of o
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels.backend import Backends
+from dsv3_jax.kernels.documents import first_seen
 from dsv3_jax.kernels.gpu import attention, hopper
-from dsv3_jax.kernels.online_softmax import MASKED, Running, first_seen
 from dsv3_jax.kernels.tpu import splash
 from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 
@@ -33,14 +33,14 @@ _ACROSS_DOCUMENTS = "attends across the documents of a row, and cannot keep them
 def choose_attention(
     name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None, documents: bool = False
 ) -> str:
-    """What computes attention over whole sequences.
+    """Return the backend of attention over whole sequences that `name` stands for.
 
     Args:
-      name: "chunked" (`causal_attention`), "splash" (`splash.py`), "pallas_gpu" (`attention_gpu.py`), or "auto".
+      name: "chunked" (`causal_attention`), "splash" (tpu/splash.py), "pallas_gpu" (gpu/attention.py), or "auto".
       dtype: of queries, keys and values.
       widths: of queries and keys, and of values.
-      platform: as `choose_backend` for the experts takes it, whose errors this raises, too.
-      documents: whether it has to keep the documents of a row apart.
+      platform: as in `experts.choose_backend`; the errors are the same, too.
+      documents: whether the documents of a row have to be kept apart.
     """
 
     def unsupported_reason() -> str | None:
@@ -64,10 +64,10 @@ def attend(
     segment_starts_BT: jax.Array | None = None,
     backend: str,
 ) -> jax.Array:
-    """`causal_attention`, by a backend that `choose_attention` knows; only "chunked" goes by `chunk`.
+    """Compute `causal_attention` by a backend that `choose_attention` returned; only "chunked" uses `chunk`.
 
     Raises:
-      ValueError: for documents to be kept apart by a backend that cannot.
+      ValueError: for a backend that cannot keep documents apart where it has to.
     """
     if backend == "splash":
         return splash.splash_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first, segment_starts_BT=segment_starts_BT)
@@ -76,6 +76,52 @@ def attend(
             raise ValueError(f"attention by 'pallas_gpu' {_ACROSS_DOCUMENTS}; use attention_backend chunked")
         return attention.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
     return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first, segment_starts_BT=segment_starts_BT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The online softmax: logits come a block at a time, and never exist whole
+
+
+MASKED = -1e30
+"""The logit of a masked key; finite, so that a fully masked row stays free of NaN."""
+
+
+class OnlineSoftmax(NamedTuple):
+    """Running sums over the blocks so far, float32; the rows [..., A] are one for each query of each head."""
+
+    top: jax.Array
+    """The greatest logit, [..., A]."""
+    total: jax.Array
+    """The sum of exp(logit - top), [..., A]."""
+    mixed: jax.Array
+    """The sum of exp(logit - top) * value, [..., A, W]."""
+
+    @classmethod
+    def empty(cls, like: jax.Array, rows: tuple[int, ...], width: int) -> OnlineSoftmax:
+        """Return the sums before the first block; they vary over mesh axes as `like` does."""
+        return cls(
+            zeros_beside(like, rows, jnp.float32, fill=MASKED),
+            zeros_beside(like, rows, jnp.float32),
+            zeros_beside(like, (*rows, width), jnp.float32),
+        )
+
+    def fold(self, logits: jax.Array, values: jax.Array, product: str) -> OnlineSoftmax:
+        """Add a block.
+
+        Args:
+          logits: [..., A, Z] float32, MASKED where a key is not seen.
+          values: of the block's Z keys.
+          product: einsum of the exponentials, in the values' dtype, and the values, such as "BTNZ,BZC->BTNC".
+        """
+        top = jnp.maximum(self.top, logits.max(-1))
+        p = jnp.exp(logits - top[..., None])
+        shrink = jnp.exp(self.top - top)
+        more = jnp.einsum(product, p.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return OnlineSoftmax(top, self.total * shrink + p.sum(-1), self.mixed * shrink[..., None] + more)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The chunked backend
 
 
 def causal_attention(
@@ -88,7 +134,7 @@ def causal_attention(
     first: jax.Array | int = 0,
     segment_starts_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T * scale, over positions up to the query's own) v.
+    """Compute softmax(q k^T * scale, over positions up to the query's own) v.
 
     Args:
       q_BTNX: queries of N heads.
@@ -97,8 +143,8 @@ def causal_attention(
       scale: factor on the logits.
       chunk: queries and keys per tile.
       first: position of the first query among the keys; not 0 where other devices hold the queries before it.
-      segment_starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key
-        before. None keeps no documents apart.
+      segment_starts_BT: positions among the keys where the queries' documents begin (documents.py); earlier keys are masked.
+        None lets all queries see all earlier keys.
 
     Returns:
       [B, T, N, W] in v's dtype; logits and softmax are float32.
@@ -111,8 +157,8 @@ def causal_attention(
         # Padded queries see what the last one does, so that each has a key in the tiles that are walked.
         segment_starts_BT = jnp.pad(first_seen(segment_starts_BT, first), ((0, 0), (0, -T % tile)), mode="edge")
     q_BMUTX = q.reshape(B, -1, M, N // M, X).transpose(0, 2, 3, 1, 4)
-    varying = varying_alike(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first, jnp.int32), segment_starts_BT)
-    o_BMUTW = _attend(*varying, scale, tile)
+    inputs = varying_alike(q_BMUTX, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(first, jnp.int32), segment_starts_BT)
+    o_BMUTW = _attend(inputs, scale, tile)
     return o_BMUTW.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, W)[:, :T]
 
 
@@ -121,32 +167,26 @@ def _padded(array_BTNX: jax.Array, tile: int) -> jax.Array:
     return jnp.pad(array_BTNX, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else array_BTNX
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(
-    q_BMUTX: jax.Array,
-    k_BMSX: jax.Array,
-    v_BMSW: jax.Array,
-    first: jax.Array,
-    segment_starts_BT: jax.Array | None,
-    scale: float,
-    tile: int,
-) -> jax.Array:
-    return _attend_forward(q_BMUTX, k_BMSX, v_BMSW, first, segment_starts_BT, scale, tile)[0]
+_Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
+"""q [B, M, U, T, X], k [B, M, S, X], v [B, M, S, W], position of the first query, document starts [B, T]."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attend(inputs: _Inputs, scale: float, tile: int) -> jax.Array:
+    return _attend_forward(inputs, scale, tile)[0]
 
 
 def _seen(first: jax.Array, segment_starts_BT: jax.Array | None, i: jax.Array, j: jax.Array, tile: int) -> jax.Array:
-    """Which keys of tile j the queries of tile i look at: bool [A, Z], or [B, A, Z] where rows have their own documents."""
-    place = jnp.arange(tile)
-    seen_AZ = (first + i * tile + place)[:, None] >= j * tile + place
-    return (
-        seen_AZ
-        if segment_starts_BT is None
-        else seen_AZ & (_take(segment_starts_BT, i, tile, 1)[..., None] <= j * tile + place)
-    )
+    """Return the mask of query tile i and key tile j: bool [A, Z], or [B, A, Z] where rows have their own documents."""
+    offset = jnp.arange(tile)
+    seen_AZ = (first + i * tile + offset)[:, None] >= j * tile + offset
+    if segment_starts_BT is None:
+        return seen_AZ
+    return seen_AZ & (_take(segment_starts_BT, i, tile, 1)[..., None] <= j * tile + offset)
 
 
 def _earliest(segment_starts_BT: jax.Array, tile: int) -> jax.Array:
-    """The first key that any query of each tile looks at, in any row."""
+    """Return the first key that any query of each tile sees, in any row."""
     return segment_starts_BT.reshape(segment_starts_BT.shape[0], -1, tile).min((0, 2))
 
 
@@ -154,28 +194,21 @@ def _take(array: jax.Array, index: jax.Array, tile: int, axis: int) -> jax.Array
     return jax.lax.dynamic_slice_in_dim(array, index * tile, tile, axis)
 
 
-def _attend_forward(
-    q_BMUTX: jax.Array,
-    k_BMSX: jax.Array,
-    v_BMSW: jax.Array,
-    first: jax.Array,
-    segment_starts_BT: jax.Array | None,
-    scale: float,
-    tile: int,
-) -> tuple:
+def _attend_forward(inputs: _Inputs, scale: float, tile: int) -> tuple[jax.Array, tuple]:
+    q_BMUTX, k_BMSX, v_BMSW, first, segment_starts_BT = inputs
     B, M, U, T, _ = q_BMUTX.shape
     S, W = v_BMSW.shape[2:]
 
     def query_tile(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         q_i = _take(q_BMUTX, i, tile, 3)
 
-        def key_tile(j: jax.Array, running: Running) -> Running:
+        def key_tile(j: jax.Array, running: OnlineSoftmax) -> OnlineSoftmax:
             logits = jnp.einsum("BMUAX,BMZX->BMUAZ", q_i, _take(k_BMSX, j, tile, 2), preferred_element_type=jnp.float32)
             seen = _seen(first, segment_starts_BT, i, j, tile)
             logits = jnp.where(seen if segment_starts_BT is None else seen[:, None, None], logits * scale, MASKED)
             return running.fold(logits, _take(v_BMSW, j, tile, 2), "BMUAZ,BMZW->BMUAW")
 
-        start = Running.of_nothing(q_BMUTX, (B, M, U, tile), W)
+        start = OnlineSoftmax.empty(q_BMUTX, (B, M, U, tile), W)
         # From the first key of a document; up to the tile of the last query's own key.
         begin = 0 if segment_starts_BT is None else _earliest(segment_starts_BT, tile)[i] // tile
         end = jnp.minimum((first + (i + 1) * tile - 1) // tile + 1, S // tile)
@@ -185,11 +218,11 @@ def _attend_forward(
     o, lse = jax.lax.map(query_tile, jnp.arange(T // tile))
     o_BMUTW = jnp.moveaxis(o, 0, 3).reshape(B, M, U, T, W)
     lse_BMUT = jnp.moveaxis(lse, 0, 3).reshape(B, M, U, T)
-    return o_BMUTW, (q_BMUTX, k_BMSX, v_BMSW, first, segment_starts_BT, o_BMUTW, lse_BMUT)
+    return o_BMUTW, (inputs, o_BMUTW, lse_BMUT)
 
 
 def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Array) -> tuple:
-    q_BMUTX, k_BMSX, v_BMSW, first, segment_starts_BT, o_BMUTW, lse_BMUT = residuals
+    (q_BMUTX, k_BMSX, v_BMSW, first, segment_starts_BT), o_BMUTW, lse_BMUT = residuals
     num_tiles = q_BMUTX.shape[3] // tile
     delta_BMUT = jnp.sum(do_BMUTW.astype(jnp.float32) * o_BMUTW.astype(jnp.float32), axis=-1)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -214,11 +247,11 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
             return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * tile, 3), dk_j, dv_j
 
         start = dq_BMUTX, zeros_beside(k_j, k_j.shape, jnp.float32), zeros_beside(v_j, v_j.shape, jnp.float32)
-        # From the tile of the first query that looks at the first key; up to the last with a document that begins by then.
+        # From the tile of the first query that sees the first key; up to the last with a document that begins by then.
         begin, end = jnp.maximum(j * tile - first, 0) // tile, num_tiles
         if segment_starts_BT is not None:
-            looks = _earliest(segment_starts_BT, tile) < (j + 1) * tile
-            end = jnp.max(jnp.where(looks, jnp.arange(1, num_tiles + 1), 0))
+            sees = _earliest(segment_starts_BT, tile) < (j + 1) * tile
+            end = jnp.max(jnp.where(sees, jnp.arange(1, num_tiles + 1), 0))
         dq_BMUTX, dk_j, dv_j = jax.lax.fori_loop(begin, end, query_tile, start)
         return dq_BMUTX, (dk_j.astype(k_j.dtype), dv_j.astype(v_j.dtype))
 
@@ -226,7 +259,7 @@ def _attend_backward(scale: float, tile: int, residuals: tuple, do_BMUTW: jax.Ar
     dq_BMUTX, (dk, dv) = jax.lax.scan(key_tile, start, jnp.arange(k_BMSX.shape[2] // tile))
     dk_BMSX = jnp.moveaxis(dk, 0, 2).reshape(k_BMSX.shape)
     dv_BMSW = jnp.moveaxis(dv, 0, 2).reshape(v_BMSW.shape)
-    return dq_BMUTX.astype(q_BMUTX.dtype), dk_BMSX, dv_BMSW, None, None
+    return ((dq_BMUTX.astype(q_BMUTX.dtype), dk_BMSX, dv_BMSW, None, None),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

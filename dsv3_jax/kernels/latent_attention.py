@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.gpu import latent_attention as gpu_latent_attention
-from dsv3_jax.kernels.online_softmax import MASKED, Running
+from dsv3_jax.kernels.attention import MASKED, OnlineSoftmax
 from dsv3_jax.kernels.tpu.latent_attention import past_attention_tpu
 from dsv3_jax.kernels.vma import varying_alike
 
@@ -139,13 +139,13 @@ def past_attention_chunked(
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     take, size = blocks_of(CachedLatents(latent_YZC, rope_YZP, page_table_BJ))
 
-    def step(i: jax.Array, running: Running) -> Running:
+    def step(i: jax.Array, running: OnlineSoftmax) -> OnlineSoftmax:
         latent_BZC, rope_BZP, token_mask_BZ = take(i, cached_length_B)
         logits = einsum("BTNC,BZC->BTNZ", q_latent_BTNC, latent_BZC) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, rope_BZP)
         logits = jnp.where(token_mask_BZ[:, None, None], logits * scale, MASKED)
         return running.fold(logits, latent_BZC, "BTNZ,BZC->BTNC")
 
-    start = Running.of_nothing(q_latent_BTNC, q_latent_BTNC.shape[:3], q_latent_BTNC.shape[3])
+    start = OnlineSoftmax.empty(q_latent_BTNC, q_latent_BTNC.shape[:3], q_latent_BTNC.shape[3])
     top, total, mixed = jax.lax.fori_loop(0, (cached_length_B.max() + size - 1) // size, step, start)
     any_B = (cached_length_B > 0)[:, None, None]
     total = jnp.where(any_B, total, 1)
@@ -248,14 +248,14 @@ def expanded_attention(
     T, H = q_nope_BTNH.shape[1], q_nope_BTNH.shape[-1]
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def fold(running: Running, latent_BZC: jax.Array, rope_BZP: jax.Array, seen_BTZ: jax.Array) -> Running:
+    def fold(running: OnlineSoftmax, latent_BZC: jax.Array, rope_BZP: jax.Array, seen_BTZ: jax.Array) -> OnlineSoftmax:
         k_BZNH, v_BZNW = jnp.split(jnp.einsum("BZC,CNX->BZNX", latent_BZC, kernel_CNX), [H], axis=-1)
         logits = einsum("BTNH,BZNH->BTNZ", q_nope_BTNH, k_BZNH) + einsum("BTNP,BZP->BTNZ", q_rope_BTNP, rope_BZP)
         logits = jnp.where(seen_BTZ[:, :, None], logits * scale, MASKED)
         return running.fold(logits, v_BZNW, "BTNZ,BZNW->BTNW")
 
     rows = q_nope_BTNH.shape[:3]
-    running = Running.of_nothing(q_nope_BTNH, rows, kernel_CNX.shape[2] - H)
+    running = OnlineSoftmax.empty(q_nope_BTNH, rows, kernel_CNX.shape[2] - H)
     # The queries' own tokens first: each sees itself, so that no row is ever without a logit.
     for first in range(0, T, _OWN_BLOCK):
         own = slice(first, first + _OWN_BLOCK)
@@ -265,7 +265,7 @@ def expanded_attention(
 
     take, size = blocks_of(cached)
 
-    def step(i: jax.Array, running: Running) -> Running:
+    def step(i: jax.Array, running: OnlineSoftmax) -> OnlineSoftmax:
         latent_BZC, rope_BZP, token_mask_BZ = take(i, cached_length_B)
         return fold(running, latent_BZC, rope_BZP, jnp.broadcast_to(token_mask_BZ[:, None], (*rows[:2], size)))
 

@@ -103,7 +103,7 @@ class MLA(nn.Module):
           rotation: cos and sin of the tokens' positions.
           cache: latents of the tokens before x, a row for each sequence or pages; None if x starts its sequences.
           places: where in it each sequence's are.
-          segment_starts_BT: start of the document of each token, to attend within it (`kernels/online_softmax.py`); not with a
+          segment_starts_BT: start of the document of each token, to attend within it (`kernels/documents.py`); not with a
             cache.
 
         Returns:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.online_softmax import has_ahead
+from dsv3_jax.kernels.documents import has_ahead
 from dsv3_jax.model.layers import Linear, RMSNorm
 from dsv3_jax.model.mla import CacheMetadata, Latents
 from dsv3_jax.model.rope import RopeAngles
@@ -21,7 +21,7 @@ from dsv3_jax.model.transformer import Block, BlockOutput, rematerialised
 def rows_of_depth(shape: tuple[int, ...], segment_starts_BT: jax.Array | None, depth: int) -> jax.Array:
     """Which rows of a depth have a token to join, `depth` further on: bool [B, T].
 
-    Not the last ones; where documents are kept apart (`kernels/online_softmax.py`), not the last ones of each, and no padding.
+    Not the last ones; where documents are kept apart (`kernels/documents.py`), not the last ones of each, and no padding.
     """
     if segment_starts_BT is None:
         return jnp.broadcast_to(jnp.arange(shape[1]) < shape[1] - depth, shape)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.kernels import choose_backend, experts
+from dsv3_jax.kernels import choose_backend, expert_ffn
 from dsv3_jax.kernels.quantized import QuantizedArray
 from tests.tolerances import TOLERANCE
 
@@ -91,7 +91,7 @@ def value_and_gradients(
     backend: str,
 ) -> dict[str, jax.Array]:
     def ffn(*differentiated: jax.Array) -> jax.Array:
-        return experts(*differentiated, group_sizes_E, backend=backend)
+        return expert_ffn(*differentiated, group_sizes_E, backend=backend)
 
     y_RD, gradient = jax.vjp(ffn, x_RD, w_gate_EDF, w_up_EDF, w_down_EFD)
     return {"y": y_RD} | dict(zip(("dx", "dw_gate", "dw_up", "dw_down"), gradient(dy_RD), strict=True))
@@ -161,7 +161,7 @@ def layers_on_devices(ffn: Callable[..., jax.Array], *, check_vma: bool = True) 
         return jax.lax.scan(layer, x_RD, layers)[0]
 
     def in_parts(x_RD: jax.Array, layers: list[jax.Array], sizes_YE: np.ndarray) -> jax.Array:
-        reference = functools.partial(local, functools.partial(experts, backend="reference"))
+        reference = functools.partial(local, functools.partial(expert_ffn, backend="reference"))
         parts = zip(jnp.split(x_RD, 2), np.split(sizes_YE, 2), strict=True)
         return jnp.concatenate([reference(x_RD, layers, sizes_1E) for x_RD, sizes_1E in parts])
 
@@ -177,7 +177,7 @@ def layers_on_devices(ffn: Callable[..., jax.Array], *, check_vma: bool = True) 
 
 @pytest.mark.parametrize("backend", ["tiles", "ragged_dot", "reference"])
 def test_inside_shard_map_scan_and_checkpoint_weight_gradients_are_summed(backend: str) -> None:
-    found, want = layers_on_devices(functools.partial(experts, backend=backend))
+    found, want = layers_on_devices(functools.partial(expert_ffn, backend=backend))
     chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-4)
 
 
@@ -194,7 +194,7 @@ def test_tiles_keep_activations_only_for_a_gradient() -> None:
     stored = f"f32[{x_RD.shape[0]},{weights[0].shape[2]}]"
 
     def forward(*args: jax.Array) -> jax.Array:
-        return experts(*args, group_sizes_E, backend="tiles")
+        return expert_ffn(*args, group_sizes_E, backend="tiles")
 
     assert stored in str(jax.make_jaxpr(jax.grad(lambda *args: jnp.vdot(dy_RD, forward(*args))))(x_RD, *weights))
     assert stored not in jax.jit(forward).lower(x_RD, *weights).compile().as_text()
@@ -204,19 +204,19 @@ def test_auto_is_the_default_platform() -> None:
     chosen = choose_backend("auto", "float32")
     assert chosen == choose_backend("auto", "float32", jax.default_backend())
     inputs = make_inputs("some", "float32")[:-1]
-    one, other = (str(jax.make_jaxpr(functools.partial(experts, backend=name))(*inputs)) for name in ("auto", chosen))
+    one, other = (str(jax.make_jaxpr(functools.partial(expert_ffn, backend=name))(*inputs)) for name in ("auto", chosen))
     assert one == other
-    assert one != str(jax.make_jaxpr(functools.partial(experts, backend="reference"))(*inputs))
+    assert one != str(jax.make_jaxpr(functools.partial(expert_ffn, backend="reference"))(*inputs))
 
 
 def test_a_backend_for_other_machines_says_so() -> None:
     with pytest.raises(ValueError, match="'pallas_tpu' runs on TPUs only"):
-        experts(*make_inputs("some", "float32")[:-1], backend="pallas_tpu")
+        expert_ffn(*make_inputs("some", "float32")[:-1], backend="pallas_tpu")
 
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="'tile'; choose one of auto, pallas_tpu"):
-        experts(*make_inputs("some", "float32")[:-1], backend="tile")
+        expert_ffn(*make_inputs("some", "float32")[:-1], backend="tile")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_ill_fitting_arrays_are_refused(index: int, replacement: jax.Array, name
     inputs = list(make_inputs("some", "float32")[:-1])
     inputs[index] = replacement
     with pytest.raises(ValueError, match=named):
-        experts(*inputs, backend="tiles")
+        expert_ffn(*inputs, backend="tiles")
 
 
 def in_8_bits(shape: tuple[int, ...], seed: int) -> QuantizedArray:
@@ -258,8 +258,8 @@ def test_weights_in_8_bits(backend: str) -> None:
     @jax.jit
     def both(x_RD: jax.Array, weights: tuple[QuantizedArray, ...], sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
         wide = (w.astype(jnp.float32) for w in weights)
-        expected = experts(x_RD, *wide, sizes_E, backend="reference")
-        return experts(x_RD, *weights, sizes_E, backend=backend), expected
+        expected = expert_ffn(x_RD, *wide, sizes_E, backend="reference")
+        return expert_ffn(x_RD, *weights, sizes_E, backend=backend), expected
 
     chex.assert_trees_all_close(*both(x_RD, weights, sizes_E), **TOLERANCE["float32"])
 
@@ -271,7 +271,7 @@ def test_tiles_widen_one_expert_at_a_time() -> None:
     x_RD, sizes_E = jnp.ones((40, D)), jnp.full(E, 5, jnp.int32)
 
     def floats_of_all(backend: str) -> set[str]:
-        text = jax.jit(functools.partial(experts, backend=backend)).lower(x_RD, *weights, sizes_E).compile().as_text()
+        text = jax.jit(functools.partial(expert_ffn, backend=backend)).lower(x_RD, *weights, sizes_E).compile().as_text()
         return set(re.findall(rf"\b((?:bf|f)\w+)\[{E},(?:{D},{F}|{F},{D})\]", text))
 
     assert floats_of_all("tiles") == set()
@@ -282,4 +282,4 @@ def test_experts_in_8_bits_have_no_gradient() -> None:
     x_RD, *_, sizes_E, _ = make_inputs("some", "float32")
     weights = in_8_bits((6, 13, 7), 0), in_8_bits((6, 13, 7), 1), in_8_bits((6, 7, 13), 2)
     with pytest.raises(ValueError, match="in FP8 cannot be trained"):
-        jax.grad(lambda x_RD: jnp.sum(experts(x_RD, *weights, sizes_E, backend="tiles")))(x_RD)
+        jax.grad(lambda x_RD: jnp.sum(expert_ffn(x_RD, *weights, sizes_E, backend="tiles")))(x_RD)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.online_softmax import MASKED, Running
+from dsv3_jax.kernels.attention import MASKED, OnlineSoftmax
 
 
 @pytest.mark.parametrize("block", [1, 3, 12])
@@ -15,7 +15,7 @@ def test_blocks_add_up(block: int) -> None:
     # Far apart, so that the greatest logit of a block is often below one before, and often above.
     logits, values = rng.normal(0, 30, (2, 3, 12)), rng.normal(size=(2, 12, 5))
     logits[0, 0, :9] = MASKED
-    running = Running.of_nothing(jnp.asarray(values, jnp.float32), (2, 3), 5)
+    running = OnlineSoftmax.empty(jnp.asarray(values, jnp.float32), (2, 3), 5)
     for first in range(0, 12, block):
         here = slice(first, first + block)
         running = running.fold(

@@ -51,7 +51,7 @@ class Hopper(NamedTuple):
         return grouped_matmul_dw(left_RX, rights, group_sizes_E, **self._settings(kernel))
 
     def _settings(self, kernel: str) -> dict[str, Any]:
-        return {"num_sms": self.num_blocks, "name": f"expert_{kernel}", "interpret": self.interpret}
+        return {"num_blocks": self.num_blocks, "name": f"expert_{kernel}", "interpret": self.interpret}
 
 
 def expert_ffn_pallas_gpu(

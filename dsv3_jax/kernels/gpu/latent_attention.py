@@ -38,7 +38,7 @@ from dsv3_jax.kernels.gpu.hopper import (
     turned,
     write,
 )
-from dsv3_jax.kernels.online_softmax import MASKED
+from dsv3_jax.kernels.attention import MASKED
 from dsv3_jax.kernels.vma import varying_axes, varying_over
 
 BLOCK = 64

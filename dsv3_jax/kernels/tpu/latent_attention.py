@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.online_softmax import MASKED
+from dsv3_jax.kernels.attention import MASKED
 from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, sublanes
 from dsv3_jax.kernels.vma import shape_beside
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from dsv3_jax.kernels.online_softmax import first_seen
+from dsv3_jax.kernels.documents import first_seen
 from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, round_up
 
 Block = tuple[int, int, int]

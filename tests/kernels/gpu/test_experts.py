@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.kernels import experts
+from dsv3_jax.kernels import expert_ffn
 from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.gpu.experts import Hopper, expert_ffn_on, expert_ffn_pallas_gpu
@@ -146,7 +146,7 @@ def test_auto_on_a_gpu(kind: str, dtype: str, chosen: str, monkeypatch: pytest.M
 def test_elsewhere_they_are_refused() -> None:
     inputs = make_inputs((3, 8, 8, 2), [1, 2])[:-1]
     with pytest.raises(ValueError, match=r"'pallas_gpu' is written for Hopper .* this program is for cpu; use .* tiles"):
-        experts(*inputs, backend="pallas_gpu")
+        expert_ffn(*inputs, backend="pallas_gpu")
     with pytest.raises(ValueError, match="'pallas_gpu' runs on gpu only, and this program is for cpu"):
         choose_backend("pallas_gpu", "bfloat16")
 
@@ -201,7 +201,7 @@ def test_compiles_for_an_h100(
         return jax.ShapeDtypeStruct((2 * axes[0], *axes[1:]), of, sharding=split)
 
     def local(*arrays: jax.Array) -> jax.Array:
-        return experts(*arrays, backend=choose_backend("auto", jnp.bfloat16, "gpu"))
+        return expert_ffn(*arrays, backend=choose_backend("auto", jnp.bfloat16, "gpu"))
 
     def both(*arrays: jax.Array) -> Any:
         *arrays, sizes_E, dy_RD = arrays

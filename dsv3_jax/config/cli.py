@@ -1,9 +1,8 @@
-"""The command line of every program here: flags of its own, and the whole run config under dotted names.
+"""Command lines of the programs: flags of their own, and every field of the run config under its dotted name.
 
-`python train.py --config configs/tiny.py --train.steps 200 --mesh.expert 4` reads the file, sets the fields and
-validates the result. The dataclasses are the only source: tyro reads values by their types and writes `--help` from their
-docstrings, with the defaults of the chosen file. Whatever is wrong is a ValueError of one line, which
-`cli_main` prints.
+`python train.py --config configs/tiny.py --train.steps 200 --mesh.expert 4` reads the file, sets the fields and checks
+the result. tyro reads values by the types of the dataclasses and writes `--help` from their docstrings, with the
+defaults of the chosen file. A mistake is a ValueError of one line, which `cli_main` prints.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
 from dsv3_jax.config.checks import check
 from dsv3_jax.config.hugging_face import model_to_train
 from dsv3_jax.config.model import FORMER_EXCHANGES, ExpertExchange, ModelConfig, RopeScaling
-from dsv3_jax.config.run import Config
+from dsv3_jax.config.run import Config, group_type
 
 Flags = TypeVar("Flags")
 
@@ -50,36 +49,38 @@ _TYPE_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class DistributedFlags:
-    """Where the processes of a run meet; found by themselves on Cloud TPU and under SLURM."""
+    """Rendezvous of the processes of a run; found automatically on Cloud TPU and under SLURM."""
 
     coordinator: str | None = None
     """host:port of process 0."""
     num_processes: int | None = None
-    """How many processes there are; 1, by itself, is this one alone, whatever the environment says."""
+    """Number of processes; 1, without the other two, is a single process even under SLURM or on a pod."""
     process_id: int | None = None
-    """Which of them this one is, from 0."""
+    """Index of this process, from 0."""
 
     def __post_init__(self) -> None:
         given = [value is not None for value in dataclasses.astuple(self)]
-        if any(given) and not all(given) and not self.alone:
-            raise ValueError(
-                "--distributed.coordinator, .num-processes and .process-id belong together; give all three or none, or "
-                "--distributed.num-processes 1 for a process by itself"
-            )
-        if self.num_processes is not None and self.process_id is not None and not 0 <= self.process_id < self.num_processes:
-            raise ValueError(
-                f"--distributed.process-id is {self.process_id}; it must lie in 0..{self.num_processes - 1} (num-processes - 1)"
+        check(
+            self.alone or any(given) == all(given),
+            "--distributed.coordinator, .num-processes and .process-id belong together; give all three or none, or "
+            "--distributed.num-processes 1 for a process by itself",
+        )
+        count, index = self.num_processes, self.process_id
+        if count is not None and index is not None:
+            check(
+                0 <= index < count,
+                f"--distributed.process-id is {index}; it must lie in 0..{count - 1} (num-processes - 1)",
             )
 
     @property
     def alone(self) -> bool:
-        """Whether this process is said to have no others, whatever the environment says."""
+        """Return True if the flags declare a single process, which looks for no others."""
         return self.num_processes == 1 and self.coordinator is None and self.process_id is None
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
-    """What stands beside the fields of the run config."""
+    """Flags of train.py in addition to the fields of the run config."""
 
     config: str = "configs/tiny.py"
     """Python file that exposes `config`, a Config or a function from the model of --init-from to one, or the config.json of a
@@ -93,36 +94,26 @@ class RunFlags:
     profile: str | None = None
     """Steps to trace into the run's profile/, the first and the one after the last: 10:13 traces steps 10, 11 and 12."""
     distributed: DistributedFlags = DistributedFlags()
-    """How the processes of a run find each other."""
+    """Rendezvous of the processes of a run."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunArguments:
-    """The command line of a run, resolved."""
+class RunArguments(NamedTuple):
+    """The command line of a run, resolved: the file's config with the overrides applied, and the flags."""
 
     config: Config
-    """The file's config with the overrides applied."""
     run_dir: str
-    """Folder of the run."""
     resume: bool
-    """Whether to continue what the folder holds."""
     profile: str | None
-    """Steps to trace, as `dsv3_jax.train.profiling.profiled_steps` reads them."""
     distributed: DistributedFlags
-    """How the processes of the run find each other."""
 
 
 def load_config(path: str, init_from: str | None = None, stand_in: ModelConfig | None = None) -> Config:
-    """The `config` of a Python file, as in `configs/`, or the config.json of a run.
+    """Return the `config` of a Python file, as in `configs/`, or the config.json of a run.
 
-    Args:
-      path: the file.
-      init_from: the checkpoint whose model a `config` that is a function is called with.
-      stand_in: the model it is called with where there is no checkpoint, as for --help.
+    A `config` that is a function is called with the model of the checkpoint `init_from`, or with `stand_in` if that is None.
 
     Raises:
-      ValueError: if there is no such file, it does not run or exposes no `config`, the config contradicts itself, or there is
-        no checkpoint for a function.
+      ValueError: if the file is missing, does not run, exposes no `config` or a contradictory one, or needs a checkpoint.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -138,13 +129,13 @@ def load_config(path: str, init_from: str | None = None, stand_in: ModelConfig |
         exposed = runpy.run_path(str(file))
     except ValueError as error:
         raise ValueError(f"config file {path!r}: {error}") from error
-    except Exception as error:  # It is a program: anything may go wrong in it.
+    except Exception as error:  # Of any type: the file is a program.
         raise ValueError(f"config file {path!r} does not run ({type(error).__name__}: {error}); correct it") from error
     check("config" in exposed, f"config file {path!r} exposes no `config`; end it with config = Config(...)")
     config = exposed["config"]
     if callable(config):
-        remedy = "name it with --init-from, a run directory or a Hugging Face folder"
         model = stand_in if init_from is None else model_to_train(init_from)
+        remedy = "name it with --init-from, a run directory or a Hugging Face folder"
         check(model is not None, f"config file {path!r} makes its config from the model of a checkpoint; {remedy}")
         config = config(model)
     check(isinstance(config, Config), f"`config` of {path!r} is a {type(config).__name__}; it must be a dsv3_jax.config.Config")
@@ -152,11 +143,7 @@ def load_config(path: str, init_from: str | None = None, stand_in: ModelConfig |
 
 
 def parse_run(argv: Sequence[str] | None = None, description: str | None = None) -> RunArguments:
-    """The arguments of train.py: `--config`, `--run-dir`, `--resume` and every field of the config.
-
-    Args:
-      argv: arguments; None takes those of the process.
-      description: opens `--help`.
+    """Return the arguments of train.py, of `argv` or of the process; `description` opens `--help`.
 
     Raises:
       ValueError: naming the field, on an unknown name, a value of the wrong type, or a config that contradicts itself.
@@ -174,14 +161,9 @@ def parse_with_config(
     description: str | None = None,
     prepare: Callable[[Flags, Config], Config] = lambda flags, config: config,
 ) -> tuple[Flags, Config]:
-    """The flags of a program that takes a run config too; `flags_type` is a dataclass with a field `config`, its path.
+    """Return the flags of a program, of a dataclass with the path `config` among its fields, and its run config.
 
-    Args:
-      flags_type: the dataclass.
-      argv, description: as in `parse_run`.
-      prepare: what the program makes of the file's config, before fields are set by name.
-
-    Raises: as `parse_run`.
+    `prepare` changes the file's config before fields are set by name. Raises as `parse_run`.
     """
     given, wants_help = _tokenize(argv)
     flag_types, field_types = _leaf_types(flags_type), _leaf_types(Config)
@@ -191,8 +173,7 @@ def parse_with_config(
     if (init_from := getattr(flags, "init_from", None)) is not None:
         overrides["train.init_from"] = init_from
     stand_in = ModelConfig() if wants_help else None
-    config = load_config(typing.cast(Any, flags).config, overrides.get("train.init_from"), stand_in)
-    config = prepare(flags, config)
+    config = prepare(flags, load_config(typing.cast(Any, flags).config, overrides.get("train.init_from"), stand_in))
     if wants_help:
         _print_help(flags_type, flags, description, config)
     config = _override(config, overrides)
@@ -202,9 +183,9 @@ def parse_with_config(
 
 
 def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, description: str | None = None) -> Flags:
-    """The flags of a program that takes no run config: a dataclass, whose fields without a default are required.
+    """Return the flags of a program without a run config; fields of the dataclass without a default are required.
 
-    Raises: as `parse_run`, and ValueError where a required flag is missing.
+    Raises as `parse_run`, and ValueError for a missing flag.
     """
     given, wants_help = _tokenize(argv)
     flag_types = _leaf_types(flags_type)
@@ -215,7 +196,7 @@ def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, desc
 
 
 def how_to_resume() -> str:
-    """The command line of this process with --resume, and without what it was to do once."""
+    """Return the command line of this process with --resume, and without the flags of one start (--profile)."""
     kept, dropping = [sys.argv[0]], False
     for argument in sys.argv[1:]:
         if argument.startswith("--"):
@@ -226,17 +207,17 @@ def how_to_resume() -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser that raises ValueError for wrong arguments, without the usage."""
+    """argparse parser that raises ValueError for wrong arguments, without printing the usage."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}; see --help")
 
 
 def cli_main(main: Callable[..., None]) -> Callable[..., None]:
-    """Makes a ValueError, NotImplementedError or OSError of a program's `main` one line on stderr and exit code 2.
+    """Turn a ValueError, NotImplementedError or OSError of `main` into one line on stderr and exit code 2.
 
-    Ctrl-C gives one line and code 130, a closed pipe behind the output nothing and code 1.
-    With DSV3_JAX_TRACEBACK set in the environment it is raised as it is.
+    Ctrl-C prints one line and exits with 130, a closed pipe behind the output exits with 1 silently.
+    With DSV3_JAX_TRACEBACK set in the environment errors are raised as they are.
     """
 
     @functools.wraps(main)
@@ -246,7 +227,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
         except (ValueError, NotImplementedError, OSError, KeyboardInterrupt) as error:
             if os.environ.get("DSV3_JAX_TRACEBACK"):
                 raise
-            if isinstance(error, BrokenPipeError):  # Whoever read the output has had enough.
+            if isinstance(error, BrokenPipeError):  # The reader of the output is gone.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else the flush at exit fails again.
                 sys.exit(1)
             if isinstance(error, KeyboardInterrupt):
@@ -259,13 +240,13 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _tokenize(argv: Sequence[str] | None) -> tuple[dict[str, list[str]], bool]:
-    """The values behind each `--name`, with the names in underscores, and whether help is asked for."""
+    """Return the values after each `--name`, with the names in underscores, and whether help is asked for."""
     given: dict[str, list[str]] = {}
     values: list[str] | None = None
     for token in sys.argv[1:] if argv is None else argv:
         if token.startswith("--"):
             name, equals, value = token[2:].partition("=")
-            # The last of several wins, as in most programs.
+            # The last of several wins.
             values = given[name.replace("-", "_")] = [value] if equals else []
         elif token == "-h":
             given["help"] = []
@@ -276,17 +257,11 @@ def _tokenize(argv: Sequence[str] | None) -> tuple[dict[str, list[str]], bool]:
     return given, given.pop("help", None) is not None
 
 
-def _group_type(hint: Any) -> type | None:
-    """The dataclass of `hint`, be it the hint itself or one arm of `X | None`."""
-    arms = (hint, *typing.get_args(hint))
-    return next((arm for arm in arms if isinstance(arm, type) and dataclasses.is_dataclass(arm)), None)
-
-
 def _leaf_types(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Type of every settable name: the fields under their dotted names, and an optional group as None."""
+    """Return the type of every name that can be set: fields under their dotted names, an optional group as None."""
     leaves: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
-        group = _group_type(hint)
+        group = group_type(hint)
         if group is None or group is not hint:
             leaves[prefix + name] = hint if group is None else types.NoneType
         if group is not None:
@@ -311,16 +286,14 @@ def _check_known(given: dict[str, list[str]], known: dict[str, Any]) -> None:
 
 
 def _read(name: str, values: list[str], hint: Any) -> Any:
-    """The value of one option, read by tyro as the type of its field."""
+    """Return the value of one option, read by tyro as the type of its field."""
     if hint is bool and not values:
         return True
     if hint == ExpertExchange:
         values = [FORMER_EXCHANGES.get(value, value) for value in values]
     shown = " ".join(values)
-    if len(values) == 1:
-        arguments = [f"--value={values[0]}"]  # A value may open with a dash.
-    else:
-        arguments = ["--value", *values]
+    # A single value may open with a dash.
+    arguments = [f"--value={shown}"] if len(values) == 1 else ["--value", *values]
     holder = dataclasses.make_dataclass("holder", [("value", hint)])
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -340,48 +313,52 @@ def _type_name(hint: Any) -> str:
     return _TYPE_NAMES.get(hint, str(hint))
 
 
+def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Split dotted names: values without a dot, and by group those with one."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        group, dot, rest = name.partition(".")
+        if dot:
+            groups.setdefault(group, {})[rest] = value
+    return {name: value for name, value in values.items() if "." not in name}, groups
+
+
 def _build_flags(flags_type: type[Flags], values: dict[str, Any]) -> Flags:
-    for field in dataclasses.fields(flags_type):  # type: ignore[arg-type]
-        check(_has_default(field) or field.name in values, f"--{field.name} is missing (--help lists all)")
-    built = {name: value for name, value in values.items() if "." not in name}
-    for name, hint in typing.get_type_hints(flags_type).items():
-        inner = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
-        if inner:
-            built[name] = hint(**inner)
-    return flags_type(**built)
+    for name in _required(flags_type):
+        check(name in values, f"--{name} is missing (--help lists all)")
+    own, groups = _split(values)
+    hints = typing.get_type_hints(flags_type)
+    return flags_type(**own, **{name: hints[name](**inner) for name, inner in groups.items()})
 
 
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+def _required(cls: Any) -> list[str]:
+    missing = dataclasses.MISSING
+    return [field.name for field in dataclasses.fields(cls) if field.default is missing is field.default_factory]
 
 
 def _override(config: Any, overrides: dict[str, Any], path: str = "") -> Any:
-    """`config`, a dataclass, with dotted fields replaced; every level is built once, with all of its changes."""
-    changes: dict[str, Any] = {name: value for name, value in overrides.items() if "." not in name}
-    hints = typing.get_type_hints(type(config))
-    for group in dict.fromkeys(name.partition(".")[0] for name in overrides if "." in name):
-        inner = {name.removeprefix(f"{group}."): value for name, value in overrides.items() if name.startswith(f"{group}.")}
-        dotted = f"{path}{group}"
-        check(group not in changes, f"--{dotted} None contradicts --{dotted}.{min(inner)}; keep one of the two")
-        current = getattr(config, group)
+    """Return the dataclass `config` with dotted fields replaced; every level is built once, with all of its changes."""
+    changes, groups = _split(overrides)
+    for name, inner in groups.items():
+        check(name not in changes, f"--{path}{name} None contradicts --{path}{name}.{min(inner)}; keep one of the two")
+        current = getattr(config, name)
         if current is None:
-            current = typing.cast(type, _group_type(hints[group]))()
-        changes[group] = _override(current, inner, f"{dotted}.")
+            current = typing.cast(type, group_type(typing.get_type_hints(type(config))[name]))()
+        changes[name] = _override(current, inner, f"{path}{name}.")
     return dataclasses.replace(config, **changes)
 
 
 def _print_help(flags_type: Any, flags: Any, description: str | None, config: Config | None = None) -> None:
-    """Prints tyro's help, with the defaults of `flags` and `config`, and exits with 0."""
+    """Print tyro's help, with the defaults of `flags` and `config`, and exit with 0."""
     if flags is None:
-        required = [field.name for field in dataclasses.fields(flags_type) if not _has_default(field)]
-        flags = flags_type(**dict.fromkeys(required, tyro.MISSING))
+        flags = flags_type(**dict.fromkeys(_required(flags_type), tyro.MISSING))
     parts = [("flags", Annotated[flags_type, tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff])]
     defaults = [flags]
     description = f"{description or ''}\n\nNames may be written with - or _."
     if config is not None:
         parts.append(("fields", Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]))
         if config.model.rope_scaling is None:
-            # tyro lists the fields of what is there; they are there once one of them is set.
+            # tyro lists the fields of a group only if there is one.
             config = _override(config, {"model.rope_scaling.factor": RopeScaling().factor})
             description += " This config has no model.rope_scaling: setting one of its fields turns it on."
         else:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.config.checks import check, check_positive, check_seed
+from dsv3_jax.config.checks import OpenShare, PositiveInt, Seed, Share, check, check_fields
 from dsv3_jax.config.cli import cli_main, parse_flags
 from dsv3_jax.data.corpus import is_validation, split_tail
 from dsv3_jax.data.shards import FORMAT, KINDS, describe, file_record, read_json, shard_file, shard_record
@@ -56,25 +56,21 @@ class PrepareFlags:
     """Token that opens a document, "" for none; None is what tokenizer_config.json names, else <bos> if there is one."""
     eos_token: str | None = None
     """Token that ends a document; None is what tokenizer_config.json names, else <eos>."""
-    fim_rate: float = 0.0
+    fim_rate: Share = 0.0
     """Share of the documents that are written as prefix, suffix, middle, to be filled in; the report takes 0.1."""
     fim_tokens: tuple[str, str, str] = DataConfig.fim_tokens
     """The special tokens before the prefix, the suffix and the middle."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of which documents these are."""
-    heldout_fraction: float = 0.001
+    heldout_fraction: OpenShare = 0.001
     """Share of the documents held out (by hash of their names; of a lone one, its end); "stdlib" has a fixed split."""
-    shard_megabytes: int = 128
+    shard_megabytes: PositiveInt = 128
     """Text that one shard holds, in units of 10**6 bytes as they lie on the disk; the work of a shard is lost by a kill."""
-    workers: int | None = None
+    workers: PositiveInt | None = None
     """Processes; None is one for each processor."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "shard_megabytes")
-        check_seed("seed", self.seed)
-        check(self.workers is None or self.workers >= 1, f"workers is {self.workers}; it must be at least 1")
-        check(0.0 < self.heldout_fraction < 1.0, f"heldout_fraction is {self.heldout_fraction}; it must lie between 0 and 1")
-        check(0.0 <= self.fim_rate <= 1.0, f"fim_rate is {self.fim_rate}; it must lie in 0..1")
+        check_fields(self)
 
 
 @cli_main

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 from tyro.conf import FlagConversionOff
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.checks import check, check_numbers, check_positive
+from dsv3_jax.config.checks import Bound, NonNegativeInt, PositiveInt, check, check_fields
 from dsv3_jax.infer.cli import DEFAULT_MAX_BATCH, SAMPLING_FIELDS, InferFlags
+
+_Seconds = Annotated[float, Bound(lambda value: value > 0, "it must be above 0 seconds")]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the server listens, and what it lets a client ask of it.
@@ -21,31 +23,25 @@ class ServeOptions:
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is every one of this machine."""
-    port: int = 8000
+    port: Annotated[int, Bound(lambda port: 0 <= port < 2**16, "it must lie in 0..65535")] = 8000
     """Port to listen on; 0 takes a free one."""
-    max_body: int = 4 * 2**20
+    max_body: PositiveInt = 4 * 2**20
     """Largest body of a request, in bytes."""
-    max_choices: int = 128
+    max_choices: PositiveInt = 128
     """Most completions that one request may ask for: prompts times n."""
-    max_queue: int = 256
+    max_queue: NonNegativeInt = 256
     """Completions that may wait for a slot; above it a request is told to come back."""
-    timeout: float = 600.0
+    timeout: _Seconds = 600.0
     """Seconds a request may take, waiting included."""
-    read_timeout: float = 30.0
+    read_timeout: _Seconds = 30.0
     """Seconds a client may take to send the head of a request, and as many for its body."""
-    drain_timeout: float = 60.0
+    drain_timeout: _Seconds = 60.0
     """Seconds that running requests get to finish after SIGTERM."""
     warm_up: Annotated[bool, FlagConversionOff] = True
     """Whether programs are compiled before the server listens; else the first requests that need one wait for it."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check(0 <= self.port < 2**16, f"port is {self.port}; it must lie in 0..65535")
-        check_positive(self, "max_body", "max_choices")
-        check(self.max_queue >= 0, f"max_queue is {self.max_queue}; it cannot be negative")
-        for name in ("timeout", "read_timeout", "drain_timeout"):
-            value = getattr(self, name)
-            check(value > 0, f"{name} is {value}; it must be above 0 seconds")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)

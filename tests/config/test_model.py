@@ -135,7 +135,7 @@ def test_contradictions_are_refused_by_name(changes: dict, message: str):
     ("changes", "message"),
     [
         ({"factor": 0.5}, "rope_scaling.factor is 0.5"),
-        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings is 0"),
+        ({"original_max_position_embeddings": 0}, "rope_scaling.original_max_position_embeddings is 0"),
         ({"factor": float("inf")}, "rope_scaling.factor is inf; use a finite number"),
         (
             {"original_max_position_embeddings": 4096.5},

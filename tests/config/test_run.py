@@ -70,7 +70,7 @@ def test_json_that_contradicts_itself_is_refused(config: Config):
         (MeshConfig, {"data": 0}, "mesh.data is 0"),
         (MeshConfig, {"fsdp": -2}, "mesh.fsdp is -2"),
         (MeshConfig, {"fsdp": -1, "data": -1}, "mesh has -1 more than once"),
-        (DataConfig, {"source": ""}, "data.source is empty"),
+        (DataConfig, {"source": ""}, "data.source is ''; name a file"),
         (
             DataConfig,
             {"cache_dir": "gs://bucket/cache"},
@@ -111,7 +111,7 @@ def test_json_that_contradicts_itself_is_refused(config: Config):
         (TrainConfig, {"eval_every": -1}, "train.eval_every is -1"),
         (TrainConfig, {"seed": -1}, "train.seed is -1; it must be an integer in 0..4294967295"),
         (TrainConfig, {"seed": 2**32}, "train.seed is 4294967296; it must be an integer in 0..4294967295"),
-        (TrainConfig, {"seed": 1.5}, "train.seed is 1.5; it must be an integer"),
+        (TrainConfig, {"seed": 1.5}, "train.seed is 1.5; use an integer"),
         (TrainConfig, {"mtp_loss_weight": -1.0}, "train.mtp_loss_weight is -1.0"),
         (TrainConfig, {"bias_update_speed": -1.0}, "train.bias_update_speed is -1.0"),
         (CheckpointConfig, {"every": 0}, "every is 0"),

@@ -1,4 +1,4 @@
-"""Lint of the words: docstrings that open with a relative clause, and words that outsiders stumble over. `make lint` runs it."""
+"""Lint of the words: docstrings that open with a relative clause, and words that readers stumble over; run by `make lint`."""
 
 from __future__ import annotations
 

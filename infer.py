@@ -1,4 +1,4 @@
-"""Completes a prompt, streaming the text as it comes; or chats; or completes a file of prompts; or serves.
+"""Complete a prompt, streaming the text; or chat; or complete a file of prompts; or serve an HTTP API.
 
     python infer.py --checkpoint runs/tiny --prompt "def main(" --max-tokens 64
     python infer.py --checkpoint path/to/hf_folder --prompt "..." --temperature 0.7 --top-p 0.95
@@ -6,9 +6,9 @@
     python infer.py --checkpoint runs/tiny --batch-file prompts.jsonl completions.jsonl
     python infer.py --checkpoint path/to/hf_folder --serve --port 8000
 
-Several processes, on the hosts of a pod say, are each started with the same command; process 0 reads, writes and serves.
-The checkpoint is a run directory of train.py, or a Hugging Face folder with a tokenizer.json. What it generates goes to
-stdout or the file; how, and how fast, to stderr.
+Several processes, such as on the hosts of a pod, are each started with the same command; process 0 reads, writes and serves.
+The checkpoint is a run directory of train.py, or a Hugging Face folder with a tokenizer.json. Generated text goes to stdout
+or the file, settings and speed to stderr.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from dsv3_jax.serve.cli import Flags
 
 
 class Task(NamedTuple):
-    """What is to be done, checked as far as that goes without weights."""
+    """Inputs of the program, checked as far as possible without weights."""
 
     prompts: PromptLines | None
     template: ChatTemplate | None
     sizes: dict[str, Any]
-    """Of the engine."""
+    """Arguments of the engine."""
     model_name: str
     placement: dict[str, np.ndarray] | None
-    """Of redundant experts."""
+    """Redundant experts: stack -> expert in each slot."""
 
 
 @cli_main
@@ -101,9 +101,9 @@ def main() -> None:
 
 
 def checked(flags: Flags, mesh: Mesh) -> Task:
-    """Reads all but the weights. Raises ValueError for what is wrong with any of it: a large model takes minutes to read.
+    """Read all inputs except the weights, and raise ValueError for errors in them: a large model takes minutes to read.
 
-    Prompts and templates are for process 0 alone, as are the files to write and the address to serve on.
+    Only process 0 needs prompts and templates, the files to write and the address to serve on.
     """
     config, tokenizer = read_model(flags.checkpoint), load_tokenizer(flags.checkpoint)
     name, sizes = os.path.basename(os.path.abspath(flags.checkpoint)), flags.sizes(config)
@@ -118,7 +118,7 @@ def checked(flags: Flags, mesh: Mesh) -> Task:
     is_chat = flags.interactive or (prompts is not None and prompts.need_template)
     template = (load_chat_template if is_chat else find_chat_template)(flags.checkpoint)
     if flags.prompt is not None:
-        if flags.max_length is None and flags.cache_tokens is None:  # Then the engine is made for this prompt.
+        if flags.max_length is None and flags.cache_tokens is None:  # The engine is then sized for this prompt.
             longest = config.max_position_embeddings
         prompt_ids(flags.prompt, config, tokenizer, longest)
     if flags.serve:
@@ -135,7 +135,7 @@ def batch(
     lines: list[str],
     speed: Speed,
 ) -> None:
-    """Completes the lines that the file at `path` does not hold yet."""
+    """Complete the lines that the file at `path` does not hold yet."""
     assert task.prompts is not None
     depends_on = {
         "prompts": task.prompts.digest,
@@ -154,13 +154,13 @@ def batch(
 
 
 def length_for(prompt: str, params: SamplingParams, model: LoadedModel) -> int:
-    """The engine's max_length for one completion: the usual one, or more if the completion needs it."""
+    """Return the engine's max_length for one completion: the default, or more if the completion needs it."""
     needed = 1 + len(model.tokenizer.encode(prompt)) + params.max_tokens
     return min(max(DEFAULT_MAX_LENGTH, needed), model.config.max_position_embeddings)
 
 
 def say(*lines: str) -> None:
-    """To stderr, line by line."""
+    """Print lines to stderr."""
     print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 

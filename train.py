@@ -1,4 +1,4 @@
-"""Trains a DeepSeek-V3, from text to a sample, on one device, a mesh of them, or many processes of a pod.
+"""Train a DeepSeek-V3, from text to a sample, on one device, on a mesh of devices, or on the processes of a pod.
 
     python train.py                                      # configs/tiny.py: minutes on two CPU cores
     python train.py --config configs/tiny.py --run-dir runs/short --train.steps 200
@@ -7,7 +7,7 @@
     python train.py --config configs/v3_671b.py --mesh.fsdp 8 --mesh.expert 64
 
 Every field of the config can be set under its dotted name; --help lists them. SIGTERM or Ctrl-C finishes the step, saves,
-and says how to go on.
+and prints the command that resumes.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ def main() -> None:
     backends = describe_backends(config.model, mesh, documents=not config.data.cross_document_attention)
     cache_compilations(config.data.cache_dir)
 
-    # Text to tokens. Whatever is wrong with the text is said before the run directory is touched.
+    # Text to tokens. Errors in the text are raised before the run directory is touched.
     text = first_process_first(lambda: build_dataset(config.data, config.model, config.train))
     check_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.validation_digest})
     placement = BatchPlacement(mesh, config.train.micro_batch, config.train.sequence_length)
     make_batches = functools.partial(
         TrainBatches, text.rows, config.train, schedules, across_documents=config.data.cross_document_attention
     )
-    batches, whole_batches = make_batches(placement.rows), make_batches()  # This process's rows of them, and all.
+    batches, whole_batches = make_batches(placement.rows), make_batches()  # This process's rows, and all rows.
     place = functools.partial(jax.tree.map, placement.place)
 
-    # From here on the run directory is ours: held by the first process, and by its lock against any other.
+    # From here on the first process holds the lock of the run directory.
     held: list[RunDirectory] = []
     open_run = functools.partial(RunDirectory.create_or_resume, arguments.run_dir, config)
     by_first_process(lambda: held.append(open_run(resume=arguments.resume, text_digest=text.digest)))
@@ -128,7 +128,7 @@ def main() -> None:
                     observer.say(f"{stop.reason}: stopped after step {taken} of {steps}, saved; go on with: {how_to_resume()}")
                     return
 
-                # What it learned, beside what general compressors make of the same bytes.
+                # The result, to compare with general compressors on the same bytes.
                 observer.say(f"scoring {sum(windows.num_bytes for windows in text.validation.values()):,} held-out bytes")
                 scored = score(state.variables, text.validation).total
 

@@ -1,10 +1,10 @@
-"""The default: every part of DeepSeek-V3, small enough for two CPU cores and a few minutes.
+"""Default config: every part of DeepSeek-V3, small enough for two CPU cores and a few minutes.
 
     make train
     python train.py --config configs/tiny.py --run-dir runs/tiny
 
-It trains on the standard library of the running Python. The run ends with the bits per byte of the held-out packages
-beside those of `gzip -9` and `xz -9`, and with a sample.
+It trains on the standard library of the running Python. The run ends with the bits per byte of the held-out packages, those
+of `gzip -9` and `xz -9` for comparison, and a sample.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ config = Config(
         loss_chunk=256,
     ),
     optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=40, moment_dtype="float32"),
-    # 400 steps of the published gamma, 0.001, would be too few to even out the experts.
+    # 400 steps with the published gamma, 0.001, are too few to balance the experts.
     train=TrainConfig(steps=400, batch_size=8, sequence_length=256, eval_every=50, bias_update_speed=0.01),
     checkpoint=CheckpointConfig(every=100),
     infer=InferConfig(prompt="def main(", max_tokens=96, temperature=0.7, top_p=0.9),

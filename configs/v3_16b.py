@@ -4,9 +4,9 @@
         --data.source path/to/text --data.tokenizer path/to/tokenizer.json
 
 The sizes are those of Moonlight-16B-A3B, the published model of this class: 27 layers of width 2048, queries without a
-latent, 64 experts in one group of which a token visits 6, two shared experts. One MTP depth is added. The eight
-devices split the experts and, with them, every other parameter and the optimizer state. A step is 262,144 tokens, and
-the run 26B tokens. `python -m dsv3_jax.plan --config configs/v3_16b.py` prints the parameters.
+latent, 6 of 64 experts per token in one group, two shared experts. One MTP depth is added. The eight devices split the
+experts, and every other parameter and the optimizer state along the same axis. A step is 262,144 tokens, and the run 26B
+tokens. `python -m dsv3_jax.plan --config configs/v3_16b.py` prints the parameters.
 """
 
 from __future__ import annotations

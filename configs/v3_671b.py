@@ -4,15 +4,15 @@
     python train.py --config configs/v3_671b.py --run-dir gs://bucket/v3_671b \
         --data.source path/to/text --data.tokenizer path/to/tokenizer.json
 
-671,026,419,200 parameters in the main model, of which a token uses 37.55B, and one MTP depth. Pre-training reads 4,096
+671,026,419,200 parameters in the main model, 37.55B of them active per token, and one MTP depth. Pre-training reads 4,096
 tokens without YaRN. The schedules are the published ones, in tokens: learning rate, batches of 3,072 sequences growing to
 15,360 over the first 469B tokens, gamma and lambda. Gradients are accumulated over micro-batches of one sequence for each
 of 512 chips; on another slice set `--train.micro-batch-size` to a multiple of its chips. The two phases of long context
 that follow are `configs/v3_671b_32k.py` and `configs/v3_671b_128k.py`.
 
-64 devices split the experts, eight of them each of the eight groups that routing is limited by; the others split parameters
-and batch, and the experts' weights, which are then gathered among few. The first line without its topology prints where
-every array lives, and makes none.
+64 devices split the experts, so that each of the eight routing groups is on eight devices; `fsdp` splits parameters, batch and
+the experts' weights further, which are then gathered within small groups. The first command without its topology prints the
+sharding of every array, and creates none.
 """
 
 from __future__ import annotations

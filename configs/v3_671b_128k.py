@@ -1,10 +1,10 @@
-"""The second of the two phases that bring DeepSeek-V3 from 4K to 128K tokens (arXiv 2412.19437, section 4.3).
+"""Second of the two phases that extend DeepSeek-V3 from 4K to 128K tokens (arXiv 2412.19437, section 4.3).
 
     python train.py --config configs/v3_671b_128k.py --init-from gs://bucket/v3_671b_32k --run-dir gs://bucket/v3_671b_128k \
         --data.source path/to/text
 
-1,000 steps of 480 sequences of 131,072 tokens; the rest is as in the first phase, `configs/v3_671b_32k.py`, from whose run
-it starts.
+1,000 steps of 480 sequences of 131,072 tokens. It starts from the run of the first phase, `configs/v3_671b_32k.py`, and is
+otherwise the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dsv3_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 
 
 def config(model: ModelConfig) -> Config:
-    """The phase, for the model of a checkpoint."""
+    """Return the config of the phase, for the model of a checkpoint."""
     return Config(
         model=dataclasses.replace(
             model, max_position_embeddings=131_072, rope_scaling=RopeScaling(factor=40.0), dtype="bfloat16", remat="full"
@@ -23,7 +23,7 @@ def config(model: ModelConfig) -> Config:
         mesh=MeshConfig(expert=16, context=32, fsdp=-1),
         data=DataConfig(source="data/long_text"),
         optimizer=OptimizerConfig(learning_rate=7.3e-6, final_learning_rate=7.3e-6, warmup_steps=20),
-        # Without the bias rule and at the last lambda, as pre-training ends.
+        # No bias updates, and the last lambda, as at the end of pre-training.
         train=TrainConfig(
             steps=1000,
             batch_size=480,

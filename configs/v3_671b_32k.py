@@ -1,11 +1,11 @@
-"""The first of the two phases that bring DeepSeek-V3 from 4K to 128K tokens (arXiv 2412.19437, section 4.3): 32K.
+"""First of the two phases that extend DeepSeek-V3 from 4K to 128K tokens (arXiv 2412.19437, section 4.3): 32K.
 
     python train.py --config configs/v3_671b_32k.py --init-from gs://bucket/v3_671b --run-dir gs://bucket/v3_671b_32k \
         --data.source path/to/text
 
-1,000 steps of 1,920 sequences of 32,768 tokens at the last learning rate of pre-training, with YaRN on. Starts from any
-checkpoint of the model, whose tokenizer it takes, too; of ours or a Hugging Face folder.
-Adam's moments start anew: the first 20 steps warm up.
+1,000 steps of 1,920 sequences of 32,768 tokens at the last learning rate of pre-training, with YaRN. It starts from any
+checkpoint of the model, a run or a Hugging Face folder, and takes its tokenizer. Adam's moments start from zero, so the first
+20 steps warm up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dsv3_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 
 
 def config(model: ModelConfig) -> Config:
-    """The phase, for the model of a checkpoint."""
+    """Return the config of the phase, for the model of a checkpoint."""
     return Config(
         model=dataclasses.replace(
             model, max_position_embeddings=32_768, rope_scaling=RopeScaling(factor=40.0), dtype="bfloat16", remat="full"
@@ -24,7 +24,7 @@ def config(model: ModelConfig) -> Config:
         mesh=MeshConfig(expert=64, context=8, fsdp=-1),
         data=DataConfig(source="data/long_text"),
         optimizer=OptimizerConfig(learning_rate=7.3e-6, final_learning_rate=7.3e-6, warmup_steps=20),
-        # Without the bias rule and at the last lambda, as pre-training ends.
+        # No bias updates, and the last lambda, as at the end of pre-training.
         train=TrainConfig(
             steps=1000,
             batch_size=1920,

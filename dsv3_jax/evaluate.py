@@ -1,8 +1,8 @@
 """`python -m dsv3_jax.evaluate --checkpoint C --text FILE`: loss and bits per byte of a checkpoint on text.
 
-Of a checkpoint with MTP, also the share of the tokens drafted by its first depth that greedy verification would accept.
+For a checkpoint with MTP, also the share of the tokens drafted by its first depth that greedy verification would accept.
 The checkpoint is a run directory of train.py or a Hugging Face folder with a tokenizer.json; the text is a file, a
-.jsonl file or a folder, every byte of which is scored.
+.jsonl file or a folder, and every byte of it is scored.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from typing import Literal
 
 from dsv3_jax.config import DataConfig
+from dsv3_jax.config.checks import check
 from dsv3_jax.config.cli import cli_main, parse_flags
 from dsv3_jax.data import ValidationWindows, compressor_bits_per_byte
 from dsv3_jax.data.sources import read_source
@@ -22,32 +23,30 @@ from dsv3_jax.train.evaluation import Evaluator
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateFlags:
-    """What to score, and how."""
+    """Flags of the command."""
 
     checkpoint: str
     """Run directory of train.py, or Hugging Face folder."""
     text: str
     """Text file, .jsonl file with a "text" field, folder of such files, or "stdlib"."""
     sequence_length: int | None = None
-    """Tokens a window; None is what a run was trained with, or 4096 (at most the model's context)."""
+    """Tokens per window; None is the sequence length of the run, or 4096 for a folder (at most the model's context)."""
     batch_size: int = 8
-    """Windows at a time."""
+    """Windows per batch."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype to compute in; None is the checkpoint's own."""
 
 
 @cli_main
 def main() -> None:
-    """The command line; prints one JSON object."""
+    """Run the command, which prints one JSON object."""
     flags = parse_flags(EvaluateFlags, description=__doc__ or "")
     documents, _ = read_source(flags.text, "--text")
     model = load_model(flags.checkpoint, flags.dtype)
     length = model.sequence_length if flags.sequence_length is None else flags.sequence_length
     context = model.config.max_position_embeddings
-    if not 1 <= length <= context:
-        raise ValueError(f"--sequence-length is {length}; it must lie in 1..{context} (max_position_embeddings)")
-    if flags.batch_size < 1:
-        raise ValueError(f"--batch-size is {flags.batch_size}; it must be at least 1")
+    check(1 <= length <= context, f"--sequence-length is {length}; it must lie in 1..{context} (max_position_embeddings)")
+    check(flags.batch_size >= 1, f"--batch-size is {flags.batch_size}; it must be at least 1")
     cache_compilations(DataConfig.cache_dir)
     windows = ValidationWindows(
         documents,

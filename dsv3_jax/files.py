@@ -1,4 +1,4 @@
-"""Files that are whole under their names, whatever ends the process or the machine: for all that a later start depends on."""
+"""Atomic file writes that survive a crash or a power loss, for all files that a later start depends on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from etils import epath
 
 
 def write_whole(path: epath.Path, data: str | bytes) -> None:
-    """Writes a file so that a reader sees what it held before or all of `data`, never a part."""
+    """Write a file atomically: a reader sees its old content or all of `data`, never a part."""
     if "://" in str(path):
-        _write(path, data)  # An object in a store is replaced whole by itself.
+        _write(path, data)  # A store replaces objects atomically.
         return
     part = part_of(path)
     try:
         _write(part, data)
-        to_disk(part)  # Else a machine that goes down may leave the new name without the new bytes.
+        to_disk(part)  # Else a power loss could leave the new name without the new bytes.
         part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -30,7 +30,7 @@ def write_whole(path: epath.Path, data: str | bytes) -> None:
 def write_arrays(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an .npz atomically."""
     file = io.BytesIO()
-    np.savez(file, **arrays)  # type: ignore[arg-type]  # Its own keywords are no names of stacks.
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # No array is named as one of its own keywords.
     write_whole(path, file.getvalue())
 
 
@@ -45,24 +45,24 @@ def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             return dict(arrays)
-    except Exception as error:  # What a damaged archive raises has no narrower type.
+    except Exception as error:  # The errors of a damaged archive have no narrower type.
         raise ValueError(f"{path} cannot be read ({error}); remove it") from error
 
 
 def part_of(path: epath.Path) -> epath.Path:
-    """The file that `write_whole` fills beside `path`; one that is found was left by a process that was killed meanwhile."""
+    """Return the temporary file that `write_whole` fills next to `path`; a killed process may leave one."""
     return path.with_name(path.name + ".part")
 
 
 def to_disk(path: epath.Path) -> None:
-    """Returns when the bytes of a file are on the disk; an object in a store is there as soon as it is written."""
+    """Flush a file to the disk; objects in a store are durable once written."""
     if "://" not in str(path):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def folder_to_disk(folder: epath.Path) -> None:
-    """`to_disk` for all that is in a folder, at any depth, and for its names."""
+    """Flush all files below a folder to the disk, and the names in it."""
     if "://" in str(folder):
         return
     for path, _, names in folder.walk():
@@ -72,7 +72,7 @@ def folder_to_disk(folder: epath.Path) -> None:
 
 
 def names_to_disk(folder: epath.Path) -> None:
-    """The same for the names in a folder, as far as its file system can."""
+    """Flush the names in a folder to the disk, if its file system can."""
     if "://" in str(folder):
         return
     with contextlib.suppress(OSError):
@@ -92,4 +92,4 @@ def _write(path: epath.Path, data: str | bytes) -> None:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # A write does not say of which file.
+        raise OSError(error.errno, error.strerror, str(path)) from error  # The error of a write lacks the file name.

@@ -1,4 +1,4 @@
-"""The expert FFN as six products over sorted rows, forward and backward: what Pallas kernels for TPUs and GPUs share.
+"""The expert FFN as six grouped products over sorted rows, forward and backward, for the Pallas kernels of TPUs and GPUs.
 
 | kernel | computes | columns |
 |---|---|---|
@@ -9,7 +9,7 @@
 | `expert_dw_gate_up` | x^T dgate, x^T dup | D x F an expert |
 | `expert_dw_down` | hidden^T dy | F x D an expert |
 
-What a kernel makes of its products it makes before they are written, in float32.
+A kernel applies its function of the products, the epilogue, before they are written, in float32.
 """
 
 from __future__ import annotations
@@ -23,48 +23,49 @@ import jax.numpy as jnp
 
 KERNELS = "gate_up", "down", "dhidden", "dx", "dw_gate_up", "dw_down"
 
-Compute = Callable[[list[jax.Array], list[jax.Array]], Sequence[jax.Array]]
-"""From float32 products of some rows and columns, and the same places of other arrays, to outputs at these places."""
+Epilogue = Callable[[list[jax.Array], list[jax.Array]], Sequence[jax.Array]]
+"""From float32 products of some rows and columns, and the same part of other arrays, to outputs there."""
 
 
 class Products(Protocol):
-    """Kernels of one kind of machine. Compared by value: an instance is part of what a program is compiled for."""
+    """Kernels for one kind of machine. Hashed and compared by value: an instance is static in a compiled program."""
 
     def rows(
         self,
         kernel: str,
-        compute: Compute,
+        epilogue: Epilogue,
         rows: Sequence[jax.Array],
         weights: Sequence[jax.Array],
-        beside: Sequence[jax.Array],
+        extras: Sequence[jax.Array],
         group_sizes_E: jax.Array,
+        /,
         *,
         num_outputs: int,
         transposed: bool,
     ) -> Sequence[jax.Array]:
-        """Products of every row with the weights of its group, and what `compute` makes of them.
+        """Return the epilogue of the products of every row with the weights of its group.
 
         Args:
           kernel: one of KERNELS.
-          compute: takes and returns what `Compute` says, within the kernel.
+          epilogue: runs within the kernel.
           rows: one array [R, K] for all weights, each of which gives a product; or one for each of the weights, whose
-            products are added up to a single one.
+            products are summed to a single one.
           weights: arrays [E, K, N], or [E, N, K] if transposed.
-          beside: arrays [R, N].
+          extras: arrays [R, N], passed to the epilogue.
           group_sizes_E: int32, rows of each group.
-          num_outputs: of `compute`.
-          transposed: how the weights lie.
+          num_outputs: of the epilogue.
+          transposed: layout of the weights.
 
         Returns:
           The outputs, [R, N] in the dtype of the rows. Rows past the last group are zero.
         """
 
     def weights(
-        self, kernel: str, left_RX: jax.Array, rights: Sequence[jax.Array], group_sizes_E: jax.Array
+        self, kernel: str, left_RX: jax.Array, rights: Sequence[jax.Array], group_sizes_E: jax.Array, /
     ) -> Sequence[jax.Array]:
-        """left^T right over the rows of every group, for each of the right arrays [R, Y]: [E, X, Y] in the dtype of the rows.
+        """Return left^T right over the rows of every group, for each right array [R, Y]: [E, X, Y] in the dtype of the rows.
 
-        Sums are float32; groups without rows get zeros, and rows past the last group count for nobody.
+        Sums are float32; groups without rows get zeros, and rows past the last group are ignored.
         """
 
 
@@ -77,22 +78,15 @@ def expert_ffn_by(
     group_sizes_E: jax.Array,
     products: Products,
 ) -> jax.Array:
-    """`expert_ffn` by the kernels of choice."""
-    (hidden_RF,) = products.rows(
-        "gate_up", _hidden, [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=1, transposed=False
-    )
+    """Compute `expert_ffn` by the given kernels."""
+    weights = [w_gate_EDF, w_up_EDF]
+    (hidden_RF,) = products.rows("gate_up", _hidden, [x_RD], weights, [], group_sizes_E, num_outputs=1, transposed=False)
     return _down(hidden_RF, w_down_EFD, group_sizes_E, products)
 
 
-def _forward(
-    x_RD: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
-    group_sizes_E: jax.Array,
-    products: Products,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    # To read gate and up back is cheaper than two of eight products again.
+def _forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, products = arguments
+    # Reading gate and up back is cheaper than computing two of eight products again.
     hidden_RF, gate_RF, up_RF = products.rows(
         "gate_up", _hidden_gate_up, [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=3, transposed=False
     )
@@ -106,7 +100,7 @@ def _backward(products: Products, residuals: tuple[jax.Array, ...], dy_RD: jax.A
         "dhidden", _dgate_dup, [dy_RD], [w_down_EFD], [gate_RF, up_RF], group_sizes_E, num_outputs=2, transposed=True
     )
     (dx_RD,) = products.rows(
-        "dx", _same, [dgate_RF, dup_RF], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=1, transposed=True
+        "dx", _identity, [dgate_RF, dup_RF], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=1, transposed=True
     )
     dw_gate_EDF, dw_up_EDF = products.weights("dw_gate_up", x_RD, [dgate_RF, dup_RF], group_sizes_E)
     (dw_down_EFD,) = products.weights("dw_down", hidden_RF, [dy_RD], group_sizes_E)
@@ -117,41 +111,50 @@ expert_ffn_by.defvjp(_forward, _backward)
 
 
 def _down(hidden_RF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array, products: Products) -> jax.Array:
-    (y_RD,) = products.rows("down", _same, [hidden_RF], [w_down_EFD], [], group_sizes_E, num_outputs=1, transposed=False)
-    return y_RD
+    return products.rows("down", _identity, [hidden_RF], [w_down_EFD], [], group_sizes_E, num_outputs=1, transposed=False)[0]
 
 
-# What is made of the products: `Compute`.
-
-
-def _same(products: Any, beside: Any) -> Sequence[jax.Array]:
+def _identity(products: Any, extras: Any) -> Sequence[jax.Array]:
     return products
 
 
-def _hidden(products: Any, beside: Any) -> Sequence[jax.Array]:
+def _hidden(products: Any, extras: Any) -> Sequence[jax.Array]:
     gate_AX, up_AX = products
     return (jax.nn.silu(gate_AX) * up_AX,)
 
 
-def _hidden_gate_up(products: Any, beside: Any) -> Sequence[jax.Array]:
-    return *_hidden(products, beside), *products
+def _hidden_gate_up(products: Any, extras: Any) -> Sequence[jax.Array]:
+    return *_hidden(products, extras), *products
 
 
-def _dgate_dup(products: Any, beside: Any) -> Sequence[jax.Array]:
-    (dhidden_AX,) = products
-    gate_AX, up_AX = (a.astype(jnp.float32) for a in beside)
-    sigmoid_AX = jax.nn.sigmoid(gate_AX)
-    silu_AX = gate_AX * sigmoid_AX
-    dgate_AX = dhidden_AX * up_AX * (sigmoid_AX + silu_AX * (1 - sigmoid_AX))
-    return dgate_AX, dhidden_AX * silu_AX
+def _dgate_dup(products: Any, extras: Any) -> Sequence[jax.Array]:
+    gate_AX, up_AX = (a.astype(jnp.float32) for a in extras)
+    return swiglu_gradient(gate_AX, up_AX, products[0])[1:]
+
+
+def swiglu_gradient(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return silu(gate), and the gradients of gate and up in hidden = silu(gate) * up."""
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
+    return silu, dgate, dhidden * silu
+
+
+def split_refs(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
+    """Return the references of a kernel in parts of these sizes, and the rest."""
+    parts = []
+    for size in sizes:
+        parts.append(refs[:size])
+        refs = refs[size:]
+    return [*parts, refs]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows sorted by group, cut into blocks: which visits of which blocks a kernel has to make.
+# Schedules: the order in which a kernel visits the groups, blocks and tiles of sorted rows
 
 
 class Visits(NamedTuple):
-    """Visits in the order of the rows; those from `number` on are padding and name a valid group and block all the same."""
+    """Pairs of a group and a block, in the order of the rows; those from `number` on are padding, with valid indices."""
 
     group_V: jax.Array
     block_V: jax.Array
@@ -161,7 +164,7 @@ class Visits(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The order in which a kernel works through visits and column tiles; see `steps_by_block`."""
+    """The order of visits and column tiles; see `steps_by_block`."""
 
     group_I: jax.Array
     block_I: jax.Array
@@ -170,13 +173,13 @@ class Steps(NamedTuple):
 
 
 def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit_empty: bool) -> Visits:
-    """One visit for each pair of a group and a block that share rows.
+    """Return a visit for each pair of a group and a block that share rows.
 
     Args:
       group_sizes_G: int32, rows of each group.
       num_rows: R, at least the sum of the sizes.
       block_rows: rows of a block; the last block may be cut short.
-      visit_empty: whether a group without rows gets a visit, too (which finds no row of its own).
+      visit_empty: whether a group without rows gets a visit, too.
     """
     num_groups, num_blocks = group_sizes_G.shape[0], -(-num_rows // block_rows)
     start_and_end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes_G, dtype=jnp.int32)])
@@ -185,32 +188,32 @@ def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit
     visits_G = jnp.where(group_sizes_G > 0, (end_G - 1) // block_rows - first_block_G + 1, int(visit_empty))
     # Groups that share a block add one visit each to those of the blocks.
     visit_V = jnp.arange(num_blocks + num_groups, dtype=jnp.int32)
-    group_V, within_V = _places(visit_V, visits_G)
+    group_V, within_V = _locate(visit_V, visits_G)
     block_V = jnp.minimum(first_block_G[group_V] + within_V, num_blocks - 1)
     return Visits(group_V, block_V, jnp.sum(visits_G, dtype=jnp.int32), start_and_end)
 
 
 def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Steps, jax.Array]:
-    """Every column tile of every visit: block by block, within a block tile by tile, within a tile visit by visit.
+    """Return every column tile of every visit: block by block, within a block tile by tile, within a tile visit by visit.
 
     So a block of rows is fetched once, an output tile is complete before the next one begins, and a group's weights are fetched
     once for each block that the group has rows in. Every block needs a visit.
 
     Returns:
-      The steps, and how many they are.
+      The steps, and their number.
     """
     visit_V = jnp.arange(visits.group_V.shape[0], dtype=jnp.int32)
     here_SV = (jnp.arange(num_blocks)[:, None] == visits.block_V) & (visit_V < visits.number)
     visits_S = jnp.sum(here_SV, axis=1, dtype=jnp.int32)
     step_I = jnp.arange(visit_V.size * num_tiles, dtype=jnp.int32)
-    block_I, within_I = _places(step_I, visits_S * num_tiles)
+    block_I, within_I = _locate(step_I, visits_S * num_tiles)
     tile_I = jnp.minimum(within_I // visits_S[block_I], num_tiles - 1)
     visit_I = (jnp.cumsum(visits_S) - visits_S)[block_I] + within_I % visits_S[block_I]
     return Steps(visits.group_V[visit_I], block_I, tile_I, visits.start_G), visits.number * num_tiles
 
 
 class RowSteps(NamedTuple):
-    """The order in which a kernel works through tiles that begin near their group; see `steps_by_band`."""
+    """The order of tiles that begin near their group's start; see `steps_by_band`."""
 
     group_I: jax.Array
     row_I: jax.Array
@@ -226,10 +229,10 @@ class RowSteps(NamedTuple):
 def steps_by_band(
     group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int, grain: int
 ) -> tuple[RowSteps, jax.Array]:
-    """Every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
+    """Return every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
 
     A group's first tile begins with it or up to `grain` - 1 rows before, and its last one may reach beyond it. Within a band
-    the order is column by column, so that those who work on neighbouring steps at the same time share rows and weights.
+    the order is column by column, so that multiprocessors working on neighbouring steps share rows and weights.
 
     Args:
       group_sizes_G: int32, rows of each group, R in all.
@@ -240,14 +243,14 @@ def steps_by_band(
       grain: tiles begin at multiples of it.
 
     Returns:
-      The steps, of which those past the last are padding, and how many they are.
+      The steps, padded at the end, and their number.
     """
     start_G = jnp.cumsum(group_sizes_G, dtype=jnp.int32) - group_sizes_G
     before_G = start_G % grain
     visits_G = jnp.where(group_sizes_G > 0, -(-(group_sizes_G + before_G) // tile_rows), 0)
     most = (num_rows + group_sizes_G.size * (grain + tile_rows - 2)) // tile_rows
     step_I = jnp.arange(most * num_tiles, dtype=jnp.int32)
-    group_I, within_I = _places(step_I, visits_G * num_tiles)
+    group_I, within_I = _locate(step_I, visits_G * num_tiles)
     band_I, within_I = within_I // (band * num_tiles), within_I % (band * num_tiles)
     visits_I = jnp.clip(visits_G[group_I] - band_I * band, 1, band)
     offset_I = (band_I * band + within_I % visits_I) * tile_rows
@@ -259,10 +262,10 @@ def steps_by_band(
     return steps, jnp.sum(visits_G, dtype=jnp.int32) * num_tiles
 
 
-def _places(index_I: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which run each index lies in, and where in it, if runs of `count_Y` follow one another; the last run goes on for ever.
+def _locate(index_I: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the run of each index, and its position there, for consecutive runs of `count_Y`; the last one has no end.
 
-    By comparing all with all, which is a single pass over a small matrix, where a search or a scatter would be a loop.
+    All are compared with all: a single pass over a small matrix, where a search or a scatter would be a loop.
     """
     end_Y = jnp.cumsum(count_Y, dtype=jnp.int32)
     run_I = jnp.minimum(jnp.sum(index_I[:, None] >= end_Y, axis=1, dtype=jnp.int32), count_Y.size - 1)

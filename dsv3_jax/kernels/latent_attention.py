@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.attention import MASKED, OnlineSoftmax
 from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.gpu import latent_attention as gpu_latent_attention
-from dsv3_jax.kernels.attention import MASKED, OnlineSoftmax
 from dsv3_jax.kernels.tpu.latent_attention import past_attention_tpu
 from dsv3_jax.kernels.vma import varying_alike
 

@@ -17,8 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.kernels.attention import attend, causal_attention, choose_attention
-from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.documents import first_seen, has_ahead
+from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.tpu import splash
 from dsv3_jax.kernels.tpu.splash import splash_attention
 from dsv3_jax.parallel.mesh import make_mesh

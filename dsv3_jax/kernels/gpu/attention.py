@@ -1,14 +1,15 @@
-"""Causal attention on Hopper GPUs: Pallas kernels for the values and the gradients, under the contract of `causal_attention`.
+"""Causal attention on Hopper GPUs: Pallas kernels for values and gradients, with the contract of `causal_attention`.
 
-The forward kernel has a block of threads for every BLOCK_M queries of a head; keys and values pass by, with the online softmax.
-It keeps the logarithm of every row's sum, which gives the backward kernels of `attention_gradients_gpu.py` the probabilities
-again: one for the gradients of keys and values, where queries pass by, and one for that of the queries, where keys do. Each
-adds up in registers: every result is written once, by one block of threads, and always added up in the same order.
+The forward kernel has a block of threads for every BLOCK_M queries of a head; keys and values stream past, with the online
+softmax. It keeps the logarithm of every row's sum of exponentials, from which the backward kernels recompute the
+probabilities: one kernel for the gradients of keys and values, where queries stream past, and one for that of the queries,
+where keys do. Each sums in registers: every result is written once, by one block of threads, and summed in a fixed order.
 
-Keys after a warpgroup's last query are passed over, and positions are compared only where some key comes after some query. Of a
-head's tiles, those with the most to do are started first.
+Keys after a warpgroup's last query are skipped, and positions are compared only in blocks where some key comes after some
+query. Of a head's tiles, those with the most work start first.
 
-Axes beyond the project's legend: M key-value heads, X query/key width, U the query heads that share a key-value head.
+Axes beyond the project's legend: M key-value heads, X query/key width, U the query heads that share a key-value head, A the
+queries of one step.
 """
 
 from __future__ import annotations
@@ -23,34 +24,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.kernels.gpu.attention_gradients import key_blocks, key_gradients, place_of, query_gradient
-from dsv3_jax.kernels.gpu.hopper import (
-    BLOCK_K,
-    BLOCK_M,
-    FETCHING,
-    SHARED_BYTES,
-    SWIZZLED,
-    WG_M,
-    Pipeline,
-    add_products,
-    column_numbers,
-    constant,
-    launch,
-    own_rows,
-    product_of,
-    row_numbers,
-    store,
-    strip,
-    turned,
-)
+from dsv3_jax.kernels.gpu import hopper
+from dsv3_jax.kernels.gpu.hopper import BLOCK_K, BLOCK_M, CONSUMERS, SHARED_BYTES, WG_M, Pipeline, swizzled, transposed
 from dsv3_jax.kernels.vma import varying_alike
 
 WIDEST = 256
 """Columns of a product of one instruction."""
 WIDTHS = 320
-"""Key and value width together: rows of both gradients of WG_M keys, in registers, leave room for the rest."""
+"""Key and value width together: both gradients of WG_M keys are in registers, and leave room for the rest."""
 REGISTERS = 240
-"""Of a thread that multiplies: WG_M queries' logits for BLOCK_M keys, their probabilities and the output are 160 of them."""
+"""Registers of a consumer's thread. Forward, the logits and probabilities of WG_M queries and BLOCK_M keys and the output are
+160 of them; backward, both gradients of WG_M keys are."""
+BACKWARD_STAGES = 3
+"""Most slots of the backward pipelines."""
 
 
 def attention_hopper(
@@ -62,33 +48,23 @@ def attention_hopper(
     first: jax.Array | int = 0,
     interpret: Any = None,
 ) -> jax.Array:
-    """softmax(q k^T * scale, over positions up to the query's own) v, differentiable in q, k and v.
+    """Compute `causal_attention` in bfloat16, differentiable in q, k and v.
 
     Lengths are padded to whole tiles; padded keys come after every query that counts, and padded queries are cut.
-
-    Args:
-      q_BTNX: queries of N heads, bfloat16.
-      k_BSMX: keys of M heads; M divides N, and query head n reads key-value head n * M // N.
-      v_BSMW: values of the same M heads.
-      scale: factor on the logits, positive.
-      first: position of the first query among the keys; not 0 where other devices hold the queries before it. All queries
-        lie among the keys: first + T <= S.
+    Args as there, with a positive scale and all queries among the keys, first + T <= S; and
       interpret: None, or parameters of Pallas' GPU interpreter. For tests.
-
-    Returns:
-      [B, T, N, W] in bfloat16; logits and softmax are float32.
 
     Raises:
       ValueError: for other dtypes, for widths that are no multiples of 64 or too large, and for heads that do not divide.
     """
     _check(q_BTNX, k_BSMX, v_BSMW)
     padded = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK_M), (0, 0), (0, 0))) for a in (q_BTNX, k_BSMX, v_BSMW))
-    arrays = varying_alike(*padded, jnp.asarray(first, jnp.int32)[None])
-    return _attend(*arrays, scale, interpret)[:, : q_BTNX.shape[1]]
+    inputs = varying_alike(jnp.asarray(first, jnp.int32)[None], *padded)
+    return _attend(inputs, scale, interpret)[:, : q_BTNX.shape[1]]
 
 
 def unsupported_reason(X: int, W: int) -> str | None:
-    """Why the kernels do not take keys and values so wide, to be read after their name; None if they do."""
+    """Return why the kernels do not take these widths of keys and values, to be read after their name; None if they do."""
     if any(width % BLOCK_K or not 0 < width <= WIDEST for width in (X, W)) or X + W > WIDTHS:
         return (
             f"takes keys and values whose widths are multiples of {BLOCK_K} up to {WIDEST}, together up to {WIDTHS}, "
@@ -110,55 +86,62 @@ def _check(q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array) -> None:
         raise ValueError(f"attention by 'pallas_gpu' {reason}; use attention_backend chunked")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(
-    q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array, first_1: jax.Array, scale: float, interpret: Any
-) -> jax.Array:
-    return _attend_forward(q_BTNX, k_BSMX, v_BSMW, first_1, scale, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _attend(inputs: Sequence[jax.Array], scale: float, interpret: Any) -> jax.Array:
+    return _attend_forward(inputs, scale, interpret)[0]
 
 
-def _attend_forward(
-    q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array, first_1: jax.Array, scale: float, interpret: Any
-) -> tuple:
-    o_BTNW, minus_lse_BNT = _values(q_BTNX, k_BSMX, v_BSMW, first_1, scale=scale, interpret=interpret)
-    return o_BTNW, (q_BTNX, k_BSMX, v_BSMW, first_1, o_BTNW, minus_lse_BNT)
+def _attend_forward(inputs: Sequence[jax.Array], scale: float, interpret: Any) -> tuple[jax.Array, tuple]:
+    o_BTNW, minus_lse_BNT = _values(inputs, scale=scale, interpret=interpret)
+    return o_BTNW, (inputs, o_BTNW, minus_lse_BNT)
 
 
 def _attend_backward(scale: float, interpret: Any, residuals: tuple, do_BTNW: jax.Array) -> tuple:
-    q_BTNX, k_BSMX, v_BSMW, first_1, o_BTNW, minus_lse_BNT = residuals
+    inputs, o_BTNW, minus_lse_BNT = residuals
     minus_delta_BNT = -jnp.sum(do_BTNW.astype(jnp.float32) * o_BTNW.astype(jnp.float32), axis=-1).swapaxes(1, 2)
-    arguments = varying_alike(first_1, q_BTNX, k_BSMX, v_BSMW, do_BTNW, minus_lse_BNT, minus_delta_BNT)
-    dk_BSMX, dv_BSMW = key_gradients(*arguments, scale=scale, interpret=interpret)
-    return query_gradient(*arguments, scale=scale, interpret=interpret), dk_BSMX, dv_BSMW, None
+    arrays = varying_alike(*inputs, do_BTNW, minus_lse_BNT, minus_delta_BNT)
+    dk_BSMX, dv_BSMW = _key_gradients(arrays, scale=scale, interpret=interpret)
+    return ((None, _query_gradient(arrays, scale=scale, interpret=interpret), dk_BSMX, dv_BSMW),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _tile_of_block(heads: int, tiles: int, *, last_first: bool) -> tuple[Any, Any, Any]:
+    """Return this block's sequence, head and tile. The tiles of a head are consecutive, from the last or the first."""
+    index = jax.lax.axis_index("sm")
+    row, tile = jax.lax.div(index, jnp.int32(tiles)), jax.lax.rem(index, jnp.int32(tiles))
+    batch, head = jax.lax.div(row, jnp.int32(heads)), jax.lax.rem(row, jnp.int32(heads))
+    return batch, head, tiles - 1 - tile if last_first else tile
+
+
+def _key_blocks(first: Any, rows: int, size: int, number: int) -> tuple[Any, Any]:
+    """Return how many blocks of keys each of `rows` queries from position `first` on sees whole, and how many the last sees."""
+    whole, some = jax.lax.div(first + 1, jnp.int32(size)), jax.lax.div(first + rows + size - 1, jnp.int32(size))
+    return jnp.minimum(whole, number), jnp.minimum(some, number)
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def _values(
-    q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array, first_1: jax.Array, *, scale: float, interpret: Any
-) -> list[jax.Array]:
-    """The output [B, T, N, W]; and of every query minus the logarithm of its sum of exponentials, in units of the logits."""
+def _values(inputs: Sequence[jax.Array], *, scale: float, interpret: Any) -> list[jax.Array]:
+    """Return the output [B, T, N, W], and for every query minus the logarithm of its sum of exponentials, over the scale."""
+    _, q_BTNX, _, v_BSMW = inputs
     (B, T, N, X), (S, M, W), dtype = q_BTNX.shape, v_BSMW.shape[1:], q_BTNX.dtype
-    # Keys at a time: their logits are in registers beside the output.
+    # Keys at a time: their logits share the registers with the output.
     size = BLOCK_M if W <= BLOCK_M else WG_M
     stages = min(2 * BLOCK_M // size, (SHARED_BYTES - BLOCK_M * (X + BLOCK_K) * 2) // (size * (X + W) * 2))
     blocks, tiles, exponent = S // size, T // BLOCK_M, scale * math.log2(math.e)
 
     def fetch(k_pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, *_: Any) -> None:
-        (q_smem, k_smem, v_smem, _, _, q_loaded, v_loaded, v_released), (batch, head, tile) = (
-            buffers,
-            place_of(N, tiles, last_first=True),
-        )
+        q_smem, k_smem, v_smem, _, _, q_loaded, v_loaded, v_released = buffers
+        batch, head, tile = _tile_of_block(N, tiles, last_first=True)
         v_pipe, shared = Pipeline(v_loaded, v_released, stages), jax.lax.div(head, jnp.int32(N // M))
         plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(tile * BLOCK_M, BLOCK_M), head], q_smem, q_loaded)
-        steps = key_blocks(first_ref[0] + tile * BLOCK_M, BLOCK_M, size, blocks)[1]
+        steps = _key_blocks(first_ref[0] + tile * BLOCK_M, BLOCK_M, size, blocks)[1]
 
         @pl.loop(0, steps)
         def fetch_keys(step: Any) -> None:
             keys = pl.ds(step * size, size)
-            # Each in a ring of its own: keys are released before the values are waited for.
+            # Each has its own pipeline: keys are released before the values are waited for.
             for pipe, ref, smem in ((k_pipe, k_ref, k_smem), (v_pipe, v_ref, v_smem)):
                 slot = pipe.producer_acquire(step)
                 plgpu.copy_gmem_to_smem(ref.at[batch, keys, shared], smem.at[slot], pipe.loaded.at[slot])
@@ -168,33 +151,34 @@ def _values(
 
     def work(k_pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
         (q_smem, k_smem, v_smem, lse_smem, staging, q_loaded, v_loaded, v_released), (*_, o_ref, lse_ref) = buffers, refs
-        (batch, head, tile), warpgroup = place_of(N, tiles, last_first=True), jax.lax.axis_index("warpgroup")
+        (batch, head, tile), warpgroup = _tile_of_block(N, tiles, last_first=True), jax.lax.axis_index("warpgroup")
         v_pipe = Pipeline(v_loaded, v_released, stages)
         queries = pl.ds(tile * BLOCK_M + warpgroup * WG_M, WG_M)
         position = first_ref[0] + tile * BLOCK_M
-        steps = key_blocks(position, BLOCK_M, size, blocks)[1]
+        steps = _key_blocks(position, BLOCK_M, size, blocks)[1]
         position += warpgroup * WG_M
-        whole, some = key_blocks(position, WG_M, size, blocks)
+        whole, some = _key_blocks(position, WG_M, size, blocks)
         plgpu.barrier_wait(q_loaded)
 
         def block(step: Any, carry: tuple, *, compare: bool) -> tuple:
             o, top, total = carry
-            logits = product_of(q_smem.at[own_rows()], turned(k_smem.at[k_pipe.consumer_wait(step)]))
+            logits = hopper.product(q_smem.at[hopper.warpgroup_rows()], transposed(k_smem.at[k_pipe.consumer_wait(step)]))
             k_pipe.consumer_release(step)
             if compare:
-                ahead = column_numbers(logits.shape, interpret) - row_numbers(logits.shape, interpret)
+                ahead = hopper.iota(logits.shape, 1, interpret) - hopper.iota(logits.shape, 0, interpret)
                 logits = jnp.where(ahead <= position - step * size, logits, -jnp.inf)
             new_top = jnp.maximum(top, logits.max(1) * exponent)
             p = jnp.exp2(logits * exponent - jax.lax.broadcast_in_dim(new_top, logits.shape, (0,)))
             shrink = jnp.exp2(top - new_top)
             o *= jax.lax.broadcast_in_dim(shrink, o.shape, (0,))
-            (o,) = add_products([o], [(p.astype(dtype), v_smem.at[v_pipe.consumer_wait(step)])], interpret)
+            (o,) = hopper.add_products([o], [(p.astype(dtype), v_smem.at[v_pipe.consumer_wait(step)])], interpret)
             v_pipe.consumer_release(step)
             return o, new_top, total * shrink + p.sum(1)
 
         # Every query sees the first key, so that `top` is finite from the first block on.
-        start = [constant(value, shape, interpret) for value, shape in ((0, (WG_M, W)), (-jnp.inf, (WG_M,)), (0, (WG_M,)))]
-        carry = jax.lax.fori_loop(0, whole, functools.partial(block, compare=False), tuple(start))
+        initial = (0, (WG_M, W)), (-jnp.inf, (WG_M,)), (0, (WG_M,))
+        start = tuple(hopper.constant(value, shape, interpret) for value, shape in initial)
+        carry = jax.lax.fori_loop(0, whole, functools.partial(block, compare=False), start)
         o, top, total = jax.lax.fori_loop(whole, some, functools.partial(block, compare=True), carry)
         k_pipe.skip(some, steps)
         v_pipe.skip(some, steps)
@@ -203,29 +187,228 @@ def _values(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[batch, head, queries])
         for i in range(W // BLOCK_K):
-            at = o_ref.at[batch, queries, head, pl.ds(i * BLOCK_K, BLOCK_K)]
-            store(strip(o, i).astype(dtype), staging.at[warpgroup], at)
+            destination = o_ref.at[batch, queries, head, pl.ds(i * BLOCK_K, BLOCK_K)]
+            hopper.store(hopper.strip(o, i).astype(dtype), staging.at[warpgroup], destination)
 
     scratch = [
-        plgpu.SMEM((BLOCK_M, X), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((stages, size, X), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((stages, size, W), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((FETCHING, WG_M), jnp.float32),
-        plgpu.SMEM((FETCHING, WG_M, BLOCK_K), dtype, transforms=SWIZZLED),
+        swizzled(BLOCK_M, X),
+        swizzled(stages, size, X),
+        swizzled(stages, size, W),
+        plgpu.SMEM((CONSUMERS, WG_M), jnp.float32),
+        swizzled(CONSUMERS, WG_M, BLOCK_K),
         plgpu.Barrier(),
         plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_arrivals=FETCHING, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
     ]
-    return launch(
+    return hopper.launch(
         fetch,
         work,
-        [first_1, q_BTNX, k_BSMX, v_BSMW],
+        inputs,
         outputs=[jax.ShapeDtypeStruct((B, T, N, W), dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
         scratch=scratch,
         loads=1,
         stages=stages,
         num_blocks=B * N * tiles,
         name="attention",
+        interpret=interpret,
+        registers=REGISTERS,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The gradients
+#
+# Both kernels take, for every query, minus the logarithm of its sum of exponentials, over the scale, and minus the sum of its
+# output times its gradient: the products from which these are subtracted start with them instead of zero.
+
+
+def _backward_stages(X: int, W: int) -> int:
+    """Return the number of slots of WG_M rows of two operands that fit in addition to BLOCK_M rows of the two others."""
+    row = (X + W) * 2 + 8
+    return min(BACKWARD_STAGES, (SHARED_BYTES - BLOCK_M * row) // (WG_M * row))
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+def _query_gradient(arrays: Sequence[jax.Array], *, scale: float, interpret: Any) -> jax.Array:
+    """Return dq [B, T, N, X] from the arrays of `_attend_backward`."""
+    _, q_BTNX, _, v_BSMW, *_ = arrays
+    (B, T, N, X), (S, M, W), dtype = q_BTNX.shape, v_BSMW.shape[1:], q_BTNX.dtype
+    blocks, tiles, stages, exponent = S // WG_M, T // BLOCK_M, _backward_stages(X, W), scale * math.log2(math.e)
+
+    def fetch(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+        (k_smem, v_smem, loaded, *smems), (q_ref, k_ref, v_ref, do_ref, *row_refs, _) = buffers, refs
+        batch, head, tile = _tile_of_block(N, tiles, last_first=True)
+        queries, shared = pl.ds(tile * BLOCK_M, BLOCK_M), jax.lax.div(head, jnp.int32(N // M))
+        sources = [ref.at[batch, queries, head] for ref in (q_ref, do_ref)] + [ref.at[batch, head, queries] for ref in row_refs]
+        for source, smem in zip(sources, smems, strict=True):
+            plgpu.copy_gmem_to_smem(source, smem, loaded)
+        steps = _key_blocks(first_ref[0] + tile * BLOCK_M, BLOCK_M, WG_M, blocks)[1]
+
+        @pl.loop(0, steps)
+        def fetch_keys(step: Any) -> None:
+            slot = pipe.producer_acquire(step)
+            for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
+                source = ref.at[batch, pl.ds(step * WG_M, WG_M), shared]
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], pipe.loaded.at[slot])
+
+        pipe.drain(steps)
+
+    def work(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+        (k_smem, v_smem, loaded, q_smem, do_smem, *row_smems), dq_ref = buffers, refs[-1]
+        (batch, head, tile), warpgroup = _tile_of_block(N, tiles, last_first=True), jax.lax.axis_index("warpgroup")
+        position = first_ref[0] + tile * BLOCK_M
+        steps = _key_blocks(position, BLOCK_M, WG_M, blocks)[1]
+        position += warpgroup * WG_M
+        whole, some = _key_blocks(position, WG_M, WG_M, blocks)
+        plgpu.barrier_wait(loaded)
+        starts = [hopper.broadcast_vector(smem.at[hopper.warpgroup_rows()], 0, interpret) for smem in row_smems]
+
+        def block(step: Any, dq: jax.Array, *, compare: bool) -> jax.Array:
+            slot = pipe.consumer_wait(step)
+            k = k_smem.at[slot]
+            own = hopper.warpgroup_rows()
+            factors = [(q_smem.at[own], transposed(k)), (do_smem.at[own], transposed(v_smem.at[slot]))]
+            logits, dp = hopper.add_products(starts, factors, interpret)
+            if compare:
+                ahead = hopper.iota(logits.shape, 1, interpret) - hopper.iota(logits.shape, 0, interpret)
+                logits = jnp.where(ahead <= position - step * WG_M, logits, -jnp.inf)
+            ds = jnp.exp2(logits * exponent) * dp
+            (dq,) = hopper.add_products([dq], [(ds.astype(dtype), k)], interpret)
+            pipe.consumer_release(step)
+            return dq
+
+        dq = jax.lax.fori_loop(0, whole, functools.partial(block, compare=False), hopper.constant(0, (WG_M, X), interpret))
+        dq = jax.lax.fori_loop(whole, some, functools.partial(block, compare=True), dq)
+        pipe.skip(some, steps)
+        queries = pl.ds(tile * BLOCK_M + warpgroup * WG_M, WG_M)
+        hopper.store((dq * scale).astype(dtype), q_smem.at[hopper.warpgroup_rows()], dq_ref.at[batch, queries, head])
+
+    scratch = [
+        swizzled(stages, WG_M, X),
+        swizzled(stages, WG_M, W),
+        plgpu.Barrier(num_arrivals=4),
+        swizzled(BLOCK_M, X),
+        swizzled(BLOCK_M, W),
+        plgpu.SMEM((BLOCK_M,), jnp.float32),
+        plgpu.SMEM((BLOCK_M,), jnp.float32),
+    ]
+    (dq_BTNX,) = hopper.launch(
+        fetch,
+        work,
+        arrays,
+        outputs=[jax.ShapeDtypeStruct(q_BTNX.shape, dtype)],
+        scratch=scratch,
+        loads=2,
+        stages=stages,
+        num_blocks=B * N * tiles,
+        name="attention_dq",
+        interpret=interpret,
+        registers=REGISTERS,
+    )
+    return dq_BTNX
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+def _key_gradients(arrays: Sequence[jax.Array], *, scale: float, interpret: Any) -> list[jax.Array]:
+    """Return dk [B, S, M, X] and dv [B, S, M, W]. Keys are the rows of all products here, queries the columns."""
+    first_1, q_BTNX, k_BSMX, v_BSMW, *_ = arrays
+    (B, T, N, X), (S, M, W), dtype = q_BTNX.shape, v_BSMW.shape[1:], q_BTNX.dtype
+    blocks, tiles, stages, U = T // WG_M, S // BLOCK_M, _backward_stages(X, W), N // M
+    exponent = scale * math.log2(math.e)
+    _, number_A = varying_alike(first_1, jnp.arange(WG_M, dtype=jnp.int32))
+
+    def begin_of(first: Any, key: Any) -> Any:
+        """Return the first block of queries of which one sees the key."""
+        return jnp.minimum(jax.lax.div(jnp.maximum(key - first, 0), jnp.int32(WG_M)), blocks)
+
+    def fetch(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+        k_smem, v_smem, number_smem, loaded, *smems = buffers
+        q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, number_ref, *_ = refs
+        batch, shared, tile = _tile_of_block(M, tiles, last_first=False)
+        plgpu.copy_gmem_to_smem(number_ref, number_smem, loaded)
+        for ref, smem in ((k_ref, k_smem), (v_ref, v_smem)):
+            plgpu.copy_gmem_to_smem(ref.at[batch, pl.ds(tile * BLOCK_M, BLOCK_M), shared], smem, loaded)
+        begin = begin_of(first_ref[0], tile * BLOCK_M)
+        count = blocks - begin
+
+        def fetch_queries(u: Any, i: Any) -> None:
+            slot = pipe.producer_acquire(u * count + i)
+            head, queries = shared * U + u, pl.ds((begin + i) * WG_M, WG_M)
+            sources = [ref.at[batch, queries, head] for ref in (q_ref, do_ref)]
+            sources += [ref.at[batch, head, queries] for ref in (lse_ref, delta_ref)]
+            for source, smem in zip(sources, smems, strict=True):
+                plgpu.copy_gmem_to_smem(source, smem.at[slot], pipe.loaded.at[slot])
+
+        @pl.loop(0, U)
+        def fetch_head(u: Any) -> None:
+            pl.loop(0, count)(functools.partial(fetch_queries, u))
+
+        pipe.drain(U * count)
+
+    def work(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:
+        (k_smem, v_smem, number_smem, loaded, q_smem, do_smem, lse_smem, delta_smem), (*_, dk_ref, dv_ref) = buffers, refs
+        batch, shared, tile = _tile_of_block(M, tiles, last_first=False)
+        warpgroup, first = jax.lax.axis_index("warpgroup"), first_ref[0]
+        begin, key = begin_of(first, tile * BLOCK_M), tile * BLOCK_M + warpgroup * WG_M
+        # Of a head's steps the first ones are for the other warpgroup; in the next ones some keys come after some queries.
+        count, some, whole = blocks - begin, begin_of(first, key) - begin, begin_of(first, key + 2 * WG_M - 2) - begin
+        plgpu.barrier_wait(loaded)
+
+        def block(step: Any, i: Any, carry: tuple, *, compare: bool) -> tuple:
+            dk, dv = carry
+            slot = pipe.consumer_wait(step + i)
+            q, do = q_smem.at[slot], do_smem.at[slot]
+            start = hopper.broadcast_vector(lse_smem.at[slot], 1, interpret)
+            if compare:
+                # Loaded, since loop invariants are kept in registers throughout, and there are none left.
+                query, row = hopper.broadcast_vector(number_smem, 1, interpret), hopper.iota(start.shape, 0, interpret)
+                start = jnp.where(row + (key - first - (begin + i) * WG_M) <= query, start, -jnp.inf)
+            own = hopper.warpgroup_rows()
+            (logits,) = hopper.add_products([start], [(k_smem.at[own], transposed(q))], interpret)
+            # The barrier keeps conversions in pairs: fused with its uses, each is done alone, by a slower instruction.
+            p = jax.lax.optimization_barrier(jnp.exp2(logits * exponent).astype(dtype))
+            (dv,) = hopper.add_products([dv], [(p, do)], interpret)
+            start = hopper.broadcast_vector(delta_smem.at[slot], 1, interpret)
+            (dp,) = hopper.add_products([start], [(v_smem.at[own], transposed(do))], interpret)
+            ds = (p.astype(jnp.float32) * dp).astype(dtype)
+            (dk,) = hopper.add_products([dk], [(ds, q)], interpret)
+            plgpu.commit_smem()  # The rows' numbers are read before others are copied there.
+            pipe.consumer_release(step + i)
+            return dk, dv
+
+        def of_head(u: Any, carry: tuple) -> tuple:
+            step = u * count
+            pipe.skip(step, step + some)
+            for start, end, compare in ((some, whole, True), (whole, count, False)):
+                carry = jax.lax.fori_loop(start, end, functools.partial(block, step, compare=compare), carry)
+            return carry
+
+        start = hopper.constant(0, (WG_M, X), interpret), hopper.constant(0, (WG_M, W), interpret)
+        dk, dv = jax.lax.fori_loop(0, U, of_head, start)
+        keys, own = pl.ds(key, WG_M), hopper.warpgroup_rows()
+        hopper.store((dk * scale).astype(dtype), k_smem.at[own], dk_ref.at[batch, keys, shared])
+        hopper.store(dv.astype(dtype), v_smem.at[own], dv_ref.at[batch, keys, shared])
+
+    scratch = [
+        swizzled(BLOCK_M, X),
+        swizzled(BLOCK_M, W),
+        plgpu.SMEM((WG_M,), jnp.int32),
+        plgpu.Barrier(num_arrivals=3),
+        swizzled(stages, WG_M, X),
+        swizzled(stages, WG_M, W),
+        plgpu.SMEM((stages, WG_M), jnp.float32),
+        plgpu.SMEM((stages, WG_M), jnp.float32),
+    ]
+    return hopper.launch(
+        fetch,
+        work,
+        [*arrays, number_A],
+        outputs=[jax.ShapeDtypeStruct(k_BSMX.shape, dtype), jax.ShapeDtypeStruct(v_BSMW.shape, dtype)],
+        scratch=scratch,
+        loads=4,
+        stages=stages,
+        num_blocks=B * M * tiles,
+        name="attention_dk_dv",
         interpret=interpret,
         registers=REGISTERS,
     )

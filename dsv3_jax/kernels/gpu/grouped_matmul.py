@@ -1,8 +1,7 @@
-"""A Pallas kernel for Hopper GPUs: products of sorted rows with the weights of their group, and what is computed of them.
+"""Pallas kernel for Hopper GPUs: products of sorted rows with their group's weights, and a function of them (the epilogue).
 
-Tiles of rows begin at the last multiple of ALIGN_M rows up to where their group does, so that its first and last tile reach
-into other groups. They are computed whole, whatever lies there, and of their results the group's own rows are stored, in pieces
-of powers of two.
+Tiles of rows begin at the last multiple of ALIGN_M rows up to their group's start, so that its first and last tile reach into
+other groups. They are computed whole, and only the group's own rows of the results are stored, in pieces of powers of two.
 """
 
 from __future__ import annotations
@@ -16,37 +15,21 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.kernels.gpu.hopper import (
-    ALIGN_M,
-    BLOCK_K,
-    BLOCK_M,
-    COLUMNS,
-    FETCHING,
-    STAGES,
-    SWIZZLED,
-    WG_M,
-    Pipeline,
-    launch,
-    multiply,
-    over_tiles,
-    store,
-    strip,
-    turned,
-    whole_tile,
-    write,
-)
-from dsv3_jax.kernels.grouped import Compute, RowSteps, steps_by_band
+from dsv3_jax.kernels.gpu import hopper
+from dsv3_jax.kernels.gpu.hopper import ALIGN_M, BLOCK_K, BLOCK_M, COLUMNS, CONSUMERS, STAGES, WG_M, Pipeline, swizzled
+from dsv3_jax.kernels.grouped import Epilogue, RowSteps, split_refs, steps_by_band
 
 GROUP_M = 16
 """Tiles of rows that share weights while these are in the L2 cache."""
 
 
 def grouped_matmul(
-    compute: Compute,
+    epilogue: Epilogue,
     rows: Sequence[jax.Array],
     weights: Sequence[jax.Array],
-    beside: Sequence[jax.Array],
+    extras: Sequence[jax.Array],
     group_sizes_E: jax.Array,
+    /,
     *,
     num_outputs: int,
     transposed: bool,
@@ -54,12 +37,10 @@ def grouped_matmul(
     name: str,
     interpret: Any = None,
 ) -> list[jax.Array]:
-    """`Products.rows` of `grouped_ffn.py` in bfloat16, for R that is a multiple of 8, K and N of 64, N at least 128.
+    """`Products.rows` in bfloat16, for R that is a multiple of 8, K and N of 64, N at least 128.
 
-    There may be two arrays `beside`, if the weights are transposed, or none. Arguments beyond its own are
-
-    Args:
-      num_sms: multiprocessors of the device.
+    There may be two arrays `extras` if the weights are transposed, or none. Args as there, and
+      num_blocks: multiprocessors of the device.
       name: of the kernel in the compiled program.
       interpret: None, or parameters of Pallas' GPU interpreter.
     """
@@ -73,31 +54,29 @@ def grouped_matmul(
     sizes_G = jnp.append(group_sizes_E, num_rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
     steps, number = steps_by_band(sizes_G, num_rows, BLOCK_M, num_tiles, GROUP_M, ALIGN_M)
 
-    def split(refs: Sequence[Any]) -> tuple[RowSteps, Any, list[Any]]:
-        """The lists of steps, their number, and row, weight, beside and output arrays."""
-        parts, rest = [], list(refs[len(steps) + 1 :])
-        for size in (len(rows), len(weights), len(beside), num_outputs):
-            parts.append(rest[:size])
-            rest = rest[size:]
-        return RowSteps(*refs[: len(steps)]), refs[len(steps)][0], parts
+    def unpack(refs: Sequence[Any]) -> tuple[RowSteps, Any, list[Any]]:
+        """Return the lists of steps, their number, and row, weight, extra and output arrays."""
+        sizes = len(steps), 1, len(rows), len(weights), len(extras), num_outputs
+        lists, (number_ref,), *arrays, _ = split_refs(refs, *sizes)
+        return RowSteps(*lists), number_ref[0], arrays
 
-    def place(lists: RowSteps, index: Any) -> tuple[Any, Any, Any]:
-        """Group, first row and first column of a tile."""
-        column, _ = whole_tile(lists.tile_I[index], columns, num_columns)
+    def tile_at(lists: RowSteps, index: Any) -> tuple[Any, Any, Any]:
+        """Return group, first row and first column of a tile."""
+        column, _ = hopper.clamped_tile(lists.tile_I[index], columns, num_columns)
         return lists.group_I[index], pl.multiple_of(lists.row_I[index], ALIGN_M), column
 
     def num_k_steps(group: Any) -> Any:
         return jnp.where(group < num_experts, len(rows) * num_k, 0)
 
     def num_steps(group: Any) -> Any:
-        return num_k_steps(group) + (num_strips if beside else 0)
+        return num_k_steps(group) + (num_strips if extras else 0)
 
     def fetch(pipe: Pipeline, buffers: Sequence[Any], *refs: Any) -> None:
-        (row_smem, weight_smems, *_), (lists, number, arrays) = buffers, split(refs)
-        row_refs, weight_refs, beside_refs, _ = arrays
+        (row_smem, weight_smems, *_), (lists, number, arrays) = buffers, unpack(refs)
+        row_refs, weight_refs, extra_refs, _ = arrays
 
         def fetch_tile(index: Any, first: Any) -> Any:
-            group, row, column = place(lists, index)
+            group, row, column = tile_at(lists, index)
             tile_rows = pl.ds(row, BLOCK_M)
 
             def fetch_products(first: Any, row_ref: Any, factors: Sequence[Any]) -> None:
@@ -109,13 +88,13 @@ def grouped_matmul(
                         at = (group, pl.ds(column, columns), part) if transposed else (group, part, pl.ds(column, columns))
                         plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], pipe.loaded.at[slot])
 
-            def fetch_beside(first: Any) -> None:
-                places = row_smem, weight_smems[0].at[:, pl.ds(0, BLOCK_M)]
+            def fetch_extras(first: Any) -> None:
+                smems = row_smem, weight_smems[0].at[:, pl.ds(0, BLOCK_M)]
 
                 @pl.loop(0, num_strips)
                 def _(i: Any) -> None:
                     slot = pipe.producer_acquire(first + i)
-                    for smem, ref in zip(places, beside_refs, strict=True):
+                    for smem, ref in zip(smems, extra_refs, strict=True):
                         source = ref.at[tile_rows, pl.ds(column + i * BLOCK_K, BLOCK_K)]
                         plgpu.copy_gmem_to_smem(source, smem.at[slot], pipe.loaded.at[slot])
 
@@ -124,58 +103,58 @@ def grouped_matmul(
                 for i, row_ref in enumerate(row_refs):
                     fetch_products(first + i * num_k, row_ref, weight_refs[i * num_products : (i + 1) * num_products])
 
-            if beside:
-                fetch_beside(first + num_k_steps(group))
+            if extras:
+                fetch_extras(first + num_k_steps(group))
             return first + num_steps(group)
 
-        pipe.drain(over_tiles(number, num_blocks, fetch_tile))
+        pipe.drain(hopper.for_each_tile(number, num_blocks, fetch_tile))
 
     def work(pipe: Pipeline, buffers: Sequence[Any], *refs: Any) -> None:
-        (row_smem, weight_smems, staging, plain_staging), (lists, number, arrays) = buffers, split(refs)
+        (row_smem, weight_smems, staging, plain_staging), (lists, number, arrays) = buffers, unpack(refs)
         warpgroup, output_refs = jax.lax.axis_index("warpgroup"), arrays[3]
         mine = pl.ds(warpgroup * WG_M, WG_M)
 
         def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
             for accumulator, smem in zip(accumulators, weight_smems, strict=True):
-                factor = turned(smem.at[slot]) if transposed else smem.at[slot]
+                factor = hopper.transposed(smem.at[slot]) if transposed else smem.at[slot]
                 plgpu.wgmma(accumulator, row_smem.at[slot, mine], factor)
 
-        def beside_of(step: Any, group: Any) -> list[jax.Array]:
+        def extras_of(step: Any, group: Any) -> list[jax.Array]:
             slot = pipe.consumer_wait(step)
             values = [row_smem[slot, mine], weight_smems[0][slot, mine]]
-            plgpu.commit_smem()  # These reads are over before a copy may write there.
+            plgpu.commit_smem()  # These reads end before a copy may write there.
             pipe.consumer_release(step)
-            # What lies past the last group is nothing to compute with.
+            # Rows past the last group may hold NaN.
             return [jnp.where(group < num_experts, value.astype(jnp.float32), 0.0) for value in values]
 
         def work_on_tile(index: Any, first: Any) -> Any:
-            group, row, column = place(lists, index)
-            _, done = whole_tile(lists.tile_I[index], columns, num_columns)
+            group, row, column = tile_at(lists, index)
+            _, done = hopper.clamped_tile(lists.tile_I[index], columns, num_columns)
             begin, end = (jnp.clip(rows_I[index] - warpgroup * WG_M, 0, WG_M) for rows_I in (lists.begin_I, lists.end_I))
             k_steps = num_k_steps(group)
-            products = multiply(pipe, first, k_steps, columns, num_products, products_of)
+            products = hopper.multiply(pipe, first, k_steps, columns, num_products, products_of)
             for i in range(num_strips):
-                others = beside_of(first + k_steps + i, group) if beside else []
-                outputs = compute([strip(product, i) for product in products], others)
+                others = extras_of(first + k_steps + i, group) if extras else []
+                outputs = epilogue([hopper.strip(product, i) for product in products], others)
                 new = begin, jnp.where(i * BLOCK_K >= done, end, 0)
                 for value, ref in zip(outputs, output_refs, strict=True):
                     at = ref.at[pl.ds(row + warpgroup * WG_M, WG_M), pl.ds(column + i * BLOCK_K, BLOCK_K)]
                     _store_own(value.astype(dtype), *new, staging.at[warpgroup], plain_staging.at[warpgroup], at)
             return first + num_steps(group)
 
-        over_tiles(number, num_blocks, work_on_tile)
+        hopper.for_each_tile(number, num_blocks, work_on_tile)
 
     weight_block = (columns, BLOCK_K) if transposed else (BLOCK_K, columns)
     scratch = [
-        plgpu.SMEM((STAGES, BLOCK_M, BLOCK_K), dtype, transforms=SWIZZLED),
-        [plgpu.SMEM((STAGES, *weight_block), dtype, transforms=SWIZZLED)] * num_products,
-        plgpu.SMEM((FETCHING, WG_M, BLOCK_K), dtype, transforms=SWIZZLED),
-        plgpu.SMEM((FETCHING, WG_M, BLOCK_K), dtype),
+        swizzled(STAGES, BLOCK_M, BLOCK_K),
+        [swizzled(STAGES, *weight_block)] * num_products,
+        swizzled(CONSUMERS, WG_M, BLOCK_K),
+        plgpu.SMEM((CONSUMERS, WG_M, BLOCK_K), dtype),
     ]
-    return launch(
+    return hopper.launch(
         fetch,
         work,
-        [*steps, number[None], *rows, *weights, *beside],
+        [*steps, number[None], *rows, *weights, *extras],
         outputs=[jax.ShapeDtypeStruct((num_rows, num_columns), dtype)] * num_outputs,
         scratch=scratch,
         loads=1 + num_products,
@@ -185,22 +164,22 @@ def grouped_matmul(
     )
 
 
-def _store_own(values: jax.Array, begin: Any, end: Any, staging: Any, plain_staging: Any, place: Any) -> None:
-    """Begins to write the rows [begin, end) of WG_M. Pieces of a swizzled tile cannot be copied, and so are staged plain."""
+def _store_own(values: jax.Array, begin: Any, end: Any, staging: Any, plain_staging: Any, destination: Any) -> None:
+    """Begin to write rows [begin, end) of WG_M. A swizzled tile cannot be copied in pieces, so these are staged unswizzled."""
     own = end - begin
 
     @pl.when(own == WG_M)
     def _() -> None:
-        store(values, staging, place)
+        hopper.store(values, staging, destination)
 
     def store_piece(begin: Any, size: int) -> None:
         piece = pl.ds(begin, size)
-        plgpu.copy_smem_to_gmem(plain_staging.at[piece], place.at[piece])
+        plgpu.copy_smem_to_gmem(plain_staging.at[piece], destination.at[piece])
 
     @pl.when((own > 0) & (own < WG_M))
     def _() -> None:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # What was staged before.
-        write(plain_staging, values)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # For the values staged before.
+        hopper.write(plain_staging, values)
         plgpu.commit_smem()
         at = begin
         for size in (32, 16, 8, 4, 2, 1):

@@ -1,8 +1,7 @@
-"""A Pallas kernel for Hopper GPUs: for every group, the sum over its rows of outer products: the gradient of its weights.
+"""Pallas kernel for Hopper GPUs: for every group, the sum over its rows of outer products, the gradient of its weights.
 
-The rows are the contracted dimension, and a group's begin anywhere. Steps over them begin at the last multiple of ALIGN_M rows
-up to there; the first and the last may hold rows of other groups, or of none, whatever lies there: those are zeroed in shared
-memory.
+The rows are the contracted dimension, and a group may begin at any row. Steps over them begin at the last multiple of ALIGN_M
+rows up to its start; the first and the last may hold rows of other groups, or of none, which are zeroed in shared memory.
 """
 
 from __future__ import annotations
@@ -16,25 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.kernels.gpu.hopper import (
-    ALIGN_M,
-    BLOCK_K,
-    BLOCK_M,
-    COLUMNS,
-    FETCHING,
-    STAGES,
-    SWIZZLED,
-    WG_M,
-    Pipeline,
-    launch,
-    multiply,
-    over_tiles,
-    row_numbers,
-    store,
-    strip,
-    turned,
-    whole_tile,
-)
+from dsv3_jax.kernels.gpu import hopper
+from dsv3_jax.kernels.gpu.hopper import ALIGN_M, BLOCK_K, BLOCK_M, COLUMNS, CONSUMERS, STAGES, WG_M, Pipeline, swizzled
 
 GROUP_M = 16
 """Tiles along the left array's columns that share the right arrays' while these are in the L2 cache."""
@@ -49,9 +31,9 @@ def grouped_matmul_dw(
     name: str,
     interpret: Any = None,
 ) -> list[jax.Array]:
-    """`Products.weights` of `grouped_ffn.py` in bfloat16, for R that is a multiple of 8, X and Y of 64 and at least 128.
+    """`Products.weights` in bfloat16, for R that is a multiple of 8, X and Y of 64 and at least 128.
 
-    Arguments beyond its own are those of `grouped_matmul`.
+    Args as there and of `grouped_matmul`.
     """
     (_, X), Y, dtype, num_experts = left_RX.shape, rights[0].shape[1], left_RX.dtype, group_sizes_E.shape[0]
     columns = min(COLUMNS // len(rights), Y)
@@ -59,15 +41,15 @@ def grouped_matmul_dw(
     num_tiles = num_left * num_right
     start_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32) - group_sizes_E
 
-    def place(index: Any) -> tuple[Any, Any, Any]:
-        """Group, and numbers of the tile along the rows and the columns of its output."""
+    def tile_at(index: Any) -> tuple[Any, Any, Any]:
+        """Return the group, and the tile's row and column in the grid of its output."""
         group, within = jax.lax.div(index, jnp.int32(num_tiles)), jax.lax.rem(index, jnp.int32(num_tiles))
         band, within = (f(within, jnp.int32(GROUP_M * num_right)) for f in (jax.lax.div, jax.lax.rem))
         of_band = jnp.minimum(num_left - band * GROUP_M, GROUP_M)
         return group, band * GROUP_M + jax.lax.rem(within, of_band), jax.lax.div(within, of_band)
 
     def steps_of(start: Any, size: Any) -> tuple[Any, Any]:
-        """Rows between the first step's first one and the group's, and the number of steps."""
+        """Return how many rows the first step begins before the group, and the number of steps."""
         before = jax.lax.rem(start, jnp.int32(ALIGN_M))
         return before, jnp.where(size > 0, jax.lax.div(before + size + BLOCK_K - 1, jnp.int32(BLOCK_K)), 0)
 
@@ -75,8 +57,8 @@ def grouped_matmul_dw(
         left_smem, right_smems, *_ = buffers
 
         def fetch_tile(index: Any, first: Any) -> Any:
-            group, left, right = place(index)
-            left, right = whole_tile(left, BLOCK_M, X)[0], whole_tile(right, columns, Y)[0]
+            group, left, right = tile_at(index)
+            left, right = hopper.clamped_tile(left, BLOCK_M, X)[0], hopper.clamped_tile(right, columns, Y)[0]
             before, steps = steps_of(start_ref[group], size_ref[group])
             start = pl.multiple_of(start_ref[group] - before, ALIGN_M)
 
@@ -89,7 +71,7 @@ def grouped_matmul_dw(
 
             return first + steps
 
-        pipe.drain(over_tiles(num_experts * num_tiles, num_blocks, fetch_tile))
+        pipe.drain(hopper.for_each_tile(num_experts * num_tiles, num_blocks, fetch_tile))
 
     def work(pipe: Pipeline, buffers: Sequence[Any], start_ref: Any, size_ref: Any, _left_ref: Any, *refs: Any) -> None:
         left_smem, right_smems, staging, zeroed = buffers
@@ -97,8 +79,8 @@ def grouped_matmul_dw(
         mine = pl.ds(warpgroup * WG_M, WG_M)
 
         def zero(slot: Any, begin: Any, end: Any) -> None:
-            """Zeroes rows out of [begin, end): each warpgroup in the left columns that it reads, and in some right ones."""
-            row = row_numbers((BLOCK_K, BLOCK_K), interpret)
+            """Zero rows outside of [begin, end): each warpgroup in the left columns that it reads, and in some right ones."""
+            row = hopper.iota((BLOCK_K, BLOCK_K), 0, interpret)
             own = (begin <= row) & (row < end)
 
             def zero_in(part: Any) -> None:
@@ -110,44 +92,45 @@ def grouped_matmul_dw(
 
             zero_in(left_smem.at[slot, :, mine])
             for i in range(num_strips):
-                pl.when(warpgroup == i % FETCHING)(functools.partial(zero_strip, i))
+                pl.when(warpgroup == i % CONSUMERS)(functools.partial(zero_strip, i))
             plgpu.commit_smem()
             plgpu.barrier_arrive(zeroed)
             plgpu.barrier_wait(zeroed)
 
         def work_on_tile(index: Any, first: Any) -> Any:
-            group, left, right = place(index)
-            (left, done_rows), (right, done_columns) = whole_tile(left, BLOCK_M, X), whole_tile(right, columns, Y)
+            group, left, right = tile_at(index)
+            left, done_rows = hopper.clamped_tile(left, BLOCK_M, X)
+            right, done_columns = hopper.clamped_tile(right, columns, Y)
             before, steps = steps_of(start_ref[group], size_ref[group])
 
             def products_of(slot: Any, k: Any, accumulators: Sequence[Any]) -> None:
                 begin, end = before - k * BLOCK_K, before + size_ref[group] - k * BLOCK_K
                 pl.when((begin > 0) | (end < BLOCK_K))(functools.partial(zero, slot, begin, end))
                 for accumulator, smem in zip(accumulators, right_smems, strict=True):
-                    plgpu.wgmma(accumulator, turned(left_smem.at[slot, :, mine]), smem.at[slot])
+                    plgpu.wgmma(accumulator, hopper.transposed(left_smem.at[slot, :, mine]), smem.at[slot])
 
-            products = multiply(pipe, first, steps, columns, len(rights), products_of)
+            products = hopper.multiply(pipe, first, steps, columns, len(rights), products_of)
             rows = pl.ds(left + warpgroup * WG_M, WG_M)
 
             def store_strip(i: int) -> None:
                 for product, ref in zip(products, output_refs, strict=True):
                     at = ref.at[group, rows, pl.ds(right + i * BLOCK_K, BLOCK_K)]
-                    store(strip(product, i).astype(dtype), staging.at[warpgroup], at)
+                    hopper.store(hopper.strip(product, i).astype(dtype), staging.at[warpgroup], at)
 
             for i in range(num_strips):
                 new = (warpgroup * WG_M >= done_rows) & (i * BLOCK_K >= done_columns)
                 pl.when(new)(functools.partial(store_strip, i))
             return first + steps
 
-        over_tiles(num_experts * num_tiles, num_blocks, work_on_tile)
+        hopper.for_each_tile(num_experts * num_tiles, num_blocks, work_on_tile)
 
     scratch = [
-        plgpu.SMEM((STAGES, BLOCK_K, BLOCK_M), dtype, transforms=SWIZZLED),
-        [plgpu.SMEM((STAGES, BLOCK_K, columns), dtype, transforms=SWIZZLED)] * len(rights),
-        plgpu.SMEM((FETCHING, WG_M, BLOCK_K), dtype, transforms=SWIZZLED),
-        plgpu.Barrier(num_arrivals=FETCHING),
+        swizzled(STAGES, BLOCK_K, BLOCK_M),
+        [swizzled(STAGES, BLOCK_K, columns)] * len(rights),
+        swizzled(CONSUMERS, WG_M, BLOCK_K),
+        plgpu.Barrier(num_arrivals=CONSUMERS),
     ]
-    return launch(
+    return hopper.launch(
         fetch,
         work,
         [start_E, group_sizes_E, left_RX, *rights],

@@ -1,11 +1,11 @@
-"""What the Pallas kernels for NVIDIA's Hopper GPUs have in common: who does what in a block, and the ring between them.
+"""Shared parts of the Pallas kernels for NVIDIA's Hopper GPUs: warpgroup roles, the pipeline between them, and the launch.
 
 Where tiles are many, a block of threads stays on each multiprocessor and works on one output tile after the other. Two of its
-warpgroups multiply, 64 rows of a tile each; the third only fetches what they will need next, by TMA, into a ring of slots in
-shared memory. Two barriers a slot keep them apart: it was loaded, it was released. The ring goes on from tile to tile, so that
-the next one's operands arrive while this one's results are stored.
+warpgroups are consumers, which multiply, 64 rows of a tile each. The third is the producer, which only fetches their next
+operands by TMA into the slots of a pipeline in shared memory. Two barriers a slot keep them apart: loaded and released. The
+pipeline goes on from tile to tile, so that the next one's operands arrive while this one's results are stored.
 
-Step numbers count the slots' uses from the start of the kernel, alike in all warpgroups of a block.
+Step numbers count the uses of slots from the start of the kernel, the same in all warpgroups of a block.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ WG_M = 64
 COLUMNS = 256
 """Columns of an output tile, all of its products together: with WG_M rows they fill half of the registers."""
 BLOCK_K = 64
-"""Of the contracted dimension at a time; also the columns that are stored at once: 128 bytes, a whole swizzle."""
-FETCHING = 2
-"""The warpgroup that fetches."""
+"""Contracted dimension of a step; also the columns that are stored at once: 128 bytes, a whole swizzle."""
+CONSUMERS = 2
+"""Warpgroups that multiply; the one after them fetches."""
 ALIGN_M = 8
 """Rows of a swizzled tile: only at a multiple of these may a copy of one begin or end in device memory. TMA counts tiles and
-rows within a tile as two dimensions, and leaves out what is beyond either."""
+rows within a tile as two dimensions, and clips each of them."""
 SWIZZLED = plgpu.TilingTransform((ALIGN_M, BLOCK_K)), plgpu.SwizzleTransform(128)
-"""How operands of wgmma lie in shared memory."""
+"""Layout of wgmma's operands in shared memory."""
 SHARED_BYTES = 227 * 1024 - 2048
-"""Shared memory of a block, less the barriers and what lies between arrays."""
+"""Shared memory of a block, less the barriers and the gaps between arrays."""
 REGISTERS = 504
-"""Of one thread of each warpgroup, together."""
+"""Registers of one thread of each warpgroup, together."""
 STAGES = 4
-"""Slots of the ring, where not said otherwise: 48 KiB each, of 227."""
+"""Slots of the pipeline by default: 48 KiB each, of 227."""
 
 
 class GPU(NamedTuple):
     """A device."""
 
     kind: str
-    """As JAX names it."""
+    """Its name in JAX."""
     num_blocks: int
     """Its multiprocessors."""
 
 
 def current_gpu() -> GPU:
-    """The devices of the current mesh, or JAX's default device."""
+    """Return the device kind of the current mesh, or JAX's default device."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     if device is not None:
@@ -65,7 +65,7 @@ def current_gpu() -> GPU:
 
 
 def unsupported_reason(dtype: Any) -> str | None:
-    """Why these kernels cannot run with this dtype on the GPU at hand, to be read after their name; None if they can."""
+    """Return why the current GPU cannot run these kernels in this dtype, to be read after their name; None if it can."""
     kind = current_gpu().kind
     if not re.search(r"\bG?H(20|100|200|800)\b", kind):
         return f"is written for Hopper (H100, H200 and their kin), and this program is for {kind}"
@@ -75,42 +75,41 @@ def unsupported_reason(dtype: Any) -> str | None:
 
 
 class Pipeline(NamedTuple):
-    """The barriers of the slots."""
+    """The barriers of the slots that the producer fills and the consumers read."""
 
     loaded: Any
     released: Any
     stages: int = STAGES
 
-    def barrier(self, barriers: Any, slot: Any) -> Any:
-        """The slot's own of `loaded` or `released`. From jax 0.11 on, one that is alone has no index."""
-        return barriers if self.stages == 1 else barriers.at[slot]
-
-    def slot(self, step: Any) -> Any:
-        """The slot of a step."""
+    def _slot(self, step: Any) -> Any:
         return jax.lax.rem(step, jnp.int32(self.stages))
 
+    def _barrier(self, barriers: Any, slot: Any) -> Any:
+        # From jax 0.11 on, a single barrier has no index.
+        return barriers if self.stages == 1 else barriers.at[slot]
+
     def producer_acquire(self, step: Any) -> Any:
-        """The slot of a step, once its last content was released by both warpgroups."""
-        slot = self.slot(step)
+        """Wait until both consumers released the slot of a step, and return it."""
+        slot = self._slot(step)
 
         @pl.when(step >= self.stages)
         def _() -> None:
-            plgpu.barrier_wait(self.barrier(self.released, slot))
+            plgpu.barrier_wait(self._barrier(self.released, slot))
 
         return slot
 
     def consumer_wait(self, step: Any) -> Any:
-        """The slot of a step, once it is loaded."""
-        slot = self.slot(step)
-        plgpu.barrier_wait(self.barrier(self.loaded, slot))
+        """Wait until the slot of a step is loaded, and return it."""
+        slot = self._slot(step)
+        plgpu.barrier_wait(self._barrier(self.loaded, slot))
         return slot
 
     def consumer_release(self, step: Any) -> None:
-        """Says that this warpgroup has read the slot of a step."""
-        plgpu.barrier_arrive(self.barrier(self.released, self.slot(step)))
+        """Signal that this warpgroup has read the slot of a step."""
+        plgpu.barrier_arrive(self._barrier(self.released, self._slot(step)))
 
     def skip(self, begin: Any, end: Any) -> None:
-        """Lets steps pass by that only the other warpgroup needs."""
+        """Release the steps [begin, end) unread: only the other consumer needs them."""
 
         @pl.loop(begin, end)
         def _(step: Any) -> None:
@@ -118,17 +117,17 @@ class Pipeline(NamedTuple):
             self.consumer_release(step)
 
     def drain(self, steps: Any) -> None:
-        """Waits until all of so many steps were released: at the end, by who fetches."""
+        """Wait, in the producer and at its end, until all of so many steps were released."""
 
         @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
         def _(step: Any) -> None:
-            plgpu.barrier_wait(self.barrier(self.released, self.slot(step)))
+            plgpu.barrier_wait(self._barrier(self.released, self._slot(step)))
 
 
 def multiply(
     pipe: Pipeline, first: Any, steps: Any, columns: int, num_products: int, step: Callable[..., None]
 ) -> list[jax.Array]:
-    """The sums over `steps` steps from `first` on, float32 [WG_M, columns] each.
+    """Return the sums over `steps` steps from `first` on, float32 [WG_M, columns] each.
 
     Args:
       step: takes the slot, the number of the step from 0 and the accumulators, and issues one `wgmma` for each of these.
@@ -156,74 +155,72 @@ def multiply(
     return pl.run_scoped(sums, *[plgpu.ACC((WG_M, columns), jnp.float32)] * num_products)
 
 
-def store(values: jax.Array, staging: Any, place: Any) -> None:
-    """Begins to write values to `place` in device memory, by way of `staging` in shared memory."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # What was staged before.
+def swizzled(*shape: int) -> Any:
+    """Return an allocation of bfloat16 operands in shared memory."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
+
+
+def store(values: jax.Array, staging: Any, destination: Any) -> None:
+    """Begin to write values to device memory, by way of `staging` in shared memory."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # For the values staged before.
     staging[...] = values
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, place)
+    plgpu.copy_smem_to_gmem(staging, destination)
 
 
-def write(place: Any, values: jax.Array) -> None:
-    """place[...] = values, where they do not lie as the registers have them: in rows, or in device memory."""
-    if not hasattr(plgpu, "store"):  # jax 0.10, which knows no other way.
-        place[...] = values
+def write(destination: Any, values: jax.Array) -> None:
+    """destination[...] = values, where its layout is not that of the registers: rows, or device memory."""
+    if not hasattr(plgpu, "store"):  # jax 0.10 has no other way.
+        destination[...] = values
     else:
-        plgpu.store(place, values, optimized=False)
+        plgpu.store(destination, values, optimized=False)
 
 
-def own_rows() -> Any:
-    """Which rows of a tile this warpgroup has, computed anew: what a loop computes alike in every step is kept in registers
-    throughout, and where many operands lie takes many."""
+def warpgroup_rows() -> Any:
+    """Return this warpgroup's rows of a tile, recomputed at every use.
+
+    Loop invariants are kept in registers throughout, and the addresses of many operands take many.
+    """
     return pl.ds(jax.lax.optimization_barrier(jax.lax.axis_index("warpgroup")) * WG_M, WG_M)
 
 
-def turned(ref: Any) -> Any:
-    """The transposed matrix, as a factor."""
+def transposed(ref: Any) -> Any:
+    """Return the transposed matrix, as a factor."""
     return ref.transpose((1, 0))
 
 
 def strip(array: Any, i: int) -> Any:
-    """The i-th BLOCK_K columns."""
+    """Return the i-th BLOCK_K columns."""
     return array[:, i * BLOCK_K : (i + 1) * BLOCK_K]
 
 
-def row_numbers(shape: tuple[int, ...], interpret: Any) -> jax.Array:
-    """The row of every value, laid out like accumulators; an interpreter has no layouts and does not know of them."""
-    return _numbers(shape, 0, interpret)
-
-
-def column_numbers(shape: tuple[int, ...], interpret: Any) -> jax.Array:
-    """The column of every value, likewise."""
-    return _numbers(shape, 1, interpret)
-
-
-def _numbers(shape: tuple[int, ...], axis: int, interpret: Any) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int, interpret: Any) -> jax.Array:
+    """Return the row (axis 0) or column (axis 1) of every value, laid out like accumulators; interpreters have no layouts."""
     if interpret is None:
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def constant(value: float, shape: tuple[int, ...], interpret: Any) -> jax.Array:
-    """A float32 for every value of accumulators, or with one axis for every row of theirs, laid out like them."""
+    """Return a float32 for every value of accumulators, or with one axis for every row of theirs, laid out like them."""
     values = jnp.full(shape, value, jnp.float32)
     if interpret is not None:
         return values
     return plgpu.layout_cast(values, plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1))
 
 
-def beside(ref: Any, axis: int, interpret: Any) -> jax.Array:
-    """A square of WG_M rows, laid out like accumulators, of a vector in shared memory: its values change along the axis."""
+def broadcast_vector(ref: Any, axis: int, interpret: Any) -> jax.Array:
+    """Return a vector in shared memory as a square of WG_M rows, laid out like accumulators; its values change along `axis`."""
     layout: Any = plgpu.Layout.WGMMA.reduce(1 - axis)
     load: Any = plgpu.load
-    # jax 0.10 and 0.11 take a place in the array, 0.12 does not.
-    place = ((),) if "idx" in inspect.signature(load).parameters else ()
-    values = ref[...] if interpret is not None else load(ref, *place, layout=layout)
+    # jax 0.10 and 0.11 take an index, 0.12 does not.
+    index = ((),) if "idx" in inspect.signature(load).parameters else ()
+    values = ref[...] if interpret is not None else load(ref, *index, layout=layout)
     return jax.lax.broadcast_in_dim(values, (WG_M, WG_M), (axis,))
 
 
-def product_of(left: Any, right: Any) -> jax.Array:
-    """left right, both in shared memory, in float32."""
+def product(left: Any, right: Any) -> jax.Array:
+    """Return left right, both in shared memory, in float32."""
 
     def multiplied(accumulator: Any) -> jax.Array:
         plgpu.wgmma(accumulator, left, right)
@@ -233,17 +230,17 @@ def product_of(left: Any, right: Any) -> jax.Array:
 
 
 def add_products(totals: Sequence[jax.Array], factors: Sequence[tuple[Any, Any]], interpret: Any) -> Sequence[jax.Array]:
-    """total + left right for each pair; the left one may be in registers, which interpreters do not know instructions for."""
+    """Return total + left right for each pair; left may be in registers, which interpreters have no wgmma for."""
     if interpret is not None:
 
-        def product(left: Any, right: Any) -> jax.Array:
+        def interpreted(left: Any, right: Any) -> jax.Array:
             if not isinstance(left, jax.Array):
-                return product_of(left, right)
+                return product(left, right)
             values = jnp.dot(left, right[...], preferred_element_type=jnp.float32)
             plgpu.commit_smem()  # The instruction reads in the order of asynchronous copies, unlike an array that is loaded.
             return values
 
-        return [total + product(*pair) for total, pair in zip(totals, factors, strict=True)]
+        return [total + interpreted(*pair) for total, pair in zip(totals, factors, strict=True)]
 
     def multiply_all(accumulators: Sequence[Any]) -> None:
         for accumulator, (left, right) in zip(accumulators, factors, strict=True):
@@ -252,22 +249,22 @@ def add_products(totals: Sequence[jax.Array], factors: Sequence[tuple[Any, Any]]
     return pl.run_state(multiply_all)([plgpu.ACC.init(total) for total in totals])
 
 
-def whole_tile(i: Any, size: int, length: int) -> tuple[Any, Any]:
-    """Where the i-th of the tiles of `length` places begins, and how many of its first ones the tile before has, too.
+def clamped_tile(i: Any, size: int, length: int) -> tuple[Any, Any]:
+    """Return the start of tile i along an axis, and how many of its elements the tile before has, too.
 
-    The last tile is moved back to be whole.
+    The last tile is moved back to lie within `length`.
     """
     begin = jnp.minimum(i * size, length - size)
     return begin, i * size - begin
 
 
-def over_tiles(number: Any, num_blocks: int, tile: Callable[[Any, Any], Any], start: Any = 0) -> Any:
-    """Every num_sms-th of `number` tiles, for the multiprocessor at hand: tile(index, step) returns the next tile's first step.
+def for_each_tile(number: Any, num_blocks: int, tile: Callable[[Any, Any], Any], start: Any = 0) -> Any:
+    """Run tile(index, step), which returns the next tile's first step, for every num_blocks-th of `number` tiles.
 
-    With more than one ring there are as many step numbers, a tuple of them that `start` has the form of.
+    With several pipelines there are as many step numbers: a tuple of them, of which `start` has the form.
 
     Returns:
-      The steps of all.
+      The number of steps of all tiles.
     """
     first = jax.lax.axis_index("sm")
     count = jax.lax.div(number - first + num_blocks - 1, jnp.int32(num_blocks))
@@ -288,39 +285,39 @@ def launch(
     stages: int = STAGES,
     registers: int = 232,
 ) -> list[jax.Array]:
-    """Runs a kernel.
+    """Run a kernel.
 
     Args:
-      fetch: what the third warpgroup does.
-      work: what the other two do. Both take the ring, a list of the scratch, and the arguments and outputs in device memory.
-      arguments: arrays that vary alike over a mesh.
+      fetch: body of the producer.
+      work: body of the consumers. Both take the pipeline, the list of scratch, and arguments and outputs in device memory.
+      arguments: arrays that vary over the same mesh axes.
       outputs: shapes and dtypes.
-      scratch: what is allocated in shared memory.
+      scratch: allocations in shared memory.
       loads: copies into a slot.
-      num_sms: blocks of threads: multiprocessors of the device, or of more where each works on one tile only.
+      num_blocks: blocks of threads: one a multiprocessor, or one a tile where each works on one tile only.
       name: of the kernel in the compiled program.
       interpret: None, or parameters of Pallas' GPU interpreter.
-      stages: slots of the ring.
-      registers: of a thread that multiplies; who fetches has the others.
+      stages: slots of the pipeline.
+      registers: of a consumer's thread; the producer's has the rest.
     """
 
     def body(*refs: Any) -> None:
         def with_memory(buffers: Sequence[Any], loaded: Any, released: Any) -> None:
             pipe = Pipeline(loaded, released, stages)
 
-            @pl.when(jax.lax.axis_index("warpgroup") == FETCHING)
+            @pl.when(jax.lax.axis_index("warpgroup") == CONSUMERS)
             def _() -> None:
-                plgpu.set_max_registers(REGISTERS - FETCHING * registers, action="decrease")
+                plgpu.set_max_registers(REGISTERS - CONSUMERS * registers, action="decrease")
                 fetch(pipe, buffers, *refs)
 
-            @pl.when(jax.lax.axis_index("warpgroup") < FETCHING)
+            @pl.when(jax.lax.axis_index("warpgroup") < CONSUMERS)
             def _() -> None:
                 plgpu.set_max_registers(registers, action="increase")
                 work(pipe, buffers, *refs)
                 plgpu.wait_smem_to_gmem(0)
 
         loaded = plgpu.Barrier(num_arrivals=loads, num_barriers=stages)
-        released = plgpu.Barrier(num_arrivals=FETCHING, num_barriers=stages)
+        released = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
         pl.run_scoped(with_memory, list(scratch), loaded, released, collective_axes="warpgroup")
 
     kernel = plgpu.kernel(
@@ -328,16 +325,16 @@ def launch(
         out_type=list(outputs),
         grid=(num_blocks,),
         grid_names=("sm",),
-        num_threads=FETCHING + 1,
+        num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # No warp adds up with another, so that none of the shared memory is for that.
+            # No sums across warps, so no shared memory for them.
             reduction_scratch_bytes=0,
         ),
         interpret=interpret,
     )
-    # JAX forgets over which axes of a mesh the outputs vary.
+    # JAX does not keep over which axes of a mesh the outputs vary.
     return varying_over(kernel(*arguments), varying_axes(arguments))

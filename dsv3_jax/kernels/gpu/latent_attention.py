@@ -1,13 +1,13 @@
-"""Attention over cached latents on NVIDIA's Hopper GPUs: a Pallas kernel in which 64 rows share each block that is fetched.
+"""Attention over cached latents on Hopper GPUs: a Pallas kernel in which 64 rows share each fetched block of tokens.
 
 The rows of all heads and queries of a sequence, A = T N of them, meet BLOCK tokens at a time. Rows, and the tokens of a
-sequence if the batch is small, are cut into parts, until the multiprocessors are all at work; every part has a mixture and a
-logarithm of the sum of exponentials, and XLA puts those of a sequence together.
+sequence if the batch is small, are cut into parts until all multiprocessors are busy; every part has a mixture and a
+logarithm of the sum of exponentials, and XLA combines those of a sequence.
 
 A mixture of 64 rows of 512 columns fills the registers of two warpgroups, so that each has half of the columns. Both compute
-all logits and weights, which are then in the registers where the second product needs them: the one does not wait for the
-other, and multiplies while the other is at its softmax. Queries and two blocks of latents are all that shared memory has room
-for; a block is keys and values at once.
+all logits and weights, which are then in the registers where the second product needs them: neither waits for the other, and
+one multiplies while the other computes its softmax. Queries and two blocks of latents are all that fits in shared memory; a
+block is keys and values at once.
 """
 
 from __future__ import annotations
@@ -22,23 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dsv3_jax.kernels.gpu import hopper
-from dsv3_jax.kernels.gpu.hopper import (
-    BLOCK_K,
-    COLUMNS,
-    FETCHING,
-    SWIZZLED,
-    WG_M,
-    Pipeline,
-    column_numbers,
-    constant,
-    launch,
-    over_tiles,
-    row_numbers,
-    turned,
-    write,
-)
 from dsv3_jax.kernels.attention import MASKED
+from dsv3_jax.kernels.gpu import hopper
+from dsv3_jax.kernels.gpu.hopper import BLOCK_K, COLUMNS, CONSUMERS, WG_M, Pipeline, swizzled, transposed
 from dsv3_jax.kernels.vma import varying_axes, varying_over
 
 BLOCK = 64
@@ -50,11 +36,11 @@ WIDEST = 576
 SMALLEST_PIECE = 16
 """Tokens of the smallest copy: pages, and a contiguous cache, hold a multiple of it."""
 COST_OF_PART = 4
-"""What a part costs besides its blocks, for queries and results, in blocks."""
+"""Cost of a part in addition to its blocks, for queries and results, in blocks."""
 
 
 class Part(NamedTuple):
-    """What one multiprocessor does at a time: some rows, some blocks of tokens."""
+    """Work of one multiprocessor at a time: some rows, some blocks of tokens."""
 
     split: Any
     sequence: Any
@@ -79,15 +65,15 @@ def past_attention_gpu(
     num_blocks: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the cached tokens alone; the contract is that of `past_attention_chunked`.
+    """Compute `past_attention_chunked`, attention over the cached tokens alone.
 
     Args as there, and
-      num_sms: multiprocessors of the device; None for those of the GPU that the program is lowered for.
+      num_blocks: multiprocessors of the device; None for those of the GPU that the program is lowered for.
       interpret: None, or parameters of Pallas' GPU interpreter.
 
     Raises:
-      ValueError: for another dtype than bfloat16, for widths and pages that the kernel does not take, and without `num_blocks`
-        for another GPU than Hopper.
+      ValueError: for a dtype other than bfloat16, for widths and pages that the kernel does not take, and without `num_blocks`
+        for a GPU other than Hopper.
     """
     B, T, N, C = q_latent_BTNC.shape
     P, A = q_rope_BTNP.shape[-1], T * N
@@ -110,26 +96,26 @@ def past_attention_gpu(
     queries = [jnp.pad(q.reshape(B, A, -1), ((0, 0), (0, missing), (0, 0))) for q in (q_latent_BTNC, q_rope_BTNP)]
     arrays = [page_table_BJ.reshape(-1), cached_length_B, *queries, latent_YZC, rope_YZP]
     mixed_SBAC, lse_SBA = _attend(arrays, scale, splits, num_blocks, interpret)
-    mixed_BAC, lse_BA = _together(mixed_SBAC, lse_SBA)
+    mixed_BAC, lse_BA = _combine(mixed_SBAC, lse_SBA)
     return mixed_BAC[:, :A].reshape(B, T, N, C), lse_BA[:, :A].reshape(B, T, N)
 
 
 def unsupported_reason(C: int, P: int) -> str | None:
-    """Why the kernel does not take latents and rotary keys so wide, to be read after its name; None if it does."""
-    if C % (FETCHING * BLOCK_K) or P % BLOCK_K:
-        return f"takes latents of a multiple of {FETCHING * BLOCK_K} values and rotary keys of {BLOCK_K}, and got {C} and {P}"
-    if C > FETCHING * COLUMNS or C + P > WIDEST:
-        return f"has room for {WIDEST} values a token, {FETCHING * COLUMNS} of them latent, and got {C} and {P}"
+    """Return why the kernel does not take these widths, to be read after its name; None if it does."""
+    if C % (CONSUMERS * BLOCK_K) or P % BLOCK_K:
+        return f"takes latents of a multiple of {CONSUMERS * BLOCK_K} values and rotary keys of {BLOCK_K}, and got {C} and {P}"
+    if C > CONSUMERS * COLUMNS or C + P > WIDEST:
+        return f"has room for {WIDEST} values a token, {CONSUMERS * COLUMNS} of them latent, and got {C} and {P}"
     return None
 
 
 def number_of_splits(tiles: int, blocks: int, num_blocks: int) -> int:
-    """In how many parts the longest sequence is cut: the fewest that take the least time, if all sequences are so long.
+    """Return in how many parts to cut the longest sequence: the fewest that take the least time if all are so long.
 
     Args:
       tiles: blocks of rows, of all sequences.
       blocks: blocks of tokens that a sequence has room for.
-      num_sms: multiprocessors.
+      num_blocks: multiprocessors.
     """
 
     def cost(splits: int) -> int:
@@ -141,19 +127,19 @@ def number_of_splits(tiles: int, blocks: int, num_blocks: int) -> int:
 def _attend(
     arrays: Sequence[jax.Array], scale: float, splits: int, num_blocks: int, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The mixture and the logarithm of the sum of exponentials of every split: 0 and -inf of an empty one.
+    """Return the mixture and the logarithm of the sum of exponentials of every split: 0 and -inf for an empty one.
 
     Args as `past_attention_gpu`'s; the arrays are the flat table, lengths, queries [B, A, ...] in whole blocks of rows, pages.
     """
     table, _, q_latent_BAC, _, latent_YZC, rope_YZP = arrays
     (B, A, C), P, page_size, dtype = q_latent_BAC.shape, rope_YZP.shape[2], latent_YZC.shape[1], latent_YZC.dtype
-    J, row_blocks, columns = table.shape[0] // B, A // WG_M, C // FETCHING
+    J, row_blocks, columns = table.shape[0] // B, A // WG_M, C // CONSUMERS
     piece = math.gcd(page_size, BLOCK)
     # Powers of two, with the scale in their exponent.
     exponent = scale * math.log2(math.e)
 
     def part_of(index: Any, length_ref: Any) -> Part:
-        """Parts with the same tokens come together, so that these are fetched from device memory once."""
+        """Return a part. Parts with the same tokens are consecutive, so that these are fetched from device memory once."""
         index, row_block = jax.lax.div(index, jnp.int32(row_blocks)), jax.lax.rem(index, jnp.int32(row_blocks))
         b, split = jax.lax.div(index, jnp.int32(splits)), jax.lax.rem(index, jnp.int32(splits))
         length = length_ref[b]
@@ -163,7 +149,7 @@ def _attend(
         return Part(split, b, pl.ds(row_block * WG_M, WG_M), length, first, jnp.clip(blocks - first, 0, most))
 
     def after(part: Part, steps: tuple[Any, Any]) -> tuple[Any, Any]:
-        """The next part's first steps, of the blocks and of the queries."""
+        """Return the next part's first steps, of the blocks and of the queries."""
         return steps[0] + part.blocks, steps[1] + jnp.minimum(part.blocks, 1)
 
     def fetch(pipe: Pipeline, buffers: Sequence[Any], *refs: Any) -> None:
@@ -193,7 +179,7 @@ def _attend(
 
             return after(part, steps)
 
-        blocks, parts = over_tiles(B * row_blocks * splits, num_blocks, fetch_part, (0, 0))
+        blocks, parts = hopper.for_each_tile(B * row_blocks * splits, num_blocks, fetch_part, (0, 0))
         pipe.drain(blocks)
         queries.drain(parts)
 
@@ -202,15 +188,14 @@ def _attend(
         queries = Pipeline(loaded, released, stages=1)
         length_ref, (mixed_ref, lse_ref) = refs[1], refs[len(arrays) :]
         warpgroup = jax.lax.axis_index("warpgroup")
-        mine = pl.ds(warpgroup * columns, columns)
+        own_columns = pl.ds(warpgroup * columns, columns)
 
         def zero(slot: Any, own: Any) -> None:
-            """Zeroes tokens past the first `own`, in the columns that this warpgroup mixes.
+            """Zero tokens past the first `own`, in the columns that this warpgroup mixes: zero times NaN would be NaN.
 
-            A zero weight times a NaN would still be NaN. The other warpgroup may be at the logits of these tokens, which are
-            masked whatever they are.
+            The other warpgroup may be computing the logits of these tokens, which are masked in any case.
             """
-            row = row_numbers((BLOCK, BLOCK_K), interpret)
+            row = hopper.iota((BLOCK, BLOCK_K), 0, interpret)
 
             @pl.loop(0, columns // BLOCK_K)
             def _(i: Any) -> None:
@@ -220,12 +205,12 @@ def _attend(
             plgpu.commit_smem()
 
         def logits_of(slot: Any) -> jax.Array:
-            # Known to be 0, the descriptors of all operands would be kept in registers that there are not.
+            # With an index known to be 0, the descriptors of all operands would stay in registers, of which there are too few.
             only = jax.lax.optimization_barrier(jnp.int32(0))
 
             def products(accumulator: Any) -> jax.Array:
-                plgpu.wgmma(accumulator, q_latent_smem.at[only], turned(latent_smem.at[slot]))
-                plgpu.wgmma(accumulator, q_rope_smem.at[only], turned(rope_smem.at[slot]))
+                plgpu.wgmma(accumulator, q_latent_smem.at[only], transposed(latent_smem.at[slot]))
+                plgpu.wgmma(accumulator, q_rope_smem.at[only], transposed(rope_smem.at[slot]))
                 return accumulator[...]
 
             return pl.run_scoped(products, plgpu.ACC((WG_M, BLOCK), jnp.float32))
@@ -244,40 +229,41 @@ def _attend(
                     pl.when(own < BLOCK)(functools.partial(zero, slot, own))
                     logits = logits_of(slot)
                     pl.when(k == part.blocks - 1)(functools.partial(queries.consumer_release, steps[1]))
-                    logits = jnp.where(column_numbers((WG_M, BLOCK), interpret) < own, logits, MASKED)
+                    logits = jnp.where(hopper.iota((WG_M, BLOCK), 1, interpret) < own, logits, MASKED)
                     new_top = jnp.maximum(top, logits.max(1))
                     p = jnp.exp2((logits - _columns(new_top, BLOCK)) * exponent)
                     shrink = jnp.exp2((top - new_top) * exponent)
                     mixed[...] = mixed[...] * _columns(shrink, columns)
-                    plgpu.wgmma(mixed, p.astype(dtype), latent_smem.at[slot, :, mine])
+                    plgpu.wgmma(mixed, p.astype(dtype), latent_smem.at[slot, :, own_columns])
                     total = total * shrink + p.sum(1)
                     plgpu.wgmma_wait(0)
                     pipe.consumer_release(steps[0] + k)
                     return new_top, total
 
-                start = constant(MASKED, (WG_M,), interpret), constant(0.0, (WG_M,), interpret)
+                start = hopper.constant(MASKED, (WG_M,), interpret), hopper.constant(0.0, (WG_M,), interpret)
                 top, total = jax.lax.fori_loop(0, part.blocks, block, start)
                 any_token = part.blocks > 0
                 share = jnp.where(any_token, 1 / total, 0.0)
-                write(mixed_ref.at[part.split, part.sequence, part.rows, mine], mixed[...] * _columns(share, columns))
+                destination = mixed_ref.at[part.split, part.sequence, part.rows, own_columns]
+                hopper.write(destination, mixed[...] * _columns(share, columns))
 
                 @pl.when(warpgroup == 0)
                 def _() -> None:
                     lse = jnp.where(any_token, top * scale + jnp.log(total), -jnp.inf)
-                    write(lse_ref.at[part.split, part.sequence, part.rows], lse)
+                    hopper.write(lse_ref.at[part.split, part.sequence, part.rows], lse)
 
             pl.run_scoped(mix, plgpu.ACC((WG_M, columns), jnp.float32))
             return after(part, steps)
 
-        over_tiles(B * row_blocks * splits, num_blocks, work_on_part, (0, 0))
+        hopper.for_each_tile(B * row_blocks * splits, num_blocks, work_on_part, (0, 0))
 
     scratch = [
-        *(plgpu.SMEM((1, WG_M, width), dtype, transforms=SWIZZLED) for width in (C, P)),
-        *(plgpu.SMEM((SLOTS, BLOCK, width), dtype, transforms=SWIZZLED) for width in (C, P)),
+        *(swizzled(1, WG_M, width) for width in (C, P)),
+        *(swizzled(SLOTS, BLOCK, width) for width in (C, P)),
         plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_arrivals=FETCHING),
+        plgpu.Barrier(num_arrivals=CONSUMERS),
     ]
-    mixed_SBAC, lse_SBA = launch(
+    mixed_SBAC, lse_SBA = hopper.launch(
         fetch,
         work,
         arrays,
@@ -293,12 +279,12 @@ def _attend(
 
 
 def _columns(values: jax.Array, columns: int) -> jax.Array:
-    """One value for each row, in all columns."""
+    """Broadcast one value for each row to all columns."""
     return jax.lax.broadcast_in_dim(values, (values.shape[0], columns), [0])
 
 
-def _together(mixed_SBAC: jax.Array, lse_SBA: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the splits are together."""
+def _combine(mixed_SBAC: jax.Array, lse_SBA: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Combine the splits of every sequence."""
     if mixed_SBAC.shape[0] == 1:
         return mixed_SBAC[0], lse_SBA[0]
     top_BA = lse_SBA.max(0)

@@ -1,18 +1,16 @@
-"""`expert_ffn` by Pallas kernels for TPUs: the six of `grouped_ffn.py`, in `grouped_rows_tpu.py` and `grouped_weights_tpu.py`.
+"""`expert_ffn` by Pallas kernels for TPUs: the six of grouped.py, and a table of their tile sizes by chip.
 
-Sizes come from a table by chip, made with benchmarks/tune_expert_ffn.py, which needs no TPU; v5e, which it does not know, has
-those of v6e.
+benchmarks/tune_expert_ffn.py makes the sizes, without a TPU. It does not know v5e, which has those of v6e.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped import Compute, expert_ffn_by
+from dsv3_jax.kernels.grouped import expert_ffn_by
 from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, grouped_matmul
 from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles, grouped_matmul_dw
 from dsv3_jax.kernels.tpu.memory import Machine, check_dtype
@@ -30,37 +28,22 @@ class Tiles(NamedTuple):
 
 
 class KernelConfig(NamedTuple):
-    """The kernels as `expert_ffn_by` takes them, with what is fixed before the program runs."""
+    """`Products` for a TPU."""
 
     tiles: Tiles
     machine: Machine
     interpret: Any = False
 
-    def rows(
-        self,
-        kernel: str,
-        compute: Compute,
-        rows: Sequence[jax.Array],
-        weights: Sequence[jax.Array],
-        beside: Sequence[jax.Array],
-        group_sizes_E: jax.Array,
-        *,
-        num_outputs: int,
-        transposed: bool,
-    ) -> list[jax.Array]:
+    def rows(self, kernel: str, *arrays: Any, **options: Any) -> list[jax.Array]:
         """`Products.rows`."""
-        arrays, settings = (rows, weights, beside, group_sizes_E), self._settings(kernel)
-        return grouped_matmul(compute, *arrays, num_outputs=num_outputs, transposed=transposed, **settings)
+        return grouped_matmul(*arrays, **options, **self._settings(kernel))
 
-    def weights(
-        self, kernel: str, left_RX: jax.Array, rights: Sequence[jax.Array], group_sizes_E: jax.Array
-    ) -> list[jax.Array]:
+    def weights(self, kernel: str, *arrays: Any) -> list[jax.Array]:
         """`Products.weights`."""
-        return grouped_matmul_dw(left_RX, rights, group_sizes_E, **self._settings(kernel))
+        return grouped_matmul_dw(*arrays, **self._settings(kernel))
 
     def _settings(self, kernel: str) -> dict[str, Any]:
-        sizes = getattr(self.tiles, kernel)
-        return {"tiles": sizes, "machine": self.machine, "name": f"expert_{kernel}", "interpret": self.interpret}
+        return {**self._asdict(), "tiles": getattr(self.tiles, kernel), "name": f"expert_{kernel}"}
 
 
 _SMALL_VMEM = Tiles(
@@ -90,19 +73,19 @@ TILES = {
         dw_down=WeightTiles(1024, 256, 1024, 1792),
     ),
 }
-"""By chip, as Pallas names it."""
+"""By chip, under its name in Pallas."""
 
 
 def expert_ffn_pallas_tpu(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """`expert_ffn` for the TPU that the program is lowered for; see there. Takes float32 and bfloat16."""
+    """Compute `expert_ffn` in float32 or bfloat16 on the TPU that the program is lowered for."""
     check_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
     return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
 
 
 def this_machine() -> KernelConfig:
-    """Sizes for the TPU at hand: the devices of the current mesh, or JAX's default device.
+    """Return the kernels for the devices of the current mesh, or for JAX's default device.
 
     Raises:
       NotImplementedError: for a TPU without an entry in the table.

@@ -1,9 +1,9 @@
-"""A Pallas TPU kernel: products of sorted rows with the weights of their group, and what is computed of the products.
+"""Pallas TPU kernel: products of sorted rows with the weights of their group, and a function of them (the epilogue).
 
-A block of rows stays in fast memory, whole in the contracted dimension, while the weights of the groups that have rows in it
-stream past, some columns at a time; so rows are read once from HBM, and weights once for each block that their group reaches.
-Within a block, products are made of large tiles of a group's rows and small ones for its remainder, and groups may begin at
-any row: tiles start at a row's own packed register, not at a multiple of their size.
+A block of rows stays in VMEM, whole in the contracted dimension, while the weights of the groups that have rows in it stream
+past, some columns at a time; so rows are read once from HBM, and weights once for each block that their group reaches.
+Within a block, products are made of large tiles of a group's rows and small ones for its remainder. Groups may begin at any
+row: tiles start at the packed register of a group's first row, not at a multiple of their size.
 
 Axes beyond the project's legend: K the contracted dimension, A and X rows and columns of an output tile, I steps of the grid.
 """
@@ -19,30 +19,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.grouped import Compute, steps_by_block, visits_of
-from dsv3_jax.kernels.tpu.memory import (
-    LANES,
-    MIB,
-    RESERVED_BYTES,
-    Machine,
-    compiler_params,
-    estimate,
-    next_power,
-    round_up,
-    shared,
-    sublanes,
-)
+from dsv3_jax.kernels.grouped import Epilogue, split_refs, steps_by_block, visits_of
+from dsv3_jax.kernels.tpu import memory
+from dsv3_jax.kernels.tpu.memory import LANES, MIB, Machine, halved, next_power, round_up, shared, sublanes
 from dsv3_jax.kernels.vma import shape_beside
 
 LARGEST_PART = 4096
-"""Of the contracted dimension, in one product: the compiler copies that much of a tile's rows."""
+"""Contracted dimension of one product: the compiler copies that much of a tile's rows."""
 
 
 class RowTiles(NamedTuple):
-    """Sizes of one call; made smaller where there are fewer rows or columns, or where they do not fit into fast memory."""
+    """Sizes of one call; reduced where there are fewer rows or columns, or where they do not fit into VMEM."""
 
     block: int
-    """Rows that stay in fast memory."""
+    """Rows that stay in VMEM."""
     tile: int
     """Rows of a product."""
     remainder: int
@@ -52,11 +42,12 @@ class RowTiles(NamedTuple):
 
 
 def grouped_matmul(
-    compute: Compute,
+    epilogue: Epilogue,
     rows: Sequence[jax.Array],
     weights: Sequence[jax.Array],
-    beside: Sequence[jax.Array],
+    extras: Sequence[jax.Array],
     group_sizes_E: jax.Array,
+    /,
     *,
     num_outputs: int,
     transposed: bool,
@@ -65,20 +56,18 @@ def grouped_matmul(
     name: str,
     interpret: Any = False,
 ) -> list[jax.Array]:
-    """`Products.rows` of `grouped_ffn.py`; arguments beyond its own are
-
-    Args:
+    """`Products.rows`; args as there, and
       tiles: sizes; the result does not depend on them.
       machine: the device.
       name: of the kernel in the compiled program.
-      interpret: as `pl.pallas_call` takes it.
+      interpret: passed to `pl.pallas_call`.
 
     Raises:
-      ValueError: where even the smallest blocks do not fit into fast memory.
+      ValueError: where even the smallest blocks do not fit into VMEM.
     """
     (num_rows, contracted), dtype, num_experts = rows[0].shape, rows[0].dtype, group_sizes_E.shape[0]
     num_columns = weights[0].shape[1 if transposed else 2]
-    operands = len(rows), len(weights), len(beside) + num_outputs
+    operands = len(rows), len(weights), len(extras) + num_outputs
     fitted = fit_rows(tiles, (num_rows, contracted, num_columns), num_experts, operands, dtype, machine, name)
     block, columns = fitted.block, fitted.columns
     num_tiles = -(-num_columns // columns)
@@ -91,9 +80,8 @@ def grouped_matmul(
 
     def kernel(group_I: Any, block_I: Any, tile_I: Any, start_G: Any, *refs: Any) -> None:
         del tile_I
-        row_refs, weight_refs, beside_refs, output_refs, product_refs = _split(
-            refs, len(rows), len(weights), len(beside), num_outputs
-        )
+        sizes = len(rows), len(weights), len(extras), num_outputs
+        row_refs, weight_refs, extra_refs, output_refs, product_refs = split_refs(refs, *sizes)
         step = pl.program_id(1)
         group, first_row = group_I[step], block_I[step] * block
         begin = jnp.maximum(start_G[group] - first_row, 0)
@@ -108,7 +96,7 @@ def grouped_matmul(
             products = [ref[:num, :] for ref in product_refs]
             if len(rows) > 1:
                 products = [functools.reduce(jnp.add, products)]
-            values = compute(products, [ref[at, :] for ref in beside_refs])
+            values = epilogue(products, [ref[at, :] for ref in extra_refs])
             _store(output_refs, values, start, begin)
 
         def zero_tile(start: jax.Array, num: int) -> None:
@@ -123,7 +111,7 @@ def grouped_matmul(
         def _() -> None:
             _over_tiles(zero_tile, begin, end, fitted._replace(tile=fitted.remainder), dtype)
 
-    # Index maps: of the grid's place (core, step) and the lists of steps.
+    # Index maps, of the grid's indices (core, step) and the lists of steps.
     def at_rows(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
         return block_I[step], 0
 
@@ -131,7 +119,7 @@ def grouped_matmul(
         return block_I[step], core * (num_tiles // cores) + tile_I[step]
 
     def at_weights(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
-        # The last group has no weights: those at hand stay.
+        # The last group has no weights: the previous ones stay.
         group, column = jnp.minimum(group_I[step], num_experts - 1), core * (num_tiles // cores) + tile_I[step]
         return (group, column, 0) if transposed else (group, 0, column)
 
@@ -144,19 +132,19 @@ def grouped_matmul(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(steps),
             grid=(cores, num_steps),
-            in_specs=[row_spec] * len(rows) + [weight_spec] * len(weights) + [output_spec] * len(beside),
+            in_specs=[row_spec] * len(rows) + [weight_spec] * len(weights) + [output_spec] * len(extras),
             out_specs=[output_spec] * num_outputs,
             scratch_shapes=[pltpu.VMEM((fitted.tile, columns), jnp.float32)] * len(weights),
         ),
-        compiler_params=compiler_params("parallel", "arbitrary", machine=machine),
-        cost_estimate=estimate(2 * num_rows * contracted * num_columns * len(weights), *rows, *weights, *beside, output),
+        compiler_params=memory.compiler_params("parallel", "arbitrary", machine=machine),
+        cost_estimate=memory.estimate(2 * num_rows * contracted * num_columns * len(weights), *rows, *weights, *extras, output),
         interpret=interpret,
         name=name,
-    )(*steps, *rows, *weights, *beside)
+    )(*steps, *rows, *weights, *extras)
 
 
 def _product(row_ref: Any, at: Any, weight_ref: Any, transposed: bool) -> jax.Array:
-    """Rows times weights, float32 [A, X]."""
+    """Return rows times weights, float32 [A, X]."""
     contracted = row_ref.shape[1]
     part = round_up(-(-contracted // -(-contracted // LARGEST_PART)), LANES)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -173,9 +161,9 @@ def _product(row_ref: Any, at: Any, weight_ref: Any, transposed: bool) -> jax.Ar
 
 
 def _store(refs: Sequence[Any], values: Sequence[jax.Array], start: jax.Array, begin: jax.Array) -> None:
-    """Writes the rows of a tile from `start` on, but for those before `begin`, which groups before have written.
+    """Write the rows of a tile from `start` on, except those before `begin`, which earlier groups have written.
 
-    Rows past the group's end are written too, and again by the groups that follow, of which the last are the zeros.
+    Rows past the group's end are written, too, and overwritten by the following groups, of which the last is the zeros.
     """
     for ref, value_AX in zip(refs, values, strict=True):
         at = pl.ds(start, value_AX.shape[0])
@@ -184,10 +172,10 @@ def _store(refs: Sequence[Any], values: Sequence[jax.Array], start: jax.Array, b
 
 
 def _over_tiles(body: Callable[[jax.Array, int], None], begin: jax.Array, end: jax.Array, tiles: RowTiles, dtype: Any) -> None:
-    """body(start, number) over tiles that cover the rows [begin, end) of a block: large ones, then small ones for the rest.
+    """Run body(start, number) over tiles that cover the rows [begin, end) of a block: large ones, then small ones for the rest.
 
-    A tile may reach back before `begin`, and past `end`, but never past the block; where a last tile would, it is moved back,
-    and rows are covered twice.
+    A tile may begin before `begin` and end after `end`. A last tile that would end past the block is moved back, and some rows
+    are covered twice.
     """
     packing = sublanes(dtype)
     first = begin // packing * packing
@@ -204,14 +192,6 @@ def _over_tiles(body: Callable[[jax.Array, int], None], begin: jax.Array, end: j
     run(rest, (end - rest + tiles.remainder - 1) // tiles.remainder, tiles.remainder)
 
 
-def _split(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
-    parts = []
-    for size in sizes:
-        parts.append(refs[:size])
-        refs = refs[size:]
-    return [*parts, refs]
-
-
 def fit_rows(
     tiles: RowTiles,
     shape: tuple[int, int, int],
@@ -221,12 +201,12 @@ def fit_rows(
     machine: Machine,
     name: str,
 ) -> RowTiles:
-    """The sizes of a call: those of `tiles`, cut to what there is and halved until they fit into fast memory.
+    """Return the sizes of a call: those of `tiles`, cut to the shape and halved until they fit into VMEM.
 
     Args:
       tiles: the sizes to start from.
       shape: rows R, contracted dimension K and columns N.
-      num_experts: groups; tiles are no larger than a group is on average, to the next power of two.
+      num_experts: groups; tiles are no larger than the mean group, rounded up to a power of two.
       operands: the numbers of arrays [R, K], of weights, and of arrays [R, N], outputs among them.
       dtype: of all of them.
       machine: the device.
@@ -249,11 +229,11 @@ def fit_rows(
         return 2 * width * blocks + 4 * tile * X * (num_weights + num_outer) + width * tile * min(K, LARGEST_PART)
 
     columns = shared(columns, num_columns, machine.cores)
-    while vmem_bytes(block, columns) > machine.vmem_bytes - RESERVED_BYTES:
+    while vmem_bytes(block, columns) > machine.vmem_bytes - memory.RESERVED_BYTES:
         if block > tiles.remainder:
             block = round_up(block // 2, packing)
         elif columns > LANES:
-            columns = shared(max(columns // 2 // LANES, 1) * LANES, num_columns, machine.cores)
+            columns = shared(halved(columns), num_columns, machine.cores)
         else:
             raise ValueError(
                 f"{name}: rows of {contracted} {jnp.dtype(dtype).name} values do not fit into "

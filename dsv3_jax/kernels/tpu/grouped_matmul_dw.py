@@ -1,7 +1,7 @@
-"""A Pallas TPU kernel: for every group, the sum over its rows of outer products, which is the gradient of its weights.
+"""Pallas TPU kernel: for every group, the sum over its rows of outer products, which is the gradient of its weights.
 
-An output tile stays in fast memory while the group's rows stream past. Blocks that belong to the group whole are multiplied as
-they are; of a block that it shares, it multiplies the part it has rows in, the other groups' rows masked.
+An output tile stays in VMEM while the group's rows stream past. Blocks that belong to the group alone are multiplied whole; of
+a shared block, only the part that holds rows of the group, with the other groups' rows masked.
 
 Axes beyond the project's legend: X and Y the columns of the left array and of the right ones, A rows at a time.
 """
@@ -17,22 +17,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dsv3_jax.kernels.grouped import visits_of
-from dsv3_jax.kernels.tpu.memory import (
-    LANES,
-    RESERVED_BYTES,
-    Machine,
-    compiler_params,
-    estimate,
-    next_power,
-    round_up,
-    shared,
-    sublanes,
-)
+from dsv3_jax.kernels.tpu import memory
+from dsv3_jax.kernels.tpu.memory import LANES, Machine, halved, next_power, round_up, shared, sublanes
 from dsv3_jax.kernels.vma import shape_beside
 
 
 class WeightTiles(NamedTuple):
-    """Sizes of one call; made smaller where there are fewer rows or columns, or where they do not fit into fast memory."""
+    """Sizes of one call; reduced where there are fewer rows or columns, or where they do not fit into VMEM."""
 
     block: int
     """Rows of a step."""
@@ -54,13 +45,11 @@ def grouped_matmul_dw(
     name: str,
     interpret: Any = False,
 ) -> list[jax.Array]:
-    """`Products.weights` of `grouped_ffn.py`; arguments beyond its own are
-
-    Args:
-      tiles: sizes; the result depends on them by the order of sums only.
-      machine: the device.
-      name: of the kernel in the compiled program.
-      interpret: as `pl.pallas_call` takes it.
+    """`Products.weights`; args as there, and
+    tiles: sizes; the result depends on them only by the order of sums.
+    machine: the device.
+    name: of the kernel in the compiled program.
+    interpret: passed to `pl.pallas_call`.
     """
     (num_rows, X), Y, dtype = left_RX.shape, rights[0].shape[1], left_RX.dtype
     num_experts, packing = group_sizes_E.shape[0], sublanes(dtype)
@@ -116,7 +105,7 @@ def grouped_matmul_dw(
             for output, total in zip(output_refs, sum_refs, strict=True):
                 output[...] = total[...].astype(output.dtype)
 
-    # Index maps: of the grid's place (i, j, visit) and the lists of visits.
+    # Index maps, of the grid's indices (i, j, visit) and the lists of visits.
     def at_left(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
         return block_V[visit], i
 
@@ -137,20 +126,20 @@ def grouped_matmul_dw(
             out_specs=[pl.BlockSpec((None, tile_x, tile_y), at_output)] * len(rights),
             scratch_shapes=[pltpu.VMEM((tile_x, tile_y), jnp.float32)] * len(rights),
         ),
-        compiler_params=compiler_params("parallel", "arbitrary", "arbitrary", machine=machine),
-        cost_estimate=estimate(2 * num_rows * X * Y * len(rights), left_RX, *rights, *[output] * len(rights)),
+        compiler_params=memory.compiler_params("parallel", "arbitrary", "arbitrary", machine=machine),
+        cost_estimate=memory.estimate(2 * num_rows * X * Y * len(rights), left_RX, *rights, *[output] * len(rights)),
         interpret=interpret,
         name=name,
     )(visits.group_V, visits.block_V, visits.start_G, left_RX, *rights)
 
 
 def _product(left_AX: jax.Array, right_AY: jax.Array) -> jax.Array:
-    """left^T right, float32 [X, Y]."""
+    """Return left^T right, float32 [X, Y]."""
     return jax.lax.dot_general(left_AX, right_AY, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _rows(ref: Any, start: jax.Array, number: int, begin: jax.Array, end: jax.Array) -> jax.Array:
-    """So many rows of a block from `start` on; zeros in place of those outside of [begin, end), which may hold NaN."""
+    """Return `number` rows of a block from `start` on, with zeros for those outside of [begin, end), which may hold NaN."""
     values = ref[pl.ds(start, number), :]
     row = start + jax.lax.broadcasted_iota(jnp.int32, values.shape, 0)
     return jnp.where((begin <= row) & (row < end), values.astype(jnp.float32), 0).astype(values.dtype)
@@ -159,13 +148,13 @@ def _rows(ref: Any, start: jax.Array, number: int, begin: jax.Array, end: jax.Ar
 def fit_weights(
     tiles: WeightTiles, shape: tuple[int, int, int], num_experts: int, num_rights: int, dtype: Any, machine: Machine
 ) -> WeightTiles:
-    """The sizes of a call: those of `tiles`, cut to what there is and halved until they fit into fast memory.
+    """Return the sizes of a call: those of `tiles`, cut to the shape and halved until they fit into VMEM.
 
     Args:
       tiles: the sizes to start from.
       shape: rows R, and the widths X and Y of the left array and of the right ones.
-      num_experts: groups; blocks are no larger than a group is on average, to the next power of two.
-      num_rights: how many right arrays there are.
+      num_experts: groups; blocks are no larger than the mean group, rounded up to a power of two.
+      num_rights: number of right arrays.
       dtype: of all of them.
       machine: the device.
     """
@@ -176,17 +165,16 @@ def fit_weights(
 
     def vmem_bytes() -> int:
         x, y = round_up(left, LANES), round_up(right, LANES)
-        # The sums, what a product adds to one of them, and the left block turned.
-        return (
-            2 * width * (block * (x + num_rights * y) + num_rights * x * y) + 4 * (num_rights + 1) * x * y + width * block * x
-        )
+        # Two buffers of every block; the sums and one product; the transposed left block.
+        blocks = block * (x + num_rights * y) + num_rights * x * y
+        return 2 * width * blocks + 4 * (num_rights + 1) * x * y + width * block * x
 
-    while vmem_bytes() > machine.vmem_bytes - RESERVED_BYTES:
-        # Wide tiles of few rows rather than the reverse: what is large is the sums.
+    while vmem_bytes() > machine.vmem_bytes - memory.RESERVED_BYTES:
+        # The sums are the largest part, so tiles shrink before blocks of rows do.
         if left >= right and left > LANES:
-            left = shared(max(left // 2 // LANES, 1) * LANES, X, machine.cores)
+            left = shared(halved(left), X, machine.cores)
         elif right > LANES:
-            right = max(right // 2 // LANES, 1) * LANES
+            right = halved(right)
         else:
             block = round_up(block // 2, sublanes(dtype))
     return WeightTiles(block, min(tiles.part, block), left, right)

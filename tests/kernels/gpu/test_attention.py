@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.kernels.gpu.attention import attention_hopper
-from dsv3_jax.plan.topology import h100_devices
+from tests.h100 import h100_devices
 from tests.kernels.gpu_interpreter import INTERPRETED, assert_no_race, assert_no_spills, gpu_interpreter
 from tests.kernels.reference_attention import assert_is_attention, draw, expected_of
 

@@ -19,8 +19,8 @@ from dsv3_jax.kernels import expert_ffn
 from dsv3_jax.kernels.experts import choose_backend
 from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.gpu.experts import Hopper, expert_ffn_on, expert_ffn_pallas_gpu
-from dsv3_jax.kernels.grouped import KERNELS, Compute
-from dsv3_jax.plan.topology import h100_devices
+from dsv3_jax.kernels.grouped import KERNELS, Epilogue
+from tests.h100 import h100_devices
 from tests.kernels.gpu_interpreter import INTERPRETED, assert_no_race, assert_no_spills, gpu_interpreter
 from tests.kernels.test_experts import value_and_gradients
 from tests.tolerances import TOLERANCE
@@ -51,8 +51,8 @@ class OneByOne(Hopper):
     """Each kernel is a program of its own: several interpreted ones in one program wait for one another's threads."""
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("num_outputs", "transposed"))
-    def rows(self, kernel: str, compute: Compute, *arrays: Any, num_outputs: int, transposed: bool) -> list[jax.Array]:
-        return super().rows(kernel, compute, *arrays, num_outputs=num_outputs, transposed=transposed)
+    def rows(self, kernel: str, epilogue: Epilogue, *arrays: Any, num_outputs: int, transposed: bool) -> list[jax.Array]:
+        return super().rows(kernel, epilogue, *arrays, num_outputs=num_outputs, transposed=transposed)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def weights(self, kernel: str, *arrays: Any) -> list[jax.Array]:

@@ -18,7 +18,7 @@ from dsv3_jax.kernels.gpu import hopper
 from dsv3_jax.kernels.gpu import latent_attention as kernel
 from dsv3_jax.kernels.gpu.latent_attention import number_of_splits, past_attention_gpu
 from dsv3_jax.kernels.latent_attention import latent_attention, past_attention_chunked
-from dsv3_jax.plan.topology import h100_devices
+from tests.h100 import h100_devices
 from tests.kernels.gpu_interpreter import (
     INTERPRETED,
     assert_no_race,

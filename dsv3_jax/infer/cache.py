@@ -1,54 +1,52 @@
-"""How large an engine is: its slots, its pages and its longest sequence, all of it checked before a weight is read."""
+"""Sizes of an engine (slots, pages, longest sequence), checked before weights are read, and its paged latent cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.checks import check
+from dsv3_jax.config.checks import NonNegativeInt, PositiveInt, check, check_fields, check_value
 from dsv3_jax.model.mla import CacheMetadata, Latents
 from dsv3_jax.model.transformer import stack_sizes
 from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
 
 DEFAULT_MAX_LENGTH = 4096
 SMALLEST_CHUNK = 16
+ENGINE_FIELDS = "max_batch", "max_length", "drafts", "chunk", "page_size", "cache_tokens"
+"""Sizes that `Engine`, `EngineConfig.of`, `check_sizes` and the command line take."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """The numbers of an engine. `Sizes.of` makes them out of what is asked for."""
+    """Sizes of an engine. `EngineConfig.of` derives them from the arguments of `Engine`."""
 
-    num_shards: int
-    """Equal parts that slots and pages are split in, as a mesh splits the batch."""
-    slots_per_shard: int
+    num_shards: PositiveInt
+    """Equal parts of the slots and pages, as a mesh splits the batch."""
+    slots_per_shard: PositiveInt
     """Sequences that a shard decodes at a time."""
-    pages_per_shard: int
-    page_size: int
+    pages_per_shard: PositiveInt
+    page_size: PositiveInt
     """Tokens in a page."""
-    max_length: int
+    max_length: PositiveInt
     """Longest prompt and completion together, in tokens."""
-    chunk: int
-    """Most tokens of a prompt that a shard works on at a time."""
-    drafts: int
-    """Tokens that the first MTP depth drafts a step; it yields 1 to drafts + 1 tokens."""
+    chunk: PositiveInt
+    """Most tokens of a prompt that a shard prefills in one step."""
+    drafts: NonNegativeInt
+    """Tokens that the first MTP depth drafts in a step, which yields 1 to drafts + 1 tokens."""
 
     def __post_init__(self) -> None:
-        for name, size in dataclasses.asdict(self).items():
-            check(size >= 1 or name == "drafts", f"{name} is {size}; it must be at least 1")
-        check(self.drafts >= 0, f"drafts is {self.drafts}; it cannot be negative, use 0")
+        check_fields(self)
 
     @classmethod
     def of(
         cls,
         config: ModelConfig,
         mesh: Mesh | None = None,
-        *,
         max_batch: int = 8,
         max_length: int | None = None,
         drafts: int = 0,
@@ -56,15 +54,8 @@ class EngineConfig:
         page_size: int | None = None,
         cache_tokens: int | None = None,
     ) -> EngineConfig:
-        """The sizes of an engine for a model. Arguments and errors as those of `Engine`."""
-        check_sizes(
-            max_batch=max_batch,
-            max_length=max_length,
-            drafts=drafts,
-            chunk=chunk,
-            page_size=page_size,
-            cache_tokens=cache_tokens,
-        )
+        """Return the sizes of an engine for a model. Arguments and errors are those of `Engine`."""
+        check_sizes(max_batch, max_length, drafts, chunk, page_size, cache_tokens)
         context = config.max_position_embeddings
         can_draft = config.num_nextn_predict_layers > 0
         check(can_draft or not drafts, f"drafts is {drafts}; the model has no MTP depth to draft with, use 0")
@@ -78,7 +69,7 @@ class EngineConfig:
             pages = slots * pages_for(longest, drafts, page_size)
         else:
             pages = cache_tokens // shards // page_size
-            room = pages * page_size - _places_beyond(drafts)
+            room = pages * page_size - _lookahead(drafts)
             longest = min(longest, room) if max_length is None else longest
             check(
                 2 <= longest <= room,
@@ -91,96 +82,76 @@ class EngineConfig:
 
     @property
     def slots(self) -> int:
-        """Sequences decoded at a time, in all shards together."""
+        """Sequences decoded at a time, over all shards."""
         return self.num_shards * self.slots_per_shard
 
     @property
     def pages(self) -> int:
-        """Pages of all shards together."""
+        """Pages of all shards."""
         return self.num_shards * self.pages_per_shard
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens that the cache has room for."""
+        """Capacity of the cache, in tokens."""
         return self.pages * self.page_size
 
     @property
     def chunk_sizes(self) -> list[int]:
-        """What the chunks of its prompts are padded to."""
+        """Lengths that chunks of prompts are padded to."""
         return chunk_sizes(min(self.chunk, self.max_length - 1))
 
     @property
     def pages_of_one(self) -> int:
-        """Most pages of a sequence."""
+        """Most pages of one sequence."""
         return pages_for(self.max_length, self.drafts, self.page_size)
 
 
 def pages_for(length: int, drafts: int, page_size: int) -> int:
-    """Pages that a sequence of `length` tokens can need."""
-    return math.ceil((length + _places_beyond(drafts)) / page_size)
+    """Pages of a sequence of up to `length` tokens, including the positions that a step writes past its end."""
+    return math.ceil((length + _lookahead(drafts)) / page_size)
 
 
-def _places_beyond(drafts: int) -> int:
-    # A step writes up to 2 n + 1 places from a sequence's last token on.
+def _lookahead(drafts: int) -> int:
+    """Positions that a step may write from a sequence's last token on."""
     return 2 * drafts + 1
 
 
 def chunk_sizes(longest: int) -> list[int]:
-    """What chunks of up to `longest` tokens are padded to."""
+    """Lengths that chunks of up to `longest` tokens are padded to."""
     sizes = [SMALLEST_CHUNK]
     while sizes[-1] < longest:
         sizes.append(2 * sizes[-1])
     return sizes
 
 
-def check_sizes(
-    *,
-    max_batch: int | None,
-    max_length: int | None,
-    drafts: int | None,
-    chunk: int,
-    page_size: int | None,
-    cache_tokens: int | None,
-) -> None:
-    """Raises ValueError for what is wrong with any model. None is what the engine, or the command line, chooses."""
-    given = {
-        "max_batch": max_batch,
-        "max_length": max_length,
-        "drafts": drafts,
-        "chunk": chunk,
-        "page_size": page_size,
-        "cache_tokens": cache_tokens,
-    }
-    for name, size in given.items():
-        is_integer = isinstance(size, int) and not isinstance(size, bool)
-        check(size is None or is_integer, f"{name} is {size!r}; use an integer")
-    check(max_batch is None or max_batch >= 1, f"max_batch is {max_batch}; it must be at least 1")
-    check(drafts is None or drafts >= 0, f"drafts is {drafts}; it cannot be negative, use 0")
-    is_power = chunk >= SMALLEST_CHUNK and not chunk & (chunk - 1)
-    check(is_power, f"chunk is {chunk}; it must be a power of two from {SMALLEST_CHUNK}")
-    check(page_size is None or page_size >= 1, f"page_size is {page_size}; it must be at least 1")
+def check_sizes(*sizes: int | None) -> None:
+    """Raise ValueError for one of `ENGINE_FIELDS`, in that order, that no model allows; None stands for a default."""
+    for name, size in zip(ENGINE_FIELDS, sizes, strict=True):
+        check_value(name, size, (NonNegativeInt if name == "drafts" else PositiveInt) | None)
+        if name == "chunk" and size is not None:
+            check(size in chunk_sizes(size), f"chunk is {size}; it must be a power of two from {SMALLEST_CHUNK}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The latent cache: for every token and layer the normalised c_kv and the rotated shared key, 576 values as published.
+# The latent cache: the normalised c_kv and the rotated shared key of every token and layer, 576 values in DeepSeek-V3.
 
 
 Cache = dict[str, Latents]
-"""Pages by layer (`moe_layers_0`, ..., and `mtp_0` where it drafts): c_kv [Y, Z, C], k_rope [Y, Z, P], Y pages of Z tokens."""
+"""Pages by layer (`moe_layers_0`, ..., and `mtp_0` for drafting): c_kv [Y, Z, C], k_rope [Y, Z, P], Y pages of Z tokens."""
 
 DRAFTER = "mtp_0"
 ROWS = PartitionSpec(BATCH_AXES)
-"""Pages, and whatever has one row for each sequence."""
+"""Sharding of pages, and of arrays with one row for each sequence."""
 
 
 def cached_layers(config: ModelConfig, drafting: bool) -> list[str]:
-    """The layers with a cache, bottom first."""
+    """Names of the layers with a cache, bottom first."""
     names = [f"{name}_{i}" for name, size in stack_sizes(config).items() for i in range(size)]
     return [*names, DRAFTER] if drafting else names
 
 
 def bytes_per_token(config: ModelConfig, drafting: bool) -> int:
-    """Bytes that a token takes in the cache: (C + P) values a layer."""
+    """Bytes of one token in the cache: (C + P) values in each layer."""
     values = config.kv_lora_rank + config.qk_rope_head_dim
     return len(cached_layers(config, drafting)) * values * jnp.dtype(config.dtype).itemsize
 
@@ -188,20 +159,15 @@ def bytes_per_token(config: ModelConfig, drafting: bool) -> int:
 def empty_cache(
     config: ModelConfig, num_pages: int, page_size: int, *, drafting: bool = False, sharding: Sharding | None = None
 ) -> Cache:
-    """A cache of zeros in the computation dtype.
+    """Return a cache of zeros in the computation dtype.
 
-    Args:
-      config: the architecture.
-      num_pages: pages, of all devices together.
-      page_size: tokens in a page.
-      drafting: with a layer for the first MTP depth.
-      sharding: where it lies; on a mesh pages are split over the batch axes, by ROWS.
+    `num_pages` are those of all devices, which a mesh splits by ROWS; `drafting` adds a layer for the first MTP depth.
     """
 
-    def make() -> Cache:
-        def pages(width: int) -> jax.Array:
-            return jnp.zeros((num_pages, page_size, width), config.dtype)
+    def pages(width: int) -> jax.Array:
+        return jnp.zeros((num_pages, page_size, width), config.dtype)
 
+    def make() -> Cache:
         layers = cached_layers(config, drafting)
         return {name: Latents(pages(config.kv_lora_rank), pages(config.qk_rope_head_dim)) for name in layers}
 
@@ -209,29 +175,26 @@ def empty_cache(
 
 
 def num_shards(mesh: Mesh | None) -> int:
-    """In how many parts sequences and pages are split."""
+    """Number of parts that a mesh splits sequences and pages into."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def append(cache: Cache, new: dict[str, Latents], metadata: CacheMetadata) -> Cache:
-    """The cache with each sequence's T new latents written behind its old ones.
+    """Return the cache with each sequence's T new latents, [B, T, ...] of some layers, written after its cached ones.
 
-    Args:
-      cache: the cache before.
-      new: latents of the new tokens, [B, T, ...], of some layers.
-      places: pages and lengths of the sequences. What falls on a page that is none of the pool's, or past the table, is not
-        written: so do rows pass through that belong to nobody.
+    Writes past the page table, or to a page number outside the pool as in rows without a sequence, are dropped.
     """
     write = _write if current_mesh() is None else jax.shard_map(_write, in_specs=(ROWS, ROWS, ROWS), out_specs=ROWS)
 
-    def written(name: str) -> Latents:
-        return Latents(*(write(*pair, metadata) for pair in zip(cache[name], new[name], strict=True)))
+    def written(pages: Latents, latents: Latents) -> Latents:
+        return Latents(write(pages.c_kv, latents.c_kv, metadata), write(pages.k_rope, latents.k_rope, metadata))
 
-    return cache | {name: written(name) for name in new}
+    return cache | {name: written(cache[name], latents) for name, latents in new.items()}
 
 
-def _write(pages_YZX: jax.Array, new_BTX: jax.Array, metadata: Any) -> jax.Array:
+def _write(pages_YZX: jax.Array, new_BTX: jax.Array, metadata: CacheMetadata) -> jax.Array:
     num_pages, page_size = pages_YZX.shape[:2]
-    place_BT = metadata.cached_length_B[:, None] + jnp.arange(new_BTX.shape[1])
-    page_BT = jnp.take_along_axis(metadata.page_table_BJ, place_BT // page_size, axis=1, mode="fill", fill_value=num_pages)
-    return pages_YZX.at[page_BT, place_BT % page_size].set(new_BTX.astype(pages_YZX.dtype), mode="drop")
+    assert metadata.page_table_BJ is not None
+    position_BT = metadata.cached_length_B[:, None] + jnp.arange(new_BTX.shape[1])
+    page_BT = jnp.take_along_axis(metadata.page_table_BJ, position_BT // page_size, axis=1, mode="fill", fill_value=num_pages)
+    return pages_YZX.at[page_BT, position_BT % page_size].set(new_BTX.astype(pages_YZX.dtype), mode="drop")

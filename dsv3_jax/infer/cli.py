@@ -1,4 +1,4 @@
-"""The command line of infer.py: what to complete, how tokens are drawn, and what the engine is made of."""
+"""Command-line flags of infer.py: the prompts, the sampling parameters, and the sizes of the engine."""
 
 from __future__ import annotations
 
@@ -10,35 +10,31 @@ from tyro.conf import FlagConversionOff
 from dsv3_jax.config import DataConfig, InferConfig, MeshConfig, ModelConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.config.cli import DistributedFlags
-from dsv3_jax.infer.cache import check_sizes
+from dsv3_jax.infer.cache import ENGINE_FIELDS, check_sizes
 from dsv3_jax.infer.sampling import SamplingParams
 
 DEFAULT_DRAFTS = 1
-"""Of a model that can draft."""
+"""Drafts of a model with an MTP depth."""
 DEFAULT_MAX_BATCH = 8
-SAMPLING_FIELDS = (
-    "max_tokens", "temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty", "stop",
-)  # fmt: skip
-"""What of `SamplingParams` has a flag."""
-ENGINE_FIELDS = "max_batch", "max_length", "drafts", "chunk", "page_size", "cache_tokens"
-"""What `Sizes.of` takes, each by its flag."""
+SAMPLING_FIELDS = "max_tokens", "temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty", "stop"
+"""Fields of `SamplingParams` with a flag."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InferFlags:
-    """What infer.py is to do."""
+    """Flags of infer.py."""
 
     checkpoint: str
     """Run directory of train.py, or Hugging Face folder."""
     prompt: str | None = None
-    """Text to continue; None is that of the run's `infer` group."""
+    """Text to continue; None is the prompt of the run's `infer` group."""
     interactive: bool = False
     """Chat by the checkpoint's chat template: a line of stdin is a turn; /reset, /system TEXT, /quit."""
     batch_file: tuple[str, str] | None = None
-    """Two files: prompts to complete, one JSON object a line, and where the completions go. A second start continues."""
+    """Two files: prompts to complete, one JSON object a line, and the file for the completions. A second start continues."""
 
     max_tokens: int | None = None
-    """Longest completion, in tokens; None is the run's, and in a chat whatever max_length leaves."""
+    """Longest completion, in tokens; None is the run's, and in a chat the room that max_length leaves."""
     temperature: float | None = None
     """Divides the logits, 0 takes the most likely token each time; None is the run's."""
     top_p: float | None = None
@@ -59,9 +55,9 @@ class InferFlags:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The devices to lay the model out over."""
     distributed: DistributedFlags = dataclasses.field(default_factory=DistributedFlags)
-    """How several processes find each other, each started with the same command; process 0 reads and writes."""
+    """Several processes, each started with the same command; process 0 reads and writes."""
     cache_dir: str = DataConfig.cache_dir
-    """Folder that keeps compiled programs; of several processes the first alone fills it."""
+    """Folder of compiled programs; of several processes the first alone fills it."""
     drafts: int | None = None
     """Tokens that the first MTP depth drafts a step (speculative decoding); None is 1 if the model has one, else 0."""
     max_batch: int | None = None
@@ -69,44 +65,42 @@ class InferFlags:
     max_length: int | None = None
     """Longest prompt and completion together, in tokens; None is the model's context, at most 4096, or what --prompt needs."""
     chunk: int = 512
-    """Most tokens of a prompt worked on at a time, a power of two."""
+    """Most tokens of a prompt prefilled in one step, a power of two."""
     page_size: int | None = None
     """Tokens in a page of the cache; None is 128 on a TPU and 64 elsewhere."""
     cache_tokens: int | None = None
-    """Tokens the cache has room for; None is max_batch times max_length."""
+    """Capacity of the cache, in tokens; None is max_batch times max_length."""
     placement: str | None = None
-    """Placement of redundant experts, a file of `python -m dsv3_jax.rebalance`; None holds every expert once."""
+    """Placement of replicated experts, a file of `python -m dsv3_jax.rebalance`; None holds every expert once."""
     prefix_cache: Annotated[bool, FlagConversionOff] = True
-    """Whether prompts that begin alike share the cache of their beginning."""
+    """Share the cache of equal beginnings between prompts."""
 
     def __post_init__(self) -> None:
         given = [f"--{name}" for name, is_given in self.modes().items() if is_given]
         check(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
-        # What is out of range is refused before a model is read.
+        # Values out of range are refused before a model is read.
         self.sampling(InferConfig(), 1)
-        check_sizes(**{name: getattr(self, name) for name in ENGINE_FIELDS})
+        check_sizes(*(getattr(self, name) for name in ENGINE_FIELDS))
 
     def modes(self) -> dict[str, bool]:
-        """What can be done, and which of it is asked for."""
+        """Return the modes of infer.py by flag, with True for those that are requested."""
         return {"prompt": self.prompt is not None, "interactive": self.interactive, "batch-file": self.batch_file is not None}
 
     @property
     def one_shot(self) -> bool:
-        """Whether it is one prompt that is to be completed."""
+        """True if the program completes a single prompt."""
         return not any(asked for name, asked in self.modes().items() if name != "prompt")
 
     def sampling(self, of_run: InferConfig, longest: int) -> SamplingParams:
-        """How completions are drawn: as was given, else as `of_run`; a chat's replies have up to `longest` tokens."""
-        wanted = dataclasses.asdict(of_run) | ({"max_tokens": longest} if self.interactive else {})
-        own = {name: getattr(self, name) for name in SAMPLING_FIELDS}
-        wanted |= {name: value for name, value in own.items() if value is not None}
-        del wanted["prompt"]
-        return SamplingParams(**wanted)
+        """Return the sampling parameters: the flags, else those of the run; a chat's replies have up to `longest` tokens."""
+        max_tokens = longest if self.interactive else of_run.max_tokens
+        defaults = SamplingParams(max_tokens, of_run.temperature, of_run.top_p)
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
     def sizes(self, config: ModelConfig) -> dict[str, Any]:
-        """What `Sizes.of` takes."""
-        of_many = 1 if self.batch_file is None else DEFAULT_MAX_BATCH
-        can_draft = config.num_nextn_predict_layers > 0
-        chosen = {"max_batch": of_many, "drafts": DEFAULT_DRAFTS if can_draft else 0}
+        """Return the arguments of `EngineConfig.of`."""
+        max_batch = 1 if self.batch_file is None else DEFAULT_MAX_BATCH
+        defaults = {"max_batch": max_batch, "drafts": DEFAULT_DRAFTS if config.num_nextn_predict_layers else 0}
         given = {name: getattr(self, name) for name in ENGINE_FIELDS}
-        return {name: chosen.get(name) if size is None else size for name, size in given.items()}
+        return {name: defaults.get(name) if size is None else size for name, size in given.items()}

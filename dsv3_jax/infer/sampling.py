@@ -1,7 +1,4 @@
-"""From logits to a token: what a completion asks for, the distribution that follows from it, and the draw.
-
-The distribution is a value of its own, so that the acceptance of drafts (infer/sampling.py) can weigh two of them.
-"""
+"""Sampling: parameters of a completion, the distribution of its next token, draws, and rejection sampling of drafts."""
 
 from __future__ import annotations
 
@@ -9,70 +6,60 @@ import dataclasses
 import enum
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dsv3_jax.config.checks import check, check_numbers, check_positive, check_seed
+from dsv3_jax.config.checks import Bound, PositiveInt, Seed, check, check_fields
 
 MOST_LOGPROBS = 20
-# Of float32; the smallest is the smallest normal number, by which 0 can still be divided.
+# The largest float32, and the smallest normal one: 0 divided by it is 0, divided by a smaller number it may be NaN.
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
+
+_NumLogprobs = Annotated[int, Bound(lambda num: 0 <= num <= MOST_LOGPROBS, f"it must lie in 0..{MOST_LOGPROBS}, or be None")]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How a completion is drawn and when it ends."""
+    """Sampling parameters and end conditions of a completion."""
 
-    max_tokens: int = 64
+    max_tokens: PositiveInt = 64
     """Longest completion, in tokens."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Bound(lambda value: value >= 0, "it cannot be negative (0 is greedy)")] = 0.0
     """Divides the logits; 0 takes the most likely token each time."""
-    top_p: float = 1.0
-    """Draws from the smallest set of most likely tokens that together have this probability."""
-    seed: int = 0
+    top_p: Annotated[float, Bound(lambda value: 0 < value <= 1, "it must lie in (0, 1] (1 keeps every token)")] = 1.0
+    """Draw from the smallest set of most likely tokens that together have this probability."""
+    seed: Seed = 0
     """Seed of the draws; the i-th prompt of a call uses seed + i."""
-    top_k: int = 0
-    """Draws from this many most likely tokens; 0 is all of them."""
-    min_p: float = 0.0
-    """Draws from the tokens with at least this share of the most likely one's probability."""
-    repetition_penalty: float = 1.0
+    top_k: Annotated[int, Bound(lambda value: value >= 0, "it cannot be negative (0 keeps every token)")] = 0
+    """Draw from this many most likely tokens; 0 is all of them."""
+    min_p: Annotated[float, Bound(lambda value: 0 <= value <= 1, "it must lie in [0, 1] (0 keeps every token)")] = 0.0
+    """Draw from the tokens with at least this share of the most likely one's probability."""
+    repetition_penalty: Annotated[float, Bound(lambda value: value > 0, "it must be above 0 (1 changes nothing)")] = 1.0
     """Above 1 makes tokens of the prompt and the completion so far less likely, below 1 more likely."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     """Added to the logits, by token id."""
-    logprobs: int | None = None
-    """How many most likely tokens to report with their log-probabilities beside the chosen one; None reports nothing."""
+    logprobs: _NumLogprobs | None = None
+    """Number of most likely tokens to report with log-probabilities, in addition to the chosen one; None reports nothing."""
     stop: tuple[str, ...] = ()
-    """Texts that end the completion; a single one may be given as it is."""
+    """Texts that end the completion; a single string is accepted."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the completion, besides those of the model."""
+    """Tokens that end the completion, in addition to the model's end-of-text tokens."""
     ignore_eos: bool = False
-    """Goes on after an end-of-text token of the model."""
+    """Continue after an end-of-text token of the model."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_positive(self, "max_tokens")
-        check_seed("seed", self.seed)
-        check(self.temperature >= 0, f"temperature is {self.temperature}; it cannot be negative (0 is greedy)")
-        check(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1] (1 keeps every token)")
-        check(self.top_k >= 0, f"top_k is {self.top_k}; it cannot be negative (0 keeps every token)")
-        check(0 <= self.min_p <= 1, f"min_p is {self.min_p}; it must lie in [0, 1] (0 keeps every token)")
-        penalty = self.repetition_penalty
-        check(penalty > 0, f"repetition_penalty is {penalty}; it must be above 0 (1 changes nothing)")
-        if self.logprobs is not None:
-            in_range = 0 <= self.logprobs <= MOST_LOGPROBS
-            check(in_range, f"logprobs is {self.logprobs}; it must lie in 0..{MOST_LOGPROBS}, or be None")
-        check(isinstance(self.ignore_eos, bool), f"ignore_eos is {self.ignore_eos!r}; use True or False")
+        check_fields(self)
         # Copies of the collections, which a caller may go on to change.
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     def ending_at(self, tokens: tuple[int, ...]) -> SamplingParams:
-        """The same, with further end-of-text tokens; those too are nothing to one that ignores them."""
+        """Return the parameters with further end-of-text tokens, which `ignore_eos` disables too."""
         return self if self.ignore_eos else dataclasses.replace(self, stop_token_ids=(*self.stop_token_ids, *tokens))
 
 
@@ -94,7 +81,7 @@ def _stop_ids(ids: Any) -> tuple[int, ...]:
 
 
 def _biases(biases: Any) -> dict[int, float]:
-    check(isinstance(biases, Mapping), f"logit_bias is {biases!r}; use a dict from token id to what its logit gains")
+    check(isinstance(biases, Mapping), f"logit_bias is {biases!r}; use a dict from token id to the number its logit gains")
     for token, bias in biases.items():
         check(_is_id(token), f"logit_bias has the token {token!r}; token ids are integers from 0")
         is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
@@ -109,12 +96,11 @@ def _is_id(value: Any) -> bool:
 
 @struct.dataclass
 class Sampler:
-    """What the device needs of the parameters and the text, one row a sequence."""
+    """Sampling state on the device: parameters and seen tokens, one row a sequence. Real numbers are float32."""
 
     seed_B: jax.Array
-    """uint32; with the place of a token it tells the draw, whatever shares the batch."""
+    """uint32; seed and position determine a draw, independently of the rest of the batch."""
     temperature_B: jax.Array
-    """float32, as all that is no whole number."""
     top_k_B: jax.Array
     """int32, 0 for every token."""
     top_p_B: jax.Array
@@ -126,26 +112,19 @@ class Sampler:
 
     @classmethod
     def empty(cls, slots: int, vocab_size: int) -> Sampler:
-        """Greedy rows that have seen nothing."""
+        """Return greedy rows without seen tokens."""
         row = cls.row(SamplingParams(), (), vocab_size)
         return jax.tree.map(lambda leaf: jnp.asarray(np.repeat(leaf, slots, axis=0)), row)
 
     @classmethod
     def row(cls, params: SamplingParams, text: Sequence[int] | np.ndarray, vocab_size: int) -> Sampler:
-        """The one row of a sequence, in NumPy.
+        """Return the row of one sequence, in NumPy, with numbers clipped to the range of float32.
 
-        Args:
-          params: what is asked for; numbers that float32 cannot hold become the nearest that it can.
-          text: ids of the prompt and of the completion so far, each in the vocabulary.
-          vocab_size: V.
-
-        Raises:
-          ValueError: if a token of `logit_bias` is outside the vocabulary.
+        `text` is the prompt and the completion so far. Raises ValueError for a token of `logit_bias` outside the vocabulary.
         """
-        for token in params.logit_bias:
-            check(token < vocab_size, f"logit_bias has the token {token}; the vocabulary ends at {vocab_size - 1}")
         bias_BV = np.zeros((1, vocab_size), np.float32)
         for token, bias in params.logit_bias.items():
+            check(token < vocab_size, f"logit_bias has the token {token}; the vocabulary ends at {vocab_size - 1}")
             bias_BV[0, token] = min(max(bias, -LARGEST), LARGEST)
         seen_BV = np.zeros((1, vocab_size), bool)
         seen_BV[0, np.asarray(text, np.int32)] = True
@@ -163,37 +142,37 @@ class Sampler:
 
 
 def with_row(sampler: Sampler, slot: jax.Array | int, row: Sampler) -> Sampler:
-    """The sampler with `row` (of `Sampler.row`) in place `slot`; both may be traced."""
+    """Return the sampler with its row `slot` replaced by `row` (of `Sampler.row`); both may be traced."""
     return jax.tree.map(lambda old, new: old.at[slot].set(new[0]), sampler, row)
 
 
 def seen_along(seen_BV: jax.Array, token_Bn: jax.Array) -> jax.Array:
-    """What has been seen before the first of n more tokens, and after each of them: [B, n + 1, V] bool."""
+    """Return the tokens seen before the first of n further tokens and after each of them: [B, n + 1, V] bool."""
     hot_BnV = jax.nn.one_hot(token_Bn, seen_BV.shape[-1], dtype=bool)
     return jnp.logical_or.accumulate(jnp.concatenate([seen_BV[:, None], hot_BnV], axis=1), axis=1)
 
 
 def distribution(logits_BTV: jax.Array, sampler: Sampler, seen_BTV: jax.Array) -> jax.Array:
-    """The probabilities that a token is drawn with: [B, T, V] float32.
+    """Return the probabilities that the next token is drawn from: [B, T, V] float32.
 
-    In the order of Hugging Face's `generate`: the bias is added; the logits of seen tokens are divided by the repetition
-    penalty if positive, else multiplied (Keskar et al., arXiv 1909.05858); temperature; top-k; top-p of what is left; min-p.
-    (vLLM puts min-p before top-k.) Where equals compete for the last place of top-k or top-p, lower ids come first. At
-    temperature 0 all is on the most likely token after bias and penalty, the lowest id of equals.
+    The transforms, in the order of Hugging Face's `generate`: add the bias; divide the logits of seen tokens by the repetition
+    penalty if positive, else multiply (Keskar et al., arXiv 1909.05858); temperature; top-k; top-p of the remaining tokens;
+    min-p (vLLM applies min-p before top-k). Ties at the bounds of top-k and top-p go to the lower ids. At temperature 0 the
+    most likely token after bias and penalty, of ties the lowest id, has probability 1.
 
     Args:
-      logits_BTV: logits of any float dtype.
-      sampler: parameters of each row; what it has seen is not read.
+      logits_BTV: of any float dtype.
+      sampler: parameters of each row; its seen tokens are not read.
       seen_BTV: the tokens before each position, bool (`seen_along`).
     """
     logits_BTV = _with_bias_and_penalty(logits_BTV.astype(jnp.float32), sampler, seen_BTV)
-    # Any lower, and 0 / temperature may be 0 / 0; all but the largest logit would be out of reach anyway.
+    # A lower temperature could make 0 / 0, and is greedy anyway.
     drawn_B = sampler.temperature_B >= SMALLEST
     one_hot_BTV = jax.nn.one_hot(jnp.argmax(logits_BTV, axis=-1), logits_BTV.shape[-1])
 
     def drawn() -> jax.Array:
         temperature_B = jnp.where(drawn_B, sampler.temperature_B, 1)
-        # From the largest down, so that the smallest temperature gives -inf and never inf - inf.
+        # Relative to the largest logit, so that the smallest temperature gives -inf and never inf - inf.
         scaled_BTV = (logits_BTV - logits_BTV.max(-1, keepdims=True)) / temperature_B[:, None, None]
         sorts_B = (sampler.top_k_B > 0) | (sampler.top_p_B < 1)
         kept_BTV = jax.lax.cond(
@@ -201,7 +180,7 @@ def distribution(logits_BTV: jax.Array, sampler: Sampler, seen_BTV: jax.Array) -
             lambda: _most_likely(scaled_BTV, sampler.top_k_B, sampler.top_p_B),
             lambda: jnp.ones(scaled_BTV.shape, bool),
         )
-        # The largest is 0, so that this is the share of the largest probability.
+        # The largest scaled logit is 0, so this exponential is the share of the largest probability.
         kept_BTV &= jnp.exp(scaled_BTV) >= sampler.min_p_B[:, None, None]
         probs_BTV = jax.nn.softmax(jnp.where(kept_BTV, scaled_BTV, -jnp.inf), axis=-1)
         return jnp.where(drawn_B[:, None, None], probs_BTV, one_hot_BTV)
@@ -210,7 +189,7 @@ def distribution(logits_BTV: jax.Array, sampler: Sampler, seen_BTV: jax.Array) -
 
 
 def _with_bias_and_penalty(logits_BTV: jax.Array, sampler: Sampler, seen_BTV: jax.Array) -> jax.Array:
-    """Finite, whatever the bias and the penalty."""
+    """Return the logits after bias and penalty, finite for all values of these."""
     logits_BTV += sampler.bias_BV[:, None]
     penalty_B11 = sampler.repetition_penalty_B[:, None, None]
     penalised_BTV = jnp.where(logits_BTV > 0, logits_BTV / penalty_B11, logits_BTV * penalty_B11)
@@ -218,76 +197,72 @@ def _with_bias_and_penalty(logits_BTV: jax.Array, sampler: Sampler, seen_BTV: ja
 
 
 def _most_likely(logits_BTV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """Which tokens top-k, and top-p after it, leave: [B, T, V] bool."""
+    """Return a mask of the tokens that top-k, and then top-p, keep: [B, T, V] bool."""
     vocab_size = logits_BTV.shape[-1]
     sorted_BTV = jnp.sort(logits_BTV, axis=-1, descending=True)
     k_B1 = jnp.where(top_k_B > 0, top_k_B, vocab_size)[:, None]
     left_BTV = jnp.where(jnp.arange(vocab_size) < k_B1[..., None], sorted_BTV, -jnp.inf)
     cumulated_BTV = jnp.cumsum(jax.nn.softmax(left_BTV, axis=-1), axis=-1)
-    # A token stays if those before it do not reach top_p yet. Sums of float32 may reach 1 too early, so 1 is no bound at all.
+    # Keep a token if those before it have less than top_p. Sums in float32 may reach 1 too early, so 1 disables the bound.
     nucleus_BT = 1 + jnp.sum(cumulated_BTV < top_p_B[:, None, None], axis=-1)
     count_BT = jnp.minimum(k_B1, jnp.where(top_p_B[:, None] < 1, nucleus_BT, vocab_size))
     least_BT1 = jnp.take_along_axis(sorted_BTV, count_BT[..., None] - 1, axis=-1)
-    above_BTV, level_BTV = logits_BTV > least_BT1, logits_BTV == least_BT1
-    places_BT = count_BT - above_BTV.sum(-1)
-    return above_BTV | (level_BTV & (jnp.cumsum(level_BTV, axis=-1) <= places_BT[..., None]))
+    above_BTV, tied_BTV = logits_BTV > least_BT1, logits_BTV == least_BT1
+    num_tied_BT = count_BT - above_BTV.sum(-1)
+    return above_BTV | (tied_BTV & (jnp.cumsum(tied_BTV, axis=-1) <= num_tied_BT[..., None]))
 
 
 class Stream(enum.IntEnum):
-    """What a random number is for: each use has its own, or one would tell of another."""
+    """Uses of random numbers. Each has a stream of its own, so that they are independent."""
 
     TARGET = 0
-    """A token from the model's own distribution."""
+    """Draw of a token from the model's own distribution."""
     ACCEPT = 1
-    """Whether a draft is accepted."""
+    """Acceptance of a draft."""
     RESIDUAL = 2
-    """A token in place of a rejected draft."""
+    """Draw of the token that replaces a rejected draft."""
     DRAFT = 3
-    """A draft."""
+    """Draw of a draft."""
 
 
 def random_key(seed: jax.Array, position: jax.Array, stream: jax.Array | int) -> jax.Array:
-    """The key of one random number: told by the seed, the token's place in its sequence and the use, and nothing else."""
+    """Return the key of one random number, a function of the seed, the token's position and the stream only."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), stream)
 
 
 def draw(probs_BV: jax.Array, seed_B: jax.Array, position_B: jax.Array, stream: jax.Array | int) -> jax.Array:
-    """Draws one token a row: [B] int32. A row with a single possible token gives exactly that.
+    """Draw one token a row, int32 [B], for its position in the sequence. Probabilities need not be normalised.
 
-    Args:
-      probs_BV: probabilities, which need not add up to 1.
-      seed_B: uint32.
-      place_B: place of the token in its sequence.
-      stream: a `Stream`, or one a row.
+    A row with a single possible token yields exactly that one. `stream` is a `Stream`, or one for each row.
     """
 
     def drawn() -> jax.Array:
         key_B = jax.vmap(random_key)(seed_B, position_B, jnp.broadcast_to(jnp.asarray(stream), seed_B.shape))
         return jax.vmap(jax.random.categorical)(key_B, jnp.log(probs_BV))
 
-    # Greedy batches need none of the B V random numbers.
+    # Greedy batches skip the B V random numbers.
     is_certain = jnp.all(jnp.sum(probs_BV > 0, axis=-1) <= 1)
     return jax.lax.cond(is_certain, lambda: jnp.argmax(probs_BV, axis=-1), drawn).astype(jnp.int32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which drafts of speculative decoding stand, so that what comes out is distributed as if drawn token by token.
+# Rejection sampling of drafts (speculative decoding): the tokens are distributed as if drawn one by one from the model.
 
 
 def rejection_sample(
     target_BTV: jax.Array, draft_probs_BnV: jax.Array, draft_Bn: jax.Array, seed_B: jax.Array, position_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The new tokens that n drafts lead to: tokens [B, T] int32 with T = n + 1, and how many of them count, [B] in 1..T.
+    """Accept or reject n drafts; return new tokens, int32 [B, T] with T = n + 1, and their valid number, int32 [B] in 1..T.
 
-    The accepted drafts come first, then one token drawn here; what follows means nothing. Without drafts it is a plain draw.
-    One-hot distributions, as greedy sequences have, accept exactly the drafts that are the most likely tokens.
+    The accepted drafts come first, then one token drawn here; later entries are undefined. Without drafts it is a plain draw.
+    One-hot distributions, those of greedy sequences, accept exactly the drafts that are the most likely tokens.
 
     Args:
       target_BTV: float32 probabilities of the model; row i is for the token after i accepted drafts.
-      draft_probs_BnV: the probabilities that the drafts were drawn with.
-      draft_Bn: the drafts, drawn with `Stream.DRAFT` or by no chance at all.
-      seed_B: uint32.
-      place_B: place in its sequence of the first new token.
+      draft_probs_BnV: the probabilities that the drafts were drawn from.
+      draft_Bn: the drafts, drawn with `Stream.DRAFT` or deterministic.
+      seed_B: uint32 seeds of the sequences.
+      position_B: position of the first new token in its sequence.
     """
     n = draft_Bn.shape[1]
     p_Bn = jnp.take_along_axis(target_BTV[:, :n], draft_Bn[..., None], axis=-1)[..., 0]
@@ -297,7 +272,7 @@ def rejection_sample(
 
     at_B11 = kept_B[:, None, None]
     p_BV = jnp.take_along_axis(target_BTV, at_B11, axis=1)[:, 0]
-    # Behind the last draft q is 0, and the residual is p itself.
+    # After the last draft q is 0, and the residual is p itself.
     q_BV = jnp.take_along_axis(draft_probs_BnV, at_B11, axis=1, mode="fill", fill_value=0)[:, 0]
     stream_B = jnp.where(kept_B < n, Stream.RESIDUAL, Stream.TARGET)
     new_B = draw(residual(p_BV, q_BV), seed_B, position_B + kept_B, stream_B)
@@ -307,12 +282,12 @@ def rejection_sample(
 
 
 def is_accepted(p: jax.Array, q: jax.Array, uniform: jax.Array) -> jax.Array:
-    """True with probability min(1, p / q), for `uniform` in [0, 1)."""
+    """Return True with probability min(1, p / q), for `uniform` in [0, 1)."""
     return uniform * q < p
 
 
 def residual(p_BV: jax.Array, q_BV: jax.Array) -> jax.Array:
-    """max(p - q, 0), normalised: what a rejected draft is replaced from. p where rounding leaves nothing."""
+    """Return max(p - q, 0), normalised, which replaces a rejected draft; p if rounding leaves nothing."""
     excess_BV = jnp.maximum(p_BV - q_BV, 0)
     total_B1 = excess_BV.sum(-1, keepdims=True)
     return jnp.where(total_B1 > 0, excess_BV / jnp.where(total_B1 > 0, total_B1, 1), p_BV)
@@ -324,15 +299,9 @@ def _uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities, in nats, that the model itself gives, before temperature and whatever else changes its logits.
+    """Return log-probabilities of the model itself, in nats, before temperature and the other transforms.
 
-    Args:
-      logits_BTV: logits of any float dtype.
-      tokens_BT: the chosen tokens.
-      num: how many of the most likely tokens to report, at most V.
-
-    Returns:
-      Those of the chosen tokens, [B, T] float32; the `num` largest, [B, T, num], from the largest down; their token ids.
+    Those of the chosen tokens, [B, T] float32; the `num` <= V largest, [B, T, num], in descending order; their token ids.
     """
     logprobs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
     chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[..., None], axis=-1)[..., 0]

@@ -71,7 +71,7 @@ def test_chunks_are_padded_to_powers_of_two() -> None:
         ({"max_length": CONTEXT + 1}, "max_length is 65; it must lie in 2..64"),
         ({"max_length": 1}, "max_length is 1"),
         ({"max_batch": 0}, "max_batch is 0; it must be at least 1"),
-        ({"drafts": -1}, "drafts is -1; it cannot be negative, use 0"),
+        ({"drafts": -1}, "drafts is -1; it cannot be negative"),
         ({"drafts": True}, "drafts is True; use an integer"),
         ({"cache_tokens": 1e3}, "cache_tokens is 1000.0; use an integer"),
         ({"max_batch": 2.5}, "max_batch is 2.5; use an integer"),

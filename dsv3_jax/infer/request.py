@@ -1,34 +1,34 @@
-"""What becomes of one prompt: its tokens, their text as it can be told, and why it ended."""
+"""State of one request: its prompt, tokens, streamed text and finish reason, and the sequence that the scheduler works with."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
 from collections.abc import Iterable
-from collections.abc import Sequence as Ids
 from typing import Literal, NamedTuple, Protocol
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.checks import check
 from dsv3_jax.infer.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class TextCodec(Protocol):
-    """What the engine asks of a tokenizer."""
+    """The part of a tokenizer that the engine needs."""
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Ids[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str: ...
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities at one place, those of the model itself."""
+    """The model's own log-probabilities at one position."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    """The most likely tokens, best first: as many as were asked for."""
+    """The requested number of most likely tokens, best first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,26 +36,26 @@ class Completion:
     """One finished completion."""
 
     tokens: list[int]
-    """The new tokens, without the id that ended it; a stop string's own tokens are among them."""
+    """The new tokens, without the end token, but with the tokens of a stop string."""
     text: str | None
-    """The same as text, up to a stop string; None without a tokenizer."""
+    """The decoded tokens up to a stop string; None without a tokenizer."""
     finish_reason: FinishReason
     """"stop" at an end-of-text token, a stop id or a stop string; "length" at max_tokens or at the end of the context."""
     logprobs: list[TokenLogprobs] | None = None
-    """One entry a token, if they were asked for."""
+    """One entry a token, if requested."""
 
 
 class Update(NamedTuple):
-    """What a step brought for one request."""
+    """Output of one step for one request."""
 
     request: Request
     tokens: list[int]
     text: str
-    """Text that is certain now: no part of a character, and nothing that may turn out to begin a stop string."""
+    """Text that is final: whole characters, and nothing that may begin a stop string."""
 
 
 class Request:
-    """A prompt on its way. `finish_reason` is None until it has ended."""
+    """A prompt and its completion so far. `finish_reason` is None until it ends."""
 
     def __init__(
         self, prompt: list[int], params: SamplingParams, max_tokens: int, ends: frozenset[int], codec: TextCodec | None
@@ -65,30 +65,21 @@ class Request:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
+        self.pieces: list[tuple[list[int], str]] = []
+        """Tokens and text of every call of `take`."""
         self._ends = ends
         self._decoder = None if codec is None else StreamDecoder(codec)
         self._stops = _StopStrings(params.stop)
-        self._text: list[str] = []
 
     @property
     def completion(self) -> Completion:
-        """The whole of it, once it has ended."""
+        """The completion of a request that has ended."""
         assert self.finish_reason is not None
-        text = None if self._decoder is None else "".join(self._text)
+        text = None if self._decoder is None else "".join(text for _, text in self.pieces)
         return Completion(self.tokens, text, self.finish_reason, self.logprobs)
 
-    @property
-    def progress(self) -> tuple[int, int]:
-        """How many tokens and how many pieces of text there are. It changes with every `take`."""
-        return len(self.tokens), len(self._text)
-
-    def since(self, progress: tuple[int, int]) -> Update:
-        """What has come since `progress` was that."""
-        tokens, texts = progress
-        return Update(self, self.tokens[tokens:], "".join(self._text[texts:]))
-
-    def take(self, tokens: Ids[int], logprobs: Ids[TokenLogprobs] | None) -> Update:
-        """Takes the next tokens, as far as they are for it."""
+    def take(self, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> Update:
+        """Append the next tokens, up to an end token, a stop string or the last of max_tokens."""
         first, text = len(self.tokens), ""
         for i, token in enumerate(tokens):
             if token in self._ends:
@@ -99,77 +90,97 @@ class Request:
                 self.logprobs.append(logprobs[i])
             if self._decoder is not None:
                 text += self._stops.feed(self._decoder.feed([token]))
-            if self._stops.met:
-                self.finish_reason = "stop"
-                break
-            if len(self.tokens) == self.sequence.max_tokens:
-                self.finish_reason = "length"
+            if self._stops.met or len(self.tokens) == self.sequence.max_tokens:
+                self.finish_reason = (
+                    "length"  # Or "stop", as set below: the decoder's last text may complete a stop string too.
+                )
                 break
         if self.finish_reason is not None and self._decoder is not None:
-            text += self._stops.feed(self._decoder.finish()) + self._stops.finish()
-            if self._stops.met:
-                self.finish_reason = "stop"
-        self._text.append(text)
-        return Update(self, self.tokens[first:], text)
+            text += self._stops.feed(self._decoder.finish(), last=True)
+        if self._stops.met:
+            self.finish_reason = "stop"
+        self.pieces.append((self.tokens[first:], text))
+        return Update(self, *self.pieces[-1])
 
     def cancel(self) -> None:
-        """Ends it where it is."""
+        """End the request now."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
 
 
 class _StopStrings:
-    """Cuts a growing text at the first of some strings, and holds back what may be the beginning of one."""
+    """Cuts a growing text at the first stop string, and holds back text that may begin one."""
 
-    def __init__(self, stops: Ids[str]) -> None:
+    def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops, self._held, self.met = stops, "", False
 
-    def feed(self, text: str) -> str:
+    def feed(self, text: str, last: bool = False) -> str:
+        """Append `text`, the `last` one or not, and return the text that is final now."""
         if self.met:
             return ""
         self._held += text
-        ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if ends:
-            self.met = True
-            return self._release(min(ends))
-        return self._release(len(self._held) - max((self._begun(stop) for stop in self._stops), default=0))
-
-    def finish(self) -> str:
-        return "" if self.met else self._release(len(self._held))
-
-    def _release(self, count: int) -> str:
+        starts = [start for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if starts:
+            self.met, count = True, min(starts)
+        else:
+            count = len(self._held) - (0 if last else max(map(self._begun, self._stops), default=0))
         text, self._held = self._held[:count], self._held[count:]
         return text
 
     def _begun(self, stop: str) -> int:
-        """How many characters at the end may begin `stop`."""
+        """Return the number of characters at the end that may begin `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
+class StreamDecoder:
+    """Decodes ids incrementally; the returned texts, joined, are the text of all ids.
+
+    A character whose bytes are spread over several tokens is returned with its last byte.
+    """
+
+    def __init__(self, tokenizer: TextCodec) -> None:
+        self._tokenizer = tokenizer
+        # The window begins with the ids returned last: some tokenizers decode a token by the one before it.
+        self._window: list[int] = []
+        self._num_context = 0
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Append ids and return the text that is complete now, which may be empty."""
+        self._window.extend(ids)
+        is_incomplete = self._tokenizer.decode(self._window).endswith("\ufffd")
+        return "" if is_incomplete else self.finish()
+
+    def finish(self) -> str:
+        """Return the remaining text, complete or not."""
+        context = self._tokenizer.decode(self._window[: self._num_context])
+        text = self._tokenizer.decode(self._window)[len(context) :]
+        self._window = self._window[self._num_context :]
+        self._num_context = len(self._window)
+        return text
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# A prompt, as text or as token ids, and whether a model can complete it.
+# Prompts, as text or token ids, and their checks.
 
 
-Prompt = str | Ids[int]
+Prompt = str | Iterable[int]
 
 
 def prompt_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None, max_length: int) -> list[int]:
-    """What `token_ids` gives. Raises ValueError also for a prompt that leaves no room in `max_length`."""
+    """Return `token_ids` of a prompt. Raises ValueError also if it leaves no room in `max_length`."""
     ids = token_ids(prompt, config, tokenizer)
-    if len(ids) >= max_length:
-        context = config.max_position_embeddings
-        raise ValueError(
-            f"the prompt's {len(ids)} tokens leave no room in max_length {max_length} (the model's context is {context}); "
-            "shorten it" + (" or raise max_length" if max_length < context else "")
-        )
+    context = config.max_position_embeddings
+    remedy = "shorten it or raise max_length" if max_length < context else "shorten it"
+    room = f"leave no room in max_length {max_length} (the model's context is {context})"
+    check(len(ids) < max_length, f"the prompt's {len(ids)} tokens {room}; {remedy}")
     return ids
 
 
 def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) -> list[int]:
-    """A prompt's token ids; a text begins with `bos_token_id`.
+    """Return the token ids of a prompt; text begins with `bos_token_id`.
 
     Raises:
-      ValueError: for an empty prompt, what is no id of the vocabulary, and text without a tokenizer.
+      ValueError: for an empty prompt, an id outside the vocabulary, and text without a tokenizer.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -184,119 +195,86 @@ def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) 
                 f"the prompt {prompt!r:.100} is neither text nor a list of token ids, which are integers; pass a list of such "
                 "prompts"
             ) from None
-    if not ids:
-        raise ValueError("the prompt is empty; give at least one token")
+    check(bool(ids), "the prompt is empty; give at least one token")
     for i in ids:
         check_id(i, config)
     return ids
 
 
 def check_id(i: int, config: ModelConfig) -> None:
-    """Raises ValueError for what is no id of the vocabulary."""
+    """Raise ValueError for an id outside the vocabulary."""
     if not 0 <= i < config.vocab_size:
         raise ValueError(f"token id {i} is outside the vocabulary of {config.vocab_size}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the scheduler works with: a sequence on its way, and the step that the engine dispatches.
+# Types of the scheduler: a sequence, and the step that the engine dispatches.
 
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A prompt, what has come of it, and where it lives."""
+    """A prompt, its generated tokens, and its slot and pages. Its text is both together, as token ids."""
 
     prompt: list[int]
     max_tokens: int
     arrival: int = -1
-    """Place in the order of `submit`; lower is older."""
+    """Position in the order of `submit`; lower is older."""
     tokens: list[int] = dataclasses.field(default_factory=list)
-    """Generated and accepted."""
+    """Generated and accepted tokens."""
     pages: list[int] = dataclasses.field(default_factory=list)
-    """Page numbers of its shard, in the order of the text. Some may be shared; those are full and only read."""
+    """Page numbers in its shard, in the order of the text. Shared ones are full and only read."""
     shard: int | None = None
     slot: int | None = None
     """Counted over all shards: shard * slots_per_shard + i."""
     cached: int = 0
-    """How many tokens of the text have their latents in the pages, or dispatched to be written there."""
+    """Tokens of the text with latents in the pages, including writes in flight."""
     reused: int = 0
-    """How many of them were found in the prefix cache since the last admission."""
+    """Those of them found in the prefix cache since the last admission."""
     epoch: int = 0
-    """Raised when it loses its place: results that were dispatched before are not for it any more."""
+    """Increased when the sequence loses its slot: results of earlier dispatches are then void."""
     state: Literal["waiting", "prefilling", "running", "done"] = "waiting"
     sampling: bool = False
-    """Its last chunk is in flight, which yields a token."""
+    """True while its last chunk, which yields a token, is in flight."""
     decodes: int = 0
     """Decode steps in flight; each yields at least one token."""
     published: int = 0
-    """Pages that were offered to the prefix cache, or came from it."""
+    """Pages offered to the prefix cache or taken from it."""
 
     @property
     def length(self) -> int:
-        """Tokens of the text: prompt and generated."""
+        """Tokens of the text."""
         return len(self.prompt) + len(self.tokens)
 
     @property
     def place(self) -> tuple[int, int]:
-        """Shard and slot of a sequence that has them."""
+        """Shard and slot of an admitted sequence."""
         assert self.shard is not None
         assert self.slot is not None
         return self.shard, self.slot
 
-    def text(self, start: int, stop: int) -> list[int]:
-        """Tokens start to stop of prompt and generated, without joining the two."""
-        first = len(self.prompt)
+    def text(self, start: int = 0, stop: int | None = None) -> list[int]:
+        """Return the tokens from `start` to `stop` of the text."""
+        stop, first = self.length if stop is None else stop, len(self.prompt)
         return self.prompt[start:stop] + self.tokens[max(start - first, 0) : max(stop - first, 0)]
 
 
 class Chunk(NamedTuple):
-    """Tokens of one text to prefill."""
+    """Consecutive tokens of one sequence to prefill."""
 
     sequence: Sequence
-    epoch: int
     start: int
-    """Where the tokens stand in the text; the latents of all before are in the pages."""
+    """Position of the first token; the latents of all before it are in the pages."""
     tokens: list[int]
     following: int | None
-    """The token after the chunk. None after a text's last chunk: the device samples it."""
+    """The token after the chunk; None for a text's last chunk, after which the device samples it."""
 
 
 class Step(NamedTuple):
-    """What to dispatch: the chunks, then one decode step."""
+    """One dispatch: prefill the chunks, then decode."""
 
     chunks: list[Chunk]
-    """At most one a shard."""
+    """At most one of each shard."""
     decoding: list[Sequence]
-    """Every one to decode, in order of arrival. None of them is in `chunks`."""
+    """Sequences to decode, in order of arrival; none of them is in `chunks`."""
     tables_changed: bool
-    """Whether the pages of any slot are others than at the step before."""
-
-
-class StreamDecoder:
-    """Decodes ids as they come; the texts it returns, put together, are the text of all ids.
-
-    A character whose bytes are spread over several tokens is returned when its last byte has come.
-    """
-
-    def __init__(self, tokenizer: TextCodec) -> None:
-        self._tokenizer = tokenizer
-        # The window opens with the ids returned last: some tokenizers decode a token by the one before it.
-        self._window: list[int] = []
-        self._num_context = 0
-
-    def feed(self, ids: Iterable[int]) -> str:
-        """Takes the next ids and returns the text that is now complete, which may be empty."""
-        self._window.extend(ids)
-        if self._tokenizer.decode(self._window).endswith(_REPLACEMENT):
-            return ""
-        return self.finish()
-
-    def finish(self) -> str:
-        """Returns what is left, complete or not."""
-        context = self._tokenizer.decode(self._window[: self._num_context])
-        text = self._tokenizer.decode(self._window)[len(context) :]
-        self._window = self._window[self._num_context :]
-        self._num_context = len(self._window)
-        return text
-
-
-_REPLACEMENT = "\ufffd"
+    """True if the pages of any slot changed since the step before."""

@@ -59,7 +59,7 @@ class Device:
                     self.slots[sequence.slot].table = list(sequence.pages)
         for sequence in [*step.decoding, *(chunk.sequence for chunk in step.chunks)]:
             assert self.slots[sequence.slot].table == sequence.pages
-        sampled = [(chunk.sequence, chunk.epoch, self.prefill(chunk)) for chunk in step.chunks]
+        sampled = [(chunk.sequence, chunk.sequence.epoch, self.prefill(chunk)) for chunk in step.chunks]
         decoded = [(sequence, sequence.epoch, self.decode(sequence)) for sequence in step.decoding]
         return [result for result in sampled if result[2]] + decoded
 

@@ -58,7 +58,7 @@ def assert_holds(cache: Cache, whole: Any, cached_length_B: list[int]) -> None:
                 np.testing.assert_allclose(found[:length], expected[b, :length], **TOLERANCE["float32"], err_msg=name)
 
 
-features = jax.jit(functools.partial(MODEL.apply, mtp=True, keep=("latents",), method="features"))
+features = jax.jit(functools.partial(MODEL.apply, mtp=True, return_intermediates=("latents",), method="features"))
 head = jax.jit(functools.partial(MODEL.apply, method="head"))
 
 

@@ -60,11 +60,11 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
 def test_a_prompt_is_prefilled_in_chunks_and_decoded_from_the_next_step_on() -> None:
     engine = scheduler()
     sequence = submit(engine, text(18))
-    assert engine.schedule().chunks == [Chunk(sequence, 0, 0, text(8), 8)]
-    assert engine.schedule().chunks == [Chunk(sequence, 0, 8, text(8, 8), 16)]
+    assert engine.schedule().chunks == [Chunk(sequence, 0, text(8), 8)]
+    assert engine.schedule().chunks == [Chunk(sequence, 8, text(8, 8), 16)]
     assert (sequence.state, sequence.cached) == ("prefilling", 16)
     step = engine.schedule()
-    assert step.chunks == [Chunk(sequence, 0, 16, [16, 17], None)]
+    assert step.chunks == [Chunk(sequence, 16, [16, 17], None)]
     assert (sequence.state, sequence.cached, step.decoding) == ("running", 18, [])
     step = engine.schedule()
     assert (step.chunks, step.decoding) == ([], [sequence])
@@ -73,8 +73,8 @@ def test_a_prompt_is_prefilled_in_chunks_and_decoded_from_the_next_step_on() -> 
 def test_a_chunk_that_ends_the_text_exactly_is_the_last() -> None:
     engine = scheduler()
     sequence = submit(engine, text(16))
-    assert engine.schedule().chunks == [Chunk(sequence, 0, 0, text(8), 8)]
-    assert engine.schedule().chunks == [Chunk(sequence, 0, 8, text(8, 8), None)]
+    assert engine.schedule().chunks == [Chunk(sequence, 0, text(8), 8)]
+    assert engine.schedule().chunks == [Chunk(sequence, 8, text(8, 8), None)]
 
 
 def test_each_shard_prefills_one_sequence_a_step_oldest_first() -> None:
@@ -231,7 +231,7 @@ def test_the_youngest_gives_way_and_resumes_with_what_it_had() -> None:
     assert not engine.accept(young, 0, [31])
     newcomer = submit(engine, [1], 1)
     engine.finish(old)
-    assert engine.schedule().chunks == [Chunk(young, 1, 0, [*text(5, 20), 30], None)]
+    assert engine.schedule().chunks == [Chunk(young, 0, [*text(5, 20), 30], None)]
     assert newcomer.state == "prefilling"
     assert engine.accept(young, 1, [31])
     assert young.tokens == [30, 31]
@@ -270,7 +270,7 @@ def test_a_later_sequence_computes_only_what_is_new() -> None:
         engine.schedule()
     second = submit(engine, [*text(10), 99])
     step = engine.schedule()
-    assert step.chunks == [Chunk(second, 0, 8, [8, 9, 99], None)]
+    assert step.chunks == [Chunk(second, 8, [8, 9, 99], None)]
     assert second.pages[:2] == first.pages[:2]
     assert second.pages[2] not in first.pages
     assert second.reused == 8
@@ -342,7 +342,7 @@ def test_a_preempted_sequence_finds_its_own_pages() -> None:
         engine.schedule()
     engine.finish(old)
     # Of its 8 tokens, the last one is still to be computed: it was not known what follows the fourth page.
-    assert engine.schedule().chunks == [Chunk(young, 1, 6, [26, 27], None)]
+    assert engine.schedule().chunks == [Chunk(young, 6, [26, 27], None)]
 
 
 def test_a_page_is_left_for_each_other_sequence_to_grow() -> None:

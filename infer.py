@@ -97,7 +97,7 @@ def main() -> None:
             print(flush=True)
     if flags.serve:
         sys.exit(code)
-    say(speed.told(engine))
+    say(speed.summary(engine))
 
 
 def checked(flags: Flags, mesh: Mesh) -> Task:

@@ -1,4 +1,4 @@
-"""The completions of a batch file: all lines at once to the engine, each written when it ends."""
+"""Completion of a batch file: all lines are submitted at once, and each is written when it ends."""
 
 from __future__ import annotations
 
@@ -28,13 +28,9 @@ from dsv3_jax.infer.sampling import SamplingParams
 
 
 def submit_lines(
-    engine: Engine,
-    lines: Sequence[PromptLine],
-    defaults: SamplingParams,
-    template: ChatTemplate | None,
-    tokenizer: Tokenizer,
+    engine: Engine, lines: Sequence[PromptLine], defaults: SamplingParams, template: ChatTemplate | None, tokenizer: Tokenizer
 ) -> dict[Request, PromptLine]:
-    """Hands all lines to the engine, which begins with the first step.
+    """Submit all lines to the engine, which begins with its first step.
 
     Raises:
       ValueError: naming the line, if the engine or the template refuses one.
@@ -42,8 +38,8 @@ def submit_lines(
     submitted: dict[Request, PromptLine] = {}
     closing = () if template is None else closing_tokens(template, tokenizer, engine.config.vocab_size)
     for line in lines:
-        prompt, params = line.encoded(template, tokenizer), line.params(defaults)
         try:
+            prompt, params = line.encoded(template, tokenizer), line.params(defaults)
             submitted[engine.submit(prompt, params.ending_at(closing) if line.is_chat else params)] = line
         except ValueError as error:
             raise ValueError(f"{line.where}: {error}") from error
@@ -51,50 +47,30 @@ def submit_lines(
 
 
 def complete_lines(engine: Engine, submitted: dict[Request, PromptLine], completions: CompletionLines, speed: Speed) -> None:
-    """Works until every request has ended, and writes each completion when it has."""
-    left = dict(submitted)
-    with BatchProgress(len(left), len(completions.done)) as progress:
+    """Step the engine until every request has ended, and write each completion then.
+
+    A terminal shows a progress bar; otherwise stderr gets a line for every tenth of the lines.
+    """
+    left, done = dict(submitted), len(completions.done)
+    total = done + len(left)
+    console = Console(stderr=True)
+    columns = BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("compiling", total=total, completed=done)
         while left:
             for update in engine.step():
                 speed.note(len(update.tokens))
-                if update.request.finish_reason is not None:
-                    completions.write(left.pop(update.request), update.request.completion)
-                    progress.show(len(left), speed)
-
-
-class BatchProgress:
-    """A bar on a terminal; where stderr is no terminal, a line every tenth of the lines. A context manager."""
-
-    def __init__(self, left: int, done: int) -> None:
-        """Args: left: lines to complete; done: lines that an earlier start has completed."""
-        self._total = left + done
-        self._printed = self._tenths(done)
-        self._console = Console(stderr=True)
-        columns = BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._progress.add_task("compiling", total=self._total, completed=done)
-
-    def __enter__(self) -> BatchProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, left: int, speed: Speed) -> None:
-        """Shows how many lines are left."""
-        done = self._total - left
-        self._progress.update(self._task, completed=done, description=f"lines, {speed.count} tokens")
-        if not self._console.is_terminal and self._tenths(done) > self._printed:
-            self._printed = self._tenths(done)
-            print(f"{done} of {self._total} lines, {speed.count} tokens", file=sys.stderr, flush=True)
-
-    def _tenths(self, done: int) -> int:
-        return 10 * done // self._total
+                if update.request.finish_reason is None:
+                    continue
+                completions.write(left.pop(update.request), update.request.completion)
+                done += 1
+                progress.update(bar, completed=done, description=f"lines, {speed.count} tokens")
+                if not console.is_terminal and 10 * done // total > 10 * (done - 1) // total:
+                    print(f"{done} of {total} lines, {speed.count} tokens", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The prompts of a batch file: one JSON object a line, all of them checked before anything is generated.
+# Prompts of a batch file: one JSON object a line, all of them checked before anything is generated.
 
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
@@ -111,29 +87,22 @@ class PromptLine:
     """Path and number of the line, from 1, for messages."""
     content: str | list[int] | list[Message]
     is_chat: bool
-    """Whether `content` is messages."""
+    """True if `content` is messages."""
     id: str | int | None
     sampling: dict[str, Any]
-    """What the line says of `SamplingParams`."""
+    """Fields of `SamplingParams` that the line sets."""
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
-        """How it is drawn. Its seed is its own, so that what is drawn depends on no other line."""
+        """Return the line's sampling parameters. It has a seed of its own, so that its draws depend on no other line."""
         seed = (defaults.seed + self.index) % 2**32
         return dataclasses.replace(defaults, **({"seed": seed} | self.sampling))
 
     def encoded(self, template: ChatTemplate | None, tokenizer: Tokenizer) -> Prompt:
-        """The prompt as the engine takes it.
-
-        Raises:
-          ValueError: naming the line, if the template refuses the messages.
-        """
+        """Return the prompt for the engine. Raises ValueError if the template refuses the messages."""
         if not self.is_chat:
             return self.content  # type: ignore[return-value]
         assert template is not None
-        try:
-            return encode_prompt(template, tokenizer, self.content)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"{self.where}: {error}") from error
+        return encode_prompt(template, tokenizer, self.content)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,19 +111,19 @@ class PromptLines:
 
     lines: list[PromptLine]
     digest: str
-    """Of the file's bytes."""
+    """Digest of the file's bytes."""
 
     @property
     def need_template(self) -> bool:
-        """Whether one of them is messages."""
+        """True if one of them is messages."""
         return any(line.is_chat for line in self.lines)
 
 
 def read_prompt_lines(path: str) -> PromptLines:
-    """Reads and checks a file; empty lines are passed over, and counted.
+    """Read and check a file; empty lines are skipped, but counted.
 
     Raises:
-      ValueError: naming the line and the key, at the first that is wrong; or if there is no such file, or no line in it.
+      ValueError: naming the line and the key, at the first error; or if there is no such file, or no line in it.
     """
     file = epath.Path(path).expanduser()
     check(file.is_file(), f"--batch-file {path} does not exist; name a file with one JSON object a line")
@@ -171,9 +140,10 @@ def _line(index: int, where: str, text: bytes) -> PromptLine:
     except ValueError as error:
         raise ValueError(f"{where} is not valid JSON ({error}); each line must be one object") from error
     check(isinstance(values, dict), f"{where} is {type(values).__name__}, not an object; each line must be one object")
-    if (unknown := next((key for key in values if key not in KEYS), None)) is not None:
-        nearest = max(KEYS, key=lambda key: difflib.SequenceMatcher(None, unknown, key).ratio())
-        raise ValueError(f'{where} has the unknown key "{unknown}"; the nearest is "{nearest}" (all: {", ".join(KEYS)})')
+    unknown = [key for key in values if key not in KEYS]
+    if unknown:
+        (nearest,) = difflib.get_close_matches(unknown[0], KEYS, n=1, cutoff=0)
+        raise ValueError(f'{where} has the unknown key "{unknown[0]}"; the nearest is "{nearest}" (all: {", ".join(KEYS)})')
     kinds = [key for key in ("prompt", "messages") if key in values]
     check(len(kinds) == 1, f'{where} has {" and ".join(kinds) or "no prompt"}; give either "prompt" or "messages"')
     name = values.get("id")
@@ -200,7 +170,7 @@ def _messages(messages: Any, where: str) -> list[Message]:
 
 
 def _sampling(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of `SamplingParams`; the values of each are checked by that class."""
+    """Return the fields of `SamplingParams`, whose values that class checks."""
     fields = {name: values[name] for name in SAMPLING if name in values}
     biases = fields.get("logit_bias")
     try:
@@ -213,39 +183,39 @@ def _sampling(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The completions of a batch file: one JSON object a line, in the order in which they end, and a start that goes on.
+# Completions of a batch file: one JSON object a line, in the order in which they end. A second start continues the file.
 
 
 class CompletionLines:
-    """The file while it is written; a context manager. A line is on its way to the disk before the next one is begun."""
+    """The output file, a context manager. Each line is flushed before the next one begins."""
 
     def __init__(self, path: str, settings: dict[str, Any], indices: Collection[int]) -> None:
-        """Opens the file, or makes it, and reads what has been done.
-
-        A last line that was cut off, by a kill say, is taken away.
+        """Open or create the file, read the completed lines, and remove a last line that was cut off, by a kill for example.
 
         Args:
-          path: the file.
-          settings: what the completions depend on, as JSON can say it.
+          path: name of the file.
+          settings: everything that the completions depend on, as JSON values.
           indices: those of the lines to complete, the only ones that may be in the file.
 
         Raises:
           ValueError: if it was made with other settings, holds something else, or another process writes to it.
         """
         self._path = pathlib.Path(path).expanduser()
-        self._settings_path = pathlib.Path(f"{self._path}.settings.json")
-        self._settings = json.loads(json.dumps(settings))
+        settings, settings_path = json.loads(json.dumps(settings)), pathlib.Path(f"{self._path}.settings.json")
         check_place(path)
         is_new = not self._path.exists() or not self._path.stat().st_size
         if not is_new:
-            self._check_same_settings()
+            self._check_same_settings(settings, settings_path)
         self._file = self._path.open("ab")
         try:
-            self._lock()
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_new:
-                write_whole(epath.Path(self._settings_path), json.dumps(self._settings, indent=2) + "\n")
+                write_whole(epath.Path(settings_path), json.dumps(settings, indent=2) + "\n")
             self.done = self._read(indices)
-            """Indices of the lines that are there."""
+            """Indices of the completed lines."""
+        except BlockingIOError as error:
+            self._file.close()
+            raise ValueError(f"{self._path} is being written by another process; wait until it has ended") from error
         except BaseException:
             self._file.close()
             raise
@@ -257,56 +227,44 @@ class CompletionLines:
         self._file.close()
 
     def write(self, line: PromptLine, completion: Completion) -> None:
-        """Appends the completion of a line."""
-        told: dict[str, Any] = {"index": line.index}
-        if line.id is not None:
-            told["id"] = line.id
-        told |= {"text": completion.text, "tokens": completion.tokens, "finish_reason": completion.finish_reason}
+        """Append the completion of a line."""
+        values: dict[str, Any] = {"index": line.index} | ({} if line.id is None else {"id": line.id})
+        values |= {"text": completion.text, "tokens": completion.tokens, "finish_reason": completion.finish_reason}
         if completion.logprobs is not None:
-            told["logprobs"] = [entry._asdict() for entry in completion.logprobs]
-        self._file.write(json.dumps(told, ensure_ascii=False).encode("utf-8") + b"\n")
+            values["logprobs"] = [entry._asdict() for entry in completion.logprobs]
+        self._file.write(json.dumps(values, ensure_ascii=False).encode("utf-8") + b"\n")
         self._file.flush()
 
-    def _check_same_settings(self) -> None:
-        remedy = f"name another file, or delete {self._path.name} to begin anew"
+    def _check_same_settings(self, settings: dict[str, Any], path: pathlib.Path) -> None:
+        remedy = f"name another file, or delete {self._path.name} to start over"
         try:
-            before = json.loads(self._settings_path.read_text("utf-8"))
+            before = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self._path} exists, but what it was made from cannot be read ({error}); {remedy}") from error
-        for name, value in self._settings.items():
+            raise ValueError(
+                f"{self._path} exists, but the settings it was made with cannot be read ({error}); {remedy}"
+            ) from error
+        for name, value in settings.items():
             there = before.get(name) if isinstance(before, dict) else None
             check(there == value, f"{self._path} was made with {name} {there!r}, not {value!r}; {remedy}")
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{self._path} is being written by another process; wait until it has ended") from error
-
     def _read(self, indices: Collection[int]) -> set[int]:
+        """Return the indices of the completed lines, and truncate the file after the last of them."""
+        *lines, torn = self._path.read_bytes().split(b"\n")
         done: set[int] = set()
-        whole = 0
-        lines = self._path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
-            if number == len(lines) and not line.endswith(b"\n"):
-                break
-            done.add(self._index(line, number, indices))
-            whole += len(line)
-        self._file.truncate(whole)
+            try:
+                index = json.loads(line)["index"]
+            except (ValueError, TypeError, KeyError):
+                index = None
+            is_one = isinstance(index, int) and index in indices
+            check(is_one, f"{self._path}:{number} is no completion of this batch; restore the file, or delete it to start over")
+            done.add(index)
+        self._file.truncate(self._path.stat().st_size - len(torn))
         return done
-
-    def _index(self, line: bytes, number: int, indices: Collection[int]) -> int:
-        try:
-            index = json.loads(line)["index"]
-        except (ValueError, TypeError, KeyError):
-            index = None
-        is_one = isinstance(index, int) and index in indices
-        check(is_one, f"{self._path}:{number} is no completion of this batch; restore the file, or delete it to begin anew")
-        return index
 
 
 def check_place(path: str, prompts: str | None = None) -> None:
-    """Raises ValueError where no file of completions can be, or where the file of `prompts` is."""
+    """Raise ValueError if `path` cannot be a file of completions, or is the file of `prompts`."""
     place = pathlib.Path(path).expanduser()
     check(place.parent.is_dir(), f"{place.parent} does not exist; make the folder for {place.name}")
     check(not place.is_dir(), f"{path} is a folder; name a file for the completions")

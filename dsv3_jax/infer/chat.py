@@ -1,7 +1,7 @@
 """A conversation with a model by its chat template, and the loop of `infer.py --interactive`.
 
-Every turn renders the whole conversation anew, as the template wants it; the prefix cache of the engine knows most of it
-from the turn before. Nothing is ever cut from a conversation: one that no longer fits is refused.
+Every turn renders the whole conversation again, as the template defines it; most of it is in the engine's prefix cache from
+the turn before. A conversation is never truncated: one that no longer fits is refused.
 """
 
 from __future__ import annotations
@@ -24,41 +24,34 @@ COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt
 
 
 class Conversation:
-    """What has been said, and the model that answers."""
+    """The messages so far, and the model that answers."""
 
     def __init__(self, engine: Engine, template: ChatTemplate, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        """A conversation in which nothing has been said.
-
-        Args:
-          engine: answers.
-          template: the chat template of its model.
-          tokenizer: the model's.
-          params: how replies are drawn.
-        """
+        """Start an empty conversation with the engine's model, whose replies are drawn by `params`."""
         self._engine, self._template, self._tokenizer = engine, template, tokenizer
         self._params = params.ending_at(closing_tokens(template, tokenizer, engine.config.vocab_size))
         self.system: str | None = None
         """The system prompt."""
         self.turns: list[Message] = []
-        """The user's and the assistant's, in turn."""
+        """Messages of the user and the assistant, alternating."""
 
     def reply(self, text: str) -> Generator[Update]:
-        """Says `text` as the user; the reply as it comes.
+        """Send `text` as the user, and yield the reply as it is generated.
 
-        Both are part of the conversation once the reply has ended, be it because the iterator was closed. A reply that was
-        closed before its first character leaves no trace.
+        Both join the conversation when the reply ends or the iterator is closed. A reply that is closed before its first
+        character leaves the conversation unchanged.
 
         Raises:
           ValueError: at once, if the template refuses the conversation, or its tokens leave no room for a reply.
         """
-        said: list[Message] = [*self.turns, {"role": "user", "content": text}]
+        turns: list[Message] = [*self.turns, {"role": "user", "content": text}]
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
-        ids = encode_prompt(self._template, self._tokenizer, system + said)
+        ids = encode_prompt(self._template, self._tokenizer, system + turns)
         most = self._engine.sizes.max_length
         check(len(ids) < most, f"the conversation's {len(ids)} tokens leave no room for a reply in max_length {most}")
-        return self._record(said, self._engine.stream_text(ids, self._params))
+        return self._record(turns, self._engine.stream_text(ids, self._params))
 
-    def _record(self, said: list[Message], updates: Iterator[Update]) -> Generator[Update]:
+    def _record(self, turns: list[Message], updates: Iterator[Update]) -> Generator[Update]:
         texts: list[str] = []
         ended = False
         try:
@@ -69,20 +62,20 @@ class Conversation:
             ended = True
         finally:
             if ended or any(texts):
-                self.turns = [*said, {"role": "assistant", "content": "".join(texts)}]
+                self.turns = [*turns, {"role": "assistant", "content": "".join(texts)}]
 
 
 def converse(conversation: Conversation, speed: Speed) -> None:
-    """Reads turns from stdin and streams the replies to stdout, until /quit or the end of the input.
+    """Read turns from stdin and stream the replies to stdout, until /quit or the end of the input.
 
-    Ctrl-C stops a reply; a second one, before the reply has stopped, the program. Only a terminal is prompted.
+    Ctrl-C stops a reply; a second one, before the reply has stopped, ends the program. Only a terminal gets a prompt.
     """
-    by_hand = sys.stdin.isatty()
-    if by_hand:
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  Its presence makes `input` edit lines.
         _say(f"{COMMANDS}; Ctrl-C stops a reply, Ctrl-D ends.")
-    while (line := _read_line(by_hand)) is not None:
+    while (line := _read_line(is_terminal)) is not None:
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return
@@ -96,17 +89,17 @@ def converse(conversation: Conversation, speed: Speed) -> None:
             _answer(conversation, line.strip(), speed)
 
 
-def _read_line(by_hand: bool) -> str | None:
-    """The next line; None at the end of the input."""
+def _read_line(is_terminal: bool) -> str | None:
+    """Return the next line; None at the end of the input."""
     while True:
         try:
-            return input("> " if by_hand else "")
+            return input("> " if is_terminal else "")
         except EOFError:
-            if by_hand:
+            if is_terminal:
                 print()
             return None
         except KeyboardInterrupt:
-            if not by_hand:
+            if not is_terminal:
                 raise
             _say("\nCtrl-D or /quit ends.")
 
@@ -132,16 +125,16 @@ def _answer(conversation: Conversation, text: str, speed: Speed) -> None:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed. It must not break into a step, which would leave the engine in pieces."""
-    noted: list[int] = []
+    """Yield a function that says if Ctrl-C was pressed, which so does not interrupt a step and reset the engine."""
+    received: list[int] = []
 
-    def note(number: int, _: FrameType | None) -> None:
-        noted.append(number)
+    def record(number: int, _: FrameType | None) -> None:
+        received.append(number)
         signal.signal(number, before)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, record)
     try:
-        yield lambda: bool(noted)
+        yield lambda: bool(received)
     finally:
         signal.signal(signal.SIGINT, before)
 

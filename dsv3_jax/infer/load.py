@@ -1,4 +1,4 @@
-"""A model to run, from either kind of folder: a run directory of train.py, or a Hugging Face checkpoint."""
+"""Loading of a model for inference from a run directory of train.py or a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, named_dtype
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config import InferConfig, ModelConfig
+from dsv3_jax.config.checks import check
 from dsv3_jax.config.hugging_face import is_hugging_face, with_generation_config
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -20,31 +21,30 @@ class LoadedModel(NamedTuple):
     variables: dict[str, Any]
     tokenizer: Tokenizer
     origin: str
-    """What it was loaded from, in words."""
+    """Name of its source, for messages."""
     sequence_length: int
-    """Tokens a sequence it was trained with; for a Hugging Face folder its context, at most 4096."""
+    """Tokens of a training sequence; for a Hugging Face folder the context, at most 4096."""
     infer: InferConfig
-    """The run's defaults for sampling."""
+    """Sampling defaults of the run."""
     across_documents: bool = True
-    """Whether attention crosses the documents of a row, as it was trained."""
+    """Attention across the documents of a row, as in training."""
 
 
 def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, keep_fp8: bool | None = None) -> LoadedModel:
-    """Loads config, variables and tokenizer of either kind of folder.
+    """Load config, variables and tokenizer of either kind of folder.
 
-    Backends that a run names are those of the machine it was trained on; here they are "auto" again.
+    Backends named in a run belong to the machine of its training, and become "auto".
 
     Args:
       path: the folder.
       dtype: dtype to compute and store in; None is the run's own, or that of the Hugging Face config.
-      mesh: the devices to lay the variables out over; None, or a mesh of one, is the first one.
-      keep_fp8: keep the FP8 blocks of a Hugging Face folder as they are (`load_hf`); None does if it has them.
+      mesh: the devices to lay the variables out over; None, or a mesh of one, is the first device.
+      keep_fp8: keep the FP8 blocks of a Hugging Face folder (`load_hf`); None keeps them if there are some.
 
     Raises:
-      ValueError: naming what is missing or wrong, such as FP8 to keep.
+      ValueError: naming the missing or invalid part, such as FP8 to keep.
     """
-    from_hugging_face = is_hugging_face(path)
-    tokenizer = load_tokenizer(path)
+    from_hugging_face, tokenizer = is_hugging_face(path), load_tokenizer(path)
     mesh = mesh if mesh is not None and mesh.size > 1 else None
     if from_hugging_face:
         kept = is_fp8(path) if keep_fp8 is None else keep_fp8
@@ -52,8 +52,7 @@ def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, ke
         config = with_generation_config(config, path)
         length = min(config.max_position_embeddings, 4096)
         return LoadedModel(config, variables, tokenizer, f"Hugging Face checkpoint {path}", length, InferConfig())
-    if keep_fp8:
-        raise ValueError(f"keep_fp8 is set, but {path} is a run, which holds no FP8 blocks; leave it out")
+    check(not keep_fp8, f"keep_fp8 is set, but {path} is a run, which holds no FP8 blocks; leave it out")
     run, variables, step = load_run(path, dtype, mesh)
     across = run.data.cross_document_attention
     model = run.model.with_auto_backends()

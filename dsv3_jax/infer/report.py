@@ -1,4 +1,4 @@
-"""What infer.py says on stderr: by what it generates, and how fast it went."""
+"""Messages of infer.py on stderr: model, devices, backends and engine at the start, and the speed at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsv3_jax.parallel.mesh import describe
 
 
 def opening(model: LoadedModel, mesh: Mesh, engine: Engine) -> list[str]:
-    """Where the model comes from, the devices, the backends, the cache and the programs."""
+    """Return lines about the model's source, the devices, the backends, the cache and the programs."""
     c = model.config
     experts = choose_backend(c.expert_backend, c.dtype)
     attention = choose_attention(c.attention_backend, c.dtype, (c.qk_head_dim, c.v_head_dim))
@@ -25,7 +25,7 @@ def opening(model: LoadedModel, mesh: Mesh, engine: Engine) -> list[str]:
 
 
 class Speed:
-    """Counts tokens against the clock, from its making on."""
+    """Counts tokens over time, from its creation on."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -33,17 +33,17 @@ class Speed:
         self._started = time.perf_counter()
         self._until_first: float | None = None
         self._before: float | None = None
-        # Of the tokens that followed others without a pause.
+        # Tokens that followed others without a pause, and their time.
         self._following, self._seconds = 0, 0.0
 
     def resume(self) -> None:
-        """After a pause, which is nobody's time: the first tokens that come count for no speed."""
+        """Exclude a pause that ends now: the next tokens count for no speed."""
         self._before = None
         if self._until_first is None:
             self._started = time.perf_counter()
 
     def note(self, tokens: int) -> None:
-        """Some tokens have come."""
+        """Count new tokens."""
         if not tokens:
             return
         now = time.perf_counter()
@@ -55,20 +55,20 @@ class Speed:
             self._seconds += now - self._before
         self._before = now
 
-    def told(self, engine: Engine) -> str:
-        """Tokens, seconds to the first, tokens a second after it, and with speculation what the drafts brought."""
-        told = f"{self.count} tokens"
+    def summary(self, engine: Engine) -> str:
+        """Return the tokens, the seconds to the first, the tokens per second after it, and the gain by drafts."""
+        text = f"{self.count} tokens"
         if self._until_first is not None:
-            told += f"; the first after {self._until_first:.1f} s"
+            text += f"; the first after {self._until_first:.1f} s"
         if self._seconds:
-            told += f", then {self._following / self._seconds:.1f} tokens/s"
-        return told + speculation(engine)
+            text += f", then {self._following / self._seconds:.1f} tokens/s"
+        return text + speculation(engine)
 
 
 def speculation(engine: Engine) -> str:
-    """What drafts have brought so far, to end a line with; nothing without any.
+    """Return the tokens per step and the share of accepted drafts, as the end of a line; "" without drafts.
 
-    Of a step's tokens all but one are accepted drafts, so that the share comes from the same two counts.
+    All tokens of a step but one are accepted drafts.
     """
     steps, tokens = engine.counts["steps"], engine.counts["step_tokens"]
     if not engine.sizes.drafts or not steps:

@@ -83,7 +83,7 @@ def test_another_input_or_other_settings_are_refused_and_nothing_changes(tmp_pat
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("my notes\n")
-    with pytest.raises(ValueError, match="exists, but what it was made from cannot be read"):
+    with pytest.raises(ValueError, match="exists, but the settings it was made with cannot be read"):
         opened(out)
     assert out.read_text() == "my notes\n"
     out.unlink()

@@ -27,16 +27,16 @@ def engine(drafts: int = 0, steps: int = 0, step_tokens: int = 0) -> Any:
 
 def test_tokens_after_the_first_make_the_speed(tick: Callable[[float], None]) -> None:
     speed = Speed()
-    assert speed.told(engine()) == "0 tokens"
+    assert speed.summary(engine()) == "0 tokens"
     tick(3)
     speed.note(1)
-    assert speed.told(engine()) == "1 tokens; the first after 3.0 s"
+    assert speed.summary(engine()) == "1 tokens; the first after 3.0 s"
     for _ in range(4):
         tick(0.5)
         speed.note(3)
     tick(9)
     speed.note(0)
-    assert speed.told(engine()) == "13 tokens; the first after 3.0 s, then 6.0 tokens/s"
+    assert speed.summary(engine()) == "13 tokens; the first after 3.0 s, then 6.0 tokens/s"
 
 
 def test_a_pause_is_no_time(tick: Callable[[float], None]) -> None:
@@ -47,7 +47,7 @@ def test_a_pause_is_no_time(tick: Callable[[float], None]) -> None:
         for seconds in (2, 1, 1):
             tick(seconds)
             speed.note(1)
-    assert speed.told(engine()) == "6 tokens; the first after 2.0 s, then 1.0 tokens/s"
+    assert speed.summary(engine()) == "6 tokens; the first after 2.0 s, then 1.0 tokens/s"
 
 
 def test_speculation_is_told_by_steps_and_their_tokens() -> None:

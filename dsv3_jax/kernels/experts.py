@@ -1,8 +1,8 @@
-"""The routed experts' feed-forward over rows sorted by expert (section 2.1.2 of the report): contract and choice.
+"""Routed experts (section 2.1.2 of the report): dispatch, combine, and the feed-forward over rows sorted by expert.
 
-This is where DeepSeek-V3 spends its arithmetic. `reference.py` says what is computed; every other backend computes
-the same faster: `pallas_tpu.py` on TPUs, `pallas_gpu.py` on Hopper GPUs, `tiles.py` elsewhere, `ragged_dot.py` by XLA's own
-grouped product.
+The feed-forward is most of DeepSeek-V3's arithmetic. `expert_ffn_reference` specifies it, and every other backend computes the
+same faster: tpu/experts.py on TPUs, gpu/experts.py on Hopper GPUs, `expert_ffn_tiles` elsewhere, and `expert_ffn_ragged_dot`
+by XLA's own grouped product.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import jax.numpy as jnp
 from dsv3_jax.kernels.backend import Backends
 from dsv3_jax.kernels.gpu.experts import expert_ffn_pallas_gpu
 from dsv3_jax.kernels.gpu.hopper import unsupported_reason
-from dsv3_jax.kernels.quantized import QuantizedArray, check_trainable
+from dsv3_jax.kernels.grouped import swiglu_gradient
+from dsv3_jax.kernels.quantized import QuantizedArray, check_trainable, is_quantized
 from dsv3_jax.kernels.tpu.experts import expert_ffn_pallas_tpu
 from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What `expert_ffn` computes, written for the eye: every expert sees all rows, and its own are kept.
+# The specification: every expert multiplies all rows, and its own are kept
 
 
 def expert_ffn_reference(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """`expert_ffn` for the tests; see there."""
+    """Compute `expert_ffn` in the plainest way, for tests."""
     dtype = x_RD.dtype
     accumulate = jnp.promote_types(dtype, jnp.float32)
     end_E = jnp.cumsum(group_sizes_E)
@@ -48,15 +49,18 @@ def expert_ffn_reference(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# `expert_ffn` by plain XLA: matrix products over the tiles of rows of one expert after the other.
+# `expert_ffn` in plain XLA: products over the tiles of rows of one expert after the other
 
 
 _LARGEST_TILE = 256
 _REMAINDER_TILE = 32
 
 
+Weight = jax.Array | QuantizedArray
+
+
 class _Tile(NamedTuple):
-    """Consecutive rows, of which `mine_A1` belong to the expert at hand; the others are read as zero and kept."""
+    """Consecutive rows, of which `mine_A1` belong to the current expert; the others are read as zeros and not written."""
 
     start: jax.Array
     mine_A1: jax.Array
@@ -73,10 +77,10 @@ class _Tile(NamedTuple):
 
 
 def _tile_rows(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Rows of a tile, largest first, for experts that have num_rows / num_experts rows on average.
+    """Return rows of a tile, largest first, for experts that have num_rows / num_experts rows on average.
 
-    Every product packs the weights anew and every tile adds to the weight gradients, so a tile should hold most of an
-    expert's rows; past 64 rows that is paid for, and small tiles for the remainder save more than they cost.
+    Every product packs the weights again and every tile adds to the weight gradients, so a tile should hold most of an
+    expert's rows; past 64 rows these costs are small, and small tiles for the remainder save more than they cost.
     """
     mean = -(-num_rows // num_experts)
     largest = min(1 << (mean - 1).bit_length(), _LARGEST_TILE, num_rows)
@@ -84,9 +88,9 @@ def _tile_rows(num_rows: int, num_experts: int) -> tuple[int, ...]:
 
 
 def _over_experts(visit: Callable[[jax.Array, Callable, Any], Any], carry: Any, group_sizes_E: jax.Array, num_rows: int) -> Any:
-    """Folds `visit(e, over_tiles, carry)` over the experts that have rows.
+    """Fold `visit(e, over_tiles, carry)` over the experts that have rows.
 
-    In it, `over_tiles(body, carry)` folds `body(tile, carry)` over the tiles of expert e.
+    There, `over_tiles(body, carry)` folds `body(tile, carry)` over the tiles of expert e.
     """
     num_experts = group_sizes_E.shape[0]
     busy_E = jnp.nonzero(group_sizes_E, size=num_experts, fill_value=0)[0]
@@ -115,7 +119,7 @@ def _over_equal_tiles(
 ) -> Any:
     def step(i: jax.Array, carry: Any) -> Any:
         begin = first + i * rows
-        # A slice that would run past the array is moved back by JAX, so do it here, where the mask can know.
+        # JAX moves back a slice that would end past the array; done here, so that the mask matches.
         start = jnp.minimum(begin, num_rows - rows)
         row_A1 = start + jnp.arange(rows, dtype=start.dtype)[:, None]
         return body(_Tile(start, (begin <= row_A1) & (row_A1 < end)), carry)
@@ -127,17 +131,14 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-Weight = jax.Array | QuantizedArray
-
-
 @jax.custom_vjp
 def expert_ffn_tiles(
     x_RD: jax.Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """`expert_ffn` by tiles; see there."""
+    """Compute `expert_ffn` by tiles."""
 
     def visit(e: jax.Array, over_tiles: Callable, y_RD: jax.Array) -> jax.Array:
-        # Of weights in 8 bits, an expert's are wide only while it is visited.
+        # Weights in 8 bits are dequantized one expert at a time.
         weights = tuple(w_EXX[e].astype(x_RD.dtype) for w_EXX in (w_gate_EDF, w_up_EDF, w_down_EFD))
         return over_tiles(lambda tile, y_RD: tile.write(y_RD, _expert(tile.read(x_RD), *weights)[0]), y_RD)
 
@@ -147,7 +148,7 @@ def expert_ffn_tiles(
 def _expert(
     x_AD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One expert's y, gate and up."""
+    """Return one expert's y, gate and up."""
     gate_AF, up_AF = _dot("AD,DF->AF", x_AD, w_gate_DF), _dot("AD,DF->AF", x_AD, w_up_DF)
     hidden_AF = (jax.nn.silu(gate_AF) * up_AF).astype(x_AD.dtype)
     return _dot("AF,FD->AD", hidden_AF, w_down_FD), gate_AF, up_AF
@@ -156,7 +157,7 @@ def _expert(
 def _forward(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """As `expert_ffn_tiles`, keeping gate and up: to read them back is cheaper than two of eight products again."""
+    """Keep gate and up: reading them back is cheaper than computing two of eight products again."""
     check_trainable((w_gate_EDF, w_up_EDF, w_down_EFD))
     num_rows, hidden = x_RD.shape[0], w_gate_EDF.shape[2]
 
@@ -183,7 +184,10 @@ def _backward(residuals: tuple[jax.Array, ...], dy_RD: jax.Array) -> tuple[jax.A
             dx_RD, (dw_gate_DF, dw_up_DF, dw_down_FD) = carry
             x_AD, dy_AD = tile.read(x_RD), tile.read(dy_RD)
             dhidden_AF = _dot("AD,FD->AF", dy_AD, w_down_FD)
-            hidden_AF, dgate_AF, dup_AF = _swiglu_gradient(tile.read(gate_RF), tile.read(up_RF), dhidden_AF, x_RD.dtype)
+            gate_AF, up_AF = tile.read(gate_RF), tile.read(up_RF)
+            silu_AF, *gradients = swiglu_gradient(gate_AF, up_AF, dhidden_AF)
+            # Rounded to the dtype of the products that they enter.
+            hidden_AF, dgate_AF, dup_AF = (a.astype(x_RD.dtype) for a in (silu_AF * up_AF, *gradients))
             dx_AD = _dot("AF,DF->AD", dgate_AF, w_gate_DF) + _dot("AF,DF->AD", dup_AF, w_up_DF)
             return tile.write(dx_RD, dx_AD), (
                 dw_gate_DF + _dot("AD,AF->DF", x_AD, dgate_AF),
@@ -201,31 +205,21 @@ def _backward(residuals: tuple[jax.Array, ...], dy_RD: jax.Array) -> tuple[jax.A
     return dx_RD, *dweights, None
 
 
-def _swiglu_gradient(
-    gate_AF: jax.Array, up_AF: jax.Array, dhidden_AF: jax.Array, dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """hidden = silu(gate) * up, and the gradients of gate and up, rounded to `dtype` for the products they enter."""
-    sigmoid_AF = jax.nn.sigmoid(gate_AF)
-    silu_AF = gate_AF * sigmoid_AF
-    dgate_AF = dhidden_AF * up_AF * (sigmoid_AF + silu_AF * (1 - sigmoid_AF))
-    return (silu_AF * up_AF).astype(dtype), dgate_AF.astype(dtype), (dhidden_AF * silu_AF).astype(dtype)
-
-
 expert_ffn_tiles.defvjp(_forward, _backward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# `expert_ffn` from `jax.lax.ragged_dot`: XLA's own grouped product, on any platform.
+# `expert_ffn` by `jax.lax.ragged_dot`, XLA's own grouped product
 
 
 def expert_ffn_ragged_dot(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """`expert_ffn` by three ragged products; see there."""
+    """Compute `expert_ffn` by three ragged products."""
     dtype = x_RD.dtype
     accumulate = jnp.promote_types(dtype, jnp.float32)
-    # What ragged_dot leaves in the rows past the last group differs between platforms: masking them on both sides
-    # keeps whatever stands there out of y and, in the backward pass, out of every gradient.
+    # ragged_dot's rows past the last group differ between platforms: masking them before and after keeps them out of y
+    # and, in the backward pass, out of every gradient.
     used_R1 = jnp.arange(x_RD.shape[0])[:, None] < jnp.sum(group_sizes_E)
 
     def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
@@ -235,6 +229,10 @@ def expert_ffn_ragged_dot(
     hidden_RF = jax.nn.silu(product(x_RD, w_gate_EDF)) * product(x_RD, w_up_EDF)
     y_RD = product(jnp.where(used_R1, hidden_RF, 0).astype(dtype), w_down_EFD).astype(dtype)
     return jnp.where(used_R1, y_RD, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# `expert_ffn`, and the choice of its backend
 
 
 _BACKENDS: dict[str, Callable[..., jax.Array]] = {
@@ -254,14 +252,13 @@ _OPTIONS = Backends(
 
 
 def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
-    """The backend of `expert_ffn` that `name` stands for.
+    """Return the backend of `expert_ffn` that `name` stands for.
 
     Args:
-      name: a backend, or "auto" for the one that suits the machine: on a GPU that is "pallas_gpu" for bfloat16 on Hopper, and
-        "tiles" for everything else.
-      dtype: what the experts compute in.
-      platform: what the program will run on ("cpu", "gpu", "tpu"); None for JAX's default backend. Name it when
-        compiling for a machine that is not there.
+      name: a backend, or "auto" for the best one: on a GPU "pallas_gpu" for bfloat16 on Hopper, and "tiles" otherwise.
+      dtype: of the experts' computation.
+      platform: the program's target ("cpu", "gpu", "tpu"); None for JAX's default backend. To be named when compiling for
+        another machine.
 
     Raises:
       ValueError: for any other name, an unknown platform, and a backend that the platform cannot run.
@@ -271,53 +268,45 @@ def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
 
 def expert_ffn(
     x_RD: jax.Array,
-    w_gate_EDF: jax.Array | QuantizedArray,
-    w_up_EDF: jax.Array | QuantizedArray,
-    w_down_EFD: jax.Array | QuantizedArray,
+    w_gate_EDF: Weight,
+    w_up_EDF: Weight,
+    w_down_EFD: Weight,
     group_sizes_E: jax.Array,
     *,
     backend: str,
 ) -> jax.Array:
-    """Every row through its own expert: y = (silu(x w_gate[e]) * (x w_up[e])) w_down[e].
+    """Apply its own expert to every row: y = (silu(x w_gate[e]) * (x w_up[e])) w_down[e].
 
     Differentiable in x and the weights. Products accumulate in float32 and the hidden activations are float32 until
-    they enter the down product, whatever the dtype of the operands.
+    they enter the down product, for operands of any dtype.
 
     Args:
       x_RD: rows sorted by expert. Those past the last group may hold anything, NaN too.
-      w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, of x's dtype or in 8 bits. Of these, "tiles" dequantises one
-        expert after the other, and only those that have rows; every other backend is given all of them in x's dtype.
+      w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, in x's dtype or 8 bits. "tiles" dequantizes 8 bits one expert
+        at a time, and only experts that have rows; all other backends get all experts in x's dtype.
       group_sizes_E: int32, rows of each expert; their sum is at most R.
-      backend: a name that `choose_backend` knows.
+      backend: a name for `choose_backend`.
 
     Returns:
       y_RD in x's dtype. Rows past the last group are exactly zero, in y and in the gradient of x.
 
     Raises:
-      ValueError: for an unknown backend, one that cannot run here or with this dtype, and for shapes or dtypes that do not
+      ValueError: for an unknown backend, one that cannot run here or in this dtype, and for shapes or dtypes that do not
         fit together.
     """
-    # A backend that is named was chosen for a platform that need not be the default one.
+    # A named backend may be for another platform than the default one, and is not checked against it.
     ffn = _BACKENDS[backend if backend in _BACKENDS else choose_backend(backend, x_RD.dtype)]
     if ffn is not expert_ffn_tiles:
-        w_gate_EDF, w_up_EDF, w_down_EFD = (_unscaled(w, x_RD.dtype) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+        weights = w_gate_EDF, w_up_EDF, w_down_EFD
+        w_gate_EDF, w_up_EDF, w_down_EFD = (w.astype(x_RD.dtype) if is_quantized(w) else w for w in weights)
     _check(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
     return ffn(*varying_alike(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E))
 
 
-def _unscaled(weight: jax.Array | QuantizedArray, dtype: Any) -> jax.Array:
-    return weight.astype(dtype) if isinstance(weight, QuantizedArray) else weight
-
-
 def _check(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: Any, group_sizes_E: jax.Array) -> None:
-    arrays: dict[str, Any] = {
-        "x": x_RD,
-        "w_gate": w_gate_EDF,
-        "w_up": w_up_EDF,
-        "w_down": w_down_EFD,
-        "group_sizes": group_sizes_E,
-    }
-    floats = {a.dtype for name, a in arrays.items() if name != "group_sizes" and not isinstance(a, QuantizedArray)}
+    names = "x", "w_gate", "w_up", "w_down", "group_sizes"
+    arrays = dict(zip(names, (x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E), strict=True))
+    floats = {a.dtype for name, a in arrays.items() if name != "group_sizes" and not is_quantized(a)}
     fits = x_RD.ndim == 2 and w_gate_EDF.ndim == 3 and min(x_RD.shape + w_gate_EDF.shape) >= 1
     if fits:
         E, D, F = w_gate_EDF.shape
@@ -332,22 +321,22 @@ def _check(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: Any, gro
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rows to experts and back on one device: the dispatch and combine of DeepSeekMoE (section 2.1.2 of the report).
+# Dispatch and combine of DeepSeekMoE on one device
 
 
 class ExpertOrder(NamedTuple):
-    """How the choices of a batch are sorted by expert; equal experts keep the order of their choices."""
+    """A batch's choices sorted by expert; the sort is stable."""
 
     order: jax.Array
-    """int32 [R]: the choice that row r holds."""
+    """int32 [R]: the choice in row r."""
     inverse: jax.Array
-    """int32 [R]: the row that holds choice i."""
+    """int32 [R]: the row of choice i."""
     group_sizes_E: jax.Array
     """int32 [E]: rows of each expert."""
 
 
 def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
-    """Sorts the choices by expert.
+    """Sort the choices by expert.
 
     Args:
       chosen_TK: int32, the experts of each token, all in [0, num_experts).
@@ -363,7 +352,7 @@ def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
             "their product stays below 2**31"
         )
     choice = jnp.arange(num_choices, dtype=jnp.int32)
-    # One integer that holds both expert and choice: sorting it alone takes a sixth of the time of a stable argsort on CPUs.
+    # Expert and choice in one integer: sorting it takes a sixth of the time of a stable argsort on CPUs.
     key = jax.lax.sort(chosen_TK.reshape(-1).astype(jnp.int32) * num_choices + choice)
     order = key % num_choices
     inverse = jnp.zeros_like(order).at[order].set(choice, unique_indices=True, mode="promise_in_bounds")
@@ -373,37 +362,33 @@ def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
 
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """The token of every row: [R, D], row r being x[order[r] // K].
+    """Return the token of every row: [R, D], row r being x[order[r] // K], with K = R / T.
 
-    The gradient of x is summed over K in float32.
-
-    Args:
-      x_TD: the tokens.
-      order, inverse: as `sort_by_expert` gives them; K is R / T.
+    The gradient of x is summed over K in float32. `order` and `inverse` are those of `sort_by_expert`.
     """
     return rows_at(x_TD, order // (order.shape[0] // x_TD.shape[0]))
 
 
 @jax.custom_vjp
 def combine(y_RD: jax.Array, weight_TK: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """sum_k weight_k y_k of every token, in float32, then y's dtype: [T, D].
+    """Return sum_k weight_k y_k of every token, summed in float32: [T, D] in y's dtype.
 
     Args:
-      y_RD: what the experts made of the rows.
+      y_RD: the experts' outputs.
       weight_TK: the weight of each choice.
-      order, inverse: as `sort_by_expert` gives them.
+      order, inverse: those of `sort_by_expert`.
     """
     return sum_over_choices(y_RD, inverse.reshape(weight_TK.shape), weight_TK).astype(y_RD.dtype)
 
 
 def rows_at(array_XD: jax.Array, index_R: jax.Array) -> jax.Array:
-    """The rows at indices that are known to lie within the array."""
+    """Return the rows at indices that are known to lie within the array."""
     return array_XD.at[index_R].get(mode="promise_in_bounds")
 
 
 def sum_over_choices(y_RD: jax.Array, row_TK: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
-    """sum_k weight_k y[row_k] of every token, or the plain sum: [T, D], float32 at the least."""
-    # One gather for each k, rather than one of [T, K, D], fuses into a single pass without a temporary.
+    """Return sum_k weight_k y[row_k] of every token, or the plain sum: [T, D], at least float32."""
+    # One gather for each k, instead of one of [T, K, D], fuses into a single pass without a temporary.
     total_TD = jnp.zeros_like(y_RD, shape=(row_TK.shape[0], y_RD.shape[1]), dtype=jnp.promote_types(y_RD.dtype, jnp.float32))
     for k in range(row_TK.shape[1]):
         chosen_TD = rows_at(y_RD, row_TK[:, k])
@@ -412,7 +397,7 @@ def sum_over_choices(y_RD: jax.Array, row_TK: jax.Array, weight_TK: jax.Array | 
 
 
 def _dispatch_forward(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The number of tokens travels with the inverse: [T, K].
+    # The shape [T, K] carries the number of tokens.
     return dispatch(x_TD, order, inverse), inverse.reshape(x_TD.shape[0], -1)
 
 

@@ -1,10 +1,10 @@
-"""Attention over a cache of latents, as decoding needs it: the absorbed form of MLA (section 2.1.1 of the report).
+"""Attention over a cache of latents: absorbed for decoding (section 2.1.1 of the report), materialised for prefill.
 
-All heads share one key of 576 values, the cached latent and the rotary key beside it, and one value, the latent alone.
-The tokens at hand attend to what is cached, which `latent_attention_tpu.py` and the function here walk block by block, each
-in its own way, and to themselves; both parts meet in `latent_attention`.
+In the absorbed form all heads share one key of 576 values, the cached latent followed by the rotary key, and one value, the
+latent alone. New tokens attend to the cached ones, which each backend walks block by block in its own way, and to
+themselves; `latent_attention` combines both parts.
 
-Axes beyond the project's legend: Y pages, Z tokens of a page or of what is worked on at a time, J pages of a sequence.
+Axes beyond the project's legend: Y pages, Z tokens of a page or of a block, J pages of a sequence.
 """
 
 from __future__ import annotations
@@ -23,23 +23,20 @@ from dsv3_jax.kernels.gpu import latent_attention as gpu_latent_attention
 from dsv3_jax.kernels.tpu.latent_attention import past_attention_tpu
 from dsv3_jax.kernels.vma import varying_alike
 
-# Tokens that the chunked walk takes at a time, in whole pages.
 CHUNK = 512
+"""Cached tokens of a block, in whole pages."""
 
 
 class CachedLatents(NamedTuple):
-    """The latents of the tokens so far: pages from a common pool, or one stretch of its own for every sequence."""
+    """The latents of the tokens so far: pages from a common pool, or a contiguous row for every sequence."""
 
     latent_YZC: jax.Array
     """The normalised c_kv, page by page."""
     rope_YZP: jax.Array
     """The rotated shared key."""
     page_table_BJ: jax.Array | None = None
-    """int32, the page of the j-th Z tokens of each sequence. Entries past its length may hold anything. None: page b is
-    all of sequence b, so that a contiguous cache [B, S, ...] is one."""
-
-
-_Past = Callable[..., tuple[jax.Array, jax.Array]]
+    """int32, the page of the j-th Z tokens of each sequence. Entries past its length may hold anything. None: a contiguous
+    cache [B, S, ...], in which page b is all of sequence b."""
 
 
 _OPTIONS = Backends(
@@ -51,13 +48,13 @@ _OPTIONS = Backends(
 
 
 def choose_latent_backend(name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None) -> str:
-    """The backend of `latent_attention` that `name` stands for.
+    """Return the backend of `latent_attention` that `name` stands for.
 
     Args:
       name: a backend, or "auto".
       dtype: of queries and latents.
       widths: C and P.
-      platform: as `choose_backend` for the experts takes it, whose errors this raises, too.
+      platform: as in `experts.choose_backend`; the errors are the same, too.
     """
     return _OPTIONS.resolve_backend(
         name,
@@ -77,14 +74,14 @@ def latent_attention(
     scale: float,
     backend: str,
 ) -> jax.Array:
-    """Attention of T new tokens over the cached latents and, causally, over their own.
+    """Compute absorbed attention of T new tokens over the cached latents and, causally, over their own.
 
     Args:
-      q_latent_BTNC: queries taken into the latent space (q_nope W_UK).
+      q_latent_BTNC: queries projected into the latent space (q_nope W_UK).
       q_rope_BTNP: rotated rotary queries.
-      new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves, not in the cache yet.
-      cached: the cache. What lies past a sequence's length, and in pages of nobody, is never read as data.
-      cached_length_B: int32, tokens in each sequence's cache, from 0; at most what it has room for counts.
+      new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens, not in the cache yet.
+      cached: the cache. Values past a sequence's length, and in unused pages, have no effect.
+      cached_length_B: int32, tokens in each sequence's cache, from 0; clipped to its capacity.
       scale: positive factor on the logits.
       backend: a name that `choose_latent_backend` knows.
 
@@ -128,13 +125,13 @@ def past_attention_chunked(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the cached tokens alone, a chunk at a time up to the longest sequence's end, with the online softmax.
+    """Compute attention over the cached tokens alone, block by block up to the longest sequence's end.
 
-    Args as `latent_attention`'s, with every entry of the table in range, every length within it.
+    Args as `latent_attention`'s, with all table entries and lengths in range.
 
     Returns:
-      The mixture of latents [B, T, N, C] and the logarithm of the sum of exponentials [B, T, N], both float32. Of a
-      sequence without any token they are 0 and -inf.
+      The mixture of latents [B, T, N, C] and the logarithm of the sum of exponentials [B, T, N], both float32. For a
+      sequence without tokens they are 0 and -inf.
     """
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     take, size = blocks_of(CachedLatents(latent_YZC, rope_YZP, page_table_BJ))
@@ -156,58 +153,39 @@ _Take = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def blocks_of(cached: CachedLatents) -> tuple[_Take, int]:
-    """The cached tokens of every sequence, a block at a time.
+    """Return a function that reads the cached tokens of every sequence in blocks, and the number of tokens in a block.
 
-    Returns:
-      take(i, cached_length_B), which gives the i-th block's latents [B, Z, C] and rotary keys [B, Z, P], and which of them are
-      to be counted [B, Z]: not what lies past a sequence's length (there the latents are zero), nor what the block before had.
-        And
-      the number of tokens in a block.
+    take(i, cached_length_B) returns the i-th block's latents [B, Z, C] and rotary keys [B, Z, P], and a mask [B, Z] of the
+    tokens to count: within the sequence's length (beyond it the latents are zero), and not in the block before.
     """
-    slices, size = _rows(cached) if cached.page_table_BJ is None else _pages(cached)
+    num_pages, page_size = cached.latent_YZC.shape[:2]
+    if cached.page_table_BJ is None:
+        capacity = page_size
+        count = size = min(CHUNK, capacity)
+    else:
+        B, capacity = cached.page_table_BJ.shape
+        count = min(max(CHUNK // page_size, 1), capacity)
+        size = count * page_size
+        page_table_BJ = jnp.clip(cached.page_table_BJ, 0, num_pages - 1)
 
     def take(i: jax.Array, cached_length_B: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        latent_BZC, rope_BZP, first = slices(i)
-        place_Z = first + jnp.arange(size)
-        # The last block may begin before its place, among tokens that are counted already.
-        token_mask_BZ = (place_Z >= i * size) & (place_Z < cached_length_B[:, None])
+        # The last block may begin earlier, among tokens that are counted already.
+        first = jnp.minimum(i * count, capacity - count)
+        if cached.page_table_BJ is None:
+            latent_BZC, rope_BZP = (jax.lax.dynamic_slice_in_dim(rows, first, size, 1) for rows in cached[:2])
+        else:
+            pages = jax.lax.dynamic_slice_in_dim(page_table_BJ, first, count, 1)
+            latent_BZC, rope_BZP = (pool[pages].reshape(B, size, -1) for pool in cached[:2])
+            first *= page_size
+        position_Z = first + jnp.arange(size)
+        token_mask_BZ = (position_Z >= i * size) & (position_Z < cached_length_B[:, None])
         # A zero weight times a NaN would still be NaN.
         return jnp.where(token_mask_BZ[..., None], latent_BZC, 0), rope_BZP, token_mask_BZ
 
     return take, size
 
 
-def _rows(cached: CachedLatents) -> tuple[Callable[[jax.Array], tuple], int]:
-    """The i-th block of every sequence, and the place of its first token, where each has a row."""
-    room = cached.latent_YZC.shape[1]
-    size = min(CHUNK, room)
-
-    def slices(i: jax.Array) -> tuple:
-        first = jnp.minimum(i * size, room - size)
-        latent_BZC, rope_BZP = (jax.lax.dynamic_slice_in_dim(pages, first, size, 1) for pages in cached[:2])
-        return latent_BZC, rope_BZP, first
-
-    return slices, size
-
-
-def _pages(cached: CachedLatents) -> tuple[Callable[[jax.Array], tuple], int]:
-    """The same out of pages."""
-    assert cached.page_table_BJ is not None
-    B, J = cached.page_table_BJ.shape
-    num_pages, page_size = cached.latent_YZC.shape[:2]
-    count = min(max(CHUNK // page_size, 1), J)
-    page_table_BJ = jnp.clip(cached.page_table_BJ, 0, num_pages - 1)
-
-    def slices(i: jax.Array) -> tuple:
-        first = jnp.minimum(i * count, J - count)
-        at_BJ = jax.lax.dynamic_slice_in_dim(page_table_BJ, first, count, 1)
-        latent_BZC, rope_BZP = (pages[at_BJ].reshape(B, count * page_size, -1) for pages in cached[:2])
-        return latent_BZC, rope_BZP, first * page_size
-
-    return slices, count * page_size
-
-
-_BACKENDS: dict[str, _Past] = {
+_BACKENDS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "pallas_tpu": past_attention_tpu,
     "pallas_gpu": gpu_latent_attention.past_attention_gpu,
     "chunked": past_attention_chunked,
@@ -215,10 +193,11 @@ _BACKENDS: dict[str, _Past] = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Attention over a cache of latents in the materialised form: what prefill needs after a prompt's first chunk.
+# The materialised form, for prefill after a prompt's first chunk
 
 
 _OWN_BLOCK = 512
+"""New tokens of a block."""
 
 
 def expanded_attention(
@@ -232,15 +211,11 @@ def expanded_attention(
     *,
     scale: float,
 ) -> jax.Array:
-    """Attention of T new tokens over the cached latents and, causally, over their own.
+    """Compute materialised attention of T new tokens over the cached latents and, causally, over their own.
 
-    Args:
+    Args as `latent_attention`'s, and
       kernel_CNX: W_kvb, which expands a latent to every head's key and value, [nope | v].
       q_nope_BTNH, q_rope_BTNP: queries, the second part rotated.
-      new_latent_BTC, new_rope_BTP: latents and rotated rotary keys of the new tokens themselves, not in the cache yet.
-      cached: the cache. What lies past a sequence's length, and in pages of nobody, is never read as data.
-      cached_length_B: int32, tokens in each sequence's cache, from 0.
-      scale: positive factor on the logits.
 
     Returns:
       The mixture of values of every head, [B, T, N, W] in the latents' dtype; logits and softmax are float32.
@@ -256,7 +231,7 @@ def expanded_attention(
 
     rows = q_nope_BTNH.shape[:3]
     running = OnlineSoftmax.empty(q_nope_BTNH, rows, kernel_CNX.shape[2] - H)
-    # The queries' own tokens first: each sees itself, so that no row is ever without a logit.
+    # The new tokens first: each sees itself, so that every row has a logit from the start.
     for first in range(0, T, _OWN_BLOCK):
         own = slice(first, first + _OWN_BLOCK)
         causal_TZ = jnp.arange(T)[:, None] >= jnp.arange(T)[own]

@@ -40,7 +40,7 @@ def expectations(case: Case, folder: Path, tensors: dict[str, np.ndarray]) -> di
         "loss": np.array(loss),
     }
     if case.config["num_nextn_predict_layers"]:
-        expected["mtp_logits"] = transformers_reference.mtp_logits(model, case.config, tensors, tokens_BT)
+        expected["mtp_logits"] = transformers_reference.mtp_logits(model, case.config, tensors, tokens_BT)[0]
     return expected | {f"gradient/{name}": gradient for name, gradient in gradients.items()}
 
 

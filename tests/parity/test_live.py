@@ -90,7 +90,7 @@ def test_oracle_is_transformers(subject: Subject, transformers: ModuleType) -> N
         model = transformers.load(subject.folder, dtype=transformers.torch.float64)
         theirs = transformers.forward(model, tokens_BT)
         if oracle.mtp_logits:
-            mtp_logits = transformers.mtp_logits(model, case.config, subject.tensors, tokens_BT)
+            mtp_logits, _ = transformers.mtp_logits(model, case.config, subject.tensors, tokens_BT)
             assert compare.largest_difference(oracle.mtp_logits[0], mtp_logits) < 1e-9
     assert compare.largest_difference(oracle.logits_BTV, theirs["logits"]) < 1e-9
     assert compare.largest_difference(oracle.hidden_states, theirs["hidden_states"]) < 1e-9
@@ -161,7 +161,7 @@ def test_greedy(subject: Subject, transformers: ModuleType, drafts: int | None) 
 
 
 def test_mtp(subject: Subject, transformers: ModuleType) -> None:
-    """Every depth against the numpy model; the first also against transformers' own MTP layer."""
+    """Every depth against the numpy model; the first also against transformers' `MtpModel`, logits and greedy drafts."""
     check_mtp(subject, transformers, max(cases.LENGTHS))
 
 
@@ -179,8 +179,10 @@ def check_mtp(subject: Subject, transformers: ModuleType, length: int) -> None:
     for logits_BTV, reference_BTV in zip(ours.mtp_logits, oracle.mtp_logits, strict=True):
         assert compare.largest_difference(logits_BTV, reference_BTV) < compare.LOGITS
     if depths:
-        theirs = transformers.mtp_logits(subject.theirs, case.config, subject.tensors, tokens_BT)
+        theirs, draft_B = transformers.mtp_logits(subject.theirs, case.config, subject.tensors, tokens_BT)
         assert compare.largest_difference(ours.mtp_logits[0], theirs) < compare.LOGITS
+        np.testing.assert_array_equal(np.argmax(ours.mtp_logits[0], -1), np.argmax(theirs, -1))
+        np.testing.assert_array_equal(np.argmax(ours.mtp_logits[0][:, -1], -1), draft_B)
 
 
 @on("moonlight", "odd_dims", "all_dense")

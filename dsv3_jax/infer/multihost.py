@@ -1,15 +1,15 @@
-"""An engine on the devices of several processes: process 0 is asked, and the others do what it does.
+"""An engine on the devices of several processes: process 0 takes the requests, and the others repeat the calls of its engine.
 
-What the programs of an engine are given follows from the requests, their order among the steps, and the tokens that came, which
-every process reads. So each process has an engine of its own, made alike, and process 0 tells what is asked of its own, call by
-call; the others repeat it. What is told goes through the key-value store of `parallel/multihost.py`: a device that waits for
-a request is not occupied, and process 0 waits for the others' devices only.
+The inputs of an engine's programs follow from the requests, their order among the steps, and the tokens produced, which every
+process reads. So each process has an equal engine of its own; process 0 sends every call of its engine through the key-value
+store of `parallel/multihost.py`, and the others repeat it. No device is occupied while they wait for a request.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import signal
 import weakref
@@ -24,50 +24,50 @@ from dsv3_jax.infer.sampling import SamplingParams
 from dsv3_jax.parallel.multihost import OF_INPUT, kv_delete, kv_get, kv_set
 
 CALLS_OF_A_PAGE = 1000
-"""Calls told under one folder of the store; it is removed when every process has read on for as many."""
+"""Calls in one folder of the store; it is deleted once every process has read as many beyond it."""
 _FOLDER = "dsv3_jax/lockstep"
 _POLL_MILLISECONDS = 3_600_000
 
 
 @contextlib.contextmanager
 def leader(engine: Engine) -> Iterator[None]:
-    """On process 0: the others, in `follower`, do what this engine does until the end of the context. Alone it does nothing.
+    """On process 0: send the calls of `engine` to the `follower`s until the context ends. With one process, do nothing.
 
-    What is raised within ends them too, an error of input in the same line. Once a step was broken off, the others may be
-    inside it, waiting: the engine then raises RuntimeError whatever it is asked, and the end of this process ends them.
+    An error within the context ends the followers too, an error of input with the same message. After an interrupted step the
+    followers may wait inside it: every call of the engine then raises RuntimeError, and the end of this process ends them.
     """
     if jax.process_count() == 1:
         yield
         return
-    journal, before = _CommandLog(engine), engine.tell
-    engine.tell, engine.digest = journal.note, 0
+    log, before = _CommandLog(engine), engine.tell
+    engine.tell, engine.digest = log.record, 0
     try:
         yield
     except OF_INPUT as error:
-        journal.end(str(error))
+        log.end(str(error))
         raise
     finally:
-        journal.end()
-        if not journal.broken:
+        log.end()
+        if not log.broken:
             engine.tell = before
 
 
 def follower(engine: Engine) -> None:
-    """On every other process: does what process 0 does, until its `leader` ends.
+    """On every other process: repeat the calls of process 0 until its `leader` ends.
 
-    SIGTERM and Ctrl-C are left to process 0, whose end ends this one; whoever stops all of them sends them to all, often twice.
+    SIGTERM and Ctrl-C are ignored: launchers send them to all processes, often twice, and the end of process 0 ends this one.
 
     Raises:
-      ValueError: if process 0 was ended by an error, or broke off a step.
-      RuntimeError: if the tokens here are not those of process 0.
+      ValueError: if an error ended process 0, or one of its steps was interrupted.
+      RuntimeError: if the tokens here differ from those of process 0.
     """
-    requests: weakref.WeakValueDictionary[int, Request] = weakref.WeakValueDictionary()  # The engine drops those that end.
+    requests: weakref.WeakValueDictionary[int, Request] = weakref.WeakValueDictionary()  # The engine drops finished ones.
     engine.digest = 0
-    with _signals_left_to_first():
-        for call, digest, *what in _heard():
+    with _ignored_signals():
+        for call, digest, *arguments in _calls():
             if call == "end":
-                if what:
-                    raise ValueError(what[0])
+                if arguments:
+                    raise ValueError(arguments[0])
                 return
             if digest != engine.digest:
                 raise RuntimeError(
@@ -75,10 +75,10 @@ def follower(engine: Engine) -> None:
                     "checkpoint, and devices of one kind"
                 )
             if call == "submit":
-                number, prompt, params = what
+                number, prompt, params = arguments
                 requests[number] = engine.submit(prompt, _params(params))
             elif call == "cancel":
-                engine.cancel(requests[what[0]])
+                engine.cancel(requests[arguments[0]])
             elif call == "step":
                 engine.step()
             else:
@@ -86,66 +86,64 @@ def follower(engine: Engine) -> None:
 
 
 class _CommandLog:
-    """What is asked of an engine, as the others are told."""
+    """The calls of an engine, written to the store for the followers."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._calls = 0
+        self._num_calls = 0
         self._numbers: weakref.WeakKeyDictionary[Request, int] = weakref.WeakKeyDictionary()
         self.broken = self._ended = False
 
-    def note(self, call: str, request: Request | None = None) -> None:
-        """Tells of a call; "broken" is that the one before was broken off."""
+    def record(self, call: str, request: Request | None = None) -> None:
+        """Write one call; "broken" states that the one before was interrupted."""
         if call == "broken":
             self.end("process 0 broke off a step")
             self.broken = True
             return
         if self.broken:
-            raise RuntimeError("a step was broken off, which the other processes may wait in for ever; start all of them anew")
-        told: list[Any] = [call, self._engine.digest]
+            raise RuntimeError("a step was broken off, which the other processes may wait in for ever; start all of them again")
+        arguments: list[Any] = []
         if request is not None:
-            told.append(self._numbers.setdefault(request, self._calls))
+            arguments.append(self._numbers.setdefault(request, self._num_calls))
         if request is not None and call == "submit":
-            told += [request.sequence.prompt, dataclasses.asdict(request.params)]
+            arguments += [request.sequence.prompt, dataclasses.asdict(request.params)]
         try:
-            self._tell(told)
-        except BaseException:  # Whether it was told cannot be known.
+            self._write([call, self._engine.digest, *arguments])
+        except BaseException:  # The followers may or may not have received it.
             self.broken = True
             raise
 
     def end(self, error: str | None = None) -> None:
-        """Tells that nothing more will come, and why if that is an error; only once."""
+        """Write that no call follows, and the error that caused it; only once."""
         if not self.broken and not self._ended:
             self._ended = True
-            self._tell(["end", 0, *([] if error is None else [error])])
+            self._write(["end", 0] if error is None else ["end", 0, error])
 
-    def _tell(self, told: list[Any]) -> None:
-        page, place = divmod(self._calls, CALLS_OF_A_PAGE)
-        if place == 0 and page >= 2:
+    def _write(self, call: list[Any]) -> None:
+        page, i = divmod(self._num_calls, CALLS_OF_A_PAGE)
+        if i == 0 and page >= 2:
             for process in range(1, jax.process_count()):
                 kv_get(f"{_FOLDER}/{page - 2}/read/{process}")
             kv_delete(f"{_FOLDER}/{page - 2}/")
-        kv_set(f"{_FOLDER}/{page}/{place}", json.dumps(told))
-        self._calls += 1
+        kv_set(f"{_FOLDER}/{page}/{i}", json.dumps(call))
+        self._num_calls += 1
 
 
-def _heard() -> Iterator[list[Any]]:
-    calls = 0
-    while True:
-        page, place = divmod(calls, CALLS_OF_A_PAGE)
-        yield json.loads(kv_get(f"{_FOLDER}/{page}/{place}", _POLL_MILLISECONDS))
-        calls += 1
-        if place == CALLS_OF_A_PAGE - 1:
-            kv_set(f"{_FOLDER}/{page}/read/{jax.process_index()}", "")
+def _calls() -> Iterator[list[Any]]:
+    """Read the calls that a `_CommandLog` writes, and confirm every page."""
+    for page in itertools.count():
+        for i in range(CALLS_OF_A_PAGE):
+            yield json.loads(kv_get(f"{_FOLDER}/{page}/{i}", _POLL_MILLISECONDS))
+        kv_set(f"{_FOLDER}/{page}/read/{jax.process_index()}", "")
 
 
 def _params(values: dict[str, Any]) -> SamplingParams:
-    """What `dataclasses.asdict` and JSON have made of them: its keys are texts."""
+    """Return the parameters from `dataclasses.asdict` and JSON, whose keys are strings."""
     return SamplingParams(**values | {"logit_bias": {int(token): bias for token, bias in values["logit_bias"].items()}})
 
 
 @contextlib.contextmanager
-def _signals_left_to_first() -> Iterator[None]:
+def _ignored_signals() -> Iterator[None]:
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield

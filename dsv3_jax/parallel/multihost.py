@@ -1,73 +1,70 @@
-"""A run of several processes: how they find each other, what they do in turn, and how they end together.
+"""Runs of several processes: joining, work of process 0 or of all in turn, checks that all agree, and a common end.
 
-Cloud TPU (plain VMs, GKE, several slices) and SLURM say in the environment who takes part, and JAX reads it; elsewhere the
-`--distributed` flags do. One process on one host needs none of this, and all of it is then the identity.
+Cloud TPU (plain VMs, GKE, several slices) and SLURM describe the processes in the environment, which JAX reads; elsewhere the
+`--distributed` flags do. For one process every function here is the identity.
 
-What the processes tell each other here goes through the key-value store of JAX's coordination service (on process 0), not
-through their devices: waiting an hour for a text to be tokenised then trips no time limit of a collective, and an error
-can be told while a device is busy.
+Messages go through the key-value store of JAX's coordination service (on process 0), not through the devices: an hour of
+tokenising on process 0 then exceeds no time limit of a collective, and errors arrive while a device is busy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 from etils import epath
 from jax._src.distributed import global_state  # The store has no public name; Orbax takes it from here too.
 
+from dsv3_jax.config.checks import check
 from dsv3_jax.config.cli import DistributedFlags
 
 Result = TypeVar("Result")
 
 SHUTDOWN_SECONDS = 30
-"""How long a process that ends waits for the others to end too; when it has waited in vain, all of them are ended.
+"""Time that a process which ends waits for the others to end; after that, the service ends all of them.
 
-A process that vanishes without a word is missed after JAX's 100 seconds without a heartbeat, if no broken connection says
-so before.
+A process that dies is noticed by its broken connections, or after JAX's 100 seconds without a heartbeat.
 """
-
 OF_INPUT = ValueError, OSError, NotImplementedError
-"""What a program ends of in one line (`cli_main`), and its other processes in the same."""
+"""Errors of input, which `cli_main` reports in one line; the other processes end with the same line."""
 _POLL_MILLISECONDS = 10_000
 _turns = itertools.count()
 
 
 def join_processes(flags: DistributedFlags) -> None:
-    """Connects this process with the others of its run, and mutes its stdout if it is not the first of them.
+    """Connect the processes of a run, and mute the stdout of all but the first. Call it before any device is used.
 
-    Call it before anything touches a device. Without flags, and where neither Cloud TPU nor SLURM (a step of several
-    tasks) is around, it does nothing; nor where the flags say that it is alone.
+    It does nothing if the flags ask for one process, or name none and neither Cloud TPU nor SLURM (a step of several tasks)
+    is found.
 
     Raises:
       ValueError: if the others cannot be reached.
     """
     if flags.alone:
         return
-    if flags.coordinator is not None and not flags.coordinator.rpartition(":")[2].isdigit():
-        raise ValueError(
-            f"--distributed.coordinator is {flags.coordinator!r}; write host:port of process 0, such as host0:1234"
-        )
-    # JAX would catch SIGTERM to announce a preemption, which nothing here asks about: the process would not end.
+    check(
+        flags.coordinator is None or flags.coordinator.rpartition(":")[2].isdigit(),
+        f"--distributed.coordinator is {flags.coordinator!r}; write host:port of process 0, such as host0:1234",
+    )
+    # Otherwise JAX catches SIGTERM to announce a preemption, which nothing here reads, and the process would not end.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        if flags.coordinator is not None:
-            jax.distributed.initialize(
-                flags.coordinator, flags.num_processes, flags.process_id, shutdown_timeout_seconds=SHUTDOWN_SECONDS
-            )
-        elif os.environ.get("SLURM_STEP_NUM_TASKS") != "1":  # Such a step may carry the task count of its whole job.
+        # A SLURM step of one task may carry the task count of its whole job.
+        if flags.coordinator is not None or os.environ.get("SLURM_STEP_NUM_TASKS") != "1":
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", r"\s*Kubernetes environment detected")  # Any container may be in one.
-                jax.distributed.initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+                jax.distributed.initialize(
+                    flags.coordinator, flags.num_processes, flags.process_id, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+                )
     except ValueError as error:
-        # What JAX says where no cluster environment is found: a run of one process.
-        if "coordinator_address" not in str(error):
+        if "coordinator_address" not in str(error):  # JAX raises this where it finds no cluster: a run of one process.
             raise
     except RuntimeError as error:
         raise ValueError(f"the processes of the run did not come together: {' '.join(str(error).split())}") from error
@@ -76,7 +73,7 @@ def join_processes(flags: DistributedFlags) -> None:
 
 
 def _leave_stdout_to_first() -> None:
-    """Mutes the file descriptor, where Gloo greets its peers from C++; what process 0 prints goes to a copy of it."""
+    """Mute the file descriptor, which Gloo writes to from C++; process 0 prints to a copy of it."""
     descriptor = sys.__stdout__.fileno() if sys.__stdout__ else 1
     if is_first_process():
         sys.stdout.flush()
@@ -87,58 +84,51 @@ def _leave_stdout_to_first() -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that prints and writes what there is one of."""
+    """Return True on the process that prints and writes."""
     return jax.process_index() == 0
 
 
 def by_first_process(function: Callable[[], Any]) -> None:
-    """Calls `function` on process 0, while the others wait; what it raises there ends all of them.
+    """Call `function` on process 0 while the others wait; an error there is raised on all.
 
     Raises:
-      ValueError: on the others, if it was an error of input on process 0.
-      RuntimeError: on the others, if it was something else.
+      ValueError: on the others, for an error of input on process 0.
+      RuntimeError: on the others, for any other error.
     """
     if jax.process_count() == 1:
         function()
         return
     key = f"dsv3_jax/{next(_turns)}"
-    if is_first_process():
-        try:
-            function()
-        except Exception as error:
-            expected = isinstance(error, OF_INPUT)
-            kv_set(key, ("refused " if expected else "failed ") + (str(error) or type(error).__name__))
-            raise
-        kv_set(key, "done")
-    else:
+    if not is_first_process():
         outcome, _, message = kv_get(key).partition(" ")
-        if outcome == "refused":
-            raise ValueError(message)
+        check(outcome != "refused", message)
         if outcome == "failed":
             raise RuntimeError(f"process 0 failed: {message}")
+        return
+    try:
+        function()
+    except Exception as error:
+        kv_set(key, f"{'refused' if isinstance(error, OF_INPUT) else 'failed'} {_text(error)}")
+        raise
+    kv_set(key, "done")
 
 
 def on_every_process(function: Callable[[], Result]) -> Result:
-    """`function()` on every process; where one raises an error of input, all raise ValueError, with that process named."""
+    """Return `function()` of this process; if it raises an error of input on any, raise ValueError with its number on all."""
     if jax.process_count() == 1:
         return function()
     result, message = None, ""
     try:
         result = function()
     except OF_INPUT as error:
-        message = str(error) or type(error).__name__
-
-    def refuse(messages: list[str]) -> None:
-        for process, said in enumerate(messages):
-            if said:
-                raise ValueError(f"process {process}: {said}")
-
-    _judged_by_first_process(message, refuse)
-    return result  # type: ignore[return-value]  # It is one, or _judged_by_first_process has raised.
+        message = _text(error)
+    message = first_message(message)
+    check(not message, message)
+    return result  # type: ignore[return-value]  # Some process would have sent a message.
 
 
 def first_process_first(function: Callable[[], Result]) -> Result:
-    """`function()` on every process, on process 0 before the others, who then find what it left in a shared cache.
+    """Return `function()`, called on process 0 before the others, which then find its results in a shared cache.
 
     Raises:
       ValueError: on every process, if it raises one on any.
@@ -149,7 +139,7 @@ def first_process_first(function: Callable[[], Result]) -> Result:
 
 
 def check_agreement(values: Any) -> None:
-    """Raises ValueError, on every process, unless all of them hold the same values.
+    """Raise ValueError, on every process, unless all of them hold the same values.
 
     Args:
       values: a tree of plain values, in dicts whose keys name them in the error.
@@ -158,81 +148,98 @@ def check_agreement(values: Any) -> None:
         return
     leaves = jax.tree_util.tree_leaves_with_path(values, is_leaf=lambda leaf: leaf is None)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): repr(value) for path, value in leaves}
-
-    def compare(everyone: list[str]) -> None:
-        first = json.loads(everyone[0])
-        for process, theirs in enumerate(map(json.loads, everyone)):
-            for name in first | theirs:
-                if first.get(name) != theirs.get(name):
-                    raise ValueError(
-                        f"process {process} has {name} {theirs.get(name)}, process 0 has {first.get(name)}; start all "
-                        "processes with the same command and files"
-                    )
-
-    _judged_by_first_process(json.dumps(named), compare)
+    first, *others = map(json.loads, exchange(json.dumps(named)))
+    for process, theirs in enumerate(others, 1):
+        for name in first | theirs:
+            check(
+                first.get(name) == theirs.get(name),
+                f"process {process} has {name} {theirs.get(name)}, process 0 has {first.get(name)}; start all processes with "
+                "the same command and files",
+            )
 
 
 def check_shared(path: epath.Path) -> None:
-    """Raises ValueError, on every process, unless all of them see `path`, which process 0 has written."""
-
-    def look() -> None:
-        if not path.exists():
-            raise ValueError(f"{path} is not here, though process 0 has written it; name a --run-dir that all hosts share")
-
-    on_every_process(look)
+    """Raise ValueError, on every process, unless all of them see `path`, which process 0 has written."""
+    hint = "is not here, though process 0 has written it; name a --run-dir that all hosts share"
+    on_every_process(lambda: check(path.exists(), f"{path} {hint}"))
 
 
 def wait_for_first_process() -> None:
-    """Waits until process 0 is here too; a process that simply ended would be missed after `SHUTDOWN_SECONDS`."""
+    """Wait for process 0; a process that ended earlier would wait for it no longer than `SHUTDOWN_SECONDS`."""
     by_first_process(lambda: None)
 
 
 def write_note(name: str, text: str) -> None:
-    """Leaves a note for all processes, unless there is one of that name: the first stands."""
-    try:
+    """Write a note for all processes; an earlier one of that name stays."""
+    with _suppress("ALREADY_EXISTS"):
         kv_set(f"dsv3_jax/note/{name}", text)
-    except jax.errors.JaxRuntimeError as error:
-        if "ALREADY_EXISTS" not in str(error):
-            raise
 
 
 def read_note(name: str) -> str | None:
-    """The note of that name, or None."""
-    try:
+    """Return the note of that name, or None."""
+    with _suppress("NOT_FOUND"):
         return global_state.client.key_value_try_get(f"dsv3_jax/note/{name}")  # type: ignore[union-attr]
-    except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" not in str(error):
-            raise
-        return None
+    return None
 
 
-def _judged_by_first_process(said: str, judge: Callable[[list[str]], None]) -> None:
-    """Hands what every process says to `judge` on process 0, in order; a ValueError of its is raised on all."""
-    key = f"dsv3_jax/{next(_turns)}"
+# ----------------------------------------------------------------------------------------------------------------------
+# Messages through the key-value store.
+
+
+def exchange(message: str, folder: str | None = None) -> list[str]:
+    """Return the messages of all processes, in order; every process calls it.
+
+    Args:
+      message: of this process.
+      folder: of the store, not used before; None on the main thread, where all processes make the same calls.
+    """
+    folder = folder or f"dsv3_jax/{next(_turns)}"
     if not is_first_process():
-        kv_set(f"{key}/{jax.process_index()}", said)
-    by_first_process(lambda: judge([said, *(kv_get(f"{key}/{process}") for process in range(1, jax.process_count()))]))
+        kv_set(f"{folder}/{jax.process_index()}", message)
+        return json.loads(kv_get(f"{folder}/all"))
+    everyone = [message, *(kv_get(f"{folder}/{process}") for process in range(1, jax.process_count()))]
+    kv_set(f"{folder}/all", json.dumps(everyone))
+    return everyone
+
+
+def first_message(message: str) -> str:
+    """Return the first message of all processes that is not empty, preceded by its process if there are several."""
+    if jax.process_count() == 1:
+        return message
+    return next((f"process {process}: {text}" for process, text in enumerate(exchange(message)) if text), "")
 
 
 def kv_set(key: str, value: str) -> None:
-    """Puts `value` into the store under `key`, which must be new."""
+    """Store `value` under `key`, which must be new."""
     global_state.client.key_value_set(key, value.encode(errors="backslashreplace").decode())  # type: ignore[union-attr]
 
 
 def kv_get(key: str, poll: int = _POLL_MILLISECONDS) -> str:
-    """What another process tells under `key`; as long as it takes, for the service ends this process if that one is gone.
+    """Return the value of `key`; wait without limit, for the service ends this process if the one that sets it is gone.
 
-    It is asked for again after `poll` milliseconds, between which this process hears of no signal. The store keeps a little of
-    each time that was in vain.
+    Args:
+      key: of the value.
+      poll: milliseconds of one request. No signal is handled within it, and the store keeps some memory of each in vain.
     """
     while True:
-        try:
+        with _suppress("DEADLINE_EXCEEDED"):
             return global_state.client.blocking_key_value_get(key, poll)  # type: ignore[union-attr]
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
 
 
 def kv_delete(folder: str) -> None:
-    """Removes what was told under keys that begin with `folder`, which ends with a slash."""
+    """Delete all keys that begin with `folder`, which ends with a slash."""
     global_state.client.key_value_delete(folder)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _suppress(status: str) -> Iterator[None]:
+    """Suppress errors of the store with that status."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if status not in str(error):
+            raise
+
+
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -65,9 +65,7 @@ def write_checkpoint(folder: Path, megabytes: int, stored: str, mtp_depths: int 
         node = variables
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
-        node[leaf.path[-1]] = rng.standard_normal(leaf.shape, np.float32).astype(
-            np.float32 if leaf.is_bias else jnp.dtype(config.param_dtype)
-        )
+        node[leaf.path[-1]] = rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype(config))
     save_hf(folder, config, variables, fp8=stored == "FP8", max_shard_bytes=200 * 10**6)
 
 

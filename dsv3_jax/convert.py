@@ -1,7 +1,7 @@
-"""`python -m dsv3_jax.convert SOURCE TARGET`: a run directory to a Hugging Face folder, or the other way round.
+"""`python -m dsv3_jax.convert SOURCE TARGET`: convert a run directory to a Hugging Face folder, or the other way round.
 
-Which way is read off the source. A run becomes what transformers, and the inference engines that follow its format,
-load; a published checkpoint becomes a run at step 0, to be sampled from or trained further.
+The direction follows from the source. transformers, and inference engines that follow its format, load the folder made of a
+run; a published checkpoint becomes a run at step 0, to sample from or to train further.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from dsv3_jax.checkpoint.folder import check_no_folder
-from dsv3_jax.checkpoint.hugging_face import load_hf, named_dtype, save_hf
+from dsv3_jax.checkpoint.hugging_face import check_no_folder, load_hf, named_dtype, new_folder, save_hf
 from dsv3_jax.checkpoint.run import load_run
-from dsv3_jax.checkpoint.saving import new_folder
 from dsv3_jax.config import Config, DataConfig, TrainConfig
 from dsv3_jax.config.cli import OneLineParser, cli_main
 from dsv3_jax.config.hugging_face import is_hugging_face
@@ -24,14 +22,15 @@ from dsv3_jax.train.start import save_run_start
 _TOKENIZER = "tokenizer.json"
 
 
-def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool = False) -> None:
-    """Writes the newest checkpoint of the run `source` as the Hugging Face folder `target`.
+def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool = False, scale_fmt: str | None = None) -> None:
+    """Write the newest checkpoint of the run `source` as the Hugging Face folder `target`.
 
     Args:
       source: a run directory.
       target: the folder to make.
       dtype: dtype of the tensors; None keeps the run's.
       fp8: store linear layers as FP8 blocks.
+      scale_fmt: of the FP8 scales (`save_hf`).
 
     Raises:
       ValueError: if `source` holds no checkpoint, or `target` exists and is not empty.
@@ -39,17 +38,18 @@ def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool =
     check_no_folder(target)
     config, variables, step = load_run(str(source), dtype)
     has_tokenizer = (epath.Path(source) / _TOKENIZER).exists()
-    save_hf(target, config.model, variables, tokenizer_from=source if has_tokenizer else None, fp8=fp8)
+    tokenizer_from = source if has_tokenizer else None
+    save_hf(target, config.model, variables, tokenizer_from=tokenizer_from, fp8=fp8, scale_fmt=scale_fmt)
     print(f"{source}, step {step}, is now the Hugging Face folder {target}{'' if has_tokenizer else ' (no tokenizer)'}")
 
 
 def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
-    """Writes the Hugging Face folder `source` as the run directory `target`, at step 0.
+    """Write the Hugging Face folder `source` as the run directory `target`, at step 0.
 
     Args:
       source: a folder with config.json and safetensors.
       target: the run directory to make.
-      dtype: dtype to compute in and to store; None stores float32 and computes in the dtype the file names.
+      dtype: dtype to compute in and to store; None stores float32 and computes in the dtype that config.json states.
 
     Raises:
       ValueError: if `source` cannot be loaded, or `target` exists and is not empty.
@@ -58,14 +58,14 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
     model, variables = load_hf(source, dtype or "float32")
     if dtype is None:
         model = dataclasses.replace(model, dtype=named_dtype(source))
-    tokenizer, kept = epath.Path(source) / _TOKENIZER, epath.Path(target) / _TOKENIZER
+    tokenizer = epath.Path(source) / _TOKENIZER
     has_tokenizer = tokenizer.exists()
     config = Config(
         model=model,
-        data=DataConfig(tokenizer=str(kept) if has_tokenizer else None),
+        data=DataConfig(tokenizer=str(epath.Path(target) / _TOKENIZER) if has_tokenizer else None),
         train=TrainConfig(sequence_length=min(TrainConfig.sequence_length, model.max_position_embeddings)),
     )
-    # Half a run, continued, would train from random weights.
+    # All or nothing: a run without its checkpoint would continue from random weights.
     with new_folder(epath.Path(target), processes=1) as folder:
         save_run_start(str(folder), config, variables)
         if has_tokenizer:
@@ -75,7 +75,7 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
 
 @cli_main
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Run the command."""
     parser = OneLineParser(prog="python -m dsv3_jax.convert", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", help="a run directory or a Hugging Face folder")
     parser.add_argument("target", help="the folder to make; it must not exist, or be empty")
@@ -84,11 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dtype", choices=dtypes, help="dtype of the parameters written; by default a run's own, and float32 for a new run"
     )
     parser.add_argument("--fp8", action="store_true", help="to Hugging Face only: linear layers as FP8 blocks")
+    scales = "with --fp8: scales that are powers of two, as in checkpoints whose config.json names this scale_fmt"
+    parser.add_argument("--scale-fmt", choices=["ue8m0"], help=scales)
     parsed = parser.parse_args(arguments)
     if not is_hugging_face(parsed.source):
-        run_to_hf(parsed.source, parsed.target, dtype=parsed.dtype, fp8=parsed.fp8)
-    elif parsed.fp8:
-        raise ValueError("--fp8 is for writing Hugging Face folders, and the source is one; leave it out")
+        run_to_hf(parsed.source, parsed.target, dtype=parsed.dtype, fp8=parsed.fp8, scale_fmt=parsed.scale_fmt)
+    elif parsed.fp8 or parsed.scale_fmt:
+        raise ValueError("--fp8 and --scale-fmt are for writing Hugging Face folders, and the source is one; leave them out")
     else:
         hf_to_run(parsed.source, parsed.target, dtype=parsed.dtype)
 

@@ -84,13 +84,25 @@ def test_to_hugging_face_in_another_dtype(run: Path, tmp_path: Path):
     assert {tensor.dtype for name, tensor in found.items() if tiny.BIAS in name} == {np.dtype(np.float32)}
 
 
+def test_scales_are_powers_of_two_again(run: Path, tmp_path: Path):
+    main([str(run), str(tmp_path / "fp8"), "--fp8", "--scale-fmt", "ue8m0"])
+    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["scale_fmt"] == "ue8m0"
+    scales = [tensor for name, tensor in tensors(tmp_path / "fp8").items() if name.endswith("_scale_inv")]
+    assert all((np.frexp(scale)[0] == 0.5).all() for scale in scales)
+    main([str(tmp_path / "fp8"), str(tmp_path / "run")])
+    main([str(tmp_path / "run"), str(tmp_path / "again"), "--fp8", "--scale-fmt", "ue8m0"])
+    _, values = load_hf(tmp_path / "fp8")
+    chex.assert_trees_all_equal(load_hf(tmp_path / "again")[1], values)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere", "out"], "nowhere holds no config.json"),
         (["foreign", "out"], "neither a run's config nor a Hugging Face one"),
         (["{source}", "full"], "full"),
-        (["{source}", "out", "--fp8"], "--fp8 is for writing Hugging Face folders"),
+        (["{source}", "out", "--fp8"], "--fp8 and --scale-fmt are for writing Hugging Face folders"),
+        (["{run}", "out", "--scale-fmt", "ue8m0"], "scale_fmt ue8m0 is a format of FP8 scales; set fp8 too"),
         (["{source}"], "target"),
         (["{source}", "out", "--dtype", "int3"], "--dtype: invalid choice: 'int3' (choose from"),
         (["{source}", "out", "--dtype", "float64"], "--dtype: invalid choice: 'float64' (choose from"),
@@ -100,6 +112,7 @@ def test_refuses_in_one_line(
     arguments: list[str],
     message: str,
     source: Path,
+    run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -109,7 +122,7 @@ def test_refuses_in_one_line(
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(json.dumps(content) if name.endswith("txt") else content)
     with pytest.raises(SystemExit) as exit_code:
-        main([argument.format(source=source) for argument in arguments])
+        main([argument.format(source=source, run=run) for argument in arguments])
     assert exit_code.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

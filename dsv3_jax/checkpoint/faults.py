@@ -1,8 +1,7 @@
-"""What goes wrong between a program and its disk, as Orbax and TensorStore tell it."""
+"""Errors of reading and writing in Orbax and TensorStore: their reasons in one line, and their tracebacks kept off stderr."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import logging
@@ -14,43 +13,42 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-# TensorStore raises ValueError for everything, and puts the number of the system's error, if it is one, into the text.
+# TensorStore raises ValueError for everything; the text has the error number of the system, if there is one.
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
-# Of a store that is not a file system, and where a message was cut short.
-_OF_A_STORE = re.compile(r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|DATA_LOSS): ")
-_OF_TENSORSTORE = re.compile(r"[A-Z_]+: ")  # How the text of each of its errors starts.
+# Of a store that is not a file system, and of messages that were cut short.
+_STORE_ERROR = re.compile(r"\b(RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|DATA_LOSS): ")
+_TENSORSTORE_ERROR = re.compile(r"[A-Z_]+: ")
+_TENSORSTORE = "tensorstore_spec"  # In the text of a write that failed after the end of its save.
 _ORBAX = f"{os.sep}orbax{os.sep}"
-_TENSORSTORE = "tensorstore_spec"  # What a write that failed ends with, long after the save has.
-_LATE = contextlib.ExitStack()  # Is never left.
-# Not the fault of what lies on the disk.
+# Errors that say nothing about the data on the disk.
 _OF_THE_MACHINE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ESTALE}
 )
 
 
 def io_reason(error: BaseException) -> str | None:
-    """Why reading or writing failed, in a few words; None if `error` is no such failure but a bug."""
-    for one in _chain(error):
-        number = _number(one)
+    """Return the reason of a failed read or write in a few words, or None if `error` is a bug."""
+    for cause in _chain(error):
+        number = _error_number(cause)
         if number is not None:
             return os.strerror(number)
-        if isinstance(one, OSError) or (isinstance(one, ValueError) and _OF_A_STORE.search(str(one))):
-            return one_line(one)
+        if isinstance(cause, OSError) or (isinstance(cause, ValueError) and _STORE_ERROR.search(str(cause))):
+            return one_line(cause)
     return None
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Whether a failed read says nothing about what was read: permissions, memory, too many open files."""
-    return any(isinstance(one, MemoryError) or _number(one) in _OF_THE_MACHINE for one in _chain(error))
+    """Return True for a failed read that says nothing about the data: permissions, memory, too many open files."""
+    return any(isinstance(cause, MemoryError) or _error_number(cause) in _OF_THE_MACHINE for cause in _chain(error))
 
 
 def one_line(error: BaseException) -> str:
-    """The error's first line, cut short."""
-    return f"{str(error) or type(error).__name__}".partition("\n")[0][:200]
+    """Return the first line of the error's text, at most 200 characters."""
+    return (str(error) or type(error).__name__).partition("\n")[0][:200]
 
 
-def _number(error: BaseException) -> int | None:
-    if isinstance(error, OSError) and error.errno is not None:
+def _error_number(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
         return error.errno
     found = _SYSTEM_ERROR.search(str(error)) if isinstance(error, ValueError) else None
     return int(found[1]) if found else None
@@ -62,45 +60,31 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-@contextlib.contextmanager
-def orbax_keeps_quiet() -> Iterator[None]:
-    """Keeps from stderr what Orbax says there about an error that it raises as well: hundreds of lines of tracebacks."""
-    with _without_tracebacks(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
-        yield
+# ----------------------------------------------------------------------------------------------------------------------
+# Orbax logs hundreds of lines about errors that it also raises, some of them long after the read or write has failed.
 
 
-@functools.cache
-def late_reads_keep_quiet() -> None:
-    """Where one read fails, those under way fail later, with nobody to tell: when, nothing says, so this has no end."""
-    _LATE.enter_context(_without_tracebacks())
+def quiet_orbax() -> None:
+    """Keep off stderr, from now on, the errors of Orbax's own tasks, which are raised too; may be called again."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_orbax)
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+    if getattr(sys.unraisablehook, "func", None) is not _report_others:
+        sys.unraisablehook = functools.partial(_report_others, sys.unraisablehook)
 
 
-@contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
-    report, logs = sys.unraisablehook, [logging.getLogger(name) for name in ("absl", "asyncio")]
+def _is_not_orbax(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, ValueError) and _TENSORSTORE_ERROR.match(str(error)):
+        return False
+    raised_in = (frame.filename for frame in traceback.extract_tb(error.__traceback__ if error else None))
+    message = record.getMessage()
+    return _TENSORSTORE not in message and not any(_ORBAX in name for name in (record.pathname, message, *raised_in))
 
-    def is_not_orbax(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, ValueError) and _OF_TENSORSTORE.match(str(error)):
-            return False
-        raised_in = (frame.filename for frame in traceback.extract_tb(error.__traceback__ if error else None))
-        message = record.getMessage()
-        return _TENSORSTORE not in message and not any(_ORBAX in name for name in (record.pathname, message, *raised_in))
 
-    def report_others(late: Any) -> None:
-        code = getattr(late.object, "cr_code", None)
-        of_tensorstore = late.object is None and str(late.exc_value) == "Event loop is closed"
-        if not of_tensorstore and (code is None or _ORBAX not in code.co_filename):
-            report(late)
-
-    sys.unraisablehook = report_others
-    for log in logs:
-        log.addFilter(is_not_orbax)
-    try:
-        yield
-    finally:
-        if sys.unraisablehook is report_others:  # Else the one that took its place since asks it.
-            sys.unraisablehook = report
-        for log in logs:
-            log.removeFilter(is_not_orbax)
+def _report_others(report: Any, unraisable: Any) -> None:
+    """Pass errors in destructors and callbacks on to `report`, except those of Orbax and of TensorStore's late reads."""
+    code = getattr(unraisable.object, "cr_code", None)
+    is_late_read = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
+    if not is_late_read and (code is None or _ORBAX not in code.co_filename):
+        report(unraisable)

@@ -1,6 +1,6 @@
 """Block-scaled FP8 weights as the published checkpoints store them (section 3.3.2 of the report).
 
-A weight [out, in] in E4M3 comes with `<name>_scale_inv`, one float32 per block of 128 x 128: multiply to dequantise.
+A weight [out, in] in E4M3 comes with `<name>_scale_inv`, one float32 for each block of 128 x 128: multiply to dequantise.
 Blocks are counted from the top left, so the last row and column of blocks may be partial: `kv_a_proj_with_mqa` has
 576 rows, four blocks and a half.
 """
@@ -12,6 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsv3_jax.config.checks import check
+
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 SCALE_SUFFIX = "_scale_inv"
 EXPORT_BLOCK = (128, 128)
@@ -21,47 +23,46 @@ EXPORT_CONFIG: dict[str, Any] = {
     "quant_method": "fp8",
     "weight_block_size": list(EXPORT_BLOCK),
 }
-"""`quantization_config` of what is exported here."""
+"""`quantization_config` of exports, without their `scale_fmt`."""
 
-# Looking the 256 values up is four times as fast as converting them.
+# A table lookup of the 256 values is four times as fast as converting them.
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 _LARGEST = float(ml_dtypes.finfo(FP8).max)
 
 
 def block_size(config: dict[str, Any]) -> tuple[int, int] | None:
-    """(rows, columns) of a scale's block from the `quantization_config` of a `config.json`, None if it has none.
+    """Return (rows, columns) of a block from the `quantization_config` of a `config.json`, None if it has none.
 
     Raises:
-      ValueError: if the weights are quantised in another way.
+      ValueError: if the weights are quantised in another format.
     """
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    if not isinstance(quantization, dict):
-        raise ValueError(f"quantization_config is {quantization!r}; use an object or null")
+    check(isinstance(quantization, dict), f"quantization_config is {quantization!r}; use an object or null")
     for name, only in (("quant_method", "fp8"), ("fmt", "e4m3")):
-        if quantization.get(name, only) != only:
-            raise ValueError(f"quantization_config.{name} is {quantization[name]!r}; only {only!r} is supported")
+        value = quantization.get(name, only)
+        check(value == only, f"quantization_config.{name} is {value!r}; only {only!r} is supported")
     block = quantization.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
-        raise ValueError(f"quantization_config.weight_block_size is {block!r}; only blocks [rows, columns] are supported")
+    is_block = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+    check(is_block, f"quantization_config.weight_block_size is {block!r}; only blocks [rows, columns] are supported")
     return block[0], block[1]
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = EXPORT_BLOCK) -> tuple[int, int]:
-    """Shape of the scales of a matrix: partial blocks count."""
+    """Return the shape of the scales of a matrix, partial blocks included."""
     rows, columns = shape
     return -(-rows // block[0]), -(-columns // block[1])
 
 
 def dequantise(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int], corner: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """weight [out, in] times its block's scale: float32 [out, in].
+    """Return weight [out, in] times its block's scale: float32 [out, in].
 
     Args:
-      weight: E4M3, a whole matrix or a part of one; neither need end with a block.
+      weight: E4M3, a whole matrix or a part of one, which may begin and end within a block.
       scale: of the blocks it touches: [ceil((corner + out) / block rows), ceil((corner + in) / block columns)].
       block: (rows, columns).
-      corner: where within the first block a part begins.
+      corner: position of a part's first element within its first block.
     """
     (rows, columns), (top, left) = weight.shape, corner
     assert scale.shape == scale_shape((top + rows, left + columns), block)
@@ -72,8 +73,12 @@ def dequantise(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int], co
     return product
 
 
-def quantise(weight: np.ndarray, block: tuple[int, int] = EXPORT_BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    """(E4M3 weight [out, in], float32 scales) such that the largest value of each block becomes the largest E4M3.
+def quantise(
+    weight: np.ndarray, block: tuple[int, int] = EXPORT_BLOCK, scale_fmt: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (E4M3 weight [out, in], float32 scales); the largest value of each block becomes the largest E4M3.
+
+    With `scale_fmt` "ue8m0", scales are rounded up to powers of two.
 
     Raises:
       ValueError: if a value is infinite or NaN.
@@ -83,9 +88,11 @@ def quantise(weight: np.ndarray, block: tuple[int, int] = EXPORT_BLOCK) -> tuple
     for i in range(scale.shape[0]):
         rows = scaled[i * block[0] : (i + 1) * block[0]]
         largest = np.maximum.reduceat(np.abs(rows).max(axis=0), np.arange(0, rows.shape[1], block[1]))
+        check(bool(np.isfinite(largest).all()), "a weight is infinite or NaN; FP8 cannot hold it")
         # A floor keeps an all-zero block from dividing by zero.
         scale[i] = np.maximum(largest / _LARGEST, np.finfo(np.float32).tiny)
+        if scale_fmt == "ue8m0":
+            mantissa, exponent = np.frexp(scale[i])
+            scale[i] = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
         rows /= np.repeat(scale[i], block[1])[: rows.shape[1]]
-    if not np.isfinite(scale).all():
-        raise ValueError("a weight is infinite or NaN; FP8 cannot hold it")
     return np.clip(scaled, -_LARGEST, _LARGEST).astype(FP8), scale

@@ -1,69 +1,237 @@
-"""From the tensors of a checkpoint to arrays: whole on one device, or on each of many devices its slice.
+"""Hugging Face checkpoints, read: files checked from config.json, index and headers alone, then arrays made of their tensors.
 
-A leaf of the tree stacks tensors of layers and experts, and a device's slice of it is some of those tensors and of each
-of them a rectangle: a range of `out` is rows of the stored [out, in] matrix, a range of `in` is columns. A process reads
-the rectangles its own devices hold. Each is read once, however many of them hold it, and rectangles that lie side by
-side are read as one; nothing else is read. Only FP8 scales whose block is cut by the edge of a slice are read on both
-sides of it. Host memory holds those slices of one array at a time that share tensors; on CPU it becomes the jax array.
+All problems of a folder are collected and reported at once, before any array is made, since each attempt at a checkpoint of
+600 GiB is expensive. Pickles are named and never opened.
+
+An array of the tree stacks tensors of layers and experts. A device's slice of it takes some of those tensors, and a rectangle
+of each: a range of `out` is rows of the stored [out, in] matrix, a range of `in` is columns. A process reads the rectangles of
+its own devices, each once, adjacent ones together, and nothing else; only FP8 scales whose block is cut by the edge of a slice
+are read on both sides of it. Host memory holds those slices of one array at a time that share tensors; on CPU it becomes the
+jax array.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import json
 import math
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from dsv3_jax.checkpoint.fp8 import FP8, SCALE_SUFFIX, dequantise
-from dsv3_jax.checkpoint.names import Leaf, copies
-from dsv3_jax.checkpoint.tensor_files import DTYPES, Box, StoredTensor
+from dsv3_jax.checkpoint.fp8 import SCALE_SUFFIX, dequantise, scale_shape
+from dsv3_jax.checkpoint.names import IGNORED_SUFFIX, Leaf, copies, leaves, mtp_layers, natural_order
+from dsv3_jax.checkpoint.tensor_files import DTYPES, Box, StoredTensor, read_header
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.checks import check
+
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_PICKLES = ".bin", ".pt", ".pth", ".pkl", ".ckpt"
+_LISTED = 20
 
 Ranges = tuple[tuple[int, int], ...]
 """A slice of an array: (first, one past the last) of each axis."""
-
-# So many rows are read and transposed at once: they and their transpose stay in cache.
+# Rows that are read and transposed at once: they and their transpose stay in cache.
 _BAND = 512
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message lists all of its problems."""
+
+    def __init__(self, path: Any, problems: dict[str, list[str]]) -> None:
+        """Join `problems` (kind -> items) into one sentence; long lists are cut after their count."""
+        self.problems = problems
+        kinds = (f"{kind} ({len(items)}): {_some(items, _LISTED)}" for kind, items in problems.items())
+        super().__init__(f"{path} cannot be used: {'; '.join(kinds)}")
+
+
+def _some(items: Sequence[str], number: int = 3) -> str:
+    return ", ".join(items[:number]) + (f" and {len(items) - number} more" if len(items) > number else "")
+
+
+def read_config(folder: epath.Path) -> dict[str, Any]:
+    """Return the dict of `folder`/config.json.
+
+    Raises:
+      ValueError: if there is no such folder, file, or JSON object.
+    """
+    file = folder / "config.json"
+    check(folder.exists(), f"there is no folder {folder}; give the path of a downloaded Hugging Face checkpoint")
+    check(folder.is_dir(), f"{folder} is a file; give the folder that holds config.json and the safetensors files")
+    check(file.exists(), f"{folder} holds no config.json; it is not a Hugging Face checkpoint")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); download it again") from None
+    check(isinstance(config, dict), f"{file} holds {type(config).__name__}, not a JSON object; download it again")
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files and headers.
+
+
+@dataclasses.dataclass
+class _Found:
+    """Tensors and problems found so far."""
+
+    tensors: dict[str, StoredTensor] = dataclasses.field(default_factory=dict)
+    problems: dict[str, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+    unreadable: set[str] = dataclasses.field(default_factory=set)
+    """Tensors of files that cannot be read, by the index; no further problem is reported about them."""
+
+
+def find_tensors(folder: epath.Path, config: ModelConfig, block: tuple[int, int] | None) -> dict[str, StoredTensor]:
+    """Return every tensor that `config` needs, with its scales and copies; all of the right shape and type.
+
+    Args:
+      folder: a Hugging Face folder.
+      config: its model.
+      block: (rows, columns) of a scale's block, None if the config names no FP8 quantisation.
+
+    Raises:
+      CheckpointError: listing every missing, unexpected or misshapen tensor and every unusable file.
+    """
+    found = _Found()
+    if _read_files(folder, found):
+        _compare(found, config, block)
+    if problems := {kind: items for kind, items in found.problems.items() if items}:
+        raise CheckpointError(folder, problems)
+    return found.tensors
+
+
+def _read_files(folder: epath.Path, found: _Found) -> bool:
+    """Read every header; return False if the folder does not list its tensors."""
+    single, index = folder / SINGLE_FILE, folder / INDEX
+    if single.exists() and index.exists():
+        found.problems["ambiguous files"].append(f"both {SINGLE_FILE} and {INDEX} are there; remove one of the two")
+        return False
+    if index.exists():
+        return _read_indexed(folder, found)
+    if single.exists():
+        return _read_file(single, found)
+    names = sorted(entry.name for entry in folder.iterdir())
+    kind, problem = "missing files", f"neither {SINGLE_FILE} nor {INDEX} is there; download the weights"
+    if shards := [name for name in names if name.endswith(".safetensors")]:
+        problem = f"{INDEX}, which says what {_some(shards)} should hold; download it again"
+    elif pickles := [name for name in names if name.endswith(_PICKLES)]:
+        kind, problem = "pickle files", f"{_some(pickles)}; pickles are never opened, save the model as safetensors"
+    found.problems[kind].append(problem)
+    return False
+
+
+def _read_indexed(folder: epath.Path, found: _Found) -> bool:
+    try:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+        is_usable = all(isinstance(name, str) and epath.Path(name).name == name for name in files)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        is_usable = False
+    if not is_usable:
+        problem = f"{INDEX} has no weight_map from tensors to files of this folder; download it again"
+        found.problems["unusable files"].append(problem)
+        return False
+    for name in files:
+        if not _read_file(folder / name, found):
+            found.unreadable |= {tensor for tensor, file in weight_map.items() if file == name}
+    for tensor, file in weight_map.items():
+        if tensor not in found.unreadable and (tensor not in found.tensors or found.tensors[tensor].file.name != file):
+            found.problems["tensors not where the index says"].append(f"{tensor} in {file}")
+            found.unreadable.add(tensor)
+    return True
+
+
+def _read_file(file: epath.Path, found: _Found) -> bool:
+    """Add the tensors of one file; return False if it cannot be read."""
+    if not file.exists():
+        found.problems["missing files"].append(file.name)
+        return False
+    try:
+        tensors = read_header(file)
+    except (ValueError, OSError) as error:
+        found.problems["unusable files"].append(f"{file.name}: {error}; download it again")
+        return False
+    for name in sorted(tensors.keys() & found.tensors.keys()):
+        found.problems["tensors in two files"].append(f"{name} in {found.tensors[name].file.name} and {file.name}")
+    found.tensors |= tensors
+    return True
+
+
+def _compare(found: _Found, config: ModelConfig, block: tuple[int, int] | None) -> None:
+    """Add missing, unexpected and misshapen tensors, and those of a wrong type."""
+    needed = {name: leaf for leaf in leaves(config) for name in leaf.names}
+    described = needed | {copy: needed[original] for copy, original in copies(config).items()}
+    present = sorted(described.keys() & found.tensors.keys(), key=natural_order)
+    scales = {name + SCALE_SUFFIX for name in present if found.tensors[name].is_fp8}
+    missing = (needed.keys() | scales) - found.tensors.keys() - found.unreadable
+    unexpected = {name for name in found.tensors.keys() - described.keys() - scales if not name.endswith(IGNORED_SUFFIX)}
+
+    layers = mtp_layers(config)
+    prefixes = tuple(f"{layer}." for layer in layers)
+    if layers and not any(name.startswith(prefixes) for name in (*found.tensors, *found.unreadable)):
+        found.problems["missing MTP layers"].append(
+            f"{', '.join(layers)}; the file was saved without them (transformers drops them), so set "
+            "num_nextn_predict_layers to 0 in config.json to use the main model alone"
+        )
+        missing = {name for name in missing if not name.startswith(prefixes)}
+    found.problems["missing tensors"] += sorted(missing, key=natural_order)
+    found.problems["unexpected tensors"] += sorted(unexpected, key=natural_order)
+    for name in present:
+        _check_tensor(found, name, described[name], block)
+
+
+def _check_tensor(found: _Found, name: str, leaf: Leaf, block: tuple[int, int] | None) -> None:
+    tensor, scale = found.tensors[name], found.tensors.get(name + SCALE_SUFFIX)
+    misshapen, mistyped = found.problems["misshapen tensors"], found.problems["tensors of a wrong type"]
+    if tensor.shape != leaf.stored:
+        misshapen.append(f"{name} is {list(tensor.shape)}, not {list(leaf.stored)}")
+    elif tensor.dtype not in DTYPES:
+        mistyped.append(f"{name} is {tensor.dtype}")
+    elif tensor.is_fp8 and not leaf.is_matrix:
+        mistyped.append(f"{name} is {tensor.dtype}; only matrices of linear layers can be")
+    elif tensor.is_fp8 and block is None:
+        mistyped.append(f"{name} is {tensor.dtype}, but config.json has no quantization_config")
+    elif tensor.is_fp8 and block is not None and scale is not None:
+        expected = scale_shape(leaf.stored, block)
+        if scale.shape != expected:
+            misshapen.append(f"{name}{SCALE_SUFFIX} is {list(scale.shape)}, not {list(expected)}")
+        if scale.dtype not in DTYPES or scale.is_fp8:
+            mistyped.append(f"{name}{SCALE_SUFFIX} is {scale.dtype}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arrays from tensors.
+
+
+@dataclasses.dataclass
 class Weights:
-    """The values of a checkpoint's tensors, and how many bytes of them have been read."""
+    """The tensors of a checkpoint, read in parts."""
 
-    def __init__(self, folder: epath.Path, tensors: dict[str, StoredTensor], block: tuple[int, int] | None) -> None:
-        """As `find_tensors` takes and gives them."""
-        self.folder, self.tensors, self.block = folder, tensors, block
-        self.bytes_read = 0
-        """Of tensor data, scales included; headers are not counted."""
+    folder: epath.Path
+    tensors: dict[str, StoredTensor]
+    """From `find_tensors`."""
+    block: tuple[int, int] | None
+    """(rows, columns) of an FP8 block."""
+    bytes_read: int = 0
+    """Of tensor data, scales included, headers excluded."""
 
-    def box(self, name: str) -> Box:
-        """All of a tensor."""
-        rows, columns = self.tensors[name].matrix_shape
-        return (0, rows), (0, columns)
-
-    def is_fp8(self, name: str) -> bool:
-        """Whether a tensor is FP8 blocks."""
-        return DTYPES[self.tensors[name].dtype] == FP8
-
-    def bits(self, name: str, box: Box) -> Iterator[tuple[slice, np.ndarray]]:
-        """The bits of the values in a part of an FP8 tensor, some rows at a time: (which rows of it, uint8)."""
-        assert self.is_fp8(name), name
-        return ((rows, values.view(np.uint8)) for rows, values in self._read(name, _BAND, box))
-
-    def bands(self, name: str, box: Box) -> Iterator[tuple[slice, np.ndarray]]:
-        """The values in a part of a tensor, some rows at a time: (which rows of it, values); FP8 made float32."""
-        if not self.is_fp8(name):
-            yield from self._read(name, _BAND, box)
+    def bands(self, name: str, box: Box, *, bits: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield a part of a tensor some rows at a time: (rows of the tensor, values); FP8 as float32, or as uint8 `bits`."""
+        if bits or not self.tensors[name].is_fp8:
+            for rows, values in self._read(name, _BAND, box):
+                yield rows, values.view(np.uint8) if bits else values
             return
         assert self.block is not None
         height, width = self.block
         (top, bottom), (left, right) = box
         blocks = (top // height, -(-bottom // height)), (left // width, -(-right // width))
-        scale = self.tensors[name + SCALE_SUFFIX].read(blocks)
-        self.bytes_read += scale.nbytes
+        ((_, scale),) = self._read(name + SCALE_SUFFIX, blocks[0][1], blocks)
         for rows, values in self._read(name, max(1, _BAND // height) * height, box):
             touched = slice(rows.start // height - blocks[0][0], -(-rows.stop // height) - blocks[0][0])
             yield rows, dequantise(values, scale[touched], self.block, (rows.start % height, left % width))
@@ -75,7 +243,7 @@ class Weights:
 
 
 def load_array(weights: Weights, leaf: Leaf, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
-    """The array of `leaf`, of which this process fills what its devices hold; on one device if `sharding` is None."""
+    """Return the array of `leaf`, with the slices of this process's devices; on one device if `sharding` is None."""
     if sharding is None:
         ((_, values),) = read_slices(weights, leaf, dtype, [tuple((0, size) for size in leaf.shape)])
         return jax.device_put(values)
@@ -88,7 +256,7 @@ def load_array(weights: Weights, leaf: Leaf, dtype: np.dtype, sharding: Sharding
 
 
 def held_slices(shape: tuple[int, ...], sharding: Sharding, devices: Collection[jax.Device]) -> dict[Ranges, list[jax.Device]]:
-    """The distinct slices of an array of `shape` that `devices` hold, each with its holders."""
+    """Return the distinct slices of an array of `shape` on `devices`, each with the devices that hold it."""
     holders: dict[Ranges, list[jax.Device]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         if device in devices:
@@ -100,58 +268,44 @@ def held_slices(shape: tuple[int, ...], sharding: Sharding, devices: Collection[
 def read_slices(
     weights: Weights, leaf: Leaf, dtype: np.dtype, slices: Collection[Ranges]
 ) -> Iterator[tuple[Ranges, np.ndarray]]:
-    """Those slices of the array of `leaf`, read from its tensors: (slice, values in `dtype`), in an order of its own.
+    """Yield `slices` of the array of `leaf`, read from its tensors: (slice, values in `dtype`), in any order.
 
-    Of FP8 tensors, uint8 gives the bits as the file has them, without their scales.
-    Slices of the same tensors are filled together, and held in memory together. `slices` are what some set of devices
-    holds: one process's, or, to count what each of many would read, any other.
+    With dtype uint8, FP8 tensors give their bits, without scales. Slices of the same tensors are filled together, and are in
+    memory together. `slices` are those of any set of devices: one process's, or another's to count its bytes.
     """
-    depth = len(leaf.stack)
-    stacks: dict[Ranges, list[_Slice]] = {}
+    stacks: dict[Ranges, list[Ranges]] = {}
     for ranges in slices:
-        stacks.setdefault(ranges[:depth], []).append(_Slice(ranges, _box(leaf, ranges[depth:])))
+        stacks.setdefault(ranges[: len(leaf.stack)], []).append(ranges)
     for stack, members in stacks.items():
         yield from _filled(weights, leaf, dtype, stack, members)
 
 
-_Target = tuple[tuple[int, int], np.ndarray]
-"""A range of the columns of a matrix, and the slice that holds them of each tensor."""
-
-
-@dataclasses.dataclass
-class _Slice:
-    """A slice of an array, and the part of each of its tensors that it takes."""
-
-    ranges: Ranges
-    box: Box
-
-
 def _filled(
-    weights: Weights, leaf: Leaf, dtype: np.dtype, stack: Ranges, members: Sequence[_Slice]
+    weights: Weights, leaf: Leaf, dtype: np.dtype, stack: Ranges, slices: Sequence[Ranges]
 ) -> list[tuple[Ranges, np.ndarray]]:
-    """The slices that take the tensors at the indices `stack`."""
+    """Return the slices that take the tensors at the indices `stack`."""
     names = np.ravel(np.array(leaf.names, object).reshape(leaf.stack)[tuple(slice(*axis) for axis in stack)])
-    arrays = [_aligned_empty(tuple(stop - start for start, stop in member.ranges), dtype) for member in members]
-    reads = _joined(members, arrays)
+    arrays = [_aligned_empty(tuple(stop - start for start, stop in ranges), dtype) for ranges in slices]
+    boxes = [_box(leaf, ranges[len(stack) :]) for ranges in slices]
+    reads = _joined(sorted(zip(boxes, arrays, strict=True), key=lambda part: part[0]))
     for i, name in enumerate(names):
         for box, targets in reads.items():
             (top, _), (left, _) = box
-            for rows, values in weights.bits(name, box) if dtype == np.uint8 else weights.bands(name, box):
+            for rows, values in weights.bands(name, box, bits=dtype == np.uint8):
                 values = values.reshape(rows.stop - rows.start, -1).astype(dtype, copy=False)
                 for (first, last), array in targets:
                     part = array.reshape(len(names), -1)[i]
                     part = part.reshape(last - first, -1).T if leaf.is_matrix else part.reshape(-1, last - first)
                     # Converted above: twice as fast as converting while transposing.
                     part[rows.start - top : rows.stop - top] = values[:, first - left : last - left]
-    return [(member.ranges, array) for member, array in zip(members, arrays, strict=True)]
+    return list(zip(slices, arrays, strict=True))
 
 
-def _joined(members: Sequence[_Slice], arrays: Sequence[np.ndarray]) -> dict[Box, list[_Target]]:
-    """What to read of each tensor: boxes, those side by side made one, and which of their columns go to which array."""
-    joined: dict[Box, list[_Target]] = {}
+def _joined(parts: Sequence[tuple[Box, np.ndarray]]) -> dict[Box, list[tuple[tuple[int, int], np.ndarray]]]:
+    """Join the adjacent boxes of sorted `parts`; return the boxes to read, with the columns that go to each array."""
+    joined: dict[Box, list[tuple[tuple[int, int], np.ndarray]]] = {}
     last: Box | None = None
-    for member, array in sorted(zip(members, arrays, strict=True), key=lambda pair: pair[0].box):
-        rows, columns = member.box
+    for (rows, columns), array in parts:
         targets = [(columns, array)]
         if last is not None and last[0] == rows and last[1][1] == columns[0]:
             targets = joined.pop(last) + targets
@@ -162,40 +316,39 @@ def _joined(members: Sequence[_Slice], arrays: Sequence[np.ndarray]) -> dict[Box
 
 
 def _box(leaf: Leaf, part: Ranges) -> Box:
-    """Where a tensor of `leaf` holds a slice of its part of the array."""
-    if not leaf.is_matrix:
-        return _flat(leaf, leaf.part[:1], part[:1]), _flat(leaf, leaf.part[1:], part[1:])
-    return _flat(leaf, leaf.part[leaf.num_in :], part[leaf.num_in :]), _flat(
-        leaf, leaf.part[: leaf.num_in], part[: leaf.num_in]
-    )
+    """Return the place, in a tensor of `leaf`, of a slice of its part of the array."""
+    split = leaf.num_in if leaf.is_matrix else 1
+    first, second = _flat(leaf, leaf.part[:split], part[:split]), _flat(leaf, leaf.part[split:], part[split:])
+    return (second, first) if leaf.is_matrix else (first, second)
 
 
 def _flat(leaf: Leaf, shape: tuple[int, ...], ranges: Ranges) -> tuple[int, int]:
-    """The range that `ranges` are once the axes are flattened."""
+    """Return `ranges` of axes as one range of the flattened axes."""
     first = last = 0
     for size, (start, stop) in zip(shape, ranges, strict=True):
         first, last = first * size + start, last * size + stop - 1
-    if last + 1 - first != math.prod(stop - start for start, stop in ranges):
-        raise ValueError(
-            f"{'/'.join(leaf.path)} is sharded such that a device holds {ranges} of its axes {shape}, which is no range of "
-            "rows or columns of the stored matrix; shard the heads, not their width"
-        )
+    check(
+        last + 1 - first == math.prod(stop - start for start, stop in ranges),
+        f"{'/'.join(leaf.path)} is sharded such that a device holds {ranges} of its axes {shape}, which is no range of rows or "
+        "columns of the stored matrix; shard the heads, not their width",
+    )
     return first, last + 1
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory at an address that jax's CPU client takes over without a copy."""
+    """Return uninitialised memory at an address that jax's CPU client takes over without a copy."""
     alignment, nbytes = 64, math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
-# The copies of embedding and head in the MTP layers: here they are one array.
+# ----------------------------------------------------------------------------------------------------------------------
+# The MTP layers' copies of embedding and head, which are one array here.
 
 
 def differing_copies(weights: Weights, config: ModelConfig, mesh: Mesh | None) -> list[str]:
-    """The MTP layers' copies of embedding and head that are not the original, as every process of `mesh` knows them.
+    """Return the MTP layers' copies of embedding and head that differ from the original; equal on all processes of `mesh`.
 
     Each of its processes compares an equal share of their rows, so that all of them together read every byte once.
     """
@@ -209,28 +362,25 @@ def differing_copies(weights: Weights, config: ModelConfig, mesh: Mesh | None) -
 
 
 def share_of_process(mesh: Mesh, process: int) -> tuple[int, int]:
-    """(which of the mesh's processes it is, how many they are)."""
+    """Return (index among the mesh's processes, their number)."""
     processes = sorted({device.process_index for device in mesh.devices.flat})
     return processes.index(process), len(processes)
 
 
 def compare_copies(weights: Weights, pairs: Sequence[tuple[str, str]], share: tuple[int, int]) -> list[bool]:
-    """Whether each pair of tensors differs in part `share[0]` of `share[1]` of their rows."""
+    """Return True for each pair of tensors that differs in part `share[0]` of `share[1]` of their rows."""
     differing = []
-    for copy, original in pairs:
-        (_, rows), columns = weights.box(copy)
-        box = (rows * share[0] // share[1], rows * (share[0] + 1) // share[1]), columns
-        bands = zip(weights.bands(copy, box), weights.bands(original, box), strict=True)
-        differing.append(not all(_same_values(ours, theirs) for (_, ours), (_, theirs) in bands))
+    for pair in pairs:
+        rows, columns = weights.tensors[pair[0]].matrix_shape
+        box = (rows * share[0] // share[1], rows * (share[0] + 1) // share[1]), (0, columns)
+        bands = zip(*(weights.bands(name, box) for name in pair), strict=True)
+        values = ((copy.astype(np.float32), original.astype(np.float32)) for (_, copy), (_, original) in bands)
+        differing.append(not all(np.array_equal(copy, original, equal_nan=True) for copy, original in values))
     return differing
 
 
-def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
-
-
 def _anywhere(mesh: Mesh, flags: list[bool]) -> list[bool]:
-    """Which flags are set in any process of `mesh`."""
+    """Return, for each flag, True if it is set in any process of `mesh`."""
     everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ours = np.array([flags])
     theirs = jax.make_array_from_callback((mesh.size, len(flags)), everywhere, lambda _: ours)

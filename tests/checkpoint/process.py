@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.checkpoint import saving
-from dsv3_jax.checkpoint.folder import CheckpointError
+from dsv3_jax.checkpoint import hugging_face
 from dsv3_jax.checkpoint.hugging_face import load_hf, load_variables, open_hf, save_hf
+from dsv3_jax.checkpoint.loading import CheckpointError
 from tests.checkpoint.tiny import make_mesh
 
 
 def _failed_save(folder: Path, config: Any, variables: Any, index: int) -> str:
     """How a save ends if the disk of process 1 is full after its first file."""
-    write_file, files = saving.write_file, []
+    write_file, files = hugging_face.write_file, []
 
     def full_disk(file: Any, tensors: Any, arrays: Any) -> None:
         if index == 1 and files:
@@ -33,14 +33,14 @@ def _failed_save(folder: Path, config: Any, variables: Any, index: int) -> str:
         files.append(file)
         write_file(file, tensors, arrays)
 
-    saving.write_file = full_disk
+    hugging_face.write_file = full_disk
     try:
         save_hf(folder, config, variables, max_shard_bytes=60_000)
         return "saved"
     except (OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        saving.write_file = write_file
+        hugging_face.write_file = write_file
 
 
 def _refused_copy(folder: Path, mesh: jax.sharding.Mesh) -> str:

@@ -1,4 +1,4 @@
-"""Of what goes wrong under Orbax, only its tracebacks are kept from stderr, and nobody else's."""
+"""Orbax's tracebacks are kept off stderr, and those of no other code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dsv3_jax.checkpoint.faults import late_reads_keep_quiet, orbax_keeps_quiet
+from dsv3_jax.checkpoint.faults import quiet_orbax
 
 
 def raised_in(filename: str, error: Exception) -> Callable[[], None]:
@@ -50,16 +50,16 @@ ARRAY = "Encountered error while reading array index: (slice(0, 3, 1))"
     ids=["Orbax", "TensorStore"],
 )
 def test_reads_that_failed_unnoticed_say_nothing(filename: str, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    with orbax_keeps_quiet():
-        leave_unread(raised_in(filename, error))
+    quiet_orbax()
+    leave_unread(raised_in(filename, error))
     assert not caplog.records
 
 
 @pytest.mark.parametrize("error", [Exception(ARRAY), ValueError("out of range")], ids=repr)
 def test_errors_of_others_are_heard(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    with orbax_keeps_quiet():
-        leave_unread(raised_in("mine.py", error))
-        logging.getLogger("absl").warning("a warning of the program's own")
+    quiet_orbax()
+    leave_unread(raised_in("mine.py", error))
+    logging.getLogger("absl").warning("a warning of the program's own")
     assert "never retrieved" in caplog.text
     assert "of the program's own" in caplog.text
 
@@ -67,18 +67,15 @@ def test_errors_of_others_are_heard(error: Exception, caplog: pytest.LogCaptureF
 def test_a_read_that_ends_after_all_others_says_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever began or ended keeping quiet around the first time that one failed."""
-    late_reads_keep_quiet.cache_clear()
     heard: list[str] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda late: heard.append(str(late.exc_value)))
-    with orbax_keeps_quiet():
-        late_reads_keep_quiet()
-    with orbax_keeps_quiet():
-        pass
+    quiet_orbax()
+    installed = sys.unraisablehook
+    quiet_orbax()
+    assert sys.unraisablehook is installed
     # As a thread of TensorStore's calls it, with nothing above that could raise.
     sys.unraisablehook(SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed")))
     sys.unraisablehook(SimpleNamespace(object=None, exc_value=RuntimeError("mine")))
     assert heard == ["mine"]
     leave_unread(raised_in(ORBAX, Exception(ARRAY)))
     assert not caplog.records
-    late_reads_keep_quiet.cache_clear()  # It has hushed a hook that is not the program's.

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dsv3_jax.checkpoint.folder import CheckpointError, find_tensors, read_config
 from dsv3_jax.checkpoint.hugging_face import load_hf
+from dsv3_jax.checkpoint.loading import CheckpointError, find_tensors, read_config
 from dsv3_jax.config import ModelConfig
 from tests.checkpoint.tiny import BLOCK, CONFIG, Tensors, quantization_config, random_tensors, with_fp8, write
 

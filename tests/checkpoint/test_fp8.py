@@ -80,6 +80,21 @@ def test_quantising_what_was_dequantised_gives_it_back() -> None:
     np.testing.assert_array_equal(again.view(np.uint8), weight.view(np.uint8))
 
 
+def test_scales_that_are_powers_of_two() -> None:
+    """The smallest for which nothing exceeds the largest E4M3; values that have them lose nothing."""
+    rng = np.random.default_rng(3)
+    weight = (rng.standard_normal((300, 200)) * 2.0 ** rng.integers(-9, 9, (300, 1))).astype(np.float32)
+    weight[128:256, :128] *= 448 / np.abs(weight[128:256, :128]).max()
+    quantised, scale = quantise(weight, scale_fmt="ue8m0")
+    _, exact = quantise(weight)
+    assert (np.frexp(scale)[0] == 0.5).all()
+    assert ((exact <= scale) & (scale < 2 * exact)).all()
+    assert scale[1, 0] == 1
+    values = dequantise(quantised, scale, (128, 128))
+    again = dequantise(*quantise(values, scale_fmt="ue8m0"), (128, 128))
+    np.testing.assert_array_equal(again, values, strict=True)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_zeros_stay_zeros(dtype: type) -> None:
     quantised, scale = quantise(np.zeros((130, 5), dtype))

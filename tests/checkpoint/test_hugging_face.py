@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dsv3_jax.checkpoint import loading, saving
-from dsv3_jax.checkpoint.folder import CheckpointError
+from dsv3_jax.checkpoint import hugging_face, loading
 from dsv3_jax.checkpoint.hugging_face import load_hf, save_hf
+from dsv3_jax.checkpoint.loading import CheckpointError
 from dsv3_jax.config import ModelConfig
 from tests.checkpoint.tiny import (
     BF16,
@@ -263,7 +263,7 @@ def test_the_written_config_is_the_one_that_was_read(tmp_path: Path) -> None:
 
 
 def test_arrays_on_an_accelerator_are_fetched_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "_host_view", lambda array: array)
+    monkeypatch.setattr(hugging_face, "_host_view", lambda array: array)
     tensors = random_tensors()
     config, variables = load_hf(write(tmp_path / "in", tensors), jnp.bfloat16)
     save_hf(tmp_path / "out", config, variables)
@@ -349,7 +349,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_failure_midway_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, variables = load_hf(write(tmp_path / "in", random_tensors()))
-    write_file = saving.write_file
+    write_file = hugging_face.write_file
     written = []
 
     def full_disk(file: Any, tensors: Any, arrays: Any) -> None:
@@ -358,7 +358,7 @@ def test_a_failure_midway_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyt
         write_file(file, tensors, arrays)
         written.append(file)
 
-    monkeypatch.setattr(saving, "write_file", full_disk)
+    monkeypatch.setattr(hugging_face, "write_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         save_hf(tmp_path / "out", config, variables, max_shard_bytes=20_000)
     assert written

@@ -185,7 +185,7 @@ def test_the_engine_takes_them_as_they_are(folder: Path, sizes: str | None) -> N
 def test_variables_of_another_model_are_refused(folder: Path) -> None:
     config, variables = load_hf(folder, keep_fp8=True)
     other = dataclasses.replace(config, moe_intermediate_size=48)
-    with pytest.raises(ValueError, match=r"experts/gate_proj is \[1, 8, 56, 40\], not \[1, 8, 56, 48\]"):
+    with pytest.raises(ValueError, match=r"experts/down_proj is \[1, 8, 40, 56\], not \[1, 8, 48, 56\]"):
         Engine(other, variables)
 
 

@@ -15,10 +15,17 @@ import pytest
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.checkpoint.folder import CheckpointError
 from dsv3_jax.checkpoint.fp8 import SCALE_SUFFIX
 from dsv3_jax.checkpoint.hugging_face import load_hf, load_variables, open_hf
-from dsv3_jax.checkpoint.loading import Weights, compare_copies, held_slices, load_array, read_slices, share_of_process
+from dsv3_jax.checkpoint.loading import (
+    CheckpointError,
+    Weights,
+    compare_copies,
+    held_slices,
+    load_array,
+    read_slices,
+    share_of_process,
+)
 from dsv3_jax.checkpoint.names import copies, leaves
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.sharding import variable_shardings

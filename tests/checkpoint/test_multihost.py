@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,9 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsv3_jax.checkpoint import multihost
 from dsv3_jax.checkpoint.hugging_face import load_hf, open_hf, save_hf
 from dsv3_jax.checkpoint.names import copies
-from tests.checkpoint.tiny import SHARDED_CONFIG, make_mesh, random_tensors, write
+from tests.checkpoint.tiny import SHARDED_CONFIG, make_mesh, random_tensors, run_two, write
 
-_ROOT = Path(__file__).parents[2]
 _SPECS = [
     PartitionSpec(),
     PartitionSpec(None, "expert", "fsdp", "tensor"),
@@ -65,30 +59,6 @@ def test_with_one_process_an_error_passes() -> None:
     assert multihost.same_everywhere(7, 1) == 7
 
 
-def _run_two(folder: Path) -> list[dict]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(_ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
-    }
-    script = Path(__file__).with_name("process.py")
-    commands = [[sys.executable, str(script), str(index), str(port), str(folder)] for index in range(2)]
-    running = [
-        subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands
-    ]
-    try:
-        outputs = [process.communicate(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(err for _, err in outputs)
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
-
-
 @pytest.mark.slow
 def test_two_processes_load_and_save_what_one_does(tmp_path: Path) -> None:
     tensors = random_tensors(SHARDED_CONFIG)
@@ -97,7 +67,7 @@ def test_two_processes_load_and_save_what_one_does(tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "damaged")
     tensors["model.layers.4.embed_tokens.weight"][70, 1] += 1  # Among the rows that process 1 compares.
     write(tmp_path / "damaged", tensors, SHARDED_CONFIG, files=4)
-    first, second = _run_two(tmp_path)
+    first, second = (result for result, _ in run_two("process.py", tmp_path))
 
     config, weights = open_hf(source, jnp.bfloat16)
     _, variables = load_hf(source, jnp.bfloat16)

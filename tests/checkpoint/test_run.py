@@ -21,6 +21,7 @@ from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import CheckpointConfig, Config, OptimizerConfig, TrainConfig
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.train.optimizer import make_optimizer
+from tests.checkpoint.test_run_damage import assert_same_bits
 from tests.checkpoint.tiny import make_mesh
 from tests.model.tiny import MOE_ONLY as CONFIG
 from tests.model.tiny import random_variables
@@ -66,12 +67,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for step in (1, 2, 3):
             checkpoints.save(step, *state(step))
     return path
-
-
-def assert_same_bits(found: Tree, expected: Tree) -> None:
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 @pytest.mark.parametrize("step", [2, 3])

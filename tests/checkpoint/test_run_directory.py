@@ -25,6 +25,7 @@ from dsv3_jax.config import (
     RopeScaling,
     TrainConfig,
 )
+from tests.checkpoint import tiny
 
 RUN = Config(model=ModelConfig(rope_scaling=RopeScaling(factor=8.0), eos_token_id=(1, 2)))
 
@@ -34,9 +35,8 @@ def changed(group: str, **fields: Any) -> Config:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below `folder` with its bytes (None for a folder), but for the lock, which says who held it."""
-    paths = [path for path in folder.rglob("*") if path.name != "run.lock"]
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+    """`tiny.contents` without the lock, which says who held it."""
+    return {path: content for path, content in tiny.contents(folder).items() if not path.endswith("run.lock")}
 
 
 @pytest.fixture

@@ -11,14 +11,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dsv3_jax.checkpoint import saving
+from dsv3_jax.checkpoint import hugging_face
 from dsv3_jax.checkpoint.hugging_face import load_hf, save_hf
 from dsv3_jax.checkpoint.tensor_files import Outgoing
-from tests.checkpoint.tiny import MESHES, SHARDED_CONFIG, make_mesh, random_tensors, write
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+from tests.checkpoint.tiny import MESHES, SHARDED_CONFIG, contents, make_mesh, random_tensors, write
 
 
 @pytest.mark.parametrize(
@@ -35,20 +31,20 @@ def test_sharded_arrays_are_saved_to_the_same_bytes(tmp_path: Path, mesh: str, f
     _, variables = load_hf(source, jnp.bfloat16, make_mesh(**MESHES[mesh]))
     save_hf(tmp_path / "expected", config, expected, fp8=fp8, max_shard_bytes=100_000)
     save_hf(tmp_path / "sharded", config, variables, fp8=fp8, max_shard_bytes=100_000)
-    assert _files(tmp_path / "sharded") == _files(tmp_path / "expected")
+    assert contents(tmp_path / "sharded") == contents(tmp_path / "expected")
 
 
 def test_no_sharded_array_is_ever_whole_in_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "in", random_tensors(SHARDED_CONFIG), SHARDED_CONFIG)
     config, variables = load_hf(source, jnp.bfloat16, make_mesh(fsdp=2, expert=2, tensor=2))
     fetched: list[Any] = []
-    take = saving.take
+    take = hugging_face.take
 
     def recorded(array: Any, index: tuple[int, ...]) -> Any:
         fetched.append(part := take(array, index))
         return part
 
-    monkeypatch.setattr(saving, "take", recorded)
+    monkeypatch.setattr(hugging_face, "take", recorded)
     save_hf(tmp_path / "out", config, variables)
     largest = max(config.vocab_size * config.hidden_size, 2 * config.hidden_size**2)
     assert max(part.size for part in fetched) <= largest < variables["params"]["moe_layers"]["mlp"]["experts"]["up_proj"].size
@@ -82,22 +78,22 @@ def test_two_exports_at_once_leave_each_other_alone(tmp_path: Path) -> None:
     """Both by one process here, as two containers may have the same process id: the first to end has the name."""
     target = epath.Path(tmp_path / "out")
     with pytest.raises(ValueError, match="out exists and is not an empty folder"):  # noqa: PT012
-        with saving.new_folder(target, processes=1) as slow:
+        with hugging_face.new_folder(target, processes=1) as slow:
             (slow / "file").write_text("slow")
-            with saving.new_folder(target, processes=1) as quick:
+            with hugging_face.new_folder(target, processes=1) as quick:
                 (quick / "file").write_text("quick")
             assert (slow / "file").read_text() == "slow"
-    assert _files(tmp_path / "out") == {"file": b"quick"}
+    assert contents(tmp_path / "out") == {"file": b"quick"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_folder_that_an_export_did_not_make_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "same_everywhere", lambda number, processes: 7)
-    with saving.new_folder(epath.Path(tmp_path / "out"), processes=1) as folder:
+    monkeypatch.setattr(hugging_face, "same_everywhere", lambda number, processes: 7)
+    with hugging_face.new_folder(epath.Path(tmp_path / "out"), processes=1) as folder:
         (folder / "file").write_text("first")
-        with pytest.raises(FileExistsError), saving.new_folder(epath.Path(tmp_path / "out"), processes=1):
+        with pytest.raises(FileExistsError), hugging_face.new_folder(epath.Path(tmp_path / "out"), processes=1):
             pass
-    assert _files(tmp_path / "out") == {"file": b"first"}
+    assert contents(tmp_path / "out") == {"file": b"first"}
 
 
 def _outgoing(log: list[str], name: str) -> Outgoing:
@@ -112,7 +108,7 @@ def _outgoing(log: list[str], name: str) -> Outgoing:
 def test_every_process_fetches_everything_in_the_same_order_and_keeps_its_own(me: int) -> None:
     log: list[str] = []
     files = [[_outgoing(log, name) for name in names] for names in (["a0", "a1", "a2"], ["b0"])]
-    turns = saving._turns(files, me)
+    turns = hugging_face._turns(files, me)
     kept = [part for _, part in turns]
     assert log == ["a0", "b0", "a1", "a2"]
     assert kept == [["a0", "a1", "a2"], ["b0"], []][me]
@@ -120,7 +116,7 @@ def test_every_process_fetches_everything_in_the_same_order_and_keeps_its_own(me
 
 def test_a_consumer_that_fails_leaves_the_other_turns_to_be_taken() -> None:
     log: list[str] = []
-    turns = saving._turns([[_outgoing(log, "a0"), _outgoing(log, "a1")], [_outgoing(log, "b0"), _outgoing(log, "b1")]], 0)
+    turns = hugging_face._turns([[_outgoing(log, "a0"), _outgoing(log, "a1")], [_outgoing(log, "b0"), _outgoing(log, "b1")]], 0)
     with pytest.raises(RuntimeError):  # noqa: PT012
         for _ in (part for _, part in turns):
             raise RuntimeError

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,6 +156,26 @@ def quantization_config(block: tuple[int, int] = BLOCK) -> dict[str, Any]:
 def make_mesh(**sizes: int) -> Mesh:
     """A mesh over all devices."""
     return Mesh(np.array(jax.devices()).reshape([sizes.get(axis, 1) for axis in _AXES]), _AXES)
+
+
+def run_two(script: str, folder: Path) -> list[tuple[dict[str, Any], str]]:
+    """Run a script next to this file as two processes of four devices; return the JSON line and the stderr of each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen([*command, str(index), port, str(folder)], env=environment, **pipes) for index in (0, 1)]
+    try:
+        ended = [child.communicate(timeout=300) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], ended
+    return [(json.loads(out.splitlines()[-1]), err) for out, err in ended]
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

@@ -1,4 +1,4 @@
-"""Hot loops: one file a kernel, each with a plain specification, chosen by name in one place."""
+"""Kernels: the hot loops, each with a plain XLA backend and Pallas kernels for TPUs and GPUs."""
 
 from dsv3_jax.kernels.experts import choose_backend, expert_ffn
 

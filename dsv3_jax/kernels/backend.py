@@ -1,7 +1,7 @@
-"""Which implementation of a kernel a program gets: one rule for everything that has several.
+"""Choice among the implementations of a kernel: the same rule for experts, attention and cache.
 
-A name from the config stands for itself; "auto" stands for what suits the machine that the program is lowered for, which is
-printed at start. Nothing falls back: a name that the machine cannot run is refused.
+A name from the config stands for itself; "auto" stands for the best one on the platform that the program is lowered for, and
+is printed at start. Nothing falls back: a name that the machine cannot run is an error.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import jax
 
 
 class Backends(NamedTuple):
-    """The implementations of one thing."""
+    """The implementations of a kernel."""
 
     field: str
     """The config's field, for errors."""
     auto: Mapping[str, str]
-    """By platform ("cpu", "gpu", "tpu"), what "auto" stands for."""
+    """Meaning of "auto", by platform ("cpu", "gpu", "tpu")."""
     anywhere: tuple[str, ...]
     """Implementations that run on every platform."""
     only_on: Mapping[str, str | tuple[str, ...]] = {}
-    """Implementations that do not, and the platform of each, or all of its platforms."""
+    """Implementations that do not, with the platform or platforms of each."""
 
     def resolve_backend(
-        self, name: str, platform: str | None, refusals: Mapping[str, Callable[[], str | None]] | None = None
+        self, name: str, platform: str | None, reasons: Mapping[str, Callable[[], str | None]] | None = None
     ) -> str:
-        """The implementation that `name` stands for on `platform`, or on JAX's default backend if that is None.
+        """Return the implementation that `name` stands for on `platform`, or on JAX's default backend if that is None.
 
         Args:
           name: "auto", or an implementation.
           platform: "cpu", "gpu" or "tpu".
-          refusals: of implementations that not every machine of a platform can run, or not with every model: why this one
-            cannot, to be read after the name, or None. "auto" passes over these, to the first that runs anywhere.
+          reasons: for implementations that some machines or models of a platform do not support: functions that return why,
+            to be read after the name, or None. In place of such a one, "auto" takes the first that runs anywhere.
 
         Raises:
           ValueError: for an unknown name or platform, and for an implementation that cannot run.
@@ -44,13 +44,13 @@ class Backends(NamedTuple):
         if name == "auto" and platform not in self.auto:
             raise ValueError(f"{self.field} 'auto' knows no platform {platform!r}; name one of {', '.join(self.anywhere)}")
         others = f"use 'auto' or {' or '.join(map(repr, self.anywhere))}"
-        places = self.only_on.get(name, platform)
-        places = (places,) if isinstance(places, str) else places
-        if platform not in places:
-            where = " or ".join(places)
+        platforms = self.only_on.get(name, platform)
+        platforms = (platforms,) if isinstance(platforms, str) else platforms
+        if platform not in platforms:
+            where = " or ".join(platforms)
             raise ValueError(f"{self.field} {name!r} runs on {where} only, and this program is for {platform}; {others}")
         chosen = self.auto[platform] if name == "auto" else name
-        reason = refusals[chosen]() if refusals and chosen in refusals else None
+        reason = reasons[chosen]() if reasons and chosen in reasons else None
         if reason is None:
             return chosen
         if name == "auto":

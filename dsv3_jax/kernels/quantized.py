@@ -1,11 +1,11 @@
-"""Weights that stay in the 8 bits of their checkpoint, with a scale for each block (section 3.3.2 of the report).
+"""FP8 weights: E4M3 values with a float32 scale for each block (section 3.3.2 of the report), for inference only.
 
-A weight in E4M3 is a byte a value; a block of 128 x 128 of them shares one float32, and value times scale is the weight. It
-becomes wide only where it is multiplied with: dequantised in float32 and rounded to the computation dtype, as `load_hf` does
-when it reads such a file, so the products are the same to the bit. For inference: nothing here has a gradient.
+A value is one byte; a block of 128 x 128 of them shares a scale, and value times scale is the weight. A weight is dequantized
+only where it is multiplied: in float32 and then rounded to the computation dtype, as `load_hf` does when it reads such a
+file, so the products are the same to the bit. Nothing here has a gradient.
 
-The values are kept as their bits. Where a platform has no arithmetic for floats of 8 bits, XLA widens them before it so much
-as slices them: on a CPU all experts, to fetch one.
+The values are kept as uint8. Where a platform has no arithmetic for floats of 8 bits, XLA converts them even before a slice:
+on a CPU all experts, to fetch one.
 
 Axes: I and O number the blocks along the inputs and the outputs of the matrix.
 """
@@ -25,17 +25,17 @@ Tree = TypeVar("Tree")
 
 @struct.dataclass
 class QuantizedArray:
-    """A weight [stack..., inputs..., outputs...] that takes the place of an array of that shape."""
+    """A weight [stack..., inputs..., outputs...], in place of an array of that shape."""
 
-    # Flax holds the shape of a parameter's first leaf to the one declared, so the values come first.
+    # Flax compares the shape of a parameter's first leaf with the declared one, so the values come first.
     values: jax.Array
     """uint8, the bits of E4M3, shaped as the weight."""
     scale_inv: jax.Array
-    """float32 [stack..., I, O]: what the values of a block are multiplied with. The last blocks may be partial."""
+    """float32 [stack..., I, O]: the scale of each block. The last blocks may be partial."""
     block: tuple[int, int] = struct.field(pytree_node=False)
-    """(inputs, outputs) of a block of the matrix: all input axes in one, and all output axes."""
+    """(inputs, outputs) of a block of the matrix, in which all input axes are one, and all output axes."""
     num_in: int = struct.field(pytree_node=False, default=1)
-    """How many axes are inputs."""
+    """Number of input axes."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ class QuantizedArray:
 
     @property
     def ndim(self) -> int:
-        """Number of its axes."""
+        """Number of axes."""
         return self.values.ndim
 
     @property
@@ -54,7 +54,7 @@ class QuantizedArray:
 
     @property
     def depth(self) -> int:
-        """How many of its axes are stack."""
+        """Number of stack axes."""
         return self.scale_inv.ndim - 2
 
     @property
@@ -64,11 +64,11 @@ class QuantizedArray:
         return math.prod(self.shape[self.depth : first_out]), math.prod(self.shape[first_out:])
 
     def __getitem__(self, index: Any) -> QuantizedArray:
-        """One weight of a stack, or some."""
+        """Return one weight of a stack, or some."""
         return dataclasses.replace(self, values=self.values[index], scale_inv=self.scale_inv[index])
 
     def astype(self, dtype: Any) -> jax.Array:
-        """The weight in `dtype`."""
+        """Return the weight in `dtype`."""
         (rows, columns), (height, width) = self.matrix_shape, self.block
         if rows % height:
             scales = _repeated(self.scale_inv, self.block, (rows, columns)).reshape(self.shape)
@@ -76,12 +76,12 @@ class QuantizedArray:
         outputs = self.shape[self.depth + self.num_in :]
         blocks = *self.shape[: self.depth], rows // height
         scales = _repeated(self.scale_inv, (1, width), (rows // height, columns)).reshape(*blocks, 1, *outputs)
-        # XLA on a TPU multiplies in one pass in this shape alone; left to choose, it first writes a scale for each value.
+        # Only in this shape does XLA on a TPU multiply in one pass; without barriers it first writes a scale for each value.
         values = jax.lax.optimization_barrier(self.values.reshape(*blocks, height, *outputs))
         return jax.lax.optimization_barrier(_scaled(values, scales, dtype)).reshape(self.shape)
 
     def with_blocks(self, block: tuple[int, int]) -> QuantizedArray:
-        """The same weight in blocks of a size that divides the present one, each with the scale of what it was a part of."""
+        """Return the same weight in smaller blocks, whose size divides the present one, with the scales repeated."""
         times = self.block[0] // block[0], self.block[1] // block[1]
         assert (block[0] * times[0], block[1] * times[1]) == self.block
         inputs, outputs = self.matrix_shape
@@ -94,7 +94,7 @@ def _scaled(values: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _repeated(scale: jax.Array, times: tuple[int, int], sizes: tuple[int, int]) -> jax.Array:
-    """[..., I, O] to [..., *sizes], each scale `times` over along the last two axes."""
+    """Repeat each scale `times` along the last two axes: [..., I, O] to [..., *sizes]."""
     for axis, (count, size) in enumerate(zip(times, sizes, strict=True), scale.ndim - 2):
         if count > 1:
             scale = jax.lax.slice_in_dim(jnp.repeat(scale, count, axis), 0, size, axis=axis)
@@ -102,14 +102,14 @@ def _repeated(scale: jax.Array, times: tuple[int, int], sizes: tuple[int, int]) 
 
 
 def check_trainable(weights: Any) -> None:
-    """Raises ValueError if a tree holds such a weight."""
+    """Raise ValueError if a tree holds a quantized weight."""
     for weight in jax.tree.leaves(weights, is_leaf=is_quantized):
         if is_quantized(weight):
             raise ValueError(f"a weight {list(weight.shape)} in FP8 cannot be trained; load the model without keep_fp8")
 
 
 def in_dtype(weights: Tree, dtype: Any) -> Tree:
-    """The weights of a tree in `dtype`, but those that are block-scaled as they are."""
+    """Convert the weights of a tree to `dtype`, except quantized ones."""
 
     def convert(weight: Any) -> Any:
         return weight if is_quantized(weight) or weight.dtype == dtype else weight.astype(dtype)
@@ -118,5 +118,5 @@ def in_dtype(weights: Tree, dtype: Any) -> Tree:
 
 
 def is_quantized(weight: Any) -> bool:
-    """Whether it is one: a leaf of a tree of weights."""
+    """Return whether a leaf of a tree of weights is quantized."""
     return isinstance(weight, QuantizedArray)

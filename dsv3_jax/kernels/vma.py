@@ -1,8 +1,8 @@
-"""Inside `jax.shard_map`: arrays that enter a custom gradient or a loop together have to vary over the same mesh axes.
+"""Varying manual axes in `jax.shard_map`: a custom gradient's or a loop's arrays must vary over the same mesh axes.
 
 JAX tracks over which axes a value differs between devices. A custom gradient cannot know that a weight is replicated
-where the rows are not; saying "varying" before it begins lets JAX sum the weight's gradient over those axes. A loop's
-carry has to vary from the start over all that its body makes it vary over.
+where the rows are not; casting it to varying first lets JAX sum the weight's gradient over those axes. A loop's carry has
+to vary from the start over all axes that its body makes it vary over.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Tree = TypeVar("Tree")
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """The mesh axes over which any array of `tree` varies; none outside `jax.shard_map`."""
+    """Return the mesh axes over which any array of `tree` varies; none outside `jax.shard_map`."""
     return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
 
 
 def varying_over(tree: Tree, axes: frozenset[str]) -> Tree:
-    """The same arrays, varying over `axes` too."""
+    """Cast arrays to vary over `axes`, too."""
 
     def vary(leaf: jax.Array) -> jax.Array:
         missing = axes - jax.typeof(leaf).mat.varying
@@ -31,15 +31,15 @@ def varying_over(tree: Tree, axes: frozenset[str]) -> Tree:
 
 
 def varying_alike(*trees: Any) -> Any:
-    """The same arrays, all varying over the union of their axes."""
+    """Cast arrays to vary over the union of their axes."""
     return varying_over(trees, varying_axes(trees))
 
 
 def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any, fill: float = 0.0) -> jax.Array:
-    """A constant array that varies as `like` does: what a loop starts from."""
+    """Return a constant array that varies as `like` does, such as a loop's first carry."""
     return varying_over(jnp.full(shape, fill, dtype), varying_axes(like))
 
 
 def shape_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """What a Pallas kernel says of its output: an array that varies as `like` does."""
+    """Return the shape of a Pallas kernel's output that varies as `like` does."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)

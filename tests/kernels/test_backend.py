@@ -40,12 +40,12 @@ def test_the_platform_is_that_of_jax_unless_named() -> None:
 
 
 def test_auto_passes_over_what_this_machine_refuses_and_a_name_does_not() -> None:
-    refusals = {"warp": lambda: "takes dilithium, and there is none"}
-    assert CHOICE.resolve_backend("auto", "tpu", refusals) == "steam"
+    reasons = {"warp": lambda: "takes dilithium, and there is none"}
+    assert CHOICE.resolve_backend("auto", "tpu", reasons) == "steam"
     assert CHOICE.resolve_backend("auto", "tpu", {"warp": lambda: None}) == "warp"
-    assert CHOICE.resolve_backend("sail", "tpu", refusals) == "sail"
+    assert CHOICE.resolve_backend("sail", "tpu", reasons) == "sail"
     with pytest.raises(ValueError, match="engine 'warp' takes dilithium, and there is none; use 'auto' or 'steam' or 'sail'"):
-        CHOICE.resolve_backend("warp", "tpu", refusals)
+        CHOICE.resolve_backend("warp", "tpu", reasons)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,18 @@
-"""Attention over cached latents on TPU: a Pallas kernel through which the pages of each sequence stream once.
+"""Attention over cached latents on TPUs: a Pallas kernel through which the pages of each sequence stream once.
 
 The rows of all heads and queries of a sequence, A = T N of them, meet a block of Z tokens at a time: logits [A, Z] on the
-matrix unit, the online softmax, and the mixture [A, C] back on the matrix unit. Three things keep that unit busy:
+matrix unit, the online softmax, and the mixture [A, C] on the matrix unit again. Three things keep that unit busy:
 
-- Blocks are copied to VMEM page by page, by hand, two blocks ahead of the mixture: a page may be small, a block is not.
-- The logits of a block are computed beside the mixture of the one before, which would otherwise wait for its softmax.
-- The last block of a sequence brings the first one of the next. Only pages with a token in them are copied, and a sequence
-  takes as many steps as it has blocks: a batch of mixed lengths costs what its tokens cost.
+- Blocks are copied to VMEM page by page, explicitly, two blocks ahead of the mixture: a page may be small, a block is not.
+- The logits of a block are computed along with the mixture of the one before, which would otherwise wait for its softmax.
+- The last block of a sequence prefetches the first one of the next. Only pages with tokens are copied, and a sequence takes as
+  many steps as it has blocks, so that the cost of a batch of mixed lengths is that of its tokens.
 
-How large a block is comes from the compiler's own schedules (docs/log.md).
+The block size comes from the compiler's own schedules (docs/log.md).
 
-The rotary keys are narrower than the 128 lanes of a tile. XLA lays an array of them out with the tokens along the lanes
-where it has 128 of them, so that no lane is lost, and the kernel takes them as they lie: pages, or a contiguous cache, should
-hold a multiple of 128 tokens. Smaller pages work, but XLA copies their rotary keys at every call.
+The rotary keys are narrower than the 128 lanes of a tile. Where pages have a multiple of 128 tokens, XLA lays the tokens along
+the lanes, so that no lane is unused, and the kernel reads that layout: pages, or a contiguous cache, should hold a multiple of
+128 tokens. Smaller pages work, but XLA copies their rotary keys at every call.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from dsv3_jax.kernels.attention import MASKED
 from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, sublanes
 from dsv3_jax.kernels.vma import shape_beside
 
-# Tokens of a block: as many as make 2^18 logits (1 MiB) with all rows, within these bounds.
 LOGITS = 1 << 18
+"""Logits of a block with all rows, 1 MiB; the block's number of tokens follows, within the next two bounds."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 1024
-# Blocks in VMEM: one that is mixed, one that is weighed, one on its way.
 SLOTS = 3
+"""Blocks in VMEM: one for the mixture, one for the logits, one being fetched."""
 LARGEST_QUERIES = 3072 * 512
 LARGEST_TABLE_BYTES = 900 * 2**10
-# Of 64 MiB or more from v5 on; the compiler's own limit is 16 MiB there.
 VMEM_BYTES = 32 << 20
+"""From v5 on there are 64 MiB or more, of which the compiler's own limit is 16 MiB."""
 
 
 def past_attention_tpu(
@@ -54,14 +54,14 @@ def past_attention_tpu(
     block: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over the cached tokens alone; the contract is that of `past_attention_chunked`.
+    """Compute `past_attention_chunked`, attention over the cached tokens alone.
 
     Args as there, and
-      block: tokens worked on at a time, rounded down to whole pages; None for what suits the number of rows.
-      interpret: run without a TPU, to test.
+      block: tokens of a block, rounded down to whole pages; None for `block_tokens`.
+      interpret: passed to `pl.pallas_call`, for tests.
 
     Raises:
-      ValueError: if the pages are no whole tiles of the TPU's memory, or the queries or the table too many for it.
+      ValueError: if pages are not whole tiles of the TPU's memory, or if it has no room for the queries or the table.
     """
     B, T, N, C = q_latent_BTNC.shape
     P, A = q_rope_BTNP.shape[-1], T * N
@@ -83,7 +83,7 @@ def past_attention_tpu(
     lanes_are_tokens = page_size % LANES == 0
     rope = rope_YZP.swapaxes(1, 2) if lanes_are_tokens else rope_YZP.reshape(-1, page_size, P)
 
-    # Two cores of a device take half of the sequences each; one core takes the halves in turn.
+    # Two cores of a device take half of the sequences each; a single core takes one half after the other.
     halves = min(B, 2)
     missing = -B % halves
     queries = (jnp.pad(q.reshape(B, A, -1), ((0, missing), (0, 0), (0, 0))) for q in (q_latent_BTNC, q_rope_BTNP))
@@ -132,12 +132,12 @@ def past_attention_tpu(
 
 
 def block_tokens(num_rows: int) -> int:
-    """Tokens that are worked on at a time, for so many queries times heads."""
+    """Return the tokens of a block, for a number of queries times heads."""
     return min(max(LOGITS // num_rows // SMALLEST_BLOCK * SMALLEST_BLOCK, SMALLEST_BLOCK), LARGEST_BLOCK)
 
 
 def _in_small_pages(latent_YZC: jax.Array, page_table_BJ: jax.Array | None, block: int) -> tuple[jax.Array, jax.Array]:
-    """The same latents in pages of at most a block, without a copy, and with a table in any case."""
+    """Return the same latents in pages of at most a block, without a copy, and always with a table."""
     num_pages, page_size, C = latent_YZC.shape
     rows = sublanes(latent_YZC.dtype)
     if page_size % rows:
@@ -175,13 +175,12 @@ def _kernel(
     num_pages: int,
     lanes_are_tokens: bool,
 ) -> None:
-    """One sequence.
+    """Attend to one sequence.
 
-    Refs: `table` [B J] and `lengths` [B] scalars; of this sequence the queries, the mixture and the logarithm of the sum of
-    exponentials; all pages, in HBM, those of the rotary keys [Y, P, Z] of the cache's own pages if `lanes_are_tokens`; and what
-    stays from one sequence to the next: the blocks in their slots with the semaphores of their copies, and in which slot this
-    sequence's first block is. The other scratch is this sequence's own: logits of one block, and the maximum and the sum of
-    each row so far, the same in every lane.
+    Refs: `table` [B J] and `lengths` [B] scalars; this sequence's queries, mixture and logarithm of the sum of exponentials;
+    all pages, in HBM, those of the rotary keys [Y, P, Z] with the cache's own page size if `lanes_are_tokens`. Scratch kept
+    from one sequence to the next: the blocks in their slots, the semaphores of their copies, and the slot of this sequence's
+    first block. Scratch of this sequence: logits of one block, running maximum and sum of each row, the same in every lane.
     """
     i, sequences = pl.program_id(1), pl.num_programs(1)
     b = pl.program_id(0) * sequences + i
@@ -205,11 +204,11 @@ def _kernel(
         begin = pl.multiple_of(jax.lax.rem(page, parts) * page_size, page_size)
         return rope.at[jax.lax.div(page, parts), :, pl.ds(begin, page_size)]
 
-    def rope_place(slot: Any, tokens: Any) -> tuple:
+    def rope_index(slot: Any, tokens: Any) -> tuple:
         return (slot, slice(None), tokens) if lanes_are_tokens else (slot, tokens)
 
     def each_copy(b: Any, block: Any, slot: Any, act: Callable[[Any], None]) -> None:
-        """Starts or awaits the copies of those pages of a block that hold tokens."""
+        """Start or await the copies of those pages of a block that hold tokens."""
         filled = _ceil(jnp.maximum(lengths[b] - block * block_size, 0), page_size)
         for j in range(block_size // page_size):
 
@@ -218,10 +217,10 @@ def _kernel(
                 page = table[b * num_pages + block * (block_size // page_size) + j]
                 tokens = pl.ds(j * page_size, page_size)
                 act(pltpu.make_async_copy(latent_YZC.at[page], latent_blocks.at[slot, tokens], arrived.at[slot]))
-                act(pltpu.make_async_copy(rope_page(page), rope_blocks.at[*rope_place(slot, tokens)], arrived.at[slot]))
+                act(pltpu.make_async_copy(rope_page(page), rope_blocks.at[*rope_index(slot, tokens)], arrived.at[slot]))
 
     def fetch(block: Any) -> None:
-        """A block of this sequence, or in place of the first one that it does not have, the first one of the next."""
+        """Fetch a block of this sequence, or for the first one that it does not have, the first block of the next sequence."""
         own = block < num_blocks
 
         @pl.when(own | (i + 1 < sequences))
@@ -231,13 +230,13 @@ def _kernel(
     def wait(block: Any) -> None:
         each_copy(b, block, slot_of(block), lambda copy: copy.wait())
 
-    def weigh(block: Any) -> jax.Array:
+    def logits_of(block: Any) -> jax.Array:
         slot = slot_of(block)
         rope_logits = _product(q_rope_1AP[0], rope_blocks[slot], 0 if lanes_are_tokens else 1)
         return _product(q_latent_1AC[0], latent_blocks[slot], 1) + rope_logits
 
     def mix(block: Any, logits: jax.Array) -> None:
-        # Powers of two, with the scale in their exponent: what the unit computes, and no product more.
+        # Powers of two, with the scale in their exponent: the unit computes these, and the scale costs no product.
         exponent = scale * math.log2(math.e)
         top = top_A[:, :1]
         new_top = jnp.maximum(top, logits.max(1, keepdims=True))
@@ -255,19 +254,19 @@ def _kernel(
     @pl.when(length > 0)
     def _walk() -> None:
         @pl.when((i == 0) | (lengths[jnp.maximum(b - 1, 0)] == 0))
-        def _not_there_yet() -> None:
+        def _not_prefetched() -> None:
             fetch(0)
 
         fetch(1)
         wait(0)
-        logits_AZ[...] = weigh(0)
+        logits_AZ[...] = logits_of(0)
 
         @pl.loop(0, num_blocks - 1)
         def _block(block: Any) -> None:
             fetch(block + 2)
             wait(block + 1)
             logits = logits_AZ[...]
-            ahead = weigh(block + 1)
+            ahead = logits_of(block + 1)
             mix(block, logits)
             logits_AZ[...] = ahead
 
@@ -290,12 +289,12 @@ def _ceil(size: Any, part: int) -> Any:
 
 
 def _product(left_AX: jax.Array, right: jax.Array, axis: int) -> jax.Array:
-    """Contracts with `axis` of the right side; accumulates in float32."""
+    """Contract with `axis` of the right side in float32."""
     return jax.lax.dot_general(left_AX, right, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _as_row(column_A1: jax.Array) -> jax.Array:
-    """[A, 1] as [1, A]: a transposition that takes no whole tiles."""
+    """Transpose [A, 1] to [1, A], without padding to whole tiles."""
     size = column_A1.shape[0]
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (0, 1))
     return jnp.where(row == column, column_A1, 0).sum(0, keepdims=True)

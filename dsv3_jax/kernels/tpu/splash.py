@@ -1,9 +1,9 @@
-"""Causal attention on a TPU: JAX's splash attention, a Pallas kernel, under the contract of `causal_attention`.
+"""Causal attention on TPUs: JAX's splash attention, a Pallas kernel, with the contract of `causal_attention`.
 
-Splash walks a grid of tiles and is told of each whether no, some or all of its queries look at its keys; where some do,
-it compares positions in registers. That table is all it knows of the mask. It is made here from the position of the first
-query, which may be traced: on a mesh a device has the queries of its part of the sequence, and all devices run one program.
-Documents to be kept apart are its segments, numbered by where they begin, and tiles before all of a block's documents skipped.
+Splash walks a grid of tiles with a table of their kinds: no, some or all of a tile's queries see its keys; for "some" it
+compares positions in registers. The table is made here from the position of the first query, which may be traced: on a mesh a
+device has the queries of its part of the sequence, and all devices run one program. Documents are splash's segments, numbered
+by their starts, and tiles before all of a block's documents are skipped.
 
 Axes beyond the project's legend: M key-value heads, X query/key width, h and m the heads of all sequences of the batch.
 """
@@ -23,15 +23,15 @@ from dsv3_jax.kernels.documents import first_seen
 from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, round_up
 
 Block = tuple[int, int, int]
-"""Queries and keys of a grid step, and the keys of those that are multiplied at once; multiples of the lanes."""
+"""Queries and keys of a grid step, and keys multiplied at once; multiples of the lanes."""
 FORWARD: Block = 1024, 1024, 512
 BACKWARD: Block = 1024, 1024, 256
-"""One for all chips, from their schedules at the published widths (docs/log.md; benchmarks/tune_splash.py searches again)."""
+"""The same for all chips, from their schedules at the published widths (docs/log.md, benchmarks/tune_splash.py)."""
 ROW_BYTES = 2 * (256 + 128)
-"""Fast memory of a key of 192 and a value of 128 there, in bfloat16 and padded to the lanes: what these blocks are for."""
+"""VMEM of a key of 192 and a value of 128 in bfloat16, padded to the lanes, for which these blocks are."""
 DQ_COPIES = 4
-"""A backward pass in one kernel leaves a gradient of the queries for each block of keys, summed after it. Beyond so many
-blocks these copies would be too much memory, and a second kernel computes it: 1.3 times the instructions."""
+"""A backward pass in one kernel leaves a gradient of the queries for each block of keys, to be summed. Beyond this many
+blocks these copies would take too much memory, and a second kernel computes it, in 1.3 times the instructions."""
 CORES = 2
 """The heads are walked in two independent halves: a v5p chip has two cores, and splash gives a backward pass to one."""
 
@@ -48,25 +48,14 @@ def splash_attention(
     backward: Block = BACKWARD,
     interpret: Any = False,
 ) -> jax.Array:
-    """softmax(q k^T * scale, over positions up to the query's own) v, differentiable in q, k and v.
+    """Compute `causal_attention` in float32 or bfloat16, differentiable in q, k and v.
 
     The kernel has no scale: q is scaled in float32 and rounded once more to its dtype (docs/numerics.md). Lengths are
     padded to whole blocks; padded keys come after every query that counts, and padded queries are cut.
 
-    Args:
-      q_BTNX: queries of N heads.
-      k_BSMX: keys of M heads; M divides N, and query head n reads key-value head n * M // N.
-      v_BSMW: values of the same M heads.
-      scale: factor on the logits.
-      first: position of the first query among the keys; not 0 where other devices hold the queries before it. All queries
-        lie among the keys: first + T <= S.
-      segment_starts_BT: where among the keys the document of each query begins, as `documents.py` says; it then sees no key
-        before. None keeps no documents apart.
-      forward, backward: blocks, made smaller for wider heads, float32 and short sequences.
-      interpret: as `pallas_call` takes it: to run on any platform, as JAX operations. For tests.
-
-    Returns:
-      [B, T, N, W] in v's dtype; logits and softmax are float32.
+    Args as there, with all queries among the keys, first + T <= S; and
+      forward, backward: blocks, reduced for wider heads, float32 and short sequences.
+      interpret: passed to `pl.pallas_call`, for tests.
 
     Raises:
       ValueError: if q, k and v differ in dtype, or are neither float32 nor bfloat16.
@@ -102,10 +91,10 @@ def splash_attention(
 
 
 def _segments(segment_starts_BT: jax.Array, first: jax.Array | int, queries: int, keys: int, S: int) -> splash.SegmentIds:
-    """The number of every query's document, [B, queries], and of every key's, [B, keys]: the position where it begins.
+    """Return the start of every query's document, [B, queries], and of every key's, [B, keys], which identify them.
 
-    Of the keys before the queries only those count that share the first query's document, and those after are never seen, so
-    that no device needs the others' starts.
+    No device needs the others' starts: of the keys before the queries only those of the first query's document can be seen,
+    and of those after none.
     """
     ids_BT = first_seen(segment_starts_BT, first)
     T = ids_BT.shape[1]
@@ -117,37 +106,37 @@ def _segments(segment_starts_BT: jax.Array, first: jax.Array | int, queries: int
 
 
 def _smaller(block: Block, row_bytes: int) -> Block:
-    """The block for wider rows, so that it takes as much fast memory."""
+    """Return the block for wider rows that takes as much VMEM."""
     shrink = 2 ** math.ceil(math.log2(max(1, row_bytes / ROW_BYTES)))
     queries, keys = (max(LANES, size // shrink) for size in block[:2])
     return queries, keys, min(block[2], keys)
 
 
 def _evenly(block: Block, T: int, S: int) -> Block:
-    """A block of which as many cover the sequence as of `block`, but which pads it little: by less than 256 a block."""
+    """Return a block of which as many cover the sequence as of `block`, but with padding of less than 256 a block."""
     queries, keys, at_once = block
 
     def part(length: int, size: int, multiple: int) -> int:
         return min(size, round_up(-(-length // -(-length // size)), multiple))
 
-    # Blocks of an odd number of lanes could only be multiplied so few keys at a time.
+    # Of a block with an odd multiple of the lanes, only that few keys could be multiplied at once.
     keys = part(S, keys, 2 * LANES if min(S, keys) > 2 * LANES else LANES)
     return part(T, queries, LANES), keys, _divisor(keys, at_once)
 
 
 def _dividing(block: Block, queries: int, keys: int) -> Block:
-    """The largest block, no larger than `block`, that divides the padded sequence."""
+    """Return the largest block, up to `block`, that divides the padded sequence."""
     keys_of_block = _divisor(keys, block[1])
     return _divisor(queries, block[0]), keys_of_block, _divisor(keys_of_block, block[2])
 
 
 def _divisor(length: int, largest: int) -> int:
-    """The largest divisor up to `largest` that is a multiple of the lanes, as `length` is."""
+    """Return the largest divisor up to `largest` that is a multiple of the lanes, as `length` is."""
     return next(size for size in range(min(length, largest), 0, -LANES) if length % size == 0)
 
 
 def _by_head(array_BTNX: jax.Array, length: int) -> jax.Array:
-    """[B * N, length, X]: to the kernel, the sequences of a batch are so many more heads."""
+    """Return [B * N, length, X]: to the kernel, the sequences of a batch are more heads."""
     B, T, N, X = array_BTNX.shape
     by_head = array_BTNX.swapaxes(1, 2).reshape(B * N, T, X)
     return jnp.pad(by_head, ((0, 0), (0, length - T), (0, 0)))
@@ -162,7 +151,7 @@ def _kernel(
     backward: Block,
     interpret: Any,
 ) -> Any:
-    """Splash for q [h, queries, X], k [m, keys, X] and v [m, keys, W]; `earliest` as `_table_of_documents` takes it."""
+    """Return splash for q [h, queries, X], k [m, keys, X] and v [m, keys, W]; `earliest` as in `_table_of_documents`."""
     if earliest is None:
         table = functools.partial(_table, first, queries, keys)
     else:
@@ -192,11 +181,11 @@ def _seen(query: jax.Array, key: jax.Array) -> jax.Array:
 def _table(
     first: jax.Array | int, queries: int, keys: int, block_q: int, block_kv: int, *, queries_innermost: bool = False
 ) -> MaskInfo:
-    """What splash knows of the mask: the kind of each tile, and the block to fetch while it is at hand.
+    """Return splash's table of the mask: the kind of each tile, and the block to fetch for it.
 
-    Kinds are 0 (no query looks at a key: the tile is skipped), 1 (some do) and 2 (all do). A tile that runs names its own
-    block, and one that is skipped that of the next one to run, which so travels early: the first block of keys, where the grid
-    goes through keys before queries; else the first block of queries that looks at these keys.
+    Kinds are 0 (no query sees a key: the tile is skipped), 1 (some do) and 2 (all do). A skipped tile carries the index of
+    the next tile to run, so that its block is prefetched: the first block of keys, where keys are the inner axis of the grid;
+    else the first block of queries that sees these keys.
     """
     i, j = jnp.arange(queries // block_q)[:, None], jnp.arange(keys // block_kv)
     first_query = first + i * block_q
@@ -207,44 +196,36 @@ def _table(
         fetch = jnp.minimum(jnp.maximum(i, begin), len(i) - 1)
     else:
         fetch = jnp.where(runs, j, 0)
-    places: Any = (first + jnp.arange(queries)).astype(jnp.int32)
+    positions: Any = (first + jnp.arange(queries)).astype(jnp.int32)
     return MaskInfo(
-        # One table for all heads, in small integers: it is held in scalar memory.
+        # One table for all heads, in small integers, since it is in scalar memory.
         data_next=fetch[None].astype(jnp.int16),
         mask_next=None,
         block_mask=jnp.where(runs, jnp.where(full, 2, 1), 0)[None].astype(jnp.int8),
         partial_mask_blocks=None,
-        q_sequence=places,
+        q_sequence=positions,
     )
 
 
 def _table_of_documents(
     first: jax.Array | int, earliest: jax.Array, keys: int, block_q: int, block_kv: int, *, queries_innermost: bool = False
 ) -> MaskInfo:
-    """The same where documents are kept apart: tiles are skipped, too, whose keys come before what any of the queries sees.
+    """Return the same for documents: tiles are skipped, too, whose keys come before any that the queries see.
 
-    Args:
-      first: position of the first query among the keys.
-      earliest: [queries], of each the first key that it sees in any sequence.
-      keys: their number.
-      block_q, block_kv: of a tile.
-      queries_innermost: as above.
+    `earliest` [queries] is the first key that each query sees in any sequence.
     """
     info: Any = _table(first, len(earliest), keys, block_q, block_kv, queries_innermost=queries_innermost)
     causal = info.block_mask[0] > 0
     begins = earliest.reshape(-1, block_q).min(1)[:, None]
     runs = causal & ((jnp.arange(keys // block_kv) + 1) * block_kv > begins)
-    if queries_innermost:
-        fetch = _next_to_run(runs.T, next_line=0).T
-    else:
-        fetch = _next_to_run(runs, next_line=1)
+    fetch = _next_to_run(runs.T, next_line=0).T if queries_innermost else _next_to_run(runs, next_line=1)
     return info._replace(data_next=fetch[None].astype(jnp.int16), block_mask=runs[None].astype(jnp.int8))
 
 
 def _next_to_run(runs: jax.Array, next_line: int) -> jax.Array:
-    """Of every step of a line the first from it on that runs; past the last one, the first of the line `next_line` further on.
+    """Return for every step of a line the next one that runs, or after the last of them the first of the line `next_line` later.
 
-    With queries innermost that is the same line, for the next head. A line in which none runs has the last step.
+    With queries innermost that is the same line, for the next head. Where none runs, it is the line's last step.
     """
     width = runs.shape[1]
     following = jax.lax.cummin(jnp.where(runs, jnp.arange(width), width), axis=1, reverse=True)

@@ -75,7 +75,7 @@ def tpu_compiler() -> str:
 @pytest.fixture(scope="session")
 def cuda_compiler() -> str:
     """The folder of JAX's CUDA plugin; a test that needs it is skipped, by name, where there is none."""
-    from dsv3_jax.plan.topology import find_cuda_compiler
+    from tests.h100 import find_cuda_compiler
 
     folder = find_cuda_compiler()
     if folder is None:

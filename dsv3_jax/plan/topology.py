@@ -1,26 +1,28 @@
-"""Devices that are not there, and a mesh of them: an accelerator topology for the compiler, or virtual CPU devices.
+"""Machines that need not exist, for the compiler: devices of a TPU topology or virtual CPU devices, meshes, abstract arrays.
 
-The TPU compiler is part of libtpu, and that for CUDA of JAX's plugin for GPUs: pip packages that run on any x86 machine.
+The TPU compiler is part of libtpu, a pip package that runs on any x86 machine.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
+import math
 import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.parallel.devices import CHIPS, Chip
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import EXPERT_FSDP_AXES, FSDP_AXES
 
 # libtpu looks for a TPU host around it, and there is none.
 _NO_HOST = {
@@ -33,7 +35,7 @@ _NO_HOST = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as v5p:8x8x8.
+    """Return the chip of a topology such as v5p:8x8x8.
 
     Raises:
       ValueError: if the name is of another form, or of a chip without figures here.
@@ -45,7 +47,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of `slices` slices of a topology. JAX itself is made to run on the CPU.
+    """Return the devices of `slices` slices of a topology. JAX itself is made to run on the CPU.
 
     Raises:
       ValueError: if there is no such topology, or no TPU compiler.
@@ -63,83 +65,28 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     more = {"num_slices": slices} if slices > 1 else {}
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
-    except Exception as error:  # What libtpu raises has no narrower type.
-        raise ValueError(f"topology {topology} is refused by the TPU compiler: {_first_line(error)}") from error
+    except Exception as error:  # libtpu's errors have no narrower type.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"topology {topology} is refused by the TPU compiler: {reason}") from error
 
 
 def find_tpu_compiler() -> str | None:
-    """The path of libtpu.so: TPU_LIBRARY_PATH, where `make tpu-compiler` puts it, or the libtpu package; None without one."""
-    beside = pathlib.Path(sys.prefix, "tpu", "libtpu", "libtpu.so")
-    named = os.environ.get("TPU_LIBRARY_PATH") or (str(beside) if beside.exists() else None)
-    if named is None and (spec := importlib.util.find_spec("libtpu")) is not None and spec.origin is not None:
-        named = str(pathlib.Path(spec.origin).with_name("libtpu.so"))
-    return named
-
-
-# A description of a GPU as XLA's compiler takes it (GpuTargetConfigProto): limits of compute capability 9.0, sizes of the card.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-def h100_devices(number: int) -> list[Any]:
-    """So many H100s of one host, for the compiler. JAX itself is made to run on the CPU.
-
-    Raises:
-      ValueError: if there is no CUDA compiler.
-    """
-    from jax.experimental import topologies
-
-    folder = find_cuda_compiler()
-    if folder is None:
-        raise ValueError("compiling for a GPU takes the CUDA compiler; `make cuda-compiler` adds it")
-    jax.config.update("jax_platforms", "cpu")
-    jax.devices()  # The plugin, once it is loaded, would look for a GPU.
-    if folder not in sys.path:
-        sys.path.append(folder)
-        # Pallas looks for it once, perhaps before the folder was known.
-        os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(pathlib.Path(folder, "jax_cuda13_plugin", "libmosaic_gpu_runtime.so"))
-        importlib.import_module("jax_plugins.xla_cuda13").initialize()
-    shape = f"1x1x{number}"
-    return list(topologies.get_topology_desc("", platform="cuda", target_config=_H100, topology=shape).devices)
-
-
-def find_cuda_compiler() -> str | None:
-    """The folder of packages where `make cuda-compiler` puts it; None without one."""
-    beside = pathlib.Path(sys.prefix, "cuda")
-    return str(beside) if (beside / "jax_plugins").is_dir() else None
+    """Return the path of libtpu.so: TPU_LIBRARY_PATH, that of `make tpu-compiler`, or that of the libtpu package; else None."""
+    made = pathlib.Path(sys.prefix, "tpu", "libtpu", "libtpu.so")
+    library = os.environ.get("TPU_LIBRARY_PATH") or (str(made) if made.exists() else None)
+    if library is None and (spec := importlib.util.find_spec("libtpu")) is not None and spec.origin is not None:
+        library = str(pathlib.Path(spec.origin).with_name("libtpu.so"))
+    return library
 
 
 def use_cpu_devices(number: int) -> list[Any]:
-    """So many CPU devices, virtual ones; call it before anything else touches a device.
+    """Return so many virtual CPU devices; to be called before any other use of a device.
 
     Raises:
-      ValueError: if JAX runs on fewer already.
+      ValueError: if JAX already runs on fewer.
     """
     jax.config.update("jax_platforms", "cpu")
-    # Refused once JAX runs: then on as many as it has.
+    # JAX refuses this once it runs, with the devices that it has.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", number)
     devices = jax.devices()
@@ -149,15 +96,10 @@ def use_cpu_devices(number: int) -> list[Any]:
 
 
 def mesh_of_all(config: MeshConfig, devices: list[Any], rest: str) -> Mesh:
-    """The mesh of `config`, on every one of the devices.
-
-    Args:
-      config: the sizes of its axes.
-      devices: what it is made of.
-      rest: the axis that an error advises to give the rest of them.
+    """Return the mesh of `config` on all of the devices.
 
     Raises:
-      ValueError: if it has a place for fewer, or more.
+      ValueError: if the mesh has another number of devices; the message advises to give axis `rest` the remaining ones.
     """
     mesh = make_mesh(config, devices)
     places = f"the mesh has {mesh.size} place for {len(devices)} devices; set mesh.{rest} to -1, for instance"
@@ -165,5 +107,33 @@ def mesh_of_all(config: MeshConfig, devices: list[Any], rest: str) -> Mesh:
     return mesh
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+# ----------------------------------------------------------------------------------------------------------------------
+# Abstract arrays with a sharding, and their size on one device.
+
+
+def placed(shape: Any, sharding: Sharding) -> Any:
+    """Return an abstract array with a sharding."""
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[tuple[str, ...], Any]]:
+    """Return the path of every leaf of a tree, as names, and the leaf."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in found]
+
+
+def device_bytes(tree: Any) -> int:
+    """Return the bytes of arrays on one device."""
+    return sum(device_values(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def device_values(array: Any) -> int:
+    """Return the number of an array's values on one device."""
+    return math.prod(array.sharding.shard_shape(array.shape))
+
+
+def gathered(array: Any) -> Any:
+    """Return a weight as it is used: whole along the axes that split it only to save memory (`all_gather_weight`)."""
+    sharding = array.sharding
+    spec = (None if part in (FSDP_AXES, EXPERT_FSDP_AXES) else part for part in sharding.spec)
+    return placed(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

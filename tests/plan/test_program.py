@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import pytest
@@ -14,17 +15,10 @@ from dsv3_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from dsv3_jax.kernels.grouped import KERNELS
 from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import AXES, make_mesh
-from dsv3_jax.plan.program import (
-    GIB,
-    Program,
-    bound,
-    compile_program,
-    device_bytes,
-    expected_rows_sent,
-    least_hbm_bytes,
-    state_on,
-)
-from dsv3_jax.plan.topology import h100_devices, tpu_devices
+from dsv3_jax.plan import program as program_module
+from dsv3_jax.plan.program import GIB, Compiled, bound, compile_program, least_hbm_bytes, state_on
+from dsv3_jax.plan.topology import device_bytes, tpu_devices
+from tests.h100 import h100_devices
 
 SMALL = Config(
     model=ModelConfig(
@@ -56,7 +50,7 @@ ONE_LAYER = dataclasses.replace(SMALL.model, num_hidden_layers=1, first_k_dense_
 
 
 @functools.cache
-def compiled_for_cpu(micro_batches: int) -> Program:
+def compiled_for_cpu(micro_batches: int) -> Compiled:
     """The step where there is no TPU compiler, of one MoE layer."""
     train, size = SMALL.train, SMALL.train.batch_size
     if micro_batches > 1:
@@ -70,9 +64,10 @@ def test_a_step_with_the_ragged_exchange_compiles_for_tpu(tpu_compiler: str, dep
     """The very step of train.py, forward and backward, for four chips of a v5p."""
     model = dataclasses.replace(ONE_LAYER, num_hidden_layers=2, num_nextn_predict_layers=depths)
     config = dataclasses.replace(SMALL, model=model)
-    program = compile_program(config, make_mesh(SMALL.mesh, tpu_devices("v5p:2x2x1")), CHIPS["v5p"])
+    mesh = make_mesh(SMALL.mesh, tpu_devices("v5p:2x2x1"))
+    program = compile_program(config, mesh, CHIPS["v5p"])
     assert program.fits is True
-    assert program.parameter_bytes + program.optimizer_bytes <= program.argument_bytes < program.total_bytes
+    assert device_bytes(state_on(config, mesh)) <= program.argument_bytes < program.total_bytes
     assert program.temporary_bytes is not None
     assert program.total_bytes >= program.argument_bytes + program.temporary_bytes
     assert program.collectives is not None
@@ -108,8 +103,9 @@ def test_a_step_compiles_for_gpus(cuda_compiler: str) -> None:
     # Keys as wide as the kernels take them.
     model = dataclasses.replace(ONE_LAYER, qk_rope_head_dim=64)
     config = dataclasses.replace(SMALL, model=model)
-    program = compile_program(config, make_mesh(config.mesh, h100_devices(4)), None)
-    assert program.parameter_bytes + program.optimizer_bytes <= program.argument_bytes < program.total_bytes
+    mesh = make_mesh(config.mesh, h100_devices(4))
+    program = compile_program(config, mesh, None)
+    assert device_bytes(state_on(config, mesh)) <= program.argument_bytes < program.total_bytes
     kernels = {"attention", "attention_dk_dv", "attention_dq"} | {f"expert_{kernel}" for kernel in KERNELS}
     assert set(program.kernels) == kernels
 
@@ -198,11 +194,17 @@ def test_least_hbm_bytes_of_one_device(traced: Callable[[Config, AbstractMesh], 
     assert least_hbm_bytes(config, mesh) == 2 * state + 2 * (5 * experts + 4 * others)
 
 
-@pytest.mark.slow
-def test_expected_traffic_and_bounds() -> None:
+def test_rows_of_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """256 tokens a device, two choices each, half of them to the other device of two."""
+    traffic: list[dict[str, Any]] = []
+    monkeypatch.setattr(program_module, "compile_for", lambda *_, **options: traffic.append(options))
+    compile_program(SMALL, make_mesh(SMALL.mesh, jax.devices()[:4]), None)
+    assert [options["ragged_rows"] for options in traffic] == [256 * 2 / 2]
+
+
+@pytest.mark.slow
+def test_bounds() -> None:
     mesh = make_mesh(SMALL.mesh, jax.devices()[:4])
-    assert expected_rows_sent(SMALL, mesh) == 256 * 2 / 2
     limits = bound(SMALL, mesh, compiled_for_cpu(1), CHIPS["v5p"])
     assert limits.hbm_seconds == pytest.approx(least_hbm_bytes(SMALL, mesh) / CHIPS["v5p"].hbm_bytes)
     assert limits.step_seconds == max(limits[:3])

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import pytest
+from jax.sharding import AbstractMesh
 
+from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.devices import Chip
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.plan import program
 from dsv3_jax.plan.hlo import Collective
-from dsv3_jax.plan.program import Roofline, roofline
+from dsv3_jax.plan.program import Compiled, Roofline, bound, roofline
+from tests.plan.test_program import SMALL
 
 CHIP = Chip(bf16_flops=1000.0, hbm_bytes=100.0, hbm_gib=1.0, ici_bytes=10.0, dcn_bytes=2.0)
 SENT = [
@@ -20,9 +26,8 @@ SENT = [
 ]
 
 
-def worked(**changes: object) -> Roofline:
-    arguments = {"flops_per_token": 60.0, "tokens_per_device": 50.0, "remat": "none", "hbm_bytes": 250.0, "collectives": SENT}
-    return roofline(**{**arguments, "chip": CHIP, **changes})  # type: ignore[arg-type]
+def worked(flops: float = 3000.0, hbm_bytes: float = 250.0, collectives: Iterable[Collective] = SENT) -> Roofline:
+    return roofline(flops, hbm_bytes, collectives, CHIP)
 
 
 def test_roofline_by_hand() -> None:
@@ -41,11 +46,16 @@ def test_what_crosses_slices_goes_over_the_network() -> None:
     assert worked(collectives=[]).link_seconds == 0.0
 
 
-@pytest.mark.parametrize(("remat", "seconds"), [("none", 3.0), ("save_latents", 4.0), ("full", 4.0)])
-def test_recomputing_adds_a_forward(remat: str, seconds: float) -> None:
-    assert worked(remat=remat).compute_seconds == pytest.approx(seconds)
+def test_recomputing_adds_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "least_hbm_bytes", lambda *_: 0.0)
+    mesh, compiled = AbstractMesh((1, 2, 2, 1, 1), AXES), Compiled(0, 0, 0, True, [], {}, 1.0)
+    flops = flops_per_token(SMALL.model, SMALL.train.sequence_length).causal * 4 * 256 / 4  # Four sequences on as many devices.
+    for remat, factor in ("none", 1.0), ("save_latents", 4 / 3), ("full", 4 / 3):
+        config = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, remat=remat))
+        found = bound(config, mesh, compiled, CHIP)
+        assert found.step_seconds == found.compute_seconds == pytest.approx(factor * flops / CHIP.bf16_flops)
 
 
-@pytest.mark.parametrize(("changes", "limit"), [({"flops_per_token": 600.0}, 30.0), ({"hbm_bytes": 2500.0}, 25.0)])
+@pytest.mark.parametrize(("changes", "limit"), [({"flops": 30000.0}, 30.0), ({"hbm_bytes": 2500.0}, 25.0)])
 def test_the_slowest_is_the_step(changes: dict[str, float], limit: float) -> None:
     assert worked(**changes).step_seconds == limit

@@ -16,12 +16,20 @@ from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.infer.cache import bytes_per_token
 from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import AXES, make_mesh
-from dsv3_jax.plan import serve_report
-from dsv3_jax.plan.program import GIB, Compiled, device_bytes
-from dsv3_jax.plan.serve_report import Part, Plan, report_serving
-from dsv3_jax.plan.serving import PAGE_SIZE, Serving, abstract_arguments, check_serves, smallest_mesh
-from dsv3_jax.plan.serving_bound import Work
-from dsv3_jax.plan.topology import tpu_devices
+from dsv3_jax.plan import serving as serving_module
+from dsv3_jax.plan.program import GIB, Compiled
+from dsv3_jax.plan.serving import (
+    PAGE_SIZE,
+    Part,
+    Plan,
+    Serving,
+    Work,
+    abstract_arguments,
+    check_serves,
+    report_serving,
+    smallest_mesh,
+)
+from dsv3_jax.plan.topology import device_bytes, tpu_devices
 from tests.plan.test_program import SMALL
 from tests.plan.test_tables_parameters import ROOT, run, test_bad_input_is_one_line_and_exit_2
 
@@ -70,11 +78,11 @@ def test_report_on_cpu_devices(capsys: pytest.CaptureFixture) -> None:
 
 def test_the_printed_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A total of more than the compiler counts is not said to be the compiler's."""
-    compiled = Compiled(0, 2 * GIB, 3 * GIB, True, [], {}, 1.0, "")
+    compiled = Compiled(0, 2 * GIB, 3 * GIB, True, [], {}, 1.0)
     idle = Work(flops=0.0, weight_bytes=0.0, cache_bytes=0.0, copied_bytes=0.0, unused_bytes=GIB)
     part = Part(compiled, idle, None, 8, 4 * GIB, True)
     plan = Plan(make_mesh(MeshConfig(expert=4, tensor=2), jax.devices()), GIB, GIB, {"decode": part, "prefill": part})
-    monkeypatch.setattr(serve_report, "plan_serving", lambda *_: plan)
+    monkeypatch.setattr(serving_module, "plan_serving", lambda *_: plan)
     asked = dataclasses.replace(ASKED, weights="fp8")
     report_serving(MODEL, asked, jax.devices(), MeshConfig(expert=4, tensor=2), CHIPS["v5p"], title="small", json=False)
     out = capsys.readouterr().out

@@ -14,8 +14,7 @@ from dsv3_jax.parallel.devices import Chip
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.plan.hlo import Collective
 from dsv3_jax.plan.program import Compiled
-from dsv3_jax.plan.serving import Arguments, Serving, Weights, abstract_arguments
-from dsv3_jax.plan.serving_bound import Limits, Step, Work, limits, work
+from dsv3_jax.plan.serving import Arguments, Limits, Serving, Step, Weights, Work, abstract_arguments, limits, work
 
 # Wide enough that a chunk of 16 is cheaper in expanded form, 16 (2 C - H - W) > C (H + W), and a token or two are not.
 CONFIG = ModelConfig(
@@ -170,7 +169,7 @@ def test_weights_in_8_bits(backend: str) -> None:
 def test_limits_by_hand() -> None:
     chip = Chip(bf16_flops=1000.0, hbm_bytes=100.0, hbm_gib=1.0, ici_bytes=10.0, dcn_bytes=2.0)
     sent = [Collective("all-gather", "expert", 30, 1, False), Collective("all-reduce", "tensor", 8, 1, False)]
-    compiled = Compiled(0, 0, 0, True, sent, {}, 1.0, "")
+    compiled = Compiled(0, 0, 0, True, sent, {}, 1.0)
     done = Work(flops=500.0, weight_bytes=120.0, cache_bytes=50.0, copied_bytes=40.0, unused_bytes=7)
     assert limits(done, compiled, chip) == Limits(0.5, 1.6, 0.5, 3.8, 3.8)
     assert limits(done, dataclasses.replace(compiled, collectives=[]), chip).step_seconds == pytest.approx(2.1)

@@ -1,4 +1,4 @@
-"""What is asked of the compiler for prefill and decode, and what it says of programs that do not fit."""
+"""Prefill and decode as they are handed to the compiler, and programs that do not fit."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import pytest
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.parallel.devices import CHIPS
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.plan import serve_report
-from dsv3_jax.plan.program import GIB, device_bytes
-from dsv3_jax.plan.serve_report import compile_decode, compile_prefill, plan_serving
-from dsv3_jax.plan.serving import Serving, abstract_arguments
-from dsv3_jax.plan.topology import tpu_devices
+from dsv3_jax.plan import serving
+from dsv3_jax.plan.program import GIB, Compiled
+from dsv3_jax.plan.serving import Serving, abstract_arguments, plan_part, plan_serving
+from dsv3_jax.plan.topology import device_bytes, tpu_devices
 from tests.plan.test_program import SMALL
 
 MODEL = dataclasses.replace(SMALL.model, num_hidden_layers=2, remat="none", expert_exchange="ragged").with_dtype("bfloat16")
 ASKED = Serving(batch=8, context=256, chunk=128, drafts=1)
 
 
-def test_rows_of_an_exchange_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three fourths of two choices each: of the two sequences of a device with their drafts, or of a chunk."""
-    told: list[dict[str, Any]] = []
-    monkeypatch.setattr(serve_report, "compile_for", lambda *_, **traffic: told.append(traffic))
-    mesh = make_mesh(MeshConfig(expert=4, tensor=2), jax.devices())
-    arguments = abstract_arguments(MODEL, ASKED, mesh)
-    compile_decode(MODEL, ASKED, mesh, None, arguments)
-    compile_prefill(MODEL, ASKED, mesh, None, arguments)
-    assert [each.get("ragged_rows") for each in told] == [2 * 2 * 2 * 3 / 4, 128 * 2 * 3 / 4]
+    rows: list[float] = []
+
+    def compile_for(*_: Any, ragged_rows: float, **__: Any) -> Compiled:
+        rows.append(ragged_rows)
+        return Compiled(0, 0, 0, None, None, {}, 1.0)
+
+    monkeypatch.setattr(serving, "compile_for", compile_for)
+    plan_serving(MODEL, ASKED, make_mesh(MeshConfig(expert=4, tensor=2), jax.devices()), None)
+    assert rows == [2 * 2 * 2 * 3 / 4, 128 * 2 * 3 / 4]
 
 
 def test_weights_of_a_program_that_does_not_fit_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +47,7 @@ def test_weights_of_a_program_that_does_not_fit_count_once(monkeypatch: pytest.M
             )
 
     for program in ("decode", "prefill"):
-        monkeypatch.setattr(serve_report, program, Refused())
+        monkeypatch.setattr(serving, program, Refused())
     mesh = make_mesh(MeshConfig(expert=4, tensor=2), jax.devices())
     plan = plan_serving(MODEL, ASKED, mesh, CHIPS["v5e"])
     assert plan.parts["decode"].work.unused_bytes > 0
@@ -60,6 +61,6 @@ def test_what_a_ragged_exchange_of_decoding_sends(tpu_compiler: str) -> None:
     asked = dataclasses.replace(ASKED, drafts=0)
     model = dataclasses.replace(MODEL, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
     mesh = make_mesh(MeshConfig(expert=4), tpu_devices("v5p:2x2x1"))
-    compiled = compile_decode(model, asked, mesh, CHIPS["v5p"], abstract_arguments(model, asked, mesh))
+    compiled = plan_part("decode", model, asked, mesh, CHIPS["v5p"], abstract_arguments(model, asked, mesh)).compiled
     (exchange,) = (one for one in compiled.collectives or [] if one.kind == "ragged-all-to-all")
     assert (exchange.count, exchange.bytes) == (2, 2 * 3 * MODEL.hidden_size * 2)

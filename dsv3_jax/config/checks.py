@@ -58,7 +58,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 def check_fields(config: Any, prefix: str = "") -> None:
     """Check every field of a dataclass by `check_value`, under its name with `prefix` before it."""
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(config.__class__).items():
         check_value(prefix + name, getattr(config, name), hint)
 
 

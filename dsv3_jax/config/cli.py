@@ -343,7 +343,7 @@ def _override(config: Any, overrides: dict[str, Any], path: str = "") -> Any:
         check(name not in changes, f"--{path}{name} None contradicts --{path}{name}.{min(inner)}; keep one of the two")
         current = getattr(config, name)
         if current is None:
-            current = typing.cast(type, group_type(typing.get_type_hints(type(config))[name]))()
+            current = group_type(typing.get_type_hints(type(config))[name])()
         changes[name] = _override(current, inner, f"{path}{name}.")
     return dataclasses.replace(config, **changes)
 

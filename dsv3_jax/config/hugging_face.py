@@ -108,28 +108,17 @@ def _check_supported(config: dict[str, Any]) -> None:
 
 def _rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
     """Return (rope_theta, YaRN or None) of a config in either spelling."""
+    above = {key: config.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
     merged: dict[str, Any] = {}
-    for spelling in ("rope_scaling", "rope_parameters"):
-        stated = config.get(spelling) or {}
-        check(isinstance(stated, dict), f"{spelling} is {stated!r}; use an object or null")
-        for key, value in stated.items():
-            if value is None:
-                continue
-            check(not isinstance(value, dict), f"{spelling}.{key} is an object; parameters per layer type are not supported")
-            key = "rope_type" if key == "type" else key
-            check(
-                merged.get(key, value) == value,
-                f"{spelling}.{key} is {value!r}, but it is also given as {merged.get(key)!r}; keep one of the two",
-            )
-            merged[key] = value
-    for key in ("rope_theta", "original_max_position_embeddings"):
-        if config.get(key) is not None:
-            check(
-                merged.get(key, config[key]) == config[key],
-                f"{key} is {config[key]!r}, but the rotary parameters give it as {merged.get(key)!r}; keep one of the two",
-            )
-            merged[key] = config[key]
-
+    for group in ("rope_scaling", "rope_parameters", ""):
+        stated = config.get(group) if group else above
+        check(not stated or isinstance(stated, dict), f"{group} is {stated!r}; use an object or null")
+        for key, value in (stated or {}).items():
+            name = f"{group}.{key}".lstrip(".")
+            check(not isinstance(value, dict), f"{name} is an object; parameters per layer type are not supported")
+            if value is not None:
+                known = merged.setdefault("rope_type" if key == "type" else key, value)
+                check(known == value, f"{name} is {value!r}, but it is also given as {known!r}; keep one of the two")
     theta = _read(merged, "rope_theta", float, 10000.0)
     rope_type = merged.get("rope_type") or "default"
     check(rope_type in ("default", "yarn"), f"rope type is {rope_type!r}; only 'default' and 'yarn' are supported")

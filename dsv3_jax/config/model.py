@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 
 from dsv3_jax.config.checks import (
+    Bound,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -63,7 +64,8 @@ FORMER_EXCHANGES = {"ring": "all_gather"}
 """Names of exchanges until version 0.1; every reader of configs still accepts them."""
 AttentionBackend = Literal["auto", "splash", "pallas_gpu", "chunked"]
 CacheBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "chunked"]
-DType = Literal["float32", "bfloat16", "float16", "float64"]
+_DTYPES = "float32", "bfloat16", "float16", "float64"
+DType = Annotated[str, Bound(lambda name: name in _DTYPES, f"choose {' or '.join(_DTYPES)}")]
 
 
 def _dtype_name(dtype: Any) -> Any:
@@ -225,8 +227,9 @@ class ModelConfig:
 
     def with_auto_backends(self) -> ModelConfig:
         """Return the same model with every backend "auto", for another machine than the config was written for."""
-        backends = "expert_backend", "expert_exchange", "attention_backend", "cache_backend"
-        return dataclasses.replace(self, **dict.fromkeys(backends, "auto"))
+        return dataclasses.replace(
+            self, expert_backend="auto", expert_exchange="auto", attention_backend="auto", cache_backend="auto"
+        )
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelConfig:

@@ -325,7 +325,7 @@ class Config:
         return _build(cls, json.loads(text), "config")
 
 
-def group_type(hint: Any) -> type | None:
+def group_type(hint: Any) -> Any:
     """Return the dataclass of a field's type, itself or one arm of `X | None`; None if there is none."""
     return next((arm for arm in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(arm)), None)
 

@@ -32,7 +32,8 @@ from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import MeshConfig
 from dsv3_jax.config.cli import load_config
-from dsv3_jax.data import TrainBatches, build_dataset
+from dsv3_jax.data.batches import TrainBatches
+from dsv3_jax.data.text import build_dataset
 from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.train.guards import GracefulShutdown, NaNGuard
@@ -76,15 +77,15 @@ def main() -> None:
                     started = time.perf_counter()
                     with observer.paused():
                         checkpoints.save(0, state.variables, state.optimizer, skipped.counters)
-                    for number, batch in enumerate(observer.waiting_for(batches.iterate()), 1):
+                    for number, batch in enumerate(observer.data_timer(batches.iterate()), 1):
                         observer.before_step(number)
                         state, metrics, load = step(state, place(batch), values[number - 1])
                         observer.after_step(number, state, load)
                         skipped.see(number, metrics["skipped"])
                         checkpoints.poll()
-                        ends = number == flags.steps or skipped.stuck is not None or stop.after(number)
+                        ends = number == flags.steps or skipped.abort_reason is not None or stop.after(number)
                         if ends or number % config.train.log_every == 0:
-                            skipped.settle()
+                            skipped.update()
                             observer.log(number, metrics, values[number - 1], skipped.total)
                         if ends:
                             break
@@ -92,7 +93,7 @@ def main() -> None:
                     checkpoints.wait()
                     seconds = time.perf_counter() - started
                 if number < flags.steps:
-                    raise SystemExit(f"stopped after step {number} of {flags.steps}: {skipped.stuck or stop.reason}")
+                    raise SystemExit(f"stopped after step {number} of {flags.steps}: {skipped.abort_reason or stop.reason}")
                 return seconds, float(np.mean([row["input_wait"] for row in observer.rows]))
 
         taken: dict[str, list[tuple[float, float]]] = {"bare": [], "whole": []}

@@ -1,36 +1,30 @@
-"""Everything that watches a run while it trains, under one name: so that train.py tells the story and not its footnotes."""
+"""Logging of a training run: metrics.jsonl, TensorBoard, the progress bar, speed, profiler and watchdog."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Column
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import directory_check
-from tensorboardX.summary import scalar
 
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
 from dsv3_jax.config.run import StepHyperparams
-from dsv3_jax.data import TrainBatches
-from dsv3_jax.files import write_whole
+from dsv3_jax.data.batches import TrainBatches
+from dsv3_jax.files import write_arrays, write_whole
 from dsv3_jax.model.flops import flops_per_token
 from dsv3_jax.parallel.devices import peak_flops
 from dsv3_jax.train.evaluation import ValidationReport
@@ -38,74 +32,56 @@ from dsv3_jax.train.guards import Watchdog
 from dsv3_jax.train.profiling import StepProfiler
 from dsv3_jax.train.report import ExpertLoad, humanize, in_time, write_report
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
 class Observer(contextlib.ExitStack):
     """Metrics, progress, expert loads, profiler and watchdog of a run; a context manager.
 
-    All processes call it alike; only the first one writes and prints.
+    Every process calls it; only the first one writes and prints.
     """
 
     def __init__(
         self, run: RunDirectory, config: Config, mesh: Mesh, first_step: int, *, profiled: range, started: float, writes: bool
     ) -> None:
-        """Opens the logs.
+        """Open the logs in the folder `run`.
 
-        Args:
-          run: where they are kept.
-          config: the run's.
-          mesh: of the devices that it trains on.
-          first_step: steps taken before this start.
-          profiled: steps to trace.
-          started: when the program did, by `time.perf_counter`.
-          writes: whether this process writes and prints.
+        Args: first_step: steps taken before this start; profiled: steps to trace; started: start of the program, by
+          `time.perf_counter`; writes: True in the process that writes and prints.
         """
         super().__init__()
-        self._run, self._config, self._schedules, self._mesh, self._writes = run, config, config.schedules, mesh, writes
-        self._first = first_step
-        self._logged_tokens = self._schedules.tokens_before(first_step)
-        self._started = started
+        self._run, self._config, self._mesh, self._writes = run, config, mesh, writes
+        self._schedules, self._first, self._started = config.schedules, first_step, started
+        self._logged_tokens, tokens = map(self._schedules.tokens_before, (first_step, config.train.steps))
         self._clock = Clock()
         self._loads = ExpertLoad(run, writes=writes)
-        tokens = (self._schedules.tokens_before(step) for step in (first_step, config.train.steps))
         self._log = self.enter_context(MetricsLog(run, first_step, writes=writes))
-        self._bar = self.enter_context(ProgressBar(*tokens, shows=writes))
+        self._bar = self.enter_context(ProgressBar(self._logged_tokens, tokens, shows=writes))
         self._watchdog = self.enter_context(Watchdog())
         self._profiler = self.enter_context(StepProfiler(run, profiled, traces=writes, say=self._bar.say))
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows logged so far, those of earlier starts too."""
-        return self._log.rows
+        self.rows = self._log.rows
+        """All rows logged so far, those of earlier starts included."""
+        self.say = self._bar.say
+        self.data_timer = self._clock.data_timer
+        self.before_step = self._profiler.before
+        self.paused = self._watchdog.paused
+        """Context for work that belongs to no step, such as a save: the watchdog ignores it."""
 
     @property
     def median_speed(self) -> float | None:
-        """Median over those rows of their tokens a second."""
+        """Median of the rows' tokens a second."""
         speeds = [row["tokens_per_second"] for row in self.rows if "tokens_per_second" in row]
         return statistics.median(speeds) if speeds else None
 
-    def say(self, text: str) -> None:
-        """Prints a line."""
-        self._bar.say(text)
-
-    def data_timer(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The batches; waiting for them is measured."""
-        return self._clock.data_timer(batches)
-
-    def before_step(self, step: int) -> None:
-        """To be called before a step is sent to the devices."""
-        self._profiler.before(step)
-
     def after_step(self, step: int, state: Any, load: dict[str, jax.Array]) -> None:
-        """To be called when it has been, with its results, which may still be on their way."""
+        """Call this after a step is dispatched, with its results, which may not be ready."""
         self._profiler.after(step, state)
         self._loads.accumulate(load)
         self._watchdog.step_done(step)
         if step == self._first + 1:
             jax.block_until_ready(state)
             self.say(f"first step done {time.perf_counter() - self._started:.1f} s after the start")
-            # What compiling took is no speed of the run's.
+            # The step that compiles does not count in the speed.
             self._logged_tokens = self._schedules.tokens_before(step)
             self._clock.start()
 
@@ -117,22 +93,19 @@ class Observer(contextlib.ExitStack):
         skipped: int,
         evaluate: Callable[[], ValidationReport] | None = None,
     ) -> None:
-        """Logs a step.
+        """Log a step: its metrics (those that are finite: JSON has no others) and hyperparameters, and all skipped steps.
 
-        Args:
-          step: its number.
-          metrics: of the step.
-          values: what it was taken with.
-          skipped: steps of the run that were.
-          evaluate: gives held-out scores to log with it; the time that takes belongs to no step.
+        `evaluate` returns held-out scores to log with it; its time belongs to no step.
         """
         tokens = self._schedules.tokens_before(step)
-        row = {"step": step, **finite(metrics), "learning_rate": float(values.learning_rate), "skipped": skipped}
+        numbers = {name: float(value) for name, value in metrics.items()}
+        row: dict[str, Any] = {"step": step, **{name: value for name, value in numbers.items() if math.isfinite(value)}}
+        row |= {"learning_rate": float(values.learning_rate), "skipped": skipped}
         row |= {"batch_size": self._schedules.batch_size(step - 1), "tokens": tokens}
         if tokens > self._logged_tokens:
             row |= self._clock.throughput(tokens - self._logged_tokens)
             row |= speed(self._config, row["tokens_per_second"], self._mesh.size, self._mesh.devices.flat[0].device_kind)
-        with self._watchdog.paused():
+        with self.paused():
             row |= evaluate().row if evaluate is not None else {}
         self._log.write(row)
         self._log.attempt("expert_load.npz", self._loads.write)
@@ -141,42 +114,32 @@ class Observer(contextlib.ExitStack):
         self._clock.start()
 
     def draw_report(self) -> None:
-        """Draws report.png."""
+        """Draw report.png."""
         if self._writes:
             write_report(self._run, self.rows, self._config.model)
 
-    def paused(self) -> contextlib.AbstractContextManager[None]:
-        """Around what is no step, such as a save: however long it takes, none hangs."""
-        return self._watchdog.paused()
-
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run says while it trains: metrics.jsonl and TensorBoard.
-
-
-def finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a step as numbers; what is not finite, as after a skipped step, is left out: JSON has no word for it."""
-    numbers = {name: float(value) for name, value in metrics.items()}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+# Rows of metrics: metrics.jsonl and TensorBoard
 
 
 class MetricsLog:
-    """Appends one JSON object a logged step, digits in full, and the same to TensorBoard; a context manager.
+    """Rows of metrics.jsonl, one JSON object a logged step, and the same for TensorBoard; a context manager.
 
-    A continued run first drops the lines after the checkpoint it continues from: those steps are taken again. Where a file
-    cannot be written (a full disk, say), a line on stderr says so, once, and the rows are kept until it can be.
+    A resumed run first drops the rows after its checkpoint: those steps are taken again. If a file cannot be written (a full
+    disk, say), one line on stderr says so, and the rows are kept until it can be.
     """
 
     def __init__(self, run: RunDirectory, first_step: int, *, writes: bool = True) -> None:
-        """Args: writes: whether this process writes; the others of a run only keep the rows."""
+        """Args: writes: True in the process that writes; the others only keep the rows."""
         self._folder = run.path
         self.path = run.metrics_file
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
         self._board: EventFiles | None = None
-        self._is_whole = True
+        self._is_whole = False
         self._failed: set[str] = set()
         if writes:
-            self._write_all()
+            self._save()
             self._board = EventFiles(run.tensorboard, first_step + 1 if first_step else None)
 
     def __enter__(self) -> MetricsLog:
@@ -185,162 +148,145 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         if self._board is not None:
             if not self._is_whole:
-                self.attempt("metrics.jsonl", self._write_all)
+                self.attempt("metrics.jsonl", self._save)
             self.attempt("tensorboard", self._board.close)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Logs one step; `row` has `step` and numbers."""
+        """Log one step; `row` has `step` and numbers."""
         self.rows.append(row)
         if self._board is not None:
-            self.attempt("metrics.jsonl", self._append)
-            self.attempt("tensorboard", functools.partial(self._board.write, row))
+            self._board.add(row)
+            self.attempt("metrics.jsonl", self._save)
+            self.attempt("tensorboard", self._board.flush_if_due)
 
-    def _append(self) -> None:
-        # Object stores cannot append; and after a failure there may be half a line.
-        if "://" in str(self.path) or not self._is_whole:
-            self._write_all()
-            return
+    def _save(self) -> None:
+        """Append the last row; write all rows to an object store, which cannot append, or to a file that may be damaged."""
+        appends = self._is_whole and "://" not in str(self.path)
+        text = "".join(json.dumps(row) + "\n" for row in (self.rows[-1:] if appends else self.rows))
         self._is_whole = False
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-        self._is_whole = True
-
-    def _write_all(self) -> None:
-        self._is_whole = False
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if appends:
+            with self.path.open("a") as file:
+                file.write(text)
+        else:
+            write_whole(self.path, text)
         self._is_whole = True
 
     def attempt(self, name: str, write: Callable[[], object]) -> None:
-        """Writes a file of the run directory; says when that begins to fail, and when it works again."""
-        path = self._folder / name
+        """Write a file of the run directory; warn at the first failure, and at the first success after it."""
+        path, message = self._folder / name, ""
         try:
             write()
         except OSError as error:
             if name not in self._failed:
                 reason = error.strerror or error
-                print(
-                    f"warning: {path} cannot be written ({reason}); the run goes on, and tries again at the next log",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                message = f"cannot be written ({reason}); the run goes on, and tries again at the next log"
             self._failed.add(name)
         else:
             if name in self._failed:
-                print(f"warning: {path} can be written again, and lacks nothing", file=sys.stderr, flush=True)
+                message = "can be written again, and lacks nothing"
             self._failed.discard(name)
+        if message:
+            print(f"warning: {path} {message}", file=sys.stderr, flush=True)
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
-    """The rows logged so far; a line cut short by a crash is left out."""
+    """Return the rows logged so far, without a line cut short by a crash."""
     if not run.metrics_file.exists():
         return []
     rows = []
     for line in run.metrics_file.read_text().splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# TensorBoard's event files, written so that a full disk ends no run.
-
-
 _FLUSH_SECONDS = 120
-"""At most so long a row waits in memory: object stores take files whole."""
+"""Longest time that a row waits in memory: object stores take files whole."""
 
 
 class EventFiles:
-    """Scalars of one run for TensorBoard. Nothing is written before the first row."""
+    """TensorBoard event files of a run. Rows wait in memory until they are on the disk: a full disk loses none."""
 
     def __init__(self, folder: epath.Path, purge_step: int | None) -> None:
-        """Args: purge_step: hides what earlier files hold of this step and those after it."""
+        """Args: purge_step: first step to hide in the files of earlier starts."""
         self._folder = str(folder)
-        self._waiting: list[Event] = []
-        if purge_step is not None:
-            self._waiting.append(Event(step=purge_step, file_version="brain.Event:2", wall_time=time.time()))
-            session = SessionLog(status=SessionLog.START)
-            self._waiting.append(Event(step=purge_step, session_log=session, wall_time=time.time()))
-        self._writer: EventsWriter | None = None
+        self._purge_step = purge_step
+        self._waiting: list[tuple[float, dict[str, Any]]] = []
+        self._writer: Any = None
         self._files = 0
-        self._written = 0
-        self._flushed_at = 0.0
+        self._flushed_at = -math.inf
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Adds `step` and the numbers of `row`.
+    def add(self, row: dict[str, Any]) -> None:
+        """Add the numbers of `row` at its `step`, for the next flush."""
+        self._waiting.append((time.time(), row))
 
-        Raises:
-          OSError: if that, or an earlier row, cannot be written; it is kept and tried again with the next.
-        """
-        for name, value in row.items():
-            if name != "step":
-                self._waiting.append(Event(step=row["step"], summary=scalar(name, value), wall_time=time.time()))
-        self._write()
+    def flush_if_due(self) -> None:
+        """Call `flush` unless it was called in the last two minutes."""
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Makes sure that all rows are on the disk; raises OSError like `write`."""
-        self._write()
-        if self._writer is not None:
-            try:
-                self._writer.flush()
-            except OSError:
-                self._give_up_file()
-                raise
-            self._waiting.clear()
-            self._written = 0
-            self._flushed_at = time.monotonic()
+        """Write the waiting rows to the disk.
 
-    def close(self) -> None:
-        """`flush`, and closes the file; raises OSError like `write`."""
-        self.flush()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        Raises:
+          OSError: if that fails; the rows are kept for the next flush, into another file.
+        """
+        # Not at the top: tensorboardX imports torch, where that is installed.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import directory_check
+        from tensorboardX.summary import scalar
 
-    def _write(self) -> None:
-        if len(self._waiting) == self._written:
-            return
+        events, now = [], time.time()
+        if self._purge_step is not None:
+            events.append(Event(step=self._purge_step, wall_time=now, file_version="brain.Event:2"))
+            events.append(Event(step=self._purge_step, wall_time=now, session_log=SessionLog(status=SessionLog.START)))
+        for wall_time, row in self._waiting:
+            summaries = [scalar(name, value) for name, value in row.items() if name != "step"]
+            events += [Event(step=row["step"], wall_time=wall_time, summary=summary) for summary in summaries]
         try:
             if self._writer is None:
                 directory_check(self._folder)
                 # The library names files by the second.
                 self._writer = EventsWriter(os.path.join(self._folder, "events"), f".{os.getpid()}.{self._files}")
                 self._files += 1
-            while self._written < len(self._waiting):
-                self._writer.write_event(self._waiting[self._written])
-                self._written += 1
+            for event in events:
+                self._writer.write_event(event)
+            self._writer.flush()
         except OSError:
-            self._give_up_file()
-            raise
-
-    def _give_up_file(self) -> None:
-        """The next file gets all that has not been flushed into this one, of which some may be there as well."""
-        self._written = 0
-        if self._writer is not None:
             with contextlib.suppress(OSError):
-                self._writer.close()
-            self._writer = None
+                self._close()
+            raise
+        self._waiting, self._purge_step, self._flushed_at = [], None, time.monotonic()
+
+    def close(self) -> None:
+        """Flush the waiting rows, and close the file; raises as `flush`."""
+        if self._waiting:
+            self.flush()
+        self._close()
+
+    def _close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How fast a run goes, and how much of its time it waits for its input.
-
-
-T = TypeVar("T")
+# Speed: tokens a second, input wait, model FLOPs utilisation
 
 
 class Clock:
-    """Measures laps of a loop over batches: from one logged step to the next."""
+    """Timer of the intervals between logged steps."""
 
     def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._waited = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Start an interval."""
+        self._since, self._waited = time.perf_counter(), 0.0
 
     def data_timer(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; what it takes to get one is counted as waiting."""
+        """Yield the items; the time it takes to get one counts as waiting."""
         iterator = iter(items)
         while True:
             asked = time.perf_counter()
@@ -352,145 +298,97 @@ class Clock:
             yield item
 
     def throughput(self, tokens: float) -> dict[str, float]:
-        """`tokens_per_second` and `input_wait`, the share of the time spent waiting for batches, since the last lap began."""
+        """Return `tokens_per_second` and `input_wait`, the share of the time spent waiting for batches, of the interval."""
         seconds = time.perf_counter() - self._since
         return {"tokens_per_second": tokens / seconds, "input_wait": self._waited / seconds}
 
-    def start(self) -> None:
-        """Begins a lap: what came since the last was measured belongs to none."""
-        self._since, self._waited = time.perf_counter(), 0.0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# How much of the machine a run uses: model FLOPs utilisation.
-
-
-def model_flops(config: Config, tokens_per_second: float) -> float:
-    """Model FLOP/s of a run, over all devices: tokens a second times `flops_per_token`'s causal count.
-
-    It counts what the model asks for, not what the machine does: attention to the tokens before, the backward as twice the
-    forward, MTP depths included, and nothing of what is computed again for want of memory. Where attention is kept within
-    documents, it is still counted over the whole sequence.
-    """
-    return tokens_per_second * flops_per_token(config.model, config.train.sequence_length).causal
-
-
-def mfu(config: Config, tokens_per_second: float, num_devices: int, device_kind: str) -> float | None:
-    """Model FLOPs utilisation: the share of the devices' peak that the model's arithmetic takes.
-
-      tokens_per_second * flops_per_token / (num_devices * peak)
-
-    The FLOPs are those of `model_flops`: causal, nothing recomputed; the peak is that of dense bfloat16, whatever the run
-    computes in.
-
-    Args:
-      config: the run.
-      tokens_per_second: of the whole run.
-      num_devices: devices of the mesh, as JAX counts them.
-      device_kind: JAX's name for one of them.
-
-    Returns:
-      A share of 1, or None if the device's peak is not known here, as that of a CPU.
-    """
-    peak = peak_flops(device_kind)
-    return None if peak is None else model_flops(config, tokens_per_second) / (num_devices * peak)
-
 
 def speed(config: Config, tokens_per_second: float, num_devices: int, device_kind: str) -> dict[str, float]:
-    """What a logged row says of speed: `tokens_per_second`, and `mfu` where it is known, else `model_flops_per_second`."""
-    share = mfu(config, tokens_per_second, num_devices, device_kind)
-    of_machine = {"model_flops_per_second": model_flops(config, tokens_per_second)} if share is None else {"mfu": share}
+    """Return the metrics of speed: `tokens_per_second`, and `mfu`, or `model_flops_per_second` if the peak is unknown.
+
+    Model FLOPs are the causal count of `flops_per_token`: attention over the whole sequence (documents or not), a backward
+    pass of twice the forward, MTP depths, nothing for recomputation. The peak is that of dense bfloat16, in every dtype.
+    """
+    flops = tokens_per_second * flops_per_token(config.model, config.train.sequence_length).causal
+    peak = peak_flops(device_kind)
+    of_machine = {"model_flops_per_second": flops} if peak is None else {"mfu": flops / (num_devices * peak)}
     return {"tokens_per_second": tokens_per_second, **of_machine}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The progress bar of a run: step, loss, speed, the largest load violation, the tokens seen and the time left.
+# Progress bar: step, loss, speed, load violation, tokens and time left
 
 
 _REMEMBERED_ROWS = 20
 
 
-class ProgressBar:
-    """A bar on a terminal; where the output is no terminal, a line every tenth of the run. A context manager.
+class ProgressBar(Progress):
+    """Progress bar on a terminal, else a line every tenth of the run; a context manager.
 
-    Progress is counted in tokens, for batches may grow. The time left is that of the tokens to come at the speed of the last
-    twenty logged rows, with whatever went on between them: held-out losses and checkpoints take time too.
+    Progress is counted in tokens, since batches may grow. The time left is estimated from the speed over the last twenty
+    logged rows, with evaluations and checkpoints in between.
     """
 
     def __init__(self, first_tokens: int, tokens: int, *, shows: bool = True) -> None:
-        """Args: first_tokens: seen before this start; tokens: of the whole run; shows: whether this process prints."""
+        """Args: first_tokens: seen before this start; tokens: of the whole run; shows: True in the process that prints."""
         self._shows = shows
         self._tokens = tokens
         self._printed = self._tenths(first_tokens)
         self._seen: collections.deque[tuple[float, int]] = collections.deque(maxlen=_REMEMBERED_ROWS + 1)
         description = TextColumn("{task.description}", table_column=Column())  # On a narrow terminal it takes several lines.
         columns = description, BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.fields[amount]}")
-        self._console = Console()
-        self._progress = Progress(*columns, console=self._console, disable=not (shows and self._console.is_terminal))
-        self._task = self._progress.add_task("compiling", total=tokens, completed=first_tokens, amount="")
-
-    def __enter__(self) -> ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        console = Console()
+        super().__init__(*columns, console=console, disable=not (shows and console.is_terminal))
+        self._task = self.add_task("compiling", total=tokens, completed=first_tokens, amount="")
 
     def show(self, row: dict[str, float]) -> None:
-        """Shows a logged row: `step`, `tokens`, `max_violation`, `speed`'s figures; `main_loss` unless the step was skipped."""
+        """Show a logged row: `step`, `tokens`, `max_violation`, the metrics of speed, and `main_loss` unless skipped."""
         if not self._shows:
             return
         tokens = int(row["tokens"])
         self._seen.append((time.perf_counter(), tokens))
         loss = f"loss {row['main_loss']:.3f}" if "main_loss" in row else "skipped"
-        text = f"step {row['step']}  {loss}  {_speed_of(row)}  violation {row['max_violation']:.2f}"
+        text = f"step {row['step']}  {loss}  {_speed_in_words(row)}  violation {row['max_violation']:.2f}"
         amount = f"{humanize(tokens)} of {humanize(self._tokens)} tokens"
-        if speed := self._speed(row):
-            amount += f", {in_time((self._tokens - tokens) / speed)} left"
-        self._progress.update(self._task, completed=tokens, description=text, amount=amount)
-        if not self._console.is_terminal and self._tenths(tokens) > self._printed:
+        (then, before), (now, _) = self._seen[0], self._seen[-1]
+        by_clock = tokens > before and now > then
+        tokens_per_second = (tokens - before) / (now - then) if by_clock else row.get("tokens_per_second")
+        if tokens_per_second:
+            amount += f", {in_time((self._tokens - tokens) / tokens_per_second)} left"
+        self.update(self._task, completed=tokens, description=text, amount=amount)
+        if not self.console.is_terminal and self._tenths(tokens) > self._printed:
             self._printed = self._tenths(tokens)
             print(f"{text}  {amount}", flush=True)
 
     def _tenths(self, tokens: int) -> int:
         return 10 * tokens // self._tokens
 
-    def _speed(self, row: dict[str, float]) -> float | None:
-        """Tokens a second, by the clock; with nothing to compare with yet, what the row says, if it does."""
-        (then, before), (now, tokens) = self._seen[0], self._seen[-1]
-        return (tokens - before) / (now - then) if tokens > before and now > then else row.get("tokens_per_second")
-
     def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        if not self._shows:
-            return
-        self._progress.print(text) if self._console.is_terminal else print(text, flush=True)
+        """Print a line above the bar."""
+        if self._shows and self.console.is_terminal:
+            self.print(text)
+        elif self._shows:
+            print(text, flush=True)
 
 
-def _speed_of(row: dict[str, float]) -> str:
-    """Tokens a second, and what that comes to; the first row of a start may have none."""
-    return f"{row['tokens_per_second']:,.0f} tokens/s{_of_machine(row)}" if "tokens_per_second" in row else "compiled"
-
-
-def _of_machine(row: dict[str, float]) -> str:
-    """What the speed comes to on these devices, if the row says so."""
+def _speed_in_words(row: dict[str, float]) -> str:
+    if "tokens_per_second" not in row:  # The first row of a start.
+        return "compiled"
+    words = f"{row['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in row:
-        return f" ({row['mfu']:.1%} MFU)"
-    return f" ({row['model_flops_per_second'] / 1e12:.2g} model TFLOP/s)" if "model_flops_per_second" in row else ""
+        return f"{words} ({row['mfu']:.1%} MFU)"
+    flops = row.get("model_flops_per_second")
+    return words if flops is None else f"{words} ({flops / 1e12:.2g} model TFLOP/s)"
 
 
 def keep_batch(run: RunDirectory, batches: TrainBatches, writes: bool, step: int) -> str:
-    """Writes the whole batch of a step (counted from 1) into the run directory, as an .npz of its arrays by their names.
-
-    Args: writes: whether this process does. Returns: what became of it, in words.
-    """
+    """Write the whole batch of a step (counted from 1) into the run directory if `writes`; return the outcome in words."""
     file = run.path / f"skipped_step_{step}.npz"
     if writes:
-        names = "tokens_ABT", "targets_ABT", "weights_ABT", "starts_ABT"  # Of the file, whatever the fields are called.
+        names = "tokens_ABT", "targets_ABT", "weights_ABT", "starts_ABT"  # Of the file format, not of the batch's fields.
         arrays = {name: array for name, array in zip(names, batches[step - 1], strict=True) if array is not None}
         try:
-            with file.open("wb") as out:
-                np.savez(out, **arrays)
+            write_arrays(file, arrays)
         except OSError as error:
             return f"the batch of the last cannot be written to {file} ({error.strerror or error})"
     return f"the batch of the last is in {file}"

@@ -155,6 +155,7 @@ def test_a_full_disk_costs_no_row(
     """Needs no mount: /dev/full takes the place of both files."""
     full = epath.Path("/dev/full")
     opens = EventsWriter.__init__
+    monkeypatch.setattr("dsv3_jax.train.logging._FLUSH_SECONDS", 0)  # A file is written to at a flush only.
     with MetricsLog(run, 0) as log:
         log.write(row(1))
         log._board.flush()

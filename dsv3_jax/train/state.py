@@ -1,7 +1,8 @@
-"""Everything a training run carries from one step to the next."""
+"""The state of a training run: its arrays, their shapes and their shardings."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config
 from dsv3_jax.kernels.quantized import check_trainable
-from dsv3_jax.model import init_variables
+from dsv3_jax.model import abstract_variables, init_variables
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.train.optimizer import make_optimizer
 
@@ -22,50 +23,27 @@ class TrainState:
     """The state of a run after `step` optimizer steps."""
 
     step: jax.Array
-    """Steps taken, int32."""
+    """Number of steps, int32."""
     params: Any
-    """What the gradient trains."""
+    """Parameters, trained by the gradient."""
     router: Any
-    """The expert biases, float32, moved by the load and never by the optimizer."""
+    """Expert biases, float32: moved by the load, never by the optimizer."""
     optimizer: Any
     """Adam's moments and counts."""
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the model is applied with."""
+        """Variables of the model."""
         return {"params": self.params, "router": self.router}
 
 
 def init_state(config: Config) -> TrainState:
-    """A fresh state from `train.seed`; run it under `jax.jit` (or `jax.eval_shape`)."""
-    variables = init_variables(config.model, jax.random.key(config.train.seed))
-    return state_of(config, variables)
-
-
-def state_shardings(config: Config, mesh: Mesh | AbstractMesh) -> Any:
-    """Where each array of the state lives, as a TrainState of shardings.
-
-    Moments live beside their parameters, what is no parameter on every device.
-
-    Raises:
-      ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
-    """
-    variables = variable_shardings(config.model, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.eval_shape(lambda: init_state(config))
-    optimizer = optax.tree.map_params(
-        make_optimizer(config.optimizer),
-        lambda _, sharding: sharding,
-        shapes.optimizer,
-        variables["params"],
-        transform_non_params=lambda _: everywhere,
-    )
-    step: Any = everywhere
-    return TrainState(step, **variables, optimizer=optimizer)
+    """Return a fresh state from `train.seed`; run it under `jax.jit`."""
+    return state_of(config, init_variables(config.model, jax.random.key(config.train.seed)))
 
 
 def state_of(config: Config, variables: dict[str, Any]) -> TrainState:
-    """A state at step 0 around given variables.
+    """Return a state at step 0 with the given variables.
 
     Raises:
       ValueError: if they hold weights in FP8, which have no gradient.
@@ -73,3 +51,27 @@ def state_of(config: Config, variables: dict[str, Any]) -> TrainState:
     check_trainable(variables["params"])
     optimizer = make_optimizer(config.optimizer).init(variables["params"])
     return TrainState(jnp.zeros([], jnp.int32), variables["params"], variables["router"], optimizer)
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Return the shapes and dtypes of a state, as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(functools.partial(state_of, config), abstract_variables(config.model))
+
+
+def state_shardings(config: Config, mesh: Mesh | AbstractMesh) -> Any:
+    """Return a TrainState of shardings: moments like their parameters, the rest replicated.
+
+    Raises:
+      ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
+    """
+    variables = variable_shardings(config.model, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    optimizer = optax.tree.map_params(
+        make_optimizer(config.optimizer),
+        lambda _, sharding: sharding,
+        abstract_state(config).optimizer,
+        variables["params"],
+        transform_non_params=lambda _: replicated,
+    )
+    step: Any = replicated
+    return TrainState(step, **variables, optimizer=optimizer)

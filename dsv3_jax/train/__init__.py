@@ -1,1 +1,1 @@
-"""Training: state, step, optimizer, metrics, and the parts of the loop that train.py tells."""
+"""Training: step, state, optimizer, guards and evaluation (core); start, logging, report and profiling (kit)."""

@@ -1,4 +1,4 @@
-"""Held-out text: its loss, its bits per byte by source, and how much of what the MTP module drafts would be accepted."""
+"""Evaluation on held-out text: loss, bits per byte by source, and acceptance rate of the MTP module's drafts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dsv3_jax.model.losses import ValidationBatch, cross_entropy, cross_entropy_
 
 
 class Evaluation(NamedTuple):
-    """The summed loss of some held-out tokens, and what became of the tokens drafted for them."""
+    """Summed loss and draft counts of some held-out tokens."""
 
     nats: float
-    """Sum of their losses."""
+    """Sum of the losses."""
     tokens: int
-    """How many were scored."""
+    """Number of scored tokens."""
     accepted: int | None = None
     """Drafts of the first MTP depth that greedy verification accepts; None of a model without MTP."""
     drafted: int | None = None
-    """How many there were."""
+    """Number of drafts."""
 
     @property
     def loss(self) -> float:
@@ -34,41 +34,30 @@ class Evaluation(NamedTuple):
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the drafts that is accepted; None if there were none."""
+        """Share of the drafts that is accepted; None without drafts."""
         return self.accepted / self.drafted if self.accepted is not None and self.drafted else None
 
 
 class Evaluator:
-    """Scores batches of one shape with one compiled program."""
+    """Evaluation of batches of one shape, with one compiled program."""
 
     def __init__(self, config: ModelConfig, place: Callable[[np.ndarray], Any] = jnp.asarray) -> None:
-        """Args: config: the model; place: puts an array [B, T] of a batch where the model runs."""
+        """Args: config: the model; place: puts an array [B, T] of a batch on the model's devices."""
         self._place = place
         self._score = jax.jit(functools.partial(validation_scores, config=config))
 
     def __call__(self, variables: dict[str, Any], batches: Iterable[ValidationBatch]) -> Evaluation:
-        """The loss of the batches' scored tokens under `variables`, and the drafts for them."""
-        # Summed in Python's numbers: float32 would lose digits over a million tokens.
+        """Return the loss of the batches' scored tokens under `variables`, and the counts of their drafts."""
+        # Sums in Python: float32 would lose digits over a million tokens.
         nats, tokens, accepted, drafted = 0.0, 0, None, None
         for batch in batches:
-            scores = self._score(variables, *jax.tree.map(self._place, batch))
-            nats += float(scores.nats)
+            batch_nats, batch_accepted, batch_drafted = self._score(variables, *jax.tree.map(self._place, batch))
+            nats += float(batch_nats)
             tokens += int(np.count_nonzero(batch.loss_weight_BT))
-            if scores.accepted is not None:
-                accepted = int(scores.accepted) + (accepted or 0)
-                drafted = int(scores.drafted) + (drafted or 0)
+            if batch_accepted is not None:
+                accepted = int(batch_accepted) + (accepted or 0)
+                drafted = int(batch_drafted) + (drafted or 0)
         return Evaluation(nats, tokens, accepted, drafted)
-
-
-class ValidationScores(NamedTuple):
-    """What one batch of held-out windows comes to, as scalars on the device."""
-
-    nats: jax.Array
-    """Sum of the scored tokens' losses, float32."""
-    accepted: jax.Array | None
-    """int32; None without MTP."""
-    drafted: jax.Array | None
-    """int32; None without MTP."""
 
 
 def validation_scores(
@@ -79,20 +68,20 @@ def validation_scores(
     segment_starts_BT: jax.Array | None = None,
     *,
     config: ModelConfig,
-) -> ValidationScores:
-    """Scores held-out windows, for `jax.jit`; [B, T, V] logits never exist.
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Score held-out windows, for `jax.jit`; [B, T, V] logits never exist.
 
-    The loss is the weighted sum of the next-token cross entropies. Of the first MTP depth (section 2.2 of the report), row i
-    drafts the token at i + 2 from the text up to i + 1; verification accepts it if it is the token that the main model, at row
-    i + 1, finds most likely. Every scored row but the first of a window has such a draft.
+    The loss is the weighted sum of the next-token cross entropies. The first MTP depth (section 2.2 of the report) drafts at
+    row i the token at i + 2, from the text up to i + 1; verification accepts the draft if it is the main model's most likely
+    token at row i + 1. Every scored row but the first of a window has such a draft.
 
     Args:
-      variables: the model's.
-      tokens_BT: windows of text.
-      target_BT: the tokens one further on.
+      tokens_BT, target_BT: windows of text, and their next tokens.
       weight_BT: 1 where the target is scored, else 0.
-      segment_starts_BT: where the document of each token begins, as in training; None where attention crosses documents.
-      config: the model.
+      segment_starts_BT: first position of each token's document, as in training; None lets attention cross documents.
+
+    Returns:
+      Sum of the scored tokens' losses, float32; accepted and drafted tokens, int32, None without MTP.
     """
     has_mtp = config.num_nextn_predict_layers > 0
     features = DeepSeekV3(config).apply(
@@ -101,18 +90,18 @@ def validation_scores(
     head_DV = variables["params"]["lm_head"]["kernel"]
     if not has_mtp:
         nats = cross_entropy(features.h_BTD, head_DV, target_BT, weight_BT, config.loss_chunk)
-        return ValidationScores(nats, None, None)
+        return nats, None, None
     nats, verified_BT = cross_entropy_and_greedy(features.h_BTD, head_DV, target_BT, weight_BT, config.loss_chunk)
-    # Of the drafts' loss nothing is asked, so the compiler leaves it out.
+    # The compiler drops the unused loss of the drafts.
     _, draft_BT = cross_entropy_and_greedy(features.mtp_h_BTD[0], head_DV, target_BT, weight_BT, config.loss_chunk)
-    # Row i + 1 may live on another device than row i: it is the tokens that travel.
+    # Row i + 1 may be on another device than row i, so the tokens are moved.
     counts_BT = depth_weights(weight_BT, segment_starts_BT, 1) > 0
     accepted_BT = counts_BT & (draft_BT == jnp.roll(verified_BT, -1, axis=1))
-    return ValidationScores(nats, jnp.sum(accepted_BT, dtype=jnp.int32), jnp.sum(counts_BT, dtype=jnp.int32))
+    return nats, jnp.sum(accepted_BT, dtype=jnp.int32), jnp.sum(counts_BT, dtype=jnp.int32)
 
 
 class SourceScores(NamedTuple):
-    """What the held-out text of one source, or of all of them together, comes to."""
+    """Scores of the held-out text of one source, or of all sources."""
 
     loss: float
     """Mean loss, in nats a token."""
@@ -122,31 +111,31 @@ class SourceScores(NamedTuple):
 
 
 class ValidationWindows(Protocol):
-    """Batches of one held-out text; `dsv3_jax.data.tokens` has the implementation."""
+    """Batches of one held-out text; implemented in `dsv3_jax.data.tokens`."""
 
     num_tokens: int
     """Scored tokens."""
     num_bytes: int
-    """UTF-8 bytes that the scored tokens spell."""
+    """UTF-8 bytes of the scored tokens."""
 
     def __iter__(self) -> Iterator[ValidationBatch]: ...
 
     def sample(self, num_batches: int) -> Iterator[ValidationBatch]:
-        """Batches spread evenly over the text."""
+        """Return batches spread evenly over the text."""
 
     def bits_per_byte(self, nats: float) -> float:
-        """Bits per byte of the text, for the summed loss of its tokens."""
+        """Return the bits per byte of the text, given the summed loss of its tokens."""
 
 
 class ValidationReport(NamedTuple):
-    """The scores of all held-out text, and of each of its sources."""
+    """Scores of all held-out text, and of each source."""
 
     total: SourceScores
     sources: dict[str, SourceScores]
 
     @property
     def row(self) -> dict[str, float]:
-        """What a logged row says: `heldout_loss`, `heldout_bits_per_byte`, and `mtp_acceptance` of a model with MTP.
+        """Metrics for a logged row: `heldout_loss`, `heldout_bits_per_byte`, and `mtp_acceptance` of a model with MTP.
 
         With several sources also the first two of each, as `heldout_loss/<source>`.
         """
@@ -165,29 +154,24 @@ def evaluate_sources(
     validation: Mapping[str, ValidationWindows],
     num_batches: int | None = None,
 ) -> ValidationReport:
-    """Scores the held-out text of every source, or a sample of each.
+    """Score the held-out text of every source, or a sample of each.
 
-    What a sample does not score is taken to be like what it does: its loss a token, its drafts a token, and the bytes a token
-    of the whole source. So bits per byte of a sample are
+    A sample stands for its whole source: same loss and drafts per token, so its bits per byte are
 
       mean loss of the scored tokens / ln 2 * tokens of the source / bytes of the source
 
-    and in the total every source weighs as much as it has text, however little of it was in the sample. With all batches
-    scored every figure is exact.
+    and in the total every source weighs as much as it has text. With all batches scored every figure is exact.
 
-    Args:
-      evaluate: an `Evaluator`.
-      variables: what it is to score.
-      heldout: the windows of each source.
-      num_batches: batches of each source, spread evenly over it; None for all.
+    `evaluate` is an `Evaluator`; `num_batches` are taken of each source, spread evenly over it, None for all.
     """
     sources, parts = {}, []
     for name, windows in validation.items():
         scored = evaluate(variables, windows if num_batches is None else windows.sample(num_batches))
-        stands_for = windows.num_tokens / scored.tokens
-        nats = scored.nats * stands_for
-        sources[name] = SourceScores(scored.loss, windows.bits_per_byte(nats), scored.acceptance)
-        drafts = (scored.accepted or 0) * stands_for, (scored.drafted or 0) * stands_for
-        parts.append((nats, windows.num_tokens, windows.bits_per_byte(nats) * windows.num_bytes, windows.num_bytes, *drafts))
+        scale = windows.num_tokens / scored.tokens
+        nats = scored.nats * scale
+        bits_per_byte = windows.bits_per_byte(nats)
+        sources[name] = SourceScores(scored.loss, bits_per_byte, scored.acceptance)
+        drafts = (scored.accepted or 0) * scale, (scored.drafted or 0) * scale
+        parts.append((nats, windows.num_tokens, bits_per_byte * windows.num_bytes, windows.num_bytes, *drafts))
     nats, tokens, bits, num_bytes, accepted, drafted = map(sum, zip(*parts, strict=True))
     return ValidationReport(SourceScores(nats / tokens, bits / num_bytes, accepted / drafted if drafted else None), sources)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient was not finite: the step leaves the state as it was, and here they are counted."""
+"""Guards of the training loop: skipped non-finite steps, graceful shutdown on signals, and a watchdog for hung steps."""
 
 from __future__ import annotations
 
@@ -18,36 +18,35 @@ from dsv3_jax.parallel.multihost import read_note, write_note
 
 
 class NaNGuard:
-    """Counts them. The flag of a step is read once the next is on its way, so that the devices need not wait."""
+    """Counter of skipped steps: those whose loss or gradient was not finite, which left the state as it was.
+
+    The flag of a step is read once the next step is dispatched, so that the devices need not wait.
+    """
 
     def __init__(self, limit: int, keep: Callable[[int], str], total: int = 0, in_a_row: int = 0) -> None:
-        """Sets the counts.
-
-        Args:
-          limit: in a row, at which the run ends.
-          keep: writes down the batch of a step, and says so.
-          total, in_a_row: before the step at which the run resumes.
+        """Args: limit: skipped steps in a row that end the run; keep: saves the batch of a step, and returns the outcome in
+        words; total, in_a_row: counts at the start.
         """
         self._limit = limit
         self._keep = keep
         self.abort_reason: str | None = None
-        """Why the run ends, once `limit` steps in a row were skipped."""
+        """Reason to end the run, once `limit` steps in a row were skipped."""
         self.total = total
         self.in_a_row = in_a_row
         self._unread: tuple[int, Any] | None = None
 
     @property
     def counters(self) -> dict[str, int]:
-        """What a checkpoint keeps of them, as the arguments to go on with."""
+        """Counts for a checkpoint, as keyword arguments of the next start's guard."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def see(self, step: int, flag: Any) -> None:
-        """Takes the flag of a step (a scalar on the devices, 1 if it was skipped), and reads that of the step before."""
+        """Take the flag of a step (a scalar on the devices, 1 if it was skipped), and read that of the step before."""
         self.update()
         self._unread = step, flag
 
     def update(self) -> None:
-        """Waits for the last flag, and reads it."""
+        """Wait for the last flag, and count it."""
         if self._unread is None:
             return
         (step, flag), self._unread = self._unread, None
@@ -64,42 +63,42 @@ class NaNGuard:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How a run ends before its time: SIGTERM and SIGINT are noted, the step at hand is finished and saved.
+# Graceful shutdown on SIGTERM and SIGINT
 
 
 _NOTE = "stop"
-# Processes are at most two steps apart: each waits for the metrics of a step before it sends off the next but one.
+# Processes are at most two steps apart: each waits for the metrics of a step before it dispatches the next but one.
 _STEPS_AHEAD = 4
 
 
 class GracefulShutdown:
-    """Whether a signal asks the run to stop; a context manager, within which SIGTERM and a first SIGINT end no process.
+    """Signal handler that lets the current step finish; a context manager, for SIGTERM and the first SIGINT.
 
-    A second SIGINT does. Of several processes any may be told: all of them then stop after the same step.
+    A second SIGINT ends the process. Of several processes any may get the signal: all stop after the same step.
     """
 
     def __init__(self, num_processes: int) -> None:
         self._alone = num_processes == 1
         self._signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers_before: dict[signal.Signals, Any] = {}
         self._last_step: int | None = None
 
     def __enter__(self) -> GracefulShutdown:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+            self._handlers_before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
     @property
     def reason(self) -> str:
-        """What asked for it, in words."""
+        """Origin of the request, in words."""
         return self._signal.name if self._signal is not None else "another process"
 
     def after(self, step: int) -> bool:
-        """Whether the run stops after this step, which every process asks of every step."""
+        """Return whether the run stops after this step; every process asks it of every step."""
         if self._alone:
             return self._signal is not None
         if self._last_step is None:
@@ -112,11 +111,11 @@ class GracefulShutdown:
     def _note(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or signal.Signals(number)
         if number == signal.SIGINT:  # From a keyboard; schedulers repeat SIGTERM.
-            signal.signal(number, self._before[signal.SIGINT])
+            signal.signal(number, self._handlers_before[signal.SIGINT])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A thread that speaks up when a step takes far longer than the steps before it: it dumps the stacks of all threads.
+# Watchdog: the stacks of all threads, when a step takes far longer than those before it
 
 
 _REMEMBERED_STEPS = 100
@@ -124,11 +123,11 @@ _FEWEST_STEPS = 5
 
 
 class Watchdog:
-    """Watches the steps of a loop; a context manager.
+    """Watchdog over the steps of a loop; a context manager.
 
     When a step takes more than `factor` times the median of those before it, and more than `least` seconds, the stacks of
-    all threads go to stderr, once, and another line when it goes on. The run is left alone: what to do is the reader's
-    decision. The first step, which compiles, is not watched.
+    all threads go to stderr, once, and another line when the step ends. The run goes on. The first step, which compiles, is
+    not watched. A thread of our own, since `faulthandler.dump_traceback_later` cannot name the step.
     """
 
     def __init__(self, factor: float = 10.0, least: float = 10.0) -> None:
@@ -151,7 +150,7 @@ class Watchdog:
         self._thread.join()
 
     def step_done(self, step: int) -> None:
-        """Says that a step is done, and the next begins."""
+        """Record the end of a step, which is the start of the next."""
         now = time.perf_counter()
         with self._lock:
             if self._since is not None:
@@ -162,7 +161,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what belongs to no step: what it takes is not counted."""
+        """Exclude the time of the block from the current step."""
         with self._lock:
             spent = None if self._since is None else time.perf_counter() - self._since
             self._since = None
@@ -173,17 +172,11 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self._least / 4)):
             with self._lock:
-                self._look()
-
-    def _look(self) -> None:
-        if self._since is None or self._warned or len(self._seconds) < _FEWEST_STEPS:
-            return
-        taken, median = time.perf_counter() - self._since, statistics.median(self._seconds)
-        if taken > max(self._factor * median, self._least):
-            self._warned = True
-            print(
-                f"step {self._step + 1} has taken {taken:.0f} s, and the median is {median:.2f} s; where all threads stand:",
-                file=sys.stderr,
-                flush=True,
-            )
-            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+                if self._since is None or self._warned or len(self._seconds) < _FEWEST_STEPS:
+                    continue
+                taken, median = time.perf_counter() - self._since, statistics.median(self._seconds)
+                self._warned = taken > max(self._factor * median, self._least)
+                if self._warned:
+                    reason = f"step {self._step + 1} has taken {taken:.0f} s, and the median is {median:.2f} s"
+                    print(f"{reason}; where all threads stand:", file=sys.stderr, flush=True)
+                    faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)

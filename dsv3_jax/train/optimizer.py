@@ -1,6 +1,6 @@
-"""AdamW as the report trains with it (section 4.2): clipping by global norm, decoupled decay, moments in bfloat16.
+"""AdamW of the report (section 4.2): clipping by global norm, decoupled decay, both moments in bfloat16.
 
-optax stores the first moment in a dtype of choice, but not the second: `scale_by_adam` here does both.
+optax can store only the first moment in another dtype, hence `scale_by_adam` here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from dsv3_jax.config import OptimizerConfig
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float, moment_dtype: str) -> optax.GradientTransformation:
-    """Adam's rescaling, computed in float32, with both moments stored in `moment_dtype`."""
+    """Return Adam's rescaling, computed in float32, with both moments stored in `moment_dtype`."""
 
     def init(params: Any) -> optax.ScaleByAdamState:
         zeros = optax.tree.zeros_like(params, dtype=moment_dtype)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
 
     def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        del params
         count = state.count + 1
         correction1 = 1 - beta1 ** count.astype(jnp.float32)
         correction2 = 1 - beta2 ** count.astype(jnp.float32)
@@ -40,12 +39,12 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float, moment_dtype: str)
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters decay: every matrix, and no norm scale. A tree of bools like `params`."""
+    """Return the mask of weight decay, a tree of bools like `params`: every matrix, no norm scale."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optimizer of a run: takes gradients of the parameters, gives what a learning rate of 1 would subtract from them."""
+    """Return the optimizer: from gradients to the update that a learning rate of 1 subtracts from the parameters."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         scale_by_adam(config.beta1, config.beta2, config.epsilon, config.moment_dtype),

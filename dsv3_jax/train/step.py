@@ -1,7 +1,6 @@
-"""One optimizer step, as a run compiles it.
+"""One optimizer step: gradient of the objective, AdamW, and the update of the router biases.
 
-The step follows sections 2.1.2 and 4.2 of the report: gradient of the whole objective, AdamW, and then the router
-biases, moved against the load of the whole global batch.
+The biases move against the load of the whole global batch (sections 2.1.2 and 4.2 of the report).
 """
 
 from __future__ import annotations
@@ -33,29 +32,22 @@ Metrics = dict[str, jax.Array]
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> Any:
-    """`train_step` as a run compiles it for a mesh; call (or lower) it under `jax.set_mesh(mesh)`.
+    """Jit `train_step` for a mesh; call (or lower) it under `jax.set_mesh(mesh)`.
 
-    It takes the state, whose memory it reuses, a batch split along the mesh, and the step's values, and returns the state
-    after, the metrics and the loads, which are the same on every device.
+    The state is donated, the batch split along the mesh; metrics and loads are replicated.
     """
-    state, everywhere = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+    state, replicated = state_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         functools.partial(train_step, config=config),
-        in_shardings=(state, NamedSharding(mesh, MICRO_BATCHES), everywhere),
-        out_shardings=(state, everywhere, everywhere),
+        in_shardings=(state, NamedSharding(mesh, MICRO_BATCHES), replicated),
+        out_shardings=(state, replicated, replicated),
         donate_argnums=0,
         compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
     )
 
 
 def describe_backends(config: ModelConfig, mesh: Mesh, documents: bool = False) -> str:
-    """What the model's programs will compute with on the mesh, for the line printed at start.
-
-    Args:
-      config: the model.
-      mesh: where it runs.
-      documents: whether attention is to keep the documents of a row apart.
-    """
+    """Return the backends that the model's programs use on the mesh, in words; `documents`: attention keeps them apart."""
     with jax.set_mesh(mesh):
         experts = choose_backend(config.expert_backend, config.dtype, current_platform())
         widths = config.qk_head_dim, config.v_head_dim
@@ -67,15 +59,9 @@ def describe_backends(config: ModelConfig, mesh: Mesh, documents: bool = False) 
 def train_step(
     state: TrainState, batch: Batch, values: StepHyperparams, *, config: Config
 ) -> tuple[TrainState, Metrics, dict[str, jax.Array]]:
-    """Takes one step; pure, for `compile_train_step`.
+    """Take one step; pure, for `compile_train_step`.
 
-    A loss or gradient that is not finite leaves everything but the count of steps as it was, on all devices alike.
-
-    Args:
-      state: the state before.
-      batch: the step's micro-batches.
-      values: the learning rate and the like, of this step.
-      config: the run.
+    A loss or gradient that is not finite leaves everything except the step count as it was, on all devices.
 
     Returns:
       The state after; the step's float32 scalars: `loss` and its parts, `grad_norm` (before clipping), `skipped` (1 if the
@@ -88,7 +74,7 @@ def train_step(
     taken = TrainState(
         step=state.step,
         params=optax.apply_updates(state.params, jax.tree.map(lambda update: -values.learning_rate * update, updates)),
-        router=moved_biases(state.router, losses.load, values.bias_update_speed),
+        router=updated_biases(state.router, losses.load, values.bias_update_speed),
         optimizer=optimizer,
     )
     after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), taken, state).replace(step=state.step + 1)
@@ -106,26 +92,15 @@ def train_step(
 
 
 def gradients(state: TrainState, batch: Batch, values: StepHyperparams, config: Config) -> tuple[Any, Losses]:
-    """Gradient of the objective over the whole batch, accumulated over the micro-batches that are filled, and the losses."""
+    """Return the gradient of the objective, accumulated over the filled micro-batches, and the losses."""
     depths = range(config.model.num_nextn_predict_layers + 1)
     num_micro_batches = batch.tokens_ABT.shape[0]
 
     def part(batch_BT: Batch, share: Any, totals: Any) -> tuple[Any, Losses]:
         def objective(params: Any) -> tuple[jax.Array, Losses]:
             tokens, targets, weights, starts = batch_BT
-            losses = training_loss(
-                params,
-                state.router,
-                config.model,
-                tokens,
-                targets,
-                values.mtp_loss_weight,
-                weights,
-                starts,
-                aux_loss_alpha=values.aux_loss_alpha,
-                totals=totals,
-                share=share,
-            )
+            arguments = params, state.router, config.model, tokens, targets, values.mtp_loss_weight, weights, starts
+            losses = training_loss(*arguments, aux_loss_alpha=values.aux_loss_alpha, totals=totals, share=share)
             return losses.loss, losses
 
         return jax.grad(objective, has_aux=True)(state.params)
@@ -133,12 +108,8 @@ def gradients(state: TrainState, batch: Batch, values: StepHyperparams, config: 
     if num_micro_batches == 1:
         return part(jax.tree.map(lambda array: array[0], batch), 1.0, None)
 
-    # The weights of the whole step come first: a micro-batch's mean is then a part of the step's, whatever it holds.
-    weigh = (
-        jax.vmap(depth_weights, (0, 0, None))
-        if batch.segment_starts_ABT is not None
-        else jax.vmap(depth_weights, (0, None, None))
-    )
+    # Totals over the whole step come first: a micro-batch's loss is then its part of the step's mean.
+    weigh = jax.vmap(depth_weights, (0, 0, None))
     totals = [weigh(batch.loss_weight_ABT, batch.segment_starts_ABT, depth).sum() for depth in depths]
     share = 1 / values.micro_batches.astype(jnp.float32)
 
@@ -151,19 +122,19 @@ def gradients(state: TrainState, batch: Batch, values: StepHyperparams, config: 
 
     shapes = jax.eval_shape(functools.partial(part, share=share, totals=totals), jax.tree.map(lambda array: array[0], batch))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
-    start = _placed_like_params(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes[0]), config.model)
+    start = _shard_like_params(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes[0]), config.model)
     summed, losses = jax.lax.fori_loop(0, values.micro_batches, add, (start, zeros))
     return jax.tree.map(lambda sum_, leaf: sum_.astype(leaf.dtype), summed, shapes[0]), losses
 
 
-def _placed_like_params(tree: Any, config: ModelConfig) -> Any:
-    """The tree, each leaf where the parameter of its name lives."""
+def _shard_like_params(tree: Any, config: ModelConfig) -> Any:
+    """Constrain every leaf of the tree to the sharding of its parameter."""
     mesh = current_mesh()
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, variable_shardings(config, mesh)["params"])
 
 
-def moved_biases(router: dict[str, Any], load: dict[str, jax.Array], speed: float | jax.Array) -> dict[str, Any]:
-    """The router collection after the bias rule; `load` holds, per stack or MTP depth, its one bias array's loads."""
+def updated_biases(router: dict[str, Any], load: dict[str, jax.Array], speed: float | jax.Array) -> dict[str, Any]:
+    """Return the router collection after the bias update; `load` holds the loads by stack or MTP depth."""
     return {
         name: jax.tree.map(lambda bias, name=name: updated_bias(bias, load[name], speed), biases)
         for name, biases in router.items()

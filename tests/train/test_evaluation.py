@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import MeshConfig, ModelConfig
-from dsv3_jax.data import Document, ValidationBatch, ValidationWindows
+from dsv3_jax.data.sources import Document
 from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.data.tokens import ValidationWindows, document_windows
+from dsv3_jax.model.losses import ValidationBatch
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import make_mesh
@@ -26,7 +28,6 @@ from dsv3_jax.train.evaluation import (
     Evaluator,
     SourceScores,
     ValidationReport,
-    ValidationScores,
     evaluate_sources,
     validation_scores,
 )
@@ -91,8 +92,8 @@ def test_sums_keep_their_digits_over_many_tokens(monkeypatch: pytest.MonkeyPatch
     """In float32, 2^24 + 1 is 2^24."""
     evaluator = Evaluator(CONFIG)
 
-    def score(variables: dict, tokens: jax.Array, targets: jax.Array, weights: jax.Array, starts: None) -> ValidationScores:
-        return ValidationScores(np.float32(tokens[0, 0]), np.int32(1), np.int32(2))
+    def score(variables: dict, tokens: jax.Array, targets: jax.Array, weights: jax.Array, starts: None) -> tuple:
+        return np.float32(tokens[0, 0]), np.int32(1), np.int32(2)
 
     monkeypatch.setattr(evaluator, "_score", score)
     ones = np.ones((1, 1), np.float32)
@@ -105,7 +106,7 @@ def test_bits_per_byte_of_a_text(evaluator: Evaluator) -> None:
     text = "for x in range(3):\n    print(x, 'ünï')\n" * 3
     tokenizer = train_tokenizer([text], 270, ["<bos>", "<eos>"])
     variables = random_variables(CONFIG)
-    windows = ValidationWindows([Document("a", text)], tokenizer, CONFIG, batch_size=B, sequence_length=T)
+    windows = document_windows([Document("a", text)], tokenizer, CONFIG, batch_size=B, sequence_length=T)
     evaluation = evaluator(variables, windows)
 
     ids = [1, 0, *tokenizer.encode(text)]
@@ -202,7 +203,7 @@ def test_logits_of_whole_windows_never_exist() -> None:
 def windows_of(texts: list[str], length: int = 8) -> ValidationWindows:
     tokenizer = train_tokenizer(["abc abd abe\n" * 9], 260, ["<bos>", "<eos>"])
     documents = [Document(str(i), text) for i, text in enumerate(texts)]
-    return ValidationWindows(documents, tokenizer, CONFIG, batch_size=2, sequence_length=length)
+    return document_windows(documents, tokenizer, CONFIG, batch_size=2, sequence_length=length)
 
 
 def told(nats_per_token: float, accepted: float | None = None) -> Callable[..., Evaluation]:

@@ -16,9 +16,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from dsv3_jax.data import Batch
 from dsv3_jax.model import DeepSeekV3, training_loss, unstack
 from dsv3_jax.model import moe as router_module
+from dsv3_jax.model.losses import Batch
 from dsv3_jax.model.sharding import variable_shardings
 from dsv3_jax.parallel.devices import BatchPlacement
 from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, make_mesh

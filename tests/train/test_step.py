@@ -19,8 +19,8 @@ import pytest
 
 from dsv3_jax.config import Config, OptimizerConfig, TrainConfig
 from dsv3_jax.config.run import StepHyperparams
-from dsv3_jax.data import Batch
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.losses import Batch
 from dsv3_jax.train.state import TrainState
 from dsv3_jax.train.step import train_step
 from tests import reference_model

@@ -26,7 +26,7 @@ from dsv3_jax.parallel.mesh import TOKEN_AXES
 from dsv3_jax.plan.hlo import Collective
 from dsv3_jax.plan.hlo import collectives as collectives_in
 from dsv3_jax.plan.topology import device_bytes, device_values, gathered, named_leaves, placed
-from dsv3_jax.train.state import init_state, state_shardings
+from dsv3_jax.train.state import abstract_state, state_shardings
 from dsv3_jax.train.step import compile_train_step
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def read_refusal(message: str, argument_bytes: int) -> tuple[int | None, int] | 
 
 def state_on(config: Config, mesh: Mesh | AbstractMesh) -> Any:
     """Return the state of a run as abstract arrays on a mesh."""
-    return jax.tree.map(placed, jax.eval_shape(lambda: init_state(config)), state_shardings(config, mesh))
+    return jax.tree.map(placed, abstract_state(config), state_shardings(config, mesh))
 
 
 def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int = 1) -> Compiled:

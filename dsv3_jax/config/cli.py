@@ -67,10 +67,7 @@ class DistributedFlags:
         )
         count, index = self.num_processes, self.process_id
         if count is not None and index is not None:
-            check(
-                0 <= index < count,
-                f"--distributed.process-id is {index}; it must lie in 0..{count - 1} (num-processes - 1)",
-            )
+            check(0 <= index < count, f"--distributed.process-id is {index}; it must lie in 0..{count - 1} (num-processes - 1)")
 
     @property
     def alone(self) -> bool:

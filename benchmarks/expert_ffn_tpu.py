@@ -20,7 +20,7 @@ from expert_kernels import ROW_KERNELS, WEIGHT_KERNELS, Cost, D, E, F, as_weight
 from machine import machine
 from tpu_schedule import CLOCK, CORES, TOPOLOGIES, Job, peak_flops_per_cycle, read_schedules
 
-from dsv3_jax.kernels.tpu.grouped_matmul_dw import fit_weights
+from dsv3_jax.kernels.tpu.experts import fit_weights
 
 ROWS = 256, 1024, 4096
 GMM_TILES = (

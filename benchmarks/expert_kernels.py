@@ -18,9 +18,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from tpu_schedule import CORES, Schedule, peak_flops_per_cycle
 
 from dsv3_jax.kernels.grouped import expert_ffn_by, steps_by_block, visits_of
-from dsv3_jax.kernels.tpu.experts import TILES, KernelConfig, Tiles, this_machine
-from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, fit_rows
-from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles
+from dsv3_jax.kernels.tpu.experts import TILES, KernelConfig, RowTiles, Tiles, WeightTiles, fit_rows, this_machine
 from dsv3_jax.kernels.tpu.memory import Machine, sublanes
 
 D, F, E = 7168, 2048, 8

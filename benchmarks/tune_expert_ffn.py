@@ -19,8 +19,7 @@ from expert_kernels import ROW_KERNELS, WEIGHT_KERNELS, Cost, E, how_on, row_cos
 from machine import machine
 from tpu_schedule import CLOCK, CORES, TOPOLOGIES, Job, Schedule, peak_flops_per_cycle, read_schedules
 
-from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles
-from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles, fit_weights
+from dsv3_jax.kernels.tpu.experts import RowTiles, WeightTiles, fit_weights
 from dsv3_jax.parallel.devices import CHIPS
 
 ROW_TILES = [

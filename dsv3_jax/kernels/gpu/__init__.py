@@ -1,1 +1,1 @@
-"""Pallas kernels for NVIDIA GPUs, one file a kernel."""
+"""Pallas kernels for NVIDIA GPUs."""

@@ -1,1 +1,1 @@
-"""Pallas kernels for TPUs, one file a kernel."""
+"""Pallas kernels for TPUs."""

@@ -223,7 +223,7 @@ def _table_of_documents(
 
 
 def _next_to_run(runs: jax.Array, next_line: int) -> jax.Array:
-    """Return for every step of a line the next one that runs, or after the last of them the first of the line `next_line` later.
+    """Return for every step of a line the next one that runs, or after the last one the first of the line `next_line` later.
 
     With queries innermost that is the same line, for the next head. Where none runs, it is the line's last step.
     """

@@ -13,10 +13,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.kernels.grouped import KERNELS, expert_ffn_by
-from dsv3_jax.kernels.tpu import grouped_matmul
-from dsv3_jax.kernels.tpu.experts import TILES, KernelConfig, Tiles, expert_ffn_pallas_tpu
-from dsv3_jax.kernels.tpu.grouped_matmul import RowTiles, fit_rows
-from dsv3_jax.kernels.tpu.grouped_matmul_dw import WeightTiles, fit_weights
+from dsv3_jax.kernels.tpu import experts as tpu_experts
+from dsv3_jax.kernels.tpu.experts import (
+    TILES,
+    KernelConfig,
+    RowTiles,
+    Tiles,
+    WeightTiles,
+    expert_ffn_pallas_tpu,
+    fit_rows,
+    fit_weights,
+)
 from dsv3_jax.kernels.tpu.memory import MIB, Machine
 from dsv3_jax.plan.topology import tpu_devices
 from tests.kernels.interpreter import TWO_CORES, assert_no_race
@@ -85,7 +92,7 @@ def test_several_tiles_and_parts(
 
     The thorough interpreter finds no race, and nothing read before it is written.
     """
-    monkeypatch.setattr(grouped_matmul, "LARGEST_PART", 128)
+    monkeypatch.setattr(tpu_experts, "LARGEST_PART", 128)
     inputs = several_tiles(dtype)
     # A size of its own keeps the compiled program apart from those made with parts of another length.
     how = SMALL._replace(machine=Machine(2, 65 * MIB), interpret=TWO_CORES if thorough else True)

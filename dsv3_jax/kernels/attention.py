@@ -35,11 +35,8 @@ def choose_attention(
 ) -> str:
     """Return the backend of attention over whole sequences that `name` stands for.
 
-    Args:
-      name: "chunked" (`causal_attention`), "splash" (tpu/splash.py), "pallas_gpu" (gpu/attention.py), or "auto".
-      dtype: of queries, keys and values.
+    Args as `experts.choose_backend`'s, whose errors this raises, too, and
       widths: of queries and keys, and of values.
-      platform: as in `experts.choose_backend`; the errors are the same, too.
       documents: whether the documents of a row have to be kept apart.
     """
 

@@ -336,11 +336,7 @@ class ExpertOrder(NamedTuple):
 
 
 def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
-    """Sort the choices by expert.
-
-    Args:
-      chosen_TK: int32, the experts of each token, all in [0, num_experts).
-      num_experts: E.
+    """Sort the choices by expert: int32, the experts of each token, all in [0, num_experts).
 
     Raises:
       ValueError: if num_experts * T * K does not fit in an int32.
@@ -405,10 +401,8 @@ def _dispatch_backward(row_TK: jax.Array, dx_RD: jax.Array) -> tuple[jax.Array, 
     return sum_over_choices(dx_RD, row_TK, None).astype(dx_RD.dtype), None, None
 
 
-def _combine_forward(
-    y_RD: jax.Array, weight_TK: jax.Array, order: jax.Array, inverse: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return combine(y_RD, weight_TK, order, inverse), (y_RD, weight_TK, order, inverse)
+def _combine_forward(*arguments: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return combine(*arguments), arguments
 
 
 def _combine_backward(residuals: tuple[jax.Array, ...], dout_TD: jax.Array) -> tuple[jax.Array | None, ...]:

@@ -179,7 +179,7 @@ def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit
       group_sizes_G: int32, rows of each group.
       num_rows: R, at least the sum of the sizes.
       block_rows: rows of a block; the last block may be cut short.
-      visit_empty: whether a group without rows gets a visit, too.
+      visit_empty: whether a group without rows gets a visit.
     """
     num_groups, num_blocks = group_sizes_G.shape[0], -(-num_rows // block_rows)
     start_and_end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes_G, dtype=jnp.int32)])
@@ -231,16 +231,9 @@ def steps_by_band(
 ) -> tuple[RowSteps, jax.Array]:
     """Return every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
 
-    A group's first tile begins with it or up to `grain` - 1 rows before, and its last one may reach beyond it. Within a band
-    the order is column by column, so that multiprocessors working on neighbouring steps share rows and weights.
-
-    Args:
-      group_sizes_G: int32, rows of each group, R in all.
-      num_rows: R.
-      tile_rows: rows of a tile, a multiple of `grain`.
-      num_tiles: column tiles.
-      band: tiles of rows.
-      grain: tiles begin at multiples of it.
+    A group's first tile begins with it or up to `grain` - 1 rows before, at a multiple of `grain`, as `tile_rows` is; its last
+    one may reach beyond it. Within a band the order is column by column, so that multiprocessors working on neighbouring steps
+    share rows and weights. The sizes, int32, add up to `num_rows`.
 
     Returns:
       The steps, padded at the end, and their number.

@@ -50,11 +50,7 @@ _OPTIONS = Backends(
 def choose_latent_backend(name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None) -> str:
     """Return the backend of `latent_attention` that `name` stands for.
 
-    Args:
-      name: a backend, or "auto".
-      dtype: of queries and latents.
-      widths: C and P.
-      platform: as in `experts.choose_backend`; the errors are the same, too.
+    Args as `experts.choose_backend`'s, whose errors this raises, too, and the widths C and P.
     """
     return _OPTIONS.resolve_backend(
         name,

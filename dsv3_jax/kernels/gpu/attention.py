@@ -57,7 +57,15 @@ def attention_hopper(
     Raises:
       ValueError: for other dtypes, for widths that are no multiples of 64 or too large, and for heads that do not divide.
     """
-    _check(q_BTNX, k_BSMX, v_BSMW)
+    dtypes = [jnp.dtype(a.dtype).name for a in (q_BTNX, k_BSMX, v_BSMW)]
+    (N, X), (M, W) = q_BTNX.shape[2:], v_BSMW.shape[2:]
+    reason = unsupported_reason(X, W)
+    if dtypes != ["bfloat16"] * 3:
+        reason = f"takes bfloat16, and got q, k and v in {', '.join(dtypes)}"
+    elif N % M:
+        reason = f"takes heads that share keys and values evenly, and got {N} that share {M}"
+    if reason is not None:
+        raise ValueError(f"attention by 'pallas_gpu' {reason}; use attention_backend chunked")
     padded = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK_M), (0, 0), (0, 0))) for a in (q_BTNX, k_BSMX, v_BSMW))
     inputs = varying_alike(jnp.asarray(first, jnp.int32)[None], *padded)
     return _attend(inputs, scale, interpret)[:, : q_BTNX.shape[1]]
@@ -71,19 +79,6 @@ def unsupported_reason(X: int, W: int) -> str | None:
             f"and got {X} and {W}"
         )
     return None
-
-
-def _check(q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array) -> None:
-    dtypes = [jnp.dtype(a.dtype).name for a in (q_BTNX, k_BSMX, v_BSMW)]
-    N, X = q_BTNX.shape[2:]
-    M, W = v_BSMW.shape[2:]
-    reason = unsupported_reason(X, W)
-    if dtypes != ["bfloat16"] * 3:
-        reason = f"takes bfloat16, and got q, k and v in {', '.join(dtypes)}"
-    elif N % M:
-        reason = f"takes heads that share keys and values evenly, and got {N} that share {M}"
-    if reason is not None:
-        raise ValueError(f"attention by 'pallas_gpu' {reason}; use attention_backend chunked")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

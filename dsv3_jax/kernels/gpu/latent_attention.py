@@ -40,17 +40,14 @@ COST_OF_PART = 4
 
 
 class Part(NamedTuple):
-    """Work of one multiprocessor at a time: some rows, some blocks of tokens."""
+    """Work of one multiprocessor at a time: some rows, and some blocks of a sequence of `length` tokens."""
 
     split: Any
     sequence: Any
     rows: Any
     length: Any
-    """Tokens of the sequence."""
-    first: Any
-    """Block."""
+    first_block: Any
     blocks: Any
-    """Number of blocks, from 0."""
 
 
 def past_attention_gpu(
@@ -112,10 +109,7 @@ def unsupported_reason(C: int, P: int) -> str | None:
 def number_of_splits(tiles: int, blocks: int, num_blocks: int) -> int:
     """Return in how many parts to cut the longest sequence: the fewest that take the least time if all are so long.
 
-    Args:
-      tiles: blocks of rows, of all sequences.
-      blocks: blocks of tokens that a sequence has room for.
-      num_blocks: multiprocessors.
+    There are `tiles` blocks of rows, of all sequences; a sequence has room for `blocks` blocks of tokens.
     """
 
     def cost(splits: int) -> int:
@@ -170,7 +164,7 @@ def _attend(
             def _(k: Any) -> None:
                 slot = pipe.producer_acquire(steps[0] + k)
                 for begin in range(0, BLOCK, piece):
-                    token = (part.first + k) * BLOCK + begin
+                    token = (part.first_block + k) * BLOCK + begin
                     # The last block may reach beyond the table.
                     j = jnp.minimum(jax.lax.div(token, jnp.int32(page_size)), J - 1)
                     source = table_ref[part.sequence * J + j], pl.ds(jax.lax.rem(token, jnp.int32(page_size)), piece)
@@ -225,7 +219,7 @@ def _attend(
             def mix(mixed: Any) -> None:
                 def block(k: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                     top, total = carry
-                    slot, own = pipe.consumer_wait(steps[0] + k), part.length - (part.first + k) * BLOCK
+                    slot, own = pipe.consumer_wait(steps[0] + k), part.length - (part.first_block + k) * BLOCK
                     pl.when(own < BLOCK)(functools.partial(zero, slot, own))
                     logits = logits_of(slot)
                     pl.when(k == part.blocks - 1)(functools.partial(queries.consumer_release, steps[1]))

@@ -470,13 +470,8 @@ def fit_weights(
 ) -> WeightTiles:
     """Return the sizes of a call: those of `tiles`, cut to the shape and halved until they fit into VMEM.
 
-    Args:
-      tiles: the sizes to start from.
-      shape: rows R, and the widths X and Y of the left array and of the right ones.
-      num_experts: groups; blocks are no larger than the mean group, rounded up to a power of two.
-      num_rights: number of right arrays.
-      dtype: of all of them.
-      machine: the device.
+    Args as `fit_rows`'s; the shape is the rows R, and the widths X and Y of the left array and of the `num_rights` right ones.
+    Blocks are no larger than the mean group, rounded up to a power of two.
     """
     num_rows, X, Y = shape
     width = jnp.dtype(dtype).itemsize

@@ -154,27 +154,7 @@ def _in_small_pages(latent_YZC: jax.Array, page_table_BJ: jax.Array | None, bloc
     return latent_YZC.reshape(-1, size, C), (page_table_BJ[..., None] * len(part) + part).reshape(page_table_BJ.shape[0], -1)
 
 
-def _kernel(
-    table: Any,
-    lengths: Any,
-    q_latent_1AC: Any,
-    q_rope_1AP: Any,
-    latent_YZC: Any,
-    rope: Any,
-    mixed_1AC: Any,
-    lse_11A: Any,
-    latent_blocks: Any,
-    rope_blocks: Any,
-    logits_AZ: Any,
-    top_A: Any,
-    total_A: Any,
-    first_slot: Any,
-    arrived: Any,
-    *,
-    scale: float,
-    num_pages: int,
-    lanes_are_tokens: bool,
-) -> None:
+def _kernel(*refs: Any, scale: float, num_pages: int, lanes_are_tokens: bool) -> None:
     """Attend to one sequence.
 
     Refs: `table` [B J] and `lengths` [B] scalars; this sequence's queries, mixture and logarithm of the sum of exponentials;
@@ -182,6 +162,8 @@ def _kernel(
     from one sequence to the next: the blocks in their slots, the semaphores of their copies, and the slot of this sequence's
     first block. Scratch of this sequence: logits of one block, running maximum and sum of each row, the same in every lane.
     """
+    table, lengths, q_latent_1AC, q_rope_1AP, latent_YZC, rope, mixed_1AC, lse_11A, *scratch = refs
+    latent_blocks, rope_blocks, logits_AZ, top_A, total_A, first_slot, arrived = scratch
     i, sequences = pl.program_id(1), pl.num_programs(1)
     b = pl.program_id(0) * sequences + i
     page_size, block_size = latent_YZC.shape[1], latent_blocks.shape[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -169,13 +170,9 @@ def _kernel(
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
         residual_checkpoint_name=None,
-        mask_function=_seen,
+        mask_function=operator.ge,
         interpret=interpret,
     )
-
-
-def _seen(query: jax.Array, key: jax.Array) -> jax.Array:
-    return query >= key
 
 
 def _table(

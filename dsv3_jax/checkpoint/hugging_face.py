@@ -269,8 +269,9 @@ def _stored(leaf: Leaf, dtype: np.dtype, part: Any) -> tuple[np.ndarray, ...]:
 
 
 def _quantised(name: str, stored: partial[tuple[np.ndarray, ...]], scale_fmt: str | None, part: Any) -> tuple[np.ndarray, ...]:
+    (weight,) = stored(part)
     try:
-        return quantise(*stored(part), scale_fmt=scale_fmt)
+        return quantise(weight, scale_fmt=scale_fmt)
     except ValueError as error:
         raise ValueError(f"{name} cannot be exported: {error}") from None
 

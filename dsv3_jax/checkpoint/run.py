@@ -459,18 +459,8 @@ def _portions(stored: dict[str, Stored], wanted: dict[str, Any]) -> list[list[st
 def _restore(folder: epath.Path, part: Any) -> Any:
     if not folder.exists():
         raise DamagedError(f"it lacks {folder.name}")
-    restore_args = jax.tree.map(
-        lambda leaf: (
-            ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype, strict=True)
-            if leaf is not ocp.PLACEHOLDER
-            else ocp.RestoreArgs()
-        ),
-        part,
-    )
-    args = ocp.args.PyTreeRestore(item=part, restore_args=restore_args)
-    restored = ocp.PyTreeCheckpointHandler().restore(folder, args=args)
-    jax.block_until_ready([leaf for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER])
-    return restored
+    args = ocp.args.PyTreeRestore(item=part, restore_args=ocp.checkpoint_utils.construct_restore_args(part))
+    return jax.block_until_ready(ocp.PyTreeCheckpointHandler().restore(folder, args=args))
 
 
 def _read(folder: epath.Path, read: Callable[[], Any]) -> Any:

@@ -37,7 +37,7 @@ def all_or_none(processes: int) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    failed = [str(process) for process, message in enumerate(exchange("failed" if failure else "")) if message]
+    failed = [str(process) for process, message in enumerate(exchange("" if failure is None else "failed")) if message]
     if failure is not None:
         raise failure
     if failed:

@@ -1,4 +1,4 @@
-"""One of two processes of four devices that load a checkpoint and save it together: what `test_processes` starts.
+"""One of two processes of four devices that load a checkpoint and save it together: started by `test_multihost`.
 
     python process.py INDEX PORT FOLDER
 

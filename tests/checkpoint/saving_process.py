@@ -1,4 +1,4 @@
-"""One of two processes of four devices that save together: what `test_failing_saves_together` starts.
+"""One of two processes of four devices that save together: started by `test_run_failing_saves_together`.
 
     python saving_process.py INDEX PORT FOLDER
 

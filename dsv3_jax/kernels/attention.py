@@ -39,15 +39,9 @@ def choose_attention(
       widths: of queries and keys, and of values.
       documents: whether the documents of a row have to be kept apart.
     """
-
-    def unsupported_reason() -> str | None:
-        return (
-            (_ACROSS_DOCUMENTS if documents else None)
-            or hopper.unsupported_reason(dtype)
-            or attention.unsupported_reason(*widths)
-        )
-
-    return _OPTIONS.resolve_backend(name, platform, {"pallas_gpu": unsupported_reason})
+    across = _ACROSS_DOCUMENTS if documents else None
+    reasons = {"pallas_gpu": lambda: across or hopper.unsupported_reason(dtype) or attention.unsupported_reason(*widths)}
+    return _OPTIONS.resolve_backend(name, platform, reasons)
 
 
 def attend(
@@ -103,12 +97,9 @@ class OnlineSoftmax(NamedTuple):
         )
 
     def fold(self, logits: jax.Array, values: jax.Array, product: str) -> OnlineSoftmax:
-        """Add a block.
+        """Add a block: logits [..., A, Z], MASKED where a key is not seen, and values of its Z keys.
 
-        Args:
-          logits: [..., A, Z] float32, MASKED where a key is not seen.
-          values: of the block's Z keys.
-          product: einsum of the exponentials, in the values' dtype, and the values, such as "BTNZ,BZC->BTNC".
+        `product` is the einsum of the exponentials, in the values' dtype, and the values, such as "BTNZ,BZC->BTNC".
         """
         top = jnp.maximum(self.top, logits.max(-1))
         p = jnp.exp(logits - top[..., None])

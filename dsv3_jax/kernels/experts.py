@@ -369,10 +369,7 @@ def dispatch(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array
 def combine(y_RD: jax.Array, weight_TK: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     """Return sum_k weight_k y_k of every token, summed in float32: [T, D] in y's dtype.
 
-    Args:
-      y_RD: the experts' outputs.
-      weight_TK: the weight of each choice.
-      order, inverse: those of `sort_by_expert`.
+    `order` and `inverse` are those of `sort_by_expert`.
     """
     return sum_over_choices(y_RD, inverse.reshape(weight_TK.shape), weight_TK).astype(y_RD.dtype)
 

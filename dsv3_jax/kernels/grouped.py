@@ -30,7 +30,7 @@ Epilogue = Callable[[list[jax.Array], list[jax.Array]], Sequence[jax.Array]]
 class Products(Protocol):
     """Kernels for one kind of machine. Hashed and compared by value: an instance is static in a compiled program."""
 
-    def rows(
+    def grouped_matmul(
         self,
         kernel: str,
         epilogue: Epilogue,
@@ -60,7 +60,7 @@ class Products(Protocol):
           The outputs, [R, N] in the dtype of the rows. Rows past the last group are zero.
         """
 
-    def weights(
+    def grouped_matmul_dw(
         self, kernel: str, left_RX: jax.Array, rights: Sequence[jax.Array], group_sizes_E: jax.Array, /
     ) -> Sequence[jax.Array]:
         """Return left^T right over the rows of every group, for each right array [R, Y]: [E, X, Y] in the dtype of the rows.
@@ -80,14 +80,16 @@ def expert_ffn_by(
 ) -> jax.Array:
     """Compute `expert_ffn` by the given kernels."""
     weights = [w_gate_EDF, w_up_EDF]
-    (hidden_RF,) = products.rows("gate_up", _hidden, [x_RD], weights, [], group_sizes_E, num_outputs=1, transposed=False)
+    (hidden_RF,) = products.grouped_matmul(
+        "gate_up", _hidden, [x_RD], weights, [], group_sizes_E, num_outputs=1, transposed=False
+    )
     return _down(hidden_RF, w_down_EFD, group_sizes_E, products)
 
 
 def _forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, products = arguments
     # Reading gate and up back is cheaper than computing two of eight products again.
-    hidden_RF, gate_RF, up_RF = products.rows(
+    hidden_RF, gate_RF, up_RF = products.grouped_matmul(
         "gate_up", _hidden_gate_up, [x_RD], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=3, transposed=False
     )
     y_RD = _down(hidden_RF, w_down_EFD, group_sizes_E, products)
@@ -96,14 +98,14 @@ def _forward(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
 
 def _backward(products: Products, residuals: tuple[jax.Array, ...], dy_RD: jax.Array) -> tuple[jax.Array | None, ...]:
     x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hidden_RF, gate_RF, up_RF = residuals
-    dgate_RF, dup_RF = products.rows(
+    dgate_RF, dup_RF = products.grouped_matmul(
         "dhidden", _dgate_dup, [dy_RD], [w_down_EFD], [gate_RF, up_RF], group_sizes_E, num_outputs=2, transposed=True
     )
-    (dx_RD,) = products.rows(
+    (dx_RD,) = products.grouped_matmul(
         "dx", _identity, [dgate_RF, dup_RF], [w_gate_EDF, w_up_EDF], [], group_sizes_E, num_outputs=1, transposed=True
     )
-    dw_gate_EDF, dw_up_EDF = products.weights("dw_gate_up", x_RD, [dgate_RF, dup_RF], group_sizes_E)
-    (dw_down_EFD,) = products.weights("dw_down", hidden_RF, [dy_RD], group_sizes_E)
+    dw_gate_EDF, dw_up_EDF = products.grouped_matmul_dw("dw_gate_up", x_RD, [dgate_RF, dup_RF], group_sizes_E)
+    (dw_down_EFD,) = products.grouped_matmul_dw("dw_down", hidden_RF, [dy_RD], group_sizes_E)
     return dx_RD, dw_gate_EDF, dw_up_EDF, dw_down_EFD, None
 
 
@@ -111,7 +113,9 @@ expert_ffn_by.defvjp(_forward, _backward)
 
 
 def _down(hidden_RF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array, products: Products) -> jax.Array:
-    return products.rows("down", _identity, [hidden_RF], [w_down_EFD], [], group_sizes_E, num_outputs=1, transposed=False)[0]
+    return products.grouped_matmul(
+        "down", _identity, [hidden_RF], [w_down_EFD], [], group_sizes_E, num_outputs=1, transposed=False
+    )[0]
 
 
 def _identity(products: Any, extras: Any) -> Sequence[jax.Array]:
@@ -175,11 +179,8 @@ class Steps(NamedTuple):
 def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit_empty: bool) -> Visits:
     """Return a visit for each pair of a group and a block that share rows.
 
-    Args:
-      group_sizes_G: int32, rows of each group.
-      num_rows: R, at least the sum of the sizes.
-      block_rows: rows of a block; the last block may be cut short.
-      visit_empty: whether a group without rows gets a visit.
+    The sizes, int32, add up to at most `num_rows`; the last block may be cut short. With `visit_empty`, a group without rows
+    gets a visit, too.
     """
     num_groups, num_blocks = group_sizes_G.shape[0], -(-num_rows // block_rows)
     start_and_end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes_G, dtype=jnp.int32)])
@@ -194,13 +195,10 @@ def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit
 
 
 def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Steps, jax.Array]:
-    """Return every column tile of every visit: block by block, within a block tile by tile, within a tile visit by visit.
+    """Return every column tile of every visit, by block, within a block by tile, within a tile by visit; and their number.
 
     So a block of rows is fetched once, an output tile is complete before the next one begins, and a group's weights are fetched
     once for each block that the group has rows in. Every block needs a visit.
-
-    Returns:
-      The steps, and their number.
     """
     visit_V = jnp.arange(visits.group_V.shape[0], dtype=jnp.int32)
     here_SV = (jnp.arange(num_blocks)[:, None] == visits.block_V) & (visit_V < visits.number)
@@ -229,14 +227,11 @@ class RowSteps(NamedTuple):
 def steps_by_band(
     group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int, grain: int
 ) -> tuple[RowSteps, jax.Array]:
-    """Return every column tile of every tile of rows: group by group, within a group `band` tiles of rows at a time.
+    """Return every column tile of every tile of rows, by group, within a group by band of tiles; and their number.
 
     A group's first tile begins with it or up to `grain` - 1 rows before, at a multiple of `grain`, as `tile_rows` is; its last
     one may reach beyond it. Within a band the order is column by column, so that multiprocessors working on neighbouring steps
-    share rows and weights. The sizes, int32, add up to `num_rows`.
-
-    Returns:
-      The steps, padded at the end, and their number.
+    share rows and weights. The sizes, int32, add up to `num_rows`. The steps are padded at the end.
     """
     start_G = jnp.cumsum(group_sizes_G, dtype=jnp.int32) - group_sizes_G
     before_G = start_G % grain

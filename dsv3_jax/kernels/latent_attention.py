@@ -52,11 +52,8 @@ def choose_latent_backend(name: str, dtype: Any, widths: tuple[int, int], platfo
 
     Args as `experts.choose_backend`'s, whose errors this raises, too, and the widths C and P.
     """
-    return _OPTIONS.resolve_backend(
-        name,
-        platform,
-        {"pallas_gpu": lambda: hopper.unsupported_reason(dtype) or gpu_latent_attention.unsupported_reason(*widths)},
-    )
+    reasons = {"pallas_gpu": lambda: hopper.unsupported_reason(dtype) or gpu_latent_attention.unsupported_reason(*widths)}
+    return _OPTIONS.resolve_backend(name, platform, reasons)
 
 
 def latent_attention(

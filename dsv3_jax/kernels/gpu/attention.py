@@ -185,22 +185,21 @@ def _values(inputs: Sequence[jax.Array], *, scale: float, interpret: Any) -> lis
             destination = o_ref.at[batch, queries, head, pl.ds(i * BLOCK_K, BLOCK_K)]
             hopper.store(hopper.strip(o, i).astype(dtype), staging.at[warpgroup], destination)
 
-    scratch = [
-        swizzled(BLOCK_M, X),
-        swizzled(stages, size, X),
-        swizzled(stages, size, W),
-        plgpu.SMEM((CONSUMERS, WG_M), jnp.float32),
-        swizzled(CONSUMERS, WG_M, BLOCK_K),
-        plgpu.Barrier(),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
-    ]
     return hopper.launch(
         fetch,
         work,
         inputs,
         outputs=[jax.ShapeDtypeStruct((B, T, N, W), dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
-        scratch=scratch,
+        scratch=[
+            swizzled(BLOCK_M, X),
+            swizzled(stages, size, X),
+            swizzled(stages, size, W),
+            plgpu.SMEM((CONSUMERS, WG_M), jnp.float32),
+            swizzled(CONSUMERS, WG_M, BLOCK_K),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+        ],
         loads=1,
         stages=stages,
         num_blocks=B * N * tiles,
@@ -278,21 +277,20 @@ def _query_gradient(arrays: Sequence[jax.Array], *, scale: float, interpret: Any
         queries = pl.ds(tile * BLOCK_M + warpgroup * WG_M, WG_M)
         hopper.store((dq * scale).astype(dtype), q_smem.at[hopper.warpgroup_rows()], dq_ref.at[batch, queries, head])
 
-    scratch = [
-        swizzled(stages, WG_M, X),
-        swizzled(stages, WG_M, W),
-        plgpu.Barrier(num_arrivals=4),
-        swizzled(BLOCK_M, X),
-        swizzled(BLOCK_M, W),
-        plgpu.SMEM((BLOCK_M,), jnp.float32),
-        plgpu.SMEM((BLOCK_M,), jnp.float32),
-    ]
     (dq_BTNX,) = hopper.launch(
         fetch,
         work,
         arrays,
         outputs=[jax.ShapeDtypeStruct(q_BTNX.shape, dtype)],
-        scratch=scratch,
+        scratch=[
+            swizzled(stages, WG_M, X),
+            swizzled(stages, WG_M, W),
+            plgpu.Barrier(num_arrivals=4),
+            swizzled(BLOCK_M, X),
+            swizzled(BLOCK_M, W),
+            plgpu.SMEM((BLOCK_M,), jnp.float32),
+            plgpu.SMEM((BLOCK_M,), jnp.float32),
+        ],
         loads=2,
         stages=stages,
         num_blocks=B * N * tiles,
@@ -384,22 +382,21 @@ def _key_gradients(arrays: Sequence[jax.Array], *, scale: float, interpret: Any)
         hopper.store((dk * scale).astype(dtype), k_smem.at[own], dk_ref.at[batch, keys, shared])
         hopper.store(dv.astype(dtype), v_smem.at[own], dv_ref.at[batch, keys, shared])
 
-    scratch = [
-        swizzled(BLOCK_M, X),
-        swizzled(BLOCK_M, W),
-        plgpu.SMEM((WG_M,), jnp.int32),
-        plgpu.Barrier(num_arrivals=3),
-        swizzled(stages, WG_M, X),
-        swizzled(stages, WG_M, W),
-        plgpu.SMEM((stages, WG_M), jnp.float32),
-        plgpu.SMEM((stages, WG_M), jnp.float32),
-    ]
     return hopper.launch(
         fetch,
         work,
         [*arrays, number_A],
         outputs=[jax.ShapeDtypeStruct(k_BSMX.shape, dtype), jax.ShapeDtypeStruct(v_BSMW.shape, dtype)],
-        scratch=scratch,
+        scratch=[
+            swizzled(BLOCK_M, X),
+            swizzled(BLOCK_M, W),
+            plgpu.SMEM((WG_M,), jnp.int32),
+            plgpu.Barrier(num_arrivals=3),
+            swizzled(stages, WG_M, X),
+            swizzled(stages, WG_M, W),
+            plgpu.SMEM((stages, WG_M), jnp.float32),
+            plgpu.SMEM((stages, WG_M), jnp.float32),
+        ],
         loads=4,
         stages=stages,
         num_blocks=B * M * tiles,

@@ -129,8 +129,7 @@ def multiply(
 ) -> list[jax.Array]:
     """Return the sums over `steps` steps from `first` on, float32 [WG_M, columns] each.
 
-    Args:
-      step: takes the slot, the number of the step from 0 and the accumulators, and issues one `wgmma` for each of these.
+    `step` takes the slot, the number of the step from 0 and the accumulators, and issues one `wgmma` for each of these.
     """
 
     def sums(*accumulators: Any) -> list[jax.Array]:
@@ -177,10 +176,7 @@ def write(destination: Any, values: jax.Array) -> None:
 
 
 def warpgroup_rows() -> Any:
-    """Return this warpgroup's rows of a tile, recomputed at every use.
-
-    Loop invariants are kept in registers throughout, and the addresses of many operands take many.
-    """
+    """Return this warpgroup's rows of a tile, recomputed at every use: loop invariants would stay in registers."""
     return pl.ds(jax.lax.optimization_barrier(jax.lax.axis_index("warpgroup")) * WG_M, WG_M)
 
 
@@ -261,10 +257,7 @@ def clamped_tile(i: Any, size: int, length: int) -> tuple[Any, Any]:
 def for_each_tile(number: Any, num_blocks: int, tile: Callable[[Any, Any], Any], start: Any = 0) -> Any:
     """Run tile(index, step), which returns the next tile's first step, for every num_blocks-th of `number` tiles.
 
-    With several pipelines there are as many step numbers: a tuple of them, of which `start` has the form.
-
-    Returns:
-      The number of steps of all tiles.
+    Returns the number of steps of all tiles. With several pipelines, steps are tuples of numbers, as `start` is.
     """
     first = jax.lax.axis_index("sm")
     count = jax.lax.div(number - first + num_blocks - 1, jnp.int32(num_blocks))

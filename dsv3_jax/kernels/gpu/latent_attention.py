@@ -118,9 +118,7 @@ def number_of_splits(tiles: int, blocks: int, num_blocks: int) -> int:
     return min(range(1, min(blocks, num_blocks) + 1), key=cost)
 
 
-def _attend(
-    arrays: Sequence[jax.Array], scale: float, splits: int, num_blocks: int, interpret: Any
-) -> tuple[jax.Array, jax.Array]:
+def _attend(arrays: Sequence[jax.Array], scale: float, splits: int, num_blocks: int, interpret: Any) -> list[jax.Array]:
     """Return the mixture and the logarithm of the sum of exponentials of every split: 0 and -inf for an empty one.
 
     Args as `past_attention_gpu`'s; the arrays are the flat table, lengths, queries [B, A, ...] in whole blocks of rows, pages.
@@ -251,25 +249,23 @@ def _attend(
 
         hopper.for_each_tile(B * row_blocks * splits, num_blocks, work_on_part, (0, 0))
 
-    scratch = [
-        *(swizzled(1, WG_M, width) for width in (C, P)),
-        *(swizzled(SLOTS, BLOCK, width) for width in (C, P)),
-        plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_arrivals=CONSUMERS),
-    ]
-    mixed_SBAC, lse_SBA = hopper.launch(
+    return hopper.launch(
         fetch,
         work,
         arrays,
         outputs=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((splits, B, A, C), (splits, B, A))],
-        scratch=scratch,
+        scratch=[
+            *(swizzled(1, WG_M, width) for width in (C, P)),
+            *(swizzled(SLOTS, BLOCK, width) for width in (C, P)),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=CONSUMERS),
+        ],
         loads=2 * (BLOCK // piece),
         num_blocks=num_blocks,
         name="latent_attention",
         interpret=interpret,
         stages=SLOTS,
     )
-    return mixed_SBAC, lse_SBA
 
 
 def _columns(values: jax.Array, columns: int) -> jax.Array:

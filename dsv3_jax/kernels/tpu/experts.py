@@ -8,6 +8,7 @@ Axes beyond the project's legend: K the contracted dimension, X and Y columns, A
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -62,25 +63,6 @@ class Tiles(NamedTuple):
     dw_down: WeightTiles
 
 
-class KernelConfig(NamedTuple):
-    """`Products` for a TPU."""
-
-    tiles: Tiles
-    machine: Machine
-    interpret: Any = False
-
-    def rows(self, kernel: str, *arrays: Any, **options: Any) -> list[jax.Array]:
-        """`Products.rows`."""
-        return grouped_matmul(*arrays, **options, **self._settings(kernel))
-
-    def weights(self, kernel: str, *arrays: Any) -> list[jax.Array]:
-        """`Products.weights`."""
-        return grouped_matmul_dw(*arrays, **self._settings(kernel))
-
-    def _settings(self, kernel: str) -> dict[str, Any]:
-        return {**self._asdict(), "tiles": getattr(self.tiles, kernel), "name": f"expert_{kernel}"}
-
-
 _SMALL_VMEM = Tiles(
     gate_up=RowTiles(1024, 512, 128, 256),
     down=RowTiles(1024, 512, 128, 512),
@@ -101,7 +83,7 @@ TILES = {
     "v5e": _LARGE_VMEM,
     "v5p": _SMALL_VMEM,
     "v6e": _LARGE_VMEM,
-    # A product of 256 columns cannot fill both matrix units there, and few rows hide little of what surrounds them.
+    # A product of 256 columns cannot fill both matrix units there, and one of few rows hides little of the work around it.
     "7x": _SMALL_VMEM._replace(
         gate_up=RowTiles(512, 512, 128, 512),
         dw_gate_up=WeightTiles(1024, 256, 1792, 1024),
@@ -111,144 +93,204 @@ TILES = {
 """By chip, under its name in Pallas."""
 
 
-def expert_ffn_pallas_tpu(
-    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
-) -> jax.Array:
-    """Compute `expert_ffn` in float32 or bfloat16 on the TPU that the program is lowered for."""
-    memory.check_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
-    return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
+class KernelConfig(NamedTuple):
+    """`Products` for a TPU."""
 
+    tiles: Tiles
+    """Sizes; a weight gradient depends on them by the order of its sums, and nothing else does."""
+    machine: Machine
+    interpret: Any = False
+    """Passed to `pl.pallas_call`."""
 
-def this_machine() -> KernelConfig:
-    """Return the kernels for the devices of the current mesh, or for JAX's default device.
+    def grouped_matmul(
+        self,
+        name: str,
+        epilogue: Epilogue,
+        rows: Sequence[jax.Array],
+        weights: Sequence[jax.Array],
+        extras: Sequence[jax.Array],
+        group_sizes_E: jax.Array,
+        /,
+        *,
+        num_outputs: int,
+        transposed: bool,
+    ) -> list[jax.Array]:
+        """Compute `Products.grouped_matmul`; ValueError where even the smallest blocks do not fit into VMEM.
 
-    Raises:
-      NotImplementedError: for a TPU without an entry in the table.
-      ValueError: where there is no TPU.
-    """
-    try:
-        info = pltpu.get_tpu_info()
-    except ValueError as error:
-        raise ValueError("the expert backend 'pallas_tpu' runs on TPUs only; choose 'auto' or 'tiles'") from error
-    chip = str(info.chip_version)
-    if chip not in TILES:
-        raise NotImplementedError(
-            f"the expert backend 'pallas_tpu' has no tile sizes for TPU {chip}, only for {', '.join(TILES)}; choose 'tiles'"
-        )
-    return KernelConfig(TILES[chip], Machine(info.num_cores, info.vmem_capacity_bytes))
+        A block of rows stays in VMEM, whole in the contracted dimension, while the weights of the groups that have rows in it
+        stream past, some columns at a time; so rows are read once from HBM, and weights once for each block that their group
+        reaches. Within a block, products are made of large tiles of a group's rows and small ones for its remainder. Groups
+        may begin at any row: tiles start at the packed register of a group's first row, not at a multiple of their size.
+        """
+        tiles, machine, interpret = self
+        (num_rows, contracted), dtype, num_experts = rows[0].shape, rows[0].dtype, group_sizes_E.shape[0]
+        num_columns = weights[0].shape[1 if transposed else 2]
+        operands = len(rows), len(weights), len(extras) + num_outputs
+        shape = num_rows, contracted, num_columns
+        fitted = fit_rows(getattr(tiles, name), shape, num_experts, operands, dtype, machine, f"expert_{name}")
+        block, columns = fitted.block, fitted.columns
+        num_tiles = -(-num_columns // columns)
+        cores = machine.cores if num_tiles % machine.cores == 0 else 1
 
+        # The rows past the last group are one more group, of zeros.
+        sizes_G = jnp.append(group_sizes_E, num_rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
+        visits = visits_of(sizes_G, num_rows, block, visit_empty=False)
+        steps, num_steps = steps_by_block(visits, -(-num_rows // block), num_tiles // cores)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Products of sorted rows with the weights of their group, and a function of them (the epilogue)
-#
-# A block of rows stays in VMEM, whole in the contracted dimension, while the weights of the groups that have rows in it stream
-# past, some columns at a time; so rows are read once from HBM, and weights once for each block that their group reaches.
-# Within a block, products are made of large tiles of a group's rows and small ones for its remainder. Groups may begin at any
-# row: tiles start at the packed register of a group's first row, not at a multiple of their size.
+        def kernel(group_I: Any, block_I: Any, tile_I: Any, start_G: Any, *refs: Any) -> None:
+            del tile_I
+            sizes = len(rows), len(weights), len(extras), num_outputs
+            row_refs, weight_refs, extra_refs, output_refs, product_refs = split_refs(refs, *sizes)
+            step = pl.program_id(1)
+            group, first_row = group_I[step], block_I[step] * block
+            begin = jnp.maximum(start_G[group] - first_row, 0)
+            end = jnp.minimum(start_G[group + 1] - first_row, block)
 
+            def compute_tile(start: jax.Array, num: int) -> None:
+                at = pl.ds(start, num)
+                # One product after the other: several at once would be more than the registers hold.
+                factors = list(row_refs) * (len(weights) // len(rows))
+                for row_ref, weight_ref, product_ref in zip(factors, weight_refs, product_refs, strict=True):
+                    product_ref[:num, :] = _product(row_ref, at, weight_ref, transposed)
+                products = [ref[:num, :] for ref in product_refs]
+                if len(rows) > 1:
+                    products = [functools.reduce(jnp.add, products)]
+                values = epilogue(products, [ref[at, :] for ref in extra_refs])
+                _store(output_refs, values, start, begin)
 
-def grouped_matmul(
-    epilogue: Epilogue,
-    rows: Sequence[jax.Array],
-    weights: Sequence[jax.Array],
-    extras: Sequence[jax.Array],
-    group_sizes_E: jax.Array,
-    /,
-    *,
-    num_outputs: int,
-    transposed: bool,
-    tiles: RowTiles,
-    machine: Machine,
-    name: str,
-    interpret: Any = False,
-) -> list[jax.Array]:
-    """Compute `Products.rows`.
+            def zero_tile(start: jax.Array, num: int) -> None:
+                zero_AX = jnp.zeros((num, columns), jnp.float32)
+                _store(output_refs, [zero_AX] * num_outputs, start, begin)
 
-    Args as there, and
-      tiles: sizes; the result does not depend on them.
-      machine: the device.
-      name: of the kernel in the compiled program.
-      interpret: passed to `pl.pallas_call`.
+            @pl.when(group < num_experts)
+            def _() -> None:
+                _over_tiles(compute_tile, begin, end, fitted, dtype)
 
-    Raises:
-      ValueError: where even the smallest blocks do not fit into VMEM.
-    """
-    (num_rows, contracted), dtype, num_experts = rows[0].shape, rows[0].dtype, group_sizes_E.shape[0]
-    num_columns = weights[0].shape[1 if transposed else 2]
-    operands = len(rows), len(weights), len(extras) + num_outputs
-    fitted = fit_rows(tiles, (num_rows, contracted, num_columns), num_experts, operands, dtype, machine, name)
-    block, columns = fitted.block, fitted.columns
-    num_tiles = -(-num_columns // columns)
-    cores = machine.cores if num_tiles % machine.cores == 0 else 1
+            @pl.when(group == num_experts)
+            def _() -> None:
+                _over_tiles(zero_tile, begin, end, fitted._replace(tile=fitted.remainder), dtype)
 
-    # The rows past the last group are one more group, of zeros.
-    sizes_G = jnp.append(group_sizes_E, num_rows - jnp.sum(group_sizes_E)).astype(jnp.int32)
-    visits = visits_of(sizes_G, num_rows, block, visit_empty=False)
-    steps, num_steps = steps_by_block(visits, -(-num_rows // block), num_tiles // cores)
+        # Index maps, of the grid's indices (core, step) and the lists of steps.
+        def at_rows(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
+            return block_I[step], 0
 
-    def kernel(group_I: Any, block_I: Any, tile_I: Any, start_G: Any, *refs: Any) -> None:
-        del tile_I
-        sizes = len(rows), len(weights), len(extras), num_outputs
-        row_refs, weight_refs, extra_refs, output_refs, product_refs = split_refs(refs, *sizes)
-        step = pl.program_id(1)
-        group, first_row = group_I[step], block_I[step] * block
-        begin = jnp.maximum(start_G[group] - first_row, 0)
-        end = jnp.minimum(start_G[group + 1] - first_row, block)
+        def at_outputs(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
+            return block_I[step], core * (num_tiles // cores) + tile_I[step]
 
-        def compute_tile(start: jax.Array, num: int) -> None:
-            at = pl.ds(start, num)
-            # One product after the other: several at once would be more than the registers hold.
-            factors = list(row_refs) * (len(weights) // len(rows))
-            for row_ref, weight_ref, product_ref in zip(factors, weight_refs, product_refs, strict=True):
-                product_ref[:num, :] = _product(row_ref, at, weight_ref, transposed)
-            products = [ref[:num, :] for ref in product_refs]
-            if len(rows) > 1:
-                products = [functools.reduce(jnp.add, products)]
-            values = epilogue(products, [ref[at, :] for ref in extra_refs])
-            _store(output_refs, values, start, begin)
+        def at_weights(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
+            # The last group has no weights: the previous ones stay.
+            group, column = jnp.minimum(group_I[step], num_experts - 1), core * (num_tiles // cores) + tile_I[step]
+            return (group, column, 0) if transposed else (group, 0, column)
 
-        def zero_tile(start: jax.Array, num: int) -> None:
-            zero_AX = jnp.zeros((num, columns), jnp.float32)
-            _store(output_refs, [zero_AX] * num_outputs, start, begin)
+        row_spec, output_spec = pl.BlockSpec((block, contracted), at_rows), pl.BlockSpec((block, columns), at_outputs)
+        weight_spec = pl.BlockSpec((None, columns, contracted) if transposed else (None, contracted, columns), at_weights)
+        output, flops = shape_beside(rows[0], shape[::2], dtype), 2 * math.prod(shape) * len(weights)
+        return pl.pallas_call(
+            kernel,
+            out_shape=[output] * num_outputs,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(steps),
+                grid=(cores, num_steps),
+                in_specs=[row_spec] * len(rows) + [weight_spec] * len(weights) + [output_spec] * len(extras),
+                out_specs=[output_spec] * num_outputs,
+                scratch_shapes=[pltpu.VMEM((fitted.tile, columns), jnp.float32)] * len(weights),
+            ),
+            compiler_params=memory.compiler_params("parallel", "arbitrary", machine=machine),
+            cost_estimate=memory.estimate(flops, *rows, *weights, *extras, output),
+            interpret=interpret,
+            name=f"expert_{name}",
+        )(*steps, *rows, *weights, *extras)
 
-        @pl.when(group < num_experts)
-        def _() -> None:
-            _over_tiles(compute_tile, begin, end, fitted, dtype)
+    def grouped_matmul_dw(
+        self, name: str, left_RX: jax.Array, rights: Sequence[jax.Array], group_sizes_E: jax.Array, /
+    ) -> list[jax.Array]:
+        """Compute `Products.grouped_matmul_dw`.
 
-        @pl.when(group == num_experts)
-        def _() -> None:
-            _over_tiles(zero_tile, begin, end, fitted._replace(tile=fitted.remainder), dtype)
+        An output tile stays in VMEM while the group's rows stream past. Blocks that belong to the group alone are multiplied
+        whole; of a shared block, only the part that holds rows of the group, with the other groups' rows masked.
+        """
+        tiles, machine, interpret = self
+        (num_rows, X), Y, dtype = left_RX.shape, rights[0].shape[1], left_RX.dtype
+        num_experts, packing = group_sizes_E.shape[0], sublanes(dtype)
+        fitted = fit_weights(getattr(tiles, name), (num_rows, X, Y), num_experts, len(rights), dtype, machine)
+        block, part, tile_x, tile_y = fitted
+        visits = visits_of(group_sizes_E, num_rows, block, visit_empty=True)
 
-    # Index maps, of the grid's indices (core, step) and the lists of steps.
-    def at_rows(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
-        return block_I[step], 0
+        def kernel(group_V: Any, block_V: Any, start_G: Any, left_ref: Any, *refs: Any) -> None:
+            right_refs, output_refs, sum_refs = (refs[i * len(rights) : (i + 1) * len(rights)] for i in range(3))
+            visit, last = pl.program_id(2), pl.num_programs(2) - 1
+            group, first_row = group_V[visit], block_V[visit] * block
+            begin = jnp.maximum(start_G[group] - first_row, 0)
+            end = jnp.minimum(start_G[group + 1] - first_row, block)
 
-    def at_outputs(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
-        return block_I[step], core * (num_tiles // cores) + tile_I[step]
+            first = (visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group)
+            whole = (begin == 0) & (end == block)
 
-    def at_weights(core: Any, step: Any, group_I: Any, block_I: Any, tile_I: Any, start_G: Any) -> tuple:
-        # The last group has no weights: the previous ones stay.
-        group, column = jnp.minimum(group_I[step], num_experts - 1), core * (num_tiles // cores) + tile_I[step]
-        return (group, column, 0) if transposed else (group, 0, column)
+            def products() -> Any:
+                return zip(sum_refs, [_outer_products(left_ref[...], ref[...]) for ref in right_refs], strict=True)
 
-    row_spec, output_spec = pl.BlockSpec((block, contracted), at_rows), pl.BlockSpec((block, columns), at_outputs)
-    weight_spec = pl.BlockSpec((None, columns, contracted) if transposed else (None, contracted, columns), at_weights)
-    output = shape_beside(rows[0], (num_rows, num_columns), dtype)
-    return pl.pallas_call(
-        kernel,
-        out_shape=[output] * num_outputs,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(steps),
-            grid=(cores, num_steps),
-            in_specs=[row_spec] * len(rows) + [weight_spec] * len(weights) + [output_spec] * len(extras),
-            out_specs=[output_spec] * num_outputs,
-            scratch_shapes=[pltpu.VMEM((fitted.tile, columns), jnp.float32)] * len(weights),
-        ),
-        compiler_params=memory.compiler_params("parallel", "arbitrary", machine=machine),
-        cost_estimate=memory.estimate(2 * num_rows * contracted * num_columns * len(weights), *rows, *weights, *extras, output),
-        interpret=interpret,
-        name=name,
-    )(*steps, *rows, *weights, *extras)
+            @pl.when(whole & first)
+            def _() -> None:
+                for ref, product in products():
+                    ref[...] = product
+
+            @pl.when(whole & jnp.logical_not(first))
+            def _() -> None:
+                for ref, product in products():
+                    ref[...] += product
+
+            @pl.when(jnp.logical_not(whole) & first)
+            def _() -> None:
+                for ref in sum_refs:
+                    ref[...] = jnp.zeros_like(ref)
+
+            @pl.when(jnp.logical_not(whole))
+            def _() -> None:
+                packed_begin = begin // packing * packing
+
+                def add_part(i: jax.Array, carry: None) -> None:
+                    # The last part may have to be moved back within the block; no row may be added twice.
+                    nominal = packed_begin + i * part
+                    start = pl.multiple_of(jnp.minimum(nominal, block - part), packing)
+                    left_AX, *rights_AY = (
+                        _own_rows(ref, start, part, jnp.maximum(begin, nominal), end) for ref in (left_ref, *right_refs)
+                    )
+                    for ref, right_AY in zip(sum_refs, rights_AY, strict=True):
+                        ref[...] += _outer_products(left_AX, right_AY)
+
+                jax.lax.fori_loop(0, jnp.where(begin < end, (end - packed_begin + part - 1) // part, 0), add_part, None)
+
+            @pl.when((visit == last) | (group_V[jnp.minimum(visit + 1, last)] != group))
+            def _() -> None:
+                for output, total in zip(output_refs, sum_refs, strict=True):
+                    output[...] = total[...].astype(output.dtype)
+
+        # Index maps, of the grid's indices (i, j, visit) and the lists of visits.
+        def at_left(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
+            return block_V[visit], i
+
+        def at_right(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
+            return block_V[visit], j
+
+        def at_output(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
+            return group_V[visit], i, j
+
+        output = shape_beside(left_RX, (num_experts, X, Y), dtype)
+        return pl.pallas_call(
+            kernel,
+            out_shape=[output] * len(rights),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=(-(-X // tile_x), -(-Y // tile_y), visits.number),
+                in_specs=[pl.BlockSpec((block, tile_x), at_left), *[pl.BlockSpec((block, tile_y), at_right)] * len(rights)],
+                out_specs=[pl.BlockSpec((None, tile_x, tile_y), at_output)] * len(rights),
+                scratch_shapes=[pltpu.VMEM((tile_x, tile_y), jnp.float32)] * len(rights),
+            ),
+            compiler_params=memory.compiler_params("parallel", "arbitrary", "arbitrary", machine=machine),
+            cost_estimate=memory.estimate(2 * num_rows * X * Y * len(rights), left_RX, *rights, *[output] * len(rights)),
+            interpret=interpret,
+            name=f"expert_{name}",
+        )(visits.group_V, visits.block_V, visits.start_G, left_RX, *rights)
 
 
 def _product(row_ref: Any, at: Any, weight_ref: Any, transposed: bool) -> jax.Array:
@@ -311,17 +353,11 @@ def fit_rows(
 ) -> RowTiles:
     """Return the sizes of a call: those of `tiles`, cut to the shape and halved until they fit into VMEM.
 
-    Args:
-      tiles: the sizes to start from.
-      shape: rows R, contracted dimension K and columns N.
-      num_experts: groups; tiles are no larger than the mean group, rounded up to a power of two.
-      operands: the numbers of arrays [R, K], of weights, and of arrays [R, N], outputs among them.
-      dtype: of all of them.
-      machine: the device.
-      name: of the kernel, for the error.
+    The shape is rows R, contracted dimension K and columns N; the operands are the numbers of arrays [R, K], of weights, and of
+    arrays [R, N], outputs among them. Tiles are no larger than the mean group, rounded up to a power of two.
 
     Raises:
-      ValueError: where even the smallest blocks do not fit.
+      ValueError: where even the smallest blocks do not fit; with the kernel's name.
     """
     (num_rows, contracted, num_columns), (num_inner, num_weights, num_outer) = shape, operands
     packing, width = sublanes(dtype), jnp.dtype(dtype).itemsize
@@ -350,109 +386,6 @@ def fit_rows(
     return RowTiles(block, tile_of(block), min(tiles.remainder, block), columns)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# For every group, the sum over its rows of outer products, which is the gradient of its weights
-#
-# An output tile stays in VMEM while the group's rows stream past. Blocks that belong to the group alone are multiplied whole;
-# of a shared block, only the part that holds rows of the group, with the other groups' rows masked.
-
-
-def grouped_matmul_dw(
-    left_RX: jax.Array,
-    rights: Sequence[jax.Array],
-    group_sizes_E: jax.Array,
-    *,
-    tiles: WeightTiles,
-    machine: Machine,
-    name: str,
-    interpret: Any = False,
-) -> list[jax.Array]:
-    """Compute `Products.weights`.
-
-    Args as there and of `grouped_matmul`; the tiles change the order of sums, and with it the result.
-    """
-    (num_rows, X), Y, dtype = left_RX.shape, rights[0].shape[1], left_RX.dtype
-    num_experts, packing = group_sizes_E.shape[0], sublanes(dtype)
-    block, part, tile_x, tile_y = fit_weights(tiles, (num_rows, X, Y), num_experts, len(rights), dtype, machine)
-    visits = visits_of(group_sizes_E, num_rows, block, visit_empty=True)
-
-    def kernel(group_V: Any, block_V: Any, start_G: Any, left_ref: Any, *refs: Any) -> None:
-        right_refs, output_refs, sum_refs = (refs[i * len(rights) : (i + 1) * len(rights)] for i in range(3))
-        visit, last = pl.program_id(2), pl.num_programs(2) - 1
-        group, first_row = group_V[visit], block_V[visit] * block
-        begin = jnp.maximum(start_G[group] - first_row, 0)
-        end = jnp.minimum(start_G[group + 1] - first_row, block)
-
-        first = (visit == 0) | (group_V[jnp.maximum(visit - 1, 0)] != group)
-        whole = (begin == 0) & (end == block)
-
-        def products() -> Any:
-            return zip(sum_refs, [_outer_products(left_ref[...], ref[...]) for ref in right_refs], strict=True)
-
-        @pl.when(whole & first)
-        def _() -> None:
-            for ref, product in products():
-                ref[...] = product
-
-        @pl.when(whole & jnp.logical_not(first))
-        def _() -> None:
-            for ref, product in products():
-                ref[...] += product
-
-        @pl.when(jnp.logical_not(whole) & first)
-        def _() -> None:
-            for ref in sum_refs:
-                ref[...] = jnp.zeros_like(ref)
-
-        @pl.when(jnp.logical_not(whole))
-        def _() -> None:
-            packed_begin = begin // packing * packing
-
-            def add_part(i: jax.Array, carry: None) -> None:
-                # The last part may have to be moved back within the block; no row may be added twice.
-                nominal = packed_begin + i * part
-                start = pl.multiple_of(jnp.minimum(nominal, block - part), packing)
-                left_AX, *rights_AY = (
-                    _own_rows(ref, start, part, jnp.maximum(begin, nominal), end) for ref in (left_ref, *right_refs)
-                )
-                for ref, right_AY in zip(sum_refs, rights_AY, strict=True):
-                    ref[...] += _outer_products(left_AX, right_AY)
-
-            jax.lax.fori_loop(0, jnp.where(begin < end, (end - packed_begin + part - 1) // part, 0), add_part, None)
-
-        @pl.when((visit == last) | (group_V[jnp.minimum(visit + 1, last)] != group))
-        def _() -> None:
-            for output, total in zip(output_refs, sum_refs, strict=True):
-                output[...] = total[...].astype(output.dtype)
-
-    # Index maps, of the grid's indices (i, j, visit) and the lists of visits.
-    def at_left(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
-        return block_V[visit], i
-
-    def at_right(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
-        return block_V[visit], j
-
-    def at_output(i: Any, j: Any, visit: Any, group_V: Any, block_V: Any, start_G: Any) -> tuple:
-        return group_V[visit], i, j
-
-    output = shape_beside(left_RX, (num_experts, X, Y), dtype)
-    return pl.pallas_call(
-        kernel,
-        out_shape=[output] * len(rights),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(-(-X // tile_x), -(-Y // tile_y), visits.number),
-            in_specs=[pl.BlockSpec((block, tile_x), at_left), *[pl.BlockSpec((block, tile_y), at_right)] * len(rights)],
-            out_specs=[pl.BlockSpec((None, tile_x, tile_y), at_output)] * len(rights),
-            scratch_shapes=[pltpu.VMEM((tile_x, tile_y), jnp.float32)] * len(rights),
-        ),
-        compiler_params=memory.compiler_params("parallel", "arbitrary", "arbitrary", machine=machine),
-        cost_estimate=memory.estimate(2 * num_rows * X * Y * len(rights), left_RX, *rights, *[output] * len(rights)),
-        interpret=interpret,
-        name=name,
-    )(visits.group_V, visits.block_V, visits.start_G, left_RX, *rights)
-
-
 def _outer_products(left_AX: jax.Array, right_AY: jax.Array) -> jax.Array:
     """Return left^T right, float32 [X, Y]."""
     return jax.lax.dot_general(left_AX, right_AY, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -470,8 +403,8 @@ def fit_weights(
 ) -> WeightTiles:
     """Return the sizes of a call: those of `tiles`, cut to the shape and halved until they fit into VMEM.
 
-    Args as `fit_rows`'s; the shape is the rows R, and the widths X and Y of the left array and of the `num_rights` right ones.
-    Blocks are no larger than the mean group, rounded up to a power of two.
+    The shape is rows R, and the widths X and Y of the left array and of the `num_rights` right ones. Blocks are no larger than
+    the mean group, rounded up to a power of two.
     """
     num_rows, X, Y = shape
     width = jnp.dtype(dtype).itemsize
@@ -493,3 +426,30 @@ def fit_weights(
         else:
             block = round_up(block // 2, sublanes(dtype))
     return WeightTiles(block, min(tiles.part, block), left, right)
+
+
+def expert_ffn_pallas_tpu(
+    x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
+) -> jax.Array:
+    """Compute `expert_ffn` in float32 or bfloat16 on the TPU that the program is lowered for."""
+    memory.check_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
+    return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
+
+
+def this_machine() -> KernelConfig:
+    """Return the kernels for the devices of the current mesh, or for JAX's default device.
+
+    Raises:
+      NotImplementedError: for a TPU without an entry in the table.
+      ValueError: where there is no TPU.
+    """
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError as error:
+        raise ValueError("the expert backend 'pallas_tpu' runs on TPUs only; choose 'auto' or 'tiles'") from error
+    chip = str(info.chip_version)
+    if chip not in TILES:
+        raise NotImplementedError(
+            f"the expert backend 'pallas_tpu' has no tile sizes for TPU {chip}, only for {', '.join(TILES)}; choose 'tiles'"
+        )
+    return KernelConfig(TILES[chip], Machine(info.num_cores, info.vmem_capacity_bytes))

@@ -8,8 +8,6 @@ matrix unit, the online softmax, and the mixture [A, C] on the matrix unit again
 - The last block of a sequence prefetches the first one of the next. Only pages with tokens are copied, and a sequence takes as
   many steps as it has blocks, so that the cost of a batch of mixed lengths is that of its tokens.
 
-The block size comes from the compiler's own schedules (docs/log.md).
-
 The rotary keys are narrower than the 128 lanes of a tile. Where pages have a multiple of 128 tokens, XLA lays the tokens along
 the lanes, so that no lane is unused, and the kernel reads that layout: pages, or a contiguous cache, should hold a multiple of
 128 tokens. Smaller pages work, but XLA copies their rotary keys at every call.
@@ -32,7 +30,7 @@ from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, sublanes
 from dsv3_jax.kernels.vma import shape_beside
 
 LOGITS = 1 << 18
-"""Logits of a block with all rows, 1 MiB; the block's number of tokens follows, within the next two bounds."""
+"""Logits of a block, 1 MiB, by the compiler's schedules (docs/log.md); tokens of a block follow, within the next bounds."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 1024
 SLOTS = 3
 """Blocks in VMEM: one for the mixture, one for the logits, one being fetched."""

@@ -51,12 +51,14 @@ class OneByOne(Hopper):
     """Each kernel is a program of its own: several interpreted ones in one program wait for one another's threads."""
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("num_outputs", "transposed"))
-    def rows(self, kernel: str, epilogue: Epilogue, *arrays: Any, num_outputs: int, transposed: bool) -> list[jax.Array]:
-        return super().rows(kernel, epilogue, *arrays, num_outputs=num_outputs, transposed=transposed)
+    def grouped_matmul(
+        self, kernel: str, epilogue: Epilogue, *arrays: Any, num_outputs: int, transposed: bool
+    ) -> list[jax.Array]:
+        return super().grouped_matmul(kernel, epilogue, *arrays, num_outputs=num_outputs, transposed=transposed)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def weights(self, kernel: str, *arrays: Any) -> list[jax.Array]:
-        return super().weights(kernel, *arrays)
+    def grouped_matmul_dw(self, kernel: str, *arrays: Any) -> list[jax.Array]:
+        return super().grouped_matmul_dw(kernel, *arrays)
 
 
 def make_inputs(shape: Sequence[int], sizes: Sequence[int]) -> tuple[jax.Array, ...]:

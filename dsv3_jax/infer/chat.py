@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from types import FrameType
 
 from dsv3_jax.config.checks import check
@@ -112,11 +112,11 @@ def _answer(conversation: Conversation, text: str, speed: Speed) -> None:
         return
     speed.resume()
     update = None
-    with _interrupts() as interrupted, contextlib.closing(updates):
+    with _interrupts() as interrupts, contextlib.closing(updates):
         for update in updates:
             print(update.text, end="", flush=True)
             speed.note(len(update.tokens))
-            if interrupted():
+            if interrupts:
                 break
     print(flush=True)
     if update is not None and update.request.finish_reason == "length":
@@ -124,8 +124,8 @@ def _answer(conversation: Conversation, text: str, speed: Speed) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says if Ctrl-C was pressed, which so does not interrupt a step and reset the engine."""
+def _interrupts() -> Iterator[list[int]]:
+    """Yield a list that a first Ctrl-C fills, instead of an interrupt within a step, which would reset the engine."""
     received: list[int] = []
 
     def record(number: int, _: FrameType | None) -> None:
@@ -134,7 +134,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
     before = signal.signal(signal.SIGINT, record)
     try:
-        yield lambda: bool(received)
+        yield received
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -42,24 +42,22 @@ class Runner:
         donate: bool = False,
     ) -> None:
         """Place the model, and create an empty cache. Arguments as for `Engine`; `mesh` is None for one device."""
-        self._mesh, self._sizes, self._vocab_size = mesh, sizes, config.vocab_size
+        self._config, self._mesh, self._sizes = config, mesh, sizes
         self._prefill_model, self._decode_model = models(config, mesh)
         if mesh is not None:
             variables = place_variables(variables, config, mesh, SERVING, donate=donate)
         self._variables = laid_out(config, variables, placement or {}, donate=donate)
         self._home = SingleDeviceSharding(next(iter(jax.tree.leaves(self._variables)[0].devices())))
-        self._empty_cache = functools.partial(
-            empty_cache, config, sizes.pages, sizes.page_size, drafting=sizes.drafts > 0, sharding=self._sharding(ROWS)
-        )
-        make = functools.partial(Slots.empty, sizes.slots, sizes.drafts, config.vocab_size)
-        self._empty_slots = jax.jit(make, out_shardings=self._sharding(ROWS))
         self.clear()
 
     def clear(self) -> None:
         """Replace the cache and the slots by empty ones."""
         self.forget_tables()
+        config, sizes, rows = self._config, self._sizes, self._sharding(ROWS)
         self._cache: Cache = {}  # Freed first, since two caches may not fit.
-        self._cache, self._slots = self._empty_cache(), self._empty_slots()
+        self._cache = empty_cache(config, sizes.pages, sizes.page_size, drafting=sizes.drafts > 0, sharding=rows)
+        slots = functools.partial(Slots.empty, sizes.slots, sizes.drafts, config.vocab_size)
+        self._slots = jax.jit(slots, out_shardings=rows)()
 
     def forget_tables(self) -> None:
         """Send all page tables to the device again before the next decode step."""
@@ -69,7 +67,7 @@ class Runner:
 
     def set_sampler(self, slot: int, params: SamplingParams, text: list[int]) -> None:
         """Set the sampling parameters and the tokens so far of a slot's sequence."""
-        row = Sampler.row(params, text, self._vocab_size)
+        row = Sampler.row(params, text, self._config.vocab_size)
         self._slots = _with_sampler(self._slots, *self._put((np.int32(slot), row), PartitionSpec()))
 
     def warm_up(self) -> None:
@@ -89,25 +87,22 @@ class Runner:
         num_shards = self._sizes.num_shards
         tokens = np.zeros((num_shards, length), np.int32)
         count, start, following, slot = (np.full(num_shards, value, np.int32) for value in (1, 0, -1, -1))
-        sequences: list[Sequence | None] = [None] * num_shards
         for chunk in chunks:
             row = chunk.sequence.place[0]
-            sequences[row] = chunk.sequence
             tokens[row, : len(chunk.tokens)] = chunk.tokens
             count[row], start[row], slot[row] = len(chunk.tokens), chunk.start, chunk.sequence.place[1]
             if chunk.following is not None:
                 following[row] = chunk.following
-        arrays = self._put((Chunks(tokens, count, start, following, slot), self._table(sequences)))
+        table = self._table(num_shards, {chunk.sequence.place[0]: chunk.sequence for chunk in chunks})
+        arrays = self._put((Chunks(tokens, count, start, following, slot), table))
         return self._run(prefill, self._prefill_model, *arrays, first=first, report=report)
 
     def decode(self, sequences: list[Sequence], report: bool) -> Drawn:
         """Decode one step of these sequences; the rows of the result are the slots."""
         slots = tuple(sequence.place[1] for sequence in sequences)
         if slots != self._decoding:
-            rows: list[Sequence | None] = [None] * self._sizes.slots
-            for slot, sequence in zip(slots, sequences, strict=True):
-                rows[slot] = sequence
-            self._tables = self._put((self._table(rows), np.array([sequence is not None for sequence in rows])))
+            table = self._table(self._sizes.slots, dict(zip(slots, sequences, strict=True)))
+            self._tables = self._put((table, np.isin(np.arange(self._sizes.slots), slots)))
             self._decoding = slots
         return self._run(decode, self._decode_model, *self._tables, report=report)
 
@@ -116,12 +111,11 @@ class Runner:
             self._cache, self._slots, drawn = program(model, self._variables, self._cache, self._slots, *args, **options)
         return drawn
 
-    def _table(self, rows: list[Sequence | None]) -> np.ndarray:
+    def _table(self, num_rows: int, sequences: dict[int, Sequence]) -> np.ndarray:
         """Return the page numbers of each row's sequence, padded by one outside the pool."""
-        table = np.full((len(rows), self._sizes.pages_of_one), self._sizes.pages_per_shard, np.int32)
-        for row, sequence in zip(table, rows, strict=True):
-            if sequence is not None:
-                row[: len(sequence.pages)] = sequence.pages
+        table = np.full((num_rows, self._sizes.pages_of_one), self._sizes.pages_per_shard, np.int32)
+        for row, sequence in sequences.items():
+            table[row, : len(sequence.pages)] = sequence.pages
         return table
 
     def _put(self, tree: Any, spec: PartitionSpec = ROWS) -> Any:

@@ -22,7 +22,9 @@ import jax
 from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config.cli import cli_main, how_to_resume, parse_run
-from dsv3_jax.data import TrainBatches, build_dataset, compressor_bits_per_byte
+from dsv3_jax.data.batches import TrainBatches
+from dsv3_jax.data.text import build_dataset
+from dsv3_jax.data.tokens import compressor_bits_per_byte
 from dsv3_jax.parallel.devices import BatchPlacement, cache_compilations
 from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
 from dsv3_jax.parallel.multihost import (
@@ -60,7 +62,7 @@ def main() -> None:
 
     # Text to tokens. Errors in the text are raised before the run directory is touched.
     text = first_process_first(lambda: build_dataset(config.data, config.model, config.train))
-    check_agreement({"text and tokenizer": text.digest, "held-out text": text.corpus.validation_digest})
+    check_agreement({"text and tokenizer": text.digest, "held-out text": text.validation_digest})
     placement = BatchPlacement(mesh, config.train.micro_batch, config.train.sequence_length)
     make_batches = functools.partial(
         TrainBatches, text.rows, config.train, schedules, across_documents=config.data.cross_document_attention
@@ -79,7 +81,7 @@ def main() -> None:
         if text.template is not None:
             text.template.save(run.path)
         epochs = text.epochs_in_words(schedules.rows_before(steps))
-        print(f"{run.path}: {text.corpus.report}; {epochs}", *notes, sep="\n", flush=True)
+        print(f"{run.path}: {text.report}; {epochs}", *notes, sep="\n", flush=True)
 
     with jax.set_mesh(mesh), Checkpoints(run, config.checkpoint) as checkpoints:
         state, saved = init_or_restore(config, mesh, checkpoints)
@@ -133,7 +135,7 @@ def main() -> None:
                 scored = score(state.variables, text.validation).total
 
     if first_process:
-        documents = [document for source in text.corpus.validation.values() for document in source]
+        documents = [document for source in text.sources.values() for document in source.documents]
         compressors = compressor_bits_per_byte(documents)
         summary = {
             "steps": steps,

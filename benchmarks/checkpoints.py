@@ -24,7 +24,7 @@ from machine import machine
 
 from dsv3_jax.checkpoint.run import Checkpoints, checksums
 from dsv3_jax.checkpoint.run_directory import RunDirectory
-from dsv3_jax.data import Batch
+from dsv3_jax.model.losses import Batch
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import train_step
 

@@ -17,7 +17,8 @@ import numpy as np
 from machine import machine
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data import ValidationWindows, load_corpus
+from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.tokens import document_windows
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.parallel.all_to_all import receive_rows
@@ -37,7 +38,7 @@ def main() -> None:
             raise SystemExit(f"--devices is {flags.devices}; it must be at least 2 and divide the {number} {what}")
     experts = config.n_routed_experts // flags.devices
     text = load_corpus(DataConfig()).validation
-    windows = ValidationWindows(
+    windows = document_windows(
         text, model.tokenizer, config, batch_size=flags.batch, sequence_length=min(256, config.max_position_embeddings)
     )
     batch = next(iter(windows.sample(1)))

@@ -42,11 +42,11 @@ from machine import machine
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from dsv3_jax.config.cli import load_config
-from dsv3_jax.data import Batch
 from dsv3_jax.kernels.attention import attend, choose_attention
 from dsv3_jax.kernels.experts import choose_backend, expert_ffn
 from dsv3_jax.kernels.latent_attention import CachedLatents, choose_latent_backend, latent_attention
 from dsv3_jax.model.flops import flops_per_token
+from dsv3_jax.model.losses import Batch
 from dsv3_jax.parallel.mesh import current_platform
 from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import train_step

@@ -18,7 +18,7 @@ from machine import machine
 
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.checkpoint.run import load_run
-from dsv3_jax.data import load_corpus
+from dsv3_jax.data.corpus import load_corpus
 from dsv3_jax.infer.load import load_model
 
 PROMPT, NEW = 64, 128

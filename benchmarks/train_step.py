@@ -21,7 +21,7 @@ from comparison import CONFIG, both_models, fastest_experts, paired
 from machine import machine
 
 from dsv3_jax.config import Config, OptimizerConfig, TrainConfig
-from dsv3_jax.data import Batch
+from dsv3_jax.model.losses import Batch
 from dsv3_jax.train.state import state_of
 from dsv3_jax.train.step import train_step
 

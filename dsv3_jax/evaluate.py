@@ -14,8 +14,8 @@ from typing import Literal
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.config.cli import cli_main, parse_flags
-from dsv3_jax.data import ValidationWindows, compressor_bits_per_byte
 from dsv3_jax.data.sources import read_source
+from dsv3_jax.data.tokens import compressor_bits_per_byte, document_windows
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.parallel.devices import cache_compilations
 from dsv3_jax.train.evaluation import Evaluator
@@ -48,7 +48,7 @@ def main() -> None:
     check(1 <= length <= context, f"--sequence-length is {length}; it must lie in 1..{context} (max_position_embeddings)")
     check(flags.batch_size >= 1, f"--batch-size is {flags.batch_size}; it must be at least 1")
     cache_compilations(DataConfig.cache_dir)
-    windows = ValidationWindows(
+    windows = document_windows(
         documents,
         model.tokenizer,
         model.config,

@@ -1,15 +1,14 @@
-"""Conversations as token ids, and which of them are learnt: what the assistant says, turn by turn, its closing token included.
+"""Conversations as rows of token ids whose loss covers the assistant's turns, each with its closing token.
 
-What turn i says is what the template writes for the messages up to it, less what it writes for those before it with the
-opening of an answer: exactly what a model that has read a prompt has to continue with. A template that tells a conversation
-otherwise, as those of reasoning models do that drop the thoughts of earlier turns, is refused by the line it fails for.
-The text is cut into tokens at the borders of turns too, as a prompt ends there at inference.
+Turn i is the rendering of the messages up to it, without the rendering of the messages before it and the opening of an answer:
+exactly the continuation that a model has to give to that prompt. A template that renders earlier messages differently once
+later ones are there, as those of reasoning models that drop the thoughts of earlier turns, is refused with the line that
+fails. Text is also cut into tokens at the borders of turns, as a prompt ends there at inference.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
 import threading
@@ -23,18 +22,110 @@ import tokenizers
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.data.chat_template import ChatTemplate, Piece, encode_pieces, escape_special_tokens
-from dsv3_jax.data.corpus import split_by_name
+from dsv3_jax.data.corpus import Split, digest_of, split_by_name
 from dsv3_jax.data.rows import Row
-from dsv3_jax.data.sources import Document, Record, paired, records, source_files
-from dsv3_jax.data.storage import NpyFile, digest, load_or_make
+from dsv3_jax.data.sources import Record, paired, records, source_files
+from dsv3_jax.data.storage import NpyFile, cached_tokens, digest
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokens import ValidationWindows
 
+ASSISTANT = "assistant"
 _CONVERSATIONS_AT_ONCE = 256
-# Of each stored number; the rest is the id.
+# Flags of a stored number; the other bits are the id.
 _IN_LOSS = np.uint32(1 << 31)
 _LAST = np.uint32(1 << 30)
 _ID = np.uint32((1 << 30) - 1)
+# Rows that may still receive a conversation; beyond these the fullest is closed.
+_OPEN_ROWS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """One line of a JSONL file."""
+
+    name: str
+    """Name of the file, ":" and the number of the line."""
+    where: str
+    """Path and number of the line, for messages."""
+    messages: list[dict[str, Any]]
+    tools: Any
+    """Value of "tools" in the line; None without."""
+
+    @property
+    def text(self) -> str:
+        """Everything that a template reads, as JSON for digests."""
+        return json.dumps([self.messages, self.tools], sort_keys=True)
+
+    @property
+    def words(self) -> str:
+        """The words of all messages except system prompts, by which copies are found."""
+        contents = (message.get("content") or "" for message in self.messages if message["role"] != "system")
+        return " ".join(" ".join(contents).lower().split())
+
+
+class ChatCorpus(Split[Conversation]):
+    """Training and held-out conversations; those with the same words as training ones are dropped."""
+
+    @property
+    def report(self) -> str:
+        """One line about the conversations."""
+        turns = sum(message["role"] == ASSISTANT for conversation in self.train for message in conversation.messages)
+        return (
+            f"train on {len(self.train):,} conversations with {turns:,} turns of the assistant; hold out "
+            f"{len(self.validation):,} (copies dropped: {self.dropped})"
+        )
+
+
+def load_chat_corpus(config: DataConfig) -> ChatCorpus:
+    """Read the conversations of `config.source`, and hold some out by the hash of their names.
+
+    Raises:
+      ValueError: naming the file or line, if it holds no conversation, or there are too few to hold one out.
+    """
+    source = f"data.source {config.source!r}"
+    conversations: list[Conversation] = []
+    for file in source_files(config.source, "data.source"):
+        check(file.is_jsonl, f"{source}: {file.name} is no .jsonl file, as data.kind chat takes them; move it away")
+        conversations += (_conversation(record) for record in records(file.read().split(b"\n"), file))
+    count = len(conversations)
+    check(count >= 2, f"{source} holds {count} conversations; it takes at least 2, one to hold out")
+    train, validation = split_by_name(conversations, config.heldout_fraction)
+    # Runs of words, which reveal copies of texts, do not work here: prompts of one kind are similar, and answers short.
+    trained = {one.words for one in train}
+    kept = [one for one in validation if one.words not in trained]
+    check(
+        bool(kept),
+        f"{source}: nothing is left to hold out, as every one of the {len(validation)} conversations chosen by name is also a "
+        "training one; remove the copies or raise data.heldout_fraction",
+    )
+    return ChatCorpus(train, kept, len(validation) - len(kept))
+
+
+def _conversation(record: Record) -> Conversation:
+    values = json.loads(paired(json.dumps(record.values, ensure_ascii=False)))
+    messages = values.get("messages")
+    hint = "; texts take data.kind text" if "text" in values else ""
+    check(
+        isinstance(messages, list) and bool(messages),
+        f'{record.where} has no "messages"; each line must be an object like '
+        f'{{"messages": [{{"role": "user", "content": "..."}}, ...]}}{hint}',
+    )
+    for number, message in enumerate(messages):
+        fields = message if isinstance(message, dict) else {}
+        has_content = isinstance(fields.get("content"), str) or (fields.get("content") is None and fields.get("tool_calls"))
+        check(
+            isinstance(fields.get("role"), str) and bool(has_content),
+            f'{record.where}: message {number} needs a "role" and a "content", both strings (no content with "tool_calls")',
+        )
+    check(
+        any(message["role"] == ASSISTANT for message in messages),
+        f"{record.where} has no message of the role {ASSISTANT!r}, so nothing in it can be learnt; remove the line",
+    )
+    return Conversation(record.name, record.where, messages, values.get("tools"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversations as token ids, cached in one file.
 
 
 class Encoded(NamedTuple):
@@ -43,159 +134,124 @@ class Encoded(NamedTuple):
     ids: np.ndarray
     """int32 [n]."""
     is_in_loss: np.ndarray
-    """bool [n]; what the assistant says."""
+    """bool [n]; True for the turns of the assistant."""
     is_text: np.ndarray
-    """bool [n]; those of them that spell text, and are not marks of the template."""
+    """bool [n]; True for the tokens of these turns that spell text, not marks of the template."""
     said: str
-    """That text."""
+    """Text of the assistant's turns."""
 
 
-class ChatTokens:
-    """All conversations one after the other, in memory or in one file."""
-
-    def __init__(self, stored: np.ndarray | NpyFile) -> None:
-        """Args: stored: uint32 [N], ids with two flags."""
-        self._stored = stored
-        whole = stored[:]
-        self.ends = np.flatnonzero(whole & _LAST) + 1
-        """Where each conversation ends, int64."""
-        self.in_loss = np.flatnonzero(whole & _IN_LOSS)
-        """Where the tokens lie that are learnt, int64, growing."""
-
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids start..stop-1, int32, and whether each is learnt, bool."""
-        stored = self._stored[start:stop]
-        return (stored & _ID).astype(np.int32), (stored & _IN_LOSS) != 0
-
-
-def tokenize_chat(
-    conversations: list[Conversation], template: ChatTemplate, tokenizer: Tokenizer, cache_dir: str
-) -> ChatTokens:
-    """The ids of all conversations, kept in `cache_dir`.
+def tokenize_chat(conversations: list[Conversation], template: ChatTemplate, tokenizer: Tokenizer, cache_dir: str) -> NpyFile:
+    """Return the ids of all conversations with two flags, uint32 [N], kept in `cache_dir`.
 
     Raises:
       ValueError: as `encode_conversations` does.
     """
     special = json.dumps(template.special_tokens, sort_keys=True)
-    parts = conversations_digest(conversations), tokenizer.to_json(), template.source, special, tokenizers.__version__
+    key = digest(digest_of(conversations), tokenizer.to_json(), template.source, special, tokenizers.__version__)
     assert tokenizer.vocab_size <= _ID
 
-    def load(path: Path) -> ChatTokens:
-        stored = NpyFile(path)
-        check(stored.dtype == np.uint32, f"holds {stored.dtype}, not uint32")
-        tokens = ChatTokens(stored)
-        is_whole = tokens.ends.size == len(conversations) and tokens.ends[-1] == stored.size
-        check(is_whole, "conversations are missing")
-        return tokens
-
-    def write(path: Path) -> None:
-        stored = []
+    def make() -> Iterator[np.ndarray]:
         for encoded in encode_conversations(conversations, template, tokenizer):
-            stored.append(encoded.ids.astype(np.uint32) | np.where(encoded.is_in_loss, _IN_LOSS, np.uint32(0)))
-            stored[-1][-1] |= _LAST
-        np.save(path, np.concatenate(stored))
+            stored = encoded.ids.astype(np.uint32) | np.where(encoded.is_in_loss, _IN_LOSS, np.uint32(0))
+            stored[-1] |= _LAST
+            yield stored
 
-    return load_or_make(Path(cache_dir) / f"chat-{digest(*parts)}.npy", load, write)
+    path = Path(cache_dir) / f"chat-{key}.npy"
+    return cached_tokens(path, np.dtype(np.uint32), len(conversations), lambda stored: stored & _LAST, make)
 
 
 def encode_conversations(
     conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: Tokenizer
 ) -> Iterator[Encoded]:
-    """Each conversation as tokens; many are encoded at once, on all cores.
+    """Yield each conversation as tokens; encode in batches, on all cores.
 
     Raises:
-      ValueError: naming the line, if the template refuses the conversation, tells it otherwise with later messages than
-        without, closes the assistant's turns with no token of their own, or writes the time.
+      ValueError: naming the line, if the template refuses the conversation, renders messages differently once later ones are
+        there, closes the assistant's turns without a special token, or writes the time.
     """
-    template = template.with_clock(_no_clock)
     for start in range(0, len(conversations), _CONVERSATIONS_AT_ONCE):
-        batch = [
-            _pieces(conversation, template, tokenizer) for conversation in conversations[start : start + _CONVERSATIONS_AT_ONCE]
-        ]
+        chunk = conversations[start : start + _CONVERSATIONS_AT_ONCE]
+        batch = [_pieces(conversation, template, tokenizer) for conversation in chunk]
         encoded = iter(encode_pieces(tokenizer, [piece for pieces in batch for piece, _ in pieces]))
         for pieces in batch:
-            yield _joined([(piece, in_loss, next(encoded)) for piece, in_loss in pieces])
-
-
-def _joined(pieces: list[tuple[Piece, bool, list[int]]]) -> Encoded:
-    ids = [id_ for _, _, ids in pieces for id_ in ids]
-    in_loss = [is_in_loss for _, is_in_loss, ids in pieces for _ in ids]
-    text = [is_in_loss and piece.token is None for piece, is_in_loss, ids in pieces for _ in ids]
-    said = "".join(piece.text for piece, is_in_loss, _ in pieces if is_in_loss and piece.token is None)
-    return Encoded(np.array(ids, np.int32), np.array(in_loss, bool), np.array(text, bool), said)
+            ids = [next(encoded) for _ in pieces]
+            sizes = [len(part) for part in ids]
+            in_loss = [is_in_loss for _, is_in_loss in pieces]
+            is_text = [is_in_loss and piece.token is None for piece, is_in_loss in pieces]
+            said = "".join(piece.text for (piece, _), spoken in zip(pieces, is_text, strict=True) if spoken)
+            joined = np.array([id_ for part in ids for id_ in part], np.int32)
+            yield Encoded(joined, np.repeat(in_loss, sizes), np.repeat(is_text, sizes), said)
 
 
 def _pieces(conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer) -> list[tuple[Piece, bool]]:
-    """The rendered conversation in pieces, each with whether it is learnt."""
-    marked = escape_special_tokens(tokenizer, conversation.messages, {"tools": conversation.tools})
-    try:
-        spans = _spans(marked.messages, template, marked.variables["tools"])
-    except ValueError as error:
-        raise ValueError(f"{conversation.where}: {error}") from error
+    """Return the rendered conversation in pieces, each with its membership in the loss."""
+    messages, variables, split = escape_special_tokens(tokenizer, conversation.messages, {"tools": conversation.tools})
     found = []
-    for text, is_in_loss in spans:
-        pieces = marked.pieces(text)
-        if is_in_loss:
+    try:
+        for text, is_in_loss in _spans(messages, template, variables["tools"]):
+            pieces = split(text)
             closing = [piece for piece in pieces if not piece.text.isspace()][-1:]
             check(
-                bool(closing) and closing[0].token is not None,
-                f"{conversation.where}: {template.origin} closes the assistant's turn with {text[-20:]!r} and no special "
-                "token, so a model would never learn to stop; use a template that does",
+                not is_in_loss or (bool(closing) and closing[0].token is not None),
+                f"{template.origin} closes the assistant's turn with {text[-20:]!r} and no special token, so a model would "
+                "never learn to stop; use a template that does",
             )
-        found += [(piece, is_in_loss) for piece in pieces]
+            found += [(piece, is_in_loss) for piece in pieces]
+    except ValueError as error:
+        raise ValueError(f"{conversation.where}: {error}") from error
     return found
 
 
 def _spans(messages: list[dict], template: ChatTemplate, tools: object) -> list[tuple[str, bool]]:
-    """The rendered text, cut where the assistant begins and ends to speak; what it says is True."""
-    whole = template.render(messages, tools=tools)
-    spans, place = [], 0
+    """Return the rendered text, cut at the borders of the assistant's turns, which are True."""
+    render = functools.partial(template.render, tools=tools, strftime_now=_refuse_time)
+    whole = render(messages)
+    spans, position = [], 0
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = template.render(messages[:number], add_generation_prompt=True, tools=tools)
-        after = template.render(messages[: number + 1], tools=tools)
+        before = render(messages[:number], add_generation_prompt=True)
+        after = render(messages[: number + 1])
         check(
-            whole.startswith(after) and after.startswith(before) and place <= len(before) < len(after),
+            whole.startswith(after) and after.startswith(before) and position <= len(before) < len(after),
             f"{template.origin} writes the messages before message {number}, an answer, otherwise once it or later ones are "
             "there, so what it says cannot be told apart; split the conversation, or use a template that changes no turn",
         )
-        spans += [(whole[place : len(before)], False), (whole[len(before) : len(after)], True)]
-        place = len(after)
-    return [(text, is_in_loss) for text, is_in_loss in [*spans, (whole[place:], False)] if text]
+        spans += [(whole[position : len(before)], False), (whole[len(before) : len(after)], True)]
+        position = len(after)
+    return [(text, is_in_loss) for text, is_in_loss in [*spans, (whole[position:], False)] if text]
 
 
-def _no_clock() -> datetime.datetime:
+def _refuse_time(form: str) -> str:
     raise ValueError(
         "the chat template writes the time (strftime_now), so a run would not read the same text tomorrow; write a date into it"
     )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Conversations packed into rows: whole ones, side by side, the rest of a row padded.
-
-
-_OPEN_ROWS = 256
-"""Rows that a conversation may still go into; beyond these the fullest is closed."""
+# Conversations packed whole into padded rows.
 
 
 class ChatRows:
     """Rows of conversations, epoch after epoch without end; a `Rows`."""
 
-    def __init__(self, conversations: ChatTokens, sequence_length: int, seed: int) -> None:
-        """Args: conversations: of the training part; sequence_length: T; seed: of the orders.
+    def __init__(self, stored: np.ndarray | NpyFile, sequence_length: int, seed: int) -> None:
+        """Args: stored: training conversations, as `tokenize_chat` returns them; sequence_length: T; seed: of the orders.
 
         Raises:
-          ValueError: if no conversation has anything to learn within the length of a row.
+          ValueError: if no conversation has a token of the loss within the length of a row.
         """
-        self._tokens = conversations
+        self._stored = stored
         self._length = sequence_length
         self._seed = seed
-        self._starts = np.concatenate([[0], conversations.ends[:-1]])
+        ends = np.flatnonzero(stored[:] & _LAST) + 1
+        self._starts = np.concatenate([[0], ends[:-1]])
+        self._lengths = ends - self._starts
         # The last token is a target only.
-        self._targets = np.minimum(conversations.ends - self._starts - 1, sequence_length)
-        # The first token has nothing before it to be told from.
-        in_loss = np.append(conversations.in_loss, conversations.ends[-1])
+        self._targets = np.minimum(self._lengths - 1, sequence_length)
+        # The first token is never a target.
+        in_loss = np.append(np.flatnonzero(stored[:] & _IN_LOSS), stored.size)
         first_in_loss = in_loss[np.searchsorted(in_loss, self._starts + 1)]
         self._used = np.flatnonzero(first_in_loss <= self._starts + self._targets)
         check(
@@ -203,51 +259,47 @@ class ChatRows:
             f"every one of the {self._targets.size} conversations has a prompt of more than train.sequence_length "
             f"({sequence_length}) tokens; raise it",
         )
-        self._firsts = [0]
+        self._first_rows = [0]
+        """Number of the first row of each epoch."""
         self._lock = threading.Lock()
         self._packed = functools.lru_cache(maxsize=2)(self._pack)
 
     def __getitem__(self, number: int) -> Row:
-        """The row of this number."""
-        epoch = self._epoch_of(number)
+        """Return the row of this number."""
+        with self._lock:
+            while self._first_rows[-1] <= number:
+                self._first_rows.append(self._first_rows[-1] + self._rows_in(len(self._first_rows) - 1))
+        epoch = int(np.searchsorted(self._first_rows, number, side="right")) - 1
         members, ends = self._packed(epoch)
-        turn = number - self._firsts[epoch]
+        turn = number - self._first_rows[epoch]
         items = []
         for conversation in members[ends[turn - 1] if turn else 0 : ends[turn]]:
             start = self._starts[conversation]
-            ids, is_in_loss = self._tokens.read(start, start + self._targets[conversation] + 1)
-            items.append((ids, is_in_loss[1:]))
+            part = self._stored[start : start + self._targets[conversation] + 1]
+            items.append(((part & _ID).astype(np.int32), (part[1:] & _IN_LOSS) != 0))
         return _row(items, self._length)
 
     def epochs(self, rows: int) -> float:
-        """How often the first `rows` rows go through the conversations, by the rows of the first epoch."""
+        """Return the epochs in the first `rows` rows, by the number of rows of the first epoch."""
         return rows / self._rows_in(0)
 
     @property
     def report(self) -> str:
-        """One line on what packing does to the conversations, by the first epoch."""
+        """One line about the packing of the first epoch."""
         rows = self._rows_in(0)
-        lengths = self._tokens.ends - self._starts
-        is_cut = lengths - 1 > self._length
-        lost = int((lengths - 1 - self._targets).sum())
+        lost = self._lengths - 1 - self._targets
         padding = 1 - int(self._targets[self._used].sum()) / (rows * self._length)
         return (
-            f"{lengths.sum():,} tokens in {rows:,} rows, {padding:.1%} of them padding; conversations cut at the end of a row: "
-            f"{int(is_cut.sum()):,} (tokens: {lost:,}), of which left out, as no answer begins before: "
-            f"{lengths.size - self._used.size:,}"
+            f"{self._lengths.sum():,} tokens in {rows:,} rows, {padding:.1%} of them padding; conversations cut at the end of "
+            f"a row: {np.count_nonzero(lost):,} (tokens: {lost.sum():,}), of which left out, as no answer begins before: "
+            f"{self._lengths.size - self._used.size:,}"
         )
 
     def _rows_in(self, epoch: int) -> int:
         return self._packed(epoch)[1].size
 
-    def _epoch_of(self, number: int) -> int:
-        with self._lock:
-            while self._firsts[-1] <= number:
-                self._firsts.append(self._firsts[-1] + self._rows_in(len(self._firsts) - 1))
-        return int(np.searchsorted(self._firsts, number, side="right")) - 1
-
     def _pack(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The conversations of an epoch row by row, and where each row ends among them."""
+        """Return the conversations of an epoch row by row, and the position after each row among them."""
         order = np.random.default_rng([self._seed, 4, epoch]).permutation(self._used)
         return _first_fit(order, self._targets[order], self._length)
 
@@ -255,9 +307,9 @@ class ChatRows:
 def chat_windows(
     conversations: Sequence[Encoded], *, batch_size: int, sequence_length: int, across_documents: bool
 ) -> ValidationWindows:
-    """Held-out conversations as windows that score each byte the assistant says once.
+    """Return windows that score each byte of the assistant's turns in held-out conversations once.
 
-    A conversation longer than a window goes on in another one, in which its earlier part is not seen.
+    A conversation longer than a window continues in another window, without its earlier part.
     """
     items = []
     for encoded in conversations:
@@ -270,20 +322,21 @@ def chat_windows(
     lengths = np.array([ids.size - 1 for ids, _ in items], np.int64)
     members, ends = _first_fit(np.arange(lengths.size), lengths, sequence_length)
     rows = [_row([items[member] for member in row], sequence_length) for row in np.split(members, ends[:-1])]
+    stacked = Row(*map(np.stack, zip(*rows, strict=True)))
     num_bytes = sum(len(encoded.said.encode("utf-8")) for encoded in conversations)
-    return ValidationWindows.of_rows(rows, num_bytes, batch_size, across_documents=across_documents)
+    return ValidationWindows(stacked, num_bytes, batch_size=batch_size, across_documents=across_documents)
 
 
 def _first_fit(order: np.ndarray, lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Puts each item into the first open row with room for it.
+    """Put each item into the first open row with room for it.
 
     Args:
       order: the items, [n].
-      lengths: what each takes, [n].
-      room: of a row.
+      lengths: length of each item, [n].
+      room: length of a row.
 
     Returns:
-      the items row by row, and where each row ends among them.
+      the items row by row, and the position after each row among them.
     """
     left = np.full(_OPEN_ROWS, -1)
     rows = np.zeros(_OPEN_ROWS, np.int64)
@@ -302,138 +355,14 @@ def _first_fit(order: np.ndarray, lengths: np.ndarray, room: int) -> tuple[np.nd
 
 
 def _row(items: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> Row:
-    """One row of items, each the ids [n + 1] and whether the targets [n] among them count."""
+    """Return one row of items, each the ids [n + 1] and the membership of the targets [n] in the loss."""
     tokens, targets = np.zeros((2, length), np.int32)
     weights = np.zeros(length, np.float32)
     starts = np.full(length, -1, np.int32)
-    place = 0
-    for ids, counts in items:
-        stop = place + ids.size - 1
-        tokens[place:stop], targets[place:stop] = ids[:-1], ids[1:]
-        weights[place:stop], starts[place:stop] = counts, place
-        place = stop
+    start = 0
+    for ids, in_loss in items:
+        stop = start + ids.size - 1
+        tokens[start:stop], targets[start:stop] = ids[:-1], ids[1:]
+        weights[start:stop], starts[start:stop] = in_loss, start
+        start = stop
     return Row(tokens, targets, weights, starts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Conversations from JSONL files, split into training and held-out ones.
-
-
-ASSISTANT = "assistant"
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """One line."""
-
-    name: str
-    """File and number of the line."""
-    where: str
-    """The same with the whole path, for messages."""
-    messages: list[dict[str, Any]]
-    tools: Any
-    """What the line gives as "tools"; None without."""
-
-    @functools.cached_property
-    def words(self) -> str:
-        """What is said in it word by word, system prompts aside, by which copies are found."""
-        contents = (message.get("content") or "" for message in self.messages if message["role"] != "system")
-        return " ".join(" ".join(contents).lower().split())
-
-
-@dataclasses.dataclass(frozen=True)
-class ChatCorpus:
-    """Training and held-out conversations."""
-
-    train: list[Conversation]
-    validation_conversations: list[Conversation]
-    copies: int
-    """Held-out conversations dropped because training ones say the same, word by word."""
-    validation: list[Document] = dataclasses.field(default_factory=list)
-    """What is scored of the held-out conversations: the assistant's words, as the template writes them."""
-
-    @functools.cached_property
-    def train_digest(self) -> str:
-        """Of the training conversations, in order."""
-        return conversations_digest(self.train)
-
-    @functools.cached_property
-    def validation_digest(self) -> str:
-        """Of the held-out ones."""
-        return conversations_digest(self.validation_conversations)
-
-    @property
-    def report(self) -> str:
-        """One line."""
-        turns = sum(message["role"] == ASSISTANT for conversation in self.train for message in conversation.messages)
-        return (
-            f"train on {len(self.train):,} conversations with {turns:,} turns of the assistant; hold out "
-            f"{len(self.validation_conversations):,} (copies dropped: {self.copies})"
-        )
-
-
-def conversations_digest(conversations: list[Conversation]) -> str:
-    """Of the names and all that a template sees."""
-    return digest(*(part for c in conversations for part in (c.name, json.dumps([c.messages, c.tools], sort_keys=True))))
-
-
-def load_chat_corpus(config: DataConfig) -> ChatCorpus:
-    """Reads the conversations of `config.source`, and holds some out by the hash of their names.
-
-    Raises:
-      ValueError: naming the file or line, if it holds no conversation, or there are too few to hold one out.
-    """
-    conversations: list[Conversation] = []
-    for file in source_files(config.source, "data.source"):
-        check(
-            file.is_jsonl,
-            f"data.source {config.source!r}: {file.name} is no .jsonl file, as data.kind chat takes them; move it away",
-        )
-        conversations += (_conversation(record) for record in records(file.read().split(b"\n"), file))
-    check(
-        len(conversations) >= 2,
-        f"data.source {config.source!r} holds {len(conversations)} conversations; it takes at least 2, one to hold out",
-    )
-    train, validation = split_by_name(conversations, config.heldout_fraction)
-    # Runs of words, by which copies of texts are found, would not do: prompts of one kind are alike, and answers short.
-    trained = {one.words for one in train}
-    kept = [one for one in validation if one.words not in trained]
-    check(
-        bool(kept),
-        f"data.source {config.source!r}: nothing is left to hold out, as every one of the {len(validation)} conversations "
-        "chosen by name is also a training one; remove the copies or raise data.heldout_fraction",
-    )
-    return ChatCorpus(train, kept, len(validation) - len(kept))
-
-
-def _conversation(record: Record) -> Conversation:
-    messages = record.values.get("messages")
-    if not isinstance(messages, list) or not messages:
-        looks_like = "; texts take data.kind text" if "text" in record.values else ""
-        raise ValueError(
-            f'{record.where} has no "messages"; each line must be an object like '
-            f'{{"messages": [{{"role": "user", "content": "..."}}, ...]}}{looks_like}'
-        )
-    for number, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        check(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and (isinstance(content, str) or (content is None and bool(message.get("tool_calls")))),
-            f'{record.where}: message {number} needs a "role" and a "content", both strings (no content beside "tool_calls")',
-        )
-    check(
-        any(message["role"] == ASSISTANT for message in messages),
-        f"{record.where} has no message of the role {ASSISTANT!r}, so nothing in it can be learnt; remove the line",
-    )
-    # JSON can spell halves of surrogate pairs, wherever there is text.
-    whole = _each_text(messages), _each_text(record.values.get("tools"))
-    return Conversation(record.name, record.where, *whole)
-
-
-def _each_text(value: Any) -> Any:
-    if isinstance(value, str):
-        return paired(value)
-    if isinstance(value, dict):
-        return {paired(key): _each_text(item) for key, item in value.items()}
-    return [_each_text(item) for item in value] if isinstance(value, list) else value

@@ -1,100 +1,59 @@
-"""A folder of prepared tokens, as `python -m dsv3_jax.data.prepare` writes it, and how it is opened and read.
+"""Prepared folders: tokenised shards as `python -m dsv3_jax.data.prepare` writes them, opened and verified.
 
-    tokenizer.json        what its ids mean
-    plan.json             how the source was cut into pieces, and the options of the preparation
+    tokenizer.json        tokenizer of the ids
+    plan.json             pieces of the source and options of the preparation
     00000.tokens.npy      ids of the documents of piece 0, marks included, uint16 or uint32 [tokens]
-    00000.ends.npy        where each document ends among them, int64 [documents]
-    00000.heldout.jsonl   the held-out documents of the piece, as text, since bits per byte need bytes
-    00000.json            counts and digests of the three, written when they are whole
-    meta.json             everything about the folder, written when all shards are whole
+    00000.ends.npy        position after each document among them, int64 [documents]
+    00000.heldout.jsonl   held-out documents of the piece, as text, since bits per byte need bytes
+    00000.json            counts and digests of the three, written once they are complete
+    meta.json             everything about the folder, written once all shards are complete
 
-Opening one compares every file with its size and digest. Digests take a reading of all files, at some 1 GB/s a core; that it
-was done is remembered in `data.cache_dir`, until a file gets another size or time. Ids are then read piece by piece
-(`npy_file.py`), so that a file that is damaged while a run goes on is an error that names it.
+Opening a folder compares the size and the digest of every file. Digests read all files, at about 1 GB/s a core; the result is
+remembered in `data.cache_dir` until the size or time of a file changes. Ids are then read slice by slice (`storage.py`), so
+that a file that is damaged during a run gives an error that names it.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
-import functools
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from dsv3_jax.config.checks import check
+from dsv3_jax.data.corpus import digest_of
 from dsv3_jax.data.sources import Document
-from dsv3_jax.data.storage import NpyFile, Part, digest, load_or_make, stamp
+from dsv3_jax.data.storage import NpyFile, Part, digest, load_or_make, read_json, stamp
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "dsv3_jax tokens, version 1"
 KINDS = {"tokens": "tokens.npy", "ends": "ends.npy", "heldout": "heldout.jsonl"}
+REMEDY = "prepare the folder again"
 
 
-class Shard:
-    """The documents of one shard; a `Part` that reads from its files."""
+class Prepared(NamedTuple):
+    """An opened prepared folder."""
 
-    def __init__(self, tokens: Path, ends: Path, dtype: np.dtype, num_tokens: int) -> None:
-        """Raises: ValueError, naming the file, if it is missing or is not what the folder's meta.json says."""
-        self._tokens = NpyFile(tokens)
-        self._ends_path = ends
-        check(
-            self._tokens.dtype == dtype and self._tokens.size == num_tokens,
-            f"{tokens} holds {self._tokens.dtype}[{self._tokens.size}], not {dtype}[{num_tokens}]; prepare the folder again",
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents."""
-        return self._tokens.size
-
-    def ends(self) -> np.ndarray:
-        """Where each document ends."""
-        return NpyFile(self._ends_path)[:]
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The ids start..stop-1; ValueError, naming the file, if it is gone or another than when it was opened."""
-        return self._tokens[start:stop]
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A prepared folder, opened."""
-
-    folder: Path
     meta: dict[str, Any]
     parts: list[Part]
-    """The shards that hold documents."""
+    """The shards that contain documents."""
     validation: list[Document]
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """What the ids mean."""
-        return load_tokenizer(self.folder)
-
-    @functools.cached_property
-    def train_digest(self) -> str:
-        """Of the shards, whose digests meta.json holds, and of everything else it says."""
-        return digest(json.dumps(self.meta, sort_keys=True))
-
-    @functools.cached_property
-    def validation_digest(self) -> str:
-        """Of the held-out documents."""
-        return digest(*(part for document in self.validation for part in (document.name, document.text)))
-
-    @property
-    def report(self) -> str:
-        """One line about the folder."""
-        return describe(self.meta)
+    tokenizer: Tokenizer
+    train_digest: str
+    """Digest of meta.json, which contains the digests of the shards."""
+    validation_digest: str
+    """Digest of the held-out documents."""
+    report: str
+    """One line about the folder."""
 
 
 def describe(meta: dict[str, Any]) -> str:
-    """One line about a prepared folder."""
+    """Return one line about a prepared folder."""
     filled = f", {meta['fim_documents']:,} of them to be filled in" if meta["fim_documents"] else ""
     return (
         f"train on {meta['tokens']:,} tokens of {meta['documents']:,} documents{filled}, {meta['bytes'] / 1e6:.2f} MB in "
@@ -104,10 +63,10 @@ def describe(meta: dict[str, Any]) -> str:
 
 
 def is_prepared(source: str) -> bool:
-    """Whether `source` is a folder that the preparation has made, or has begun.
+    """Return True if `source` is a prepared folder.
 
     Raises:
-      ValueError: if it has begun and not ended, or lies elsewhere than on a disk.
+      ValueError: if its preparation has not ended, or it is not on a local disk.
     """
     folder = epath.Path(source).expanduser()
     if not (folder / "plan.json").exists() or not (folder / "tokenizer.json").exists():
@@ -121,90 +80,74 @@ def is_prepared(source: str) -> bool:
 
 
 def open_prepared(source: str, cache_dir: str) -> Prepared:
-    """Opens a prepared folder.
+    """Open a prepared folder.
 
     Args:
       source: the folder.
-      cache_dir: where it is remembered that the digests of these very files were right.
+      cache_dir: folder that remembers files whose digests have been verified.
 
     Raises:
       ValueError: naming the file, if it is missing, damaged, or belongs to another preparation.
     """
     folder = Path(source).expanduser()
-    meta = read_json(folder / "meta.json")
-    check(
-        meta.get("format") == FORMAT,
-        f"{folder / 'meta.json'} is of the format {meta.get('format')!r}, not {FORMAT!r}; prepare the folder again",
-    )
+    meta = read_json(folder / "meta.json", REMEDY)
+    found = meta.get("format")
+    check(found == FORMAT, f"{folder / 'meta.json'} is of the format {found!r}, not {FORMAT!r}; {REMEDY}")
     expected = {folder / "tokenizer.json": meta["tokenizer"]}
     for number, shard in enumerate(meta["shards"]):
         expected |= {shard_file(folder, number, kind): shard["files"][kind] for kind in KINDS}
-    for path, file in expected.items():
-        size = stamp(path)[0]
-        check(
-            size == file["size"],
-            f"{path} is {size} bytes, and was prepared with {file['size']}; it is damaged or foreign: copy or prepare it again",
-        )
-    _check_digests(expected, cache_dir)
-    dtype = np.dtype(meta["dtype"])
-    parts: list[Part] = [
-        Shard(shard_file(folder, number, "tokens"), shard_file(folder, number, "ends"), dtype, shard["tokens"])
-        for number, shard in enumerate(meta["shards"])
-        if shard["tokens"]
-    ]
-    validation = [
-        Document(**json.loads(line))
-        for number in range(len(meta["shards"]))
-        for line in shard_file(folder, number, "heldout").read_text("utf-8").split("\n")
-        if line
-    ]
-    return Prepared(folder, meta, parts, validation)
+    _check_files(expected, Path(cache_dir))
+    parts, validation = [], []
+    for number, shard in enumerate(meta["shards"]):
+        path, count = shard_file(folder, number, "tokens"), shard["tokens"]
+        if count:
+            tokens, ends = NpyFile(path), NpyFile(shard_file(folder, number, "ends"))
+            wanted = f"{np.dtype(meta['dtype'])}[{count}]"
+            check(
+                f"{tokens.dtype}[{tokens.size}]" == wanted,
+                f"{path} holds {tokens.dtype}[{tokens.size}], not {wanted}; {REMEDY}",
+            )
+            parts.append(Part(tokens, ends))
+        lines = shard_file(folder, number, "heldout").read_text("utf-8").split("\n")
+        validation += [Document(**json.loads(line)) for line in lines if line]
+    train_digest = digest(json.dumps(meta, sort_keys=True))
+    return Prepared(meta, parts, validation, load_tokenizer(folder), train_digest, digest_of(validation), describe(meta))
 
 
 def shard_file(folder: Path, number: int, kind: str) -> Path:
-    """The file of a shard: "tokens", "ends" or "heldout"."""
+    """Return the path of a file of a shard: "tokens", "ends" or "heldout"."""
     return folder / f"{number:05}.{KINDS[kind]}"
 
 
 def shard_record(folder: Path, number: int) -> Path:
-    """The file that says that a shard is whole."""
+    """Return the path of the file that marks a shard as complete."""
     return folder / f"{number:05}.json"
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Size and digest of a file, as meta.json keeps them."""
+    """Return size and digest of a file, as in meta.json."""
     with open(path, "rb") as file:
-        return {"size": path.stat().st_size, "digest": hashlib.file_digest(file, _hash).hexdigest()}
+        hashed = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+    return {"size": path.stat().st_size, "digest": hashed.hexdigest()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a file of the folder; ValueError if it is none."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); prepare the folder again") from error
-    check(isinstance(content, dict), f"{path} holds no object; prepare the folder again")
-    return content
-
-
-def _hash() -> Any:
-    return hashlib.blake2b(digest_size=16)
-
-
-def _check_digests(expected: dict[Path, dict[str, Any]], cache_dir: str) -> None:
-    """Reads every file, unless these very ones were found right before."""
-
-    def check_file(item: tuple[Path, dict[str, Any]]) -> None:
-        path, file = item
+def _check_files(expected: dict[Path, dict[str, Any]], cache_dir: Path) -> None:
+    """Compare all sizes, and the digests unless these very files have been verified before."""
+    foreign = "it is damaged or foreign: copy or prepare it again"
+    stamps = {path: stamp(path) for path in expected}
+    for path, file in expected.items():
         check(
-            file_record(path) == file,
-            f"{path} does not have the digest it was prepared with; it is damaged or foreign: copy or prepare it again",
+            stamps[path][0] == file["size"],
+            f"{path} is {stamps[path][0]} bytes, and was prepared with {file['size']}; {foreign}",
         )
+
+    def check_digest(path: Path) -> None:
+        check(file_record(path) == expected[path], f"{path} does not have the digest it was prepared with; {foreign}")
 
     def check_all(done: Path) -> None:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(check_file, expected.items()))
+            list(pool.map(check_digest, expected))
         done.touch()
 
-    seen = digest(*(f"{path.absolute()} {stamp(path)} {file['digest']}" for path, file in expected.items()))
-    load_or_make(Path(cache_dir) / f"verified-{seen}", load=lambda path: None, write=check_all)
+    verified = digest(*(f"{path.absolute()} {stamps[path]} {file['digest']}" for path, file in expected.items()))
+    load_or_make(cache_dir / f"verified-{verified}", load=lambda path: None, write=check_all)

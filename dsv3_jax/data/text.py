@@ -1,176 +1,151 @@
-"""Everything that a run makes of its text before it trains."""
+"""The dataset of a run: its sources read or opened, tokenised, mixed into rows, and their held-out text cut into windows."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from dsv3_jax.config import DataConfig, ModelConfig, TrainConfig
 from dsv3_jax.config.checks import check
-from dsv3_jax.data.chat import ChatCorpus, ChatRows, chat_windows, encode_conversations, load_chat_corpus, tokenize_chat
+from dsv3_jax.data.chat import ChatRows, chat_windows, encode_conversations, load_chat_corpus, tokenize_chat
 from dsv3_jax.data.chat_template import ChatTemplate, load_chat_template
 from dsv3_jax.data.corpus import Corpus, load_corpus
 from dsv3_jax.data.rows import MixedRows, PackedRows, Rows, TokenStream
 from dsv3_jax.data.shards import Prepared, is_prepared, open_prepared
 from dsv3_jax.data.sources import Document
-from dsv3_jax.data.storage import ArrayPart, digest
+from dsv3_jax.data.storage import Part, digest
 from dsv3_jax.data.tokenizer import Tokenizer, check_fits, document_marks, load_tokenizer, prepare_tokenizer
-from dsv3_jax.data.tokens import ValidationWindows, check_reproduced, fill_in_the_middle, tokenize_corpus
+from dsv3_jax.data.tokens import FillInTheMiddle, ValidationWindows, check_reproduced, document_windows, tokenize_corpus
+
+# Sources by name, tokenizer, chat template, and for the digest the options of the encoding.
+_Tokenized = tuple[dict[str, "Source"], Tokenizer, ChatTemplate | None, str]
 
 
-class Split(Protocol):
-    """What every kind of source says of itself: a `Corpus`, a `Prepared` or a `ChatCorpus`."""
+class Source(NamedTuple):
+    """One tokenised source of a run."""
 
-    @property
-    def validation(self) -> list[Document]:
-        """Held-out documents: the bytes that are scored."""
-
-    @property
-    def train_digest(self) -> str:
-        """Of the training documents, in order."""
-
-    @property
-    def validation_digest(self) -> str:
-        """Of the held-out ones."""
+    rows: Rows
+    windows: ValidationWindows
+    documents: list[Document]
+    """Held-out text that the windows score."""
+    train_digest: str
+    validation_digest: str
+    report: str
+    """One line about the training and held-out text."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpora:
-    """The sources of a run, by the names they were given."""
+class Dataset:
+    """The sources of a run by name, and their rows mixed by their shares."""
 
-    sources: Mapping[str, Split]
-    reports: Mapping[str, str]
-    """A line, or a few, about each."""
-
-    @property
-    def report(self) -> str:
-        """What is trained on and what is held out; for a lone source in one line."""
-        if len(self.reports) == 1:
-            return next(iter(self.reports.values()))
-        return "\n".join([f"{len(self.reports)} sources", *(f"  {name}: {report}" for name, report in self.reports.items())])
+    sources: dict[str, Source]
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    """Chat template, to be saved with the tokenizer; None for texts."""
+    rows: MixedRows
+    """Every row of the run."""
+    digest: str
+    """Digest of training texts, shares, tokenizer and its use; a resumed run must have the same."""
 
     @property
-    def validation(self) -> dict[str, list[Document]]:
-        """Held-out documents by source."""
-        return {name: source.validation for name, source in self.sources.items()}
+    def validation(self) -> dict[str, ValidationWindows]:
+        """Held-out windows by source."""
+        return {name: source.windows for name, source in self.sources.items()}
 
     @property
     def validation_digest(self) -> str:
-        """Of all held-out documents, on which the processes of a run have to agree."""
+        """Digest of all held-out text, on which the processes of a run have to agree."""
         return digest(*(source.validation_digest for source in self.sources.values()))
 
-
-class Dataset(NamedTuple):
-    """The text of a run."""
-
-    corpus: Corpora
-    tokenizer: Tokenizer
-    rows: Rows
-    """Every row of the run."""
-    validation: dict[str, ValidationWindows]
-    """By source, under the name it was given by."""
-    digest: str
-    """Of the training texts, their shares, the tokenizer and what is made of them: what a continued run has to share."""
-    template: ChatTemplate | None = None
-    """That of conversations, to be kept beside the tokenizer; None for texts."""
-
-    def epochs_in_words(self, rows: int) -> str:
-        """The same, as a run says it."""
-        counts = self.epochs(rows)
-        shown = {name: f"{count:.3g}" for name, count in counts.items()}
-        one = len(shown) == 1
-        return f"{next(iter(shown.values()))} epochs" if one else "epochs: " + ", ".join(f"{n} {c}" for n, c in shown.items())
+    @property
+    def report(self) -> str:
+        """Training and held-out text: one line, for several sources one line each."""
+        if len(self.sources) == 1:
+            return next(iter(self.sources.values())).report
+        lines = [f"  {name}: {source.report}" for name, source in self.sources.items()]
+        return "\n".join([f"{len(self.sources)} sources", *lines])
 
     def epochs(self, rows: int) -> dict[str, float]:
-        """How often the first `rows` rows go through each source."""
-        if isinstance(self.rows, MixedRows):
-            return self.rows.epochs_by_source(rows)
-        return dict.fromkeys(self.corpus.sources, self.rows.epochs(rows))
+        """Return the epochs of each source in the first `rows` rows."""
+        return self.rows.epochs_by_source(rows)
+
+    def epochs_in_words(self, rows: int) -> str:
+        """Return the epochs of each source as text."""
+        shown = {name: f"{count:.3g}" for name, count in self.epochs(rows).items()}
+        if len(shown) == 1:
+            return f"{next(iter(shown.values()))} epochs"
+        return "epochs: " + ", ".join(f"{name} {count}" for name, count in shown.items())
 
 
 def build_dataset(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
-    """Reads the sources, trains or loads the tokenizer, and tokenises both parts of each; cached in `data.cache_dir`.
+    """Read the sources, train or load the tokenizer, and tokenize both parts of each; cached in `data.cache_dir`.
 
     Raises:
-      ValueError: on whatever is wrong with the sources, the tokenizer or the cache folder.
+      ValueError: for every defect of the sources, the tokenizer or the cache folder.
     """
-    return _prepare_chat(data, model, train) if data.kind == "chat" else _prepare_documents(data, model, train)
+    build = _chat_sources if data.kind == "chat" else _document_sources
+    sources, tokenizer, template, encoding = build(data, model, train)
+    rows = MixedRows({name: source.rows for name, source in sources.items()}, data.shares, train.seed)
+    parts = (part for name, share in data.shares.items() for part in (sources[name].train_digest, repr(share)))
+    return Dataset(sources, tokenizer, template, rows, digest(data.kind, *parts, tokenizer.to_json(), encoding))
 
 
-def _prepare_documents(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
-    opened: dict[str, Corpus | Prepared] = {}
-    for name in data.shares:
-        if is_prepared(name):
-            opened[name] = open_prepared(name, data.cache_dir)
-        else:
-            opened[name] = load_corpus(dataclasses.replace(data, source=name, mixture=()))
+def _document_sources(data: DataConfig, model: ModelConfig, train: TrainConfig) -> _Tokenized:
+    opened = {
+        name: open_prepared(name, data.cache_dir) if is_prepared(name) else load_corpus(_alone(data, name))
+        for name in data.shares
+    }
     tokenizer = _tokenizer(data, model, opened)
-    fim = fill_in_the_middle(data, train.seed, tokenizer)
+    fim = FillInTheMiddle.of(data.fim_rate, data.fim_tokens, train.seed, tokenizer)
     eos = document_marks(model)[1]
-    rows: dict[str, Rows] = {}
-    windows: dict[str, ValidationWindows] = {}
+    sources = {}
     for name, source in opened.items():
         if isinstance(source, Prepared):
-            _check_prepared(name, source, data, model, train)
+            _check_prepared(name, source.meta, data, model)
             parts = source.parts
         else:
-            parts = [ArrayPart.closed_by(eos, tokenize_corpus(source, tokenizer, data, model, fim))]
+            parts = [Part.closed_by(eos, tokenize_corpus(source, tokenizer, data, model, fim))]
         with _naming(data, name):
-            rows[name] = PackedRows(TokenStream(parts, eos, train.seed), train.sequence_length, train.seed)
-            windows[name] = ValidationWindows(source.validation, tokenizer, model, **_shape(data, train))
-    corpora = Corpora(opened, {name: str(source.report) for name, source in opened.items()})
-    return _text(data, train, corpora, tokenizer, rows, windows, str(fim))
+            rows = PackedRows(TokenStream(parts, eos, train.seed), train.sequence_length, train.seed)
+            windows = document_windows(source.validation, tokenizer, model, **_shape(data, train))
+        digests = source.train_digest, source.validation_digest
+        sources[name] = Source(rows, windows, source.validation, *digests, source.report)
+    return sources, tokenizer, None, str(fim)
 
 
-def _prepare_chat(data: DataConfig, model: ModelConfig, train: TrainConfig) -> Dataset:
-    check(
-        data.tokenizer is not None,
-        "data.tokenizer is None, but conversations (data.kind chat) take the tokenizer and the chat template of a checkpoint; "
-        "name its folder",
-    )
-    assert data.tokenizer is not None
+def _chat_sources(data: DataConfig, model: ModelConfig, train: TrainConfig) -> _Tokenized:
+    if data.tokenizer is None:
+        raise ValueError(
+            "data.tokenizer is None, but conversations (data.kind chat) take the tokenizer and the chat template of a "
+            "checkpoint; name its folder"
+        )
     tokenizer = load_tokenizer(data.tokenizer)
     check_fits(tokenizer, model, f"data.tokenizer {data.tokenizer!r}")
     template = load_chat_template(data.tokenizer)
-    opened: dict[str, ChatCorpus] = {}
-    reports: dict[str, str] = {}
-    rows: dict[str, Rows] = {}
-    windows: dict[str, ValidationWindows] = {}
+    sources = {}
     for name in data.shares:
-        corpus = opened[name] = load_chat_corpus(dataclasses.replace(data, source=name, mixture=()))
-        conversations = tokenize_chat(corpus.train, template, tokenizer, data.cache_dir)
+        corpus = load_chat_corpus(_alone(data, name))
+        tokens = tokenize_chat(corpus.train, template, tokenizer, data.cache_dir)
         with _naming(data, name):
-            rows[name] = packed = ChatRows(conversations, train.sequence_length, train.seed)
-            encoded = list(encode_conversations(corpus.validation_conversations, template, tokenizer))
-            scored = [Document(one.name, ids.said) for one, ids in zip(corpus.validation_conversations, encoded, strict=True)]
+            rows = ChatRows(tokens, train.sequence_length, train.seed)
+            encoded = list(encode_conversations(corpus.validation, template, tokenizer))
+            scored = [Document(one.name, ids.said) for one, ids in zip(corpus.validation, encoded, strict=True)]
             check_reproduced(scored, [ids.ids[ids.is_text] for ids in encoded], tokenizer)
-            windows[name] = chat_windows(encoded, **_shape(data, train))
-        opened[name] = dataclasses.replace(corpus, validation=scored)
-        reports[name] = f"{corpus.report}; {packed.report}"
-    made = f"{template.source} {template.special_tokens}"
-    text = _text(data, train, Corpora(opened, reports), tokenizer, rows, windows, made)
-    return text._replace(template=template)
+            windows = chat_windows(encoded, **_shape(data, train))
+        report = f"{corpus.report}; {rows.report}"
+        sources[name] = Source(rows, windows, scored, corpus.train_digest, corpus.validation_digest, report)
+    return sources, tokenizer, template, f"{template.source} {template.special_tokens}"
 
 
-def _text(
-    data: DataConfig,
-    train: TrainConfig,
-    corpora: Corpora,
-    tokenizer: Tokenizer,
-    rows: dict[str, Rows],
-    validation: dict[str, ValidationWindows],
-    made: str,
-) -> Dataset:
-    """Puts together what was made of each source; `made` says how, as far as sources and tokenizer do not."""
-    mixed = next(iter(rows.values())) if len(rows) == 1 else MixedRows(rows, data.shares, train.seed)
-    sources = (part for name, share in data.shares.items() for part in (corpora.sources[name].train_digest, repr(share)))
-    return Dataset(corpora, tokenizer, mixed, validation, digest(data.kind, *sources, tokenizer.to_json(), made))
+def _alone(data: DataConfig, name: str) -> DataConfig:
+    """Return the config of a run with this one source."""
+    return dataclasses.replace(data, source=name, mixture=())
 
 
 def _shape(data: DataConfig, train: TrainConfig) -> dict[str, Any]:
-    """Of held-out windows."""
+    """Return the options of held-out windows."""
     return {
         "batch_size": train.micro_batch,
         "sequence_length": train.sequence_length,
@@ -180,7 +155,7 @@ def _shape(data: DataConfig, train: TrainConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming(data: DataConfig, name: str) -> Iterator[None]:
-    """Puts the source before what is said against it, where there are several."""
+    """Prefix errors with the source if there are several."""
     try:
         yield
     except ValueError as error:
@@ -190,43 +165,33 @@ def _naming(data: DataConfig, name: str) -> Iterator[None]:
 
 
 def _tokenizer(data: DataConfig, model: ModelConfig, sources: Mapping[str, Corpus | Prepared]) -> Tokenizer:
-    """The one tokenizer of all sources: that of the prepared ones, where there are any."""
-    prepared = [(name, source) for name, source in sources.items() if isinstance(source, Prepared)]
+    """Return the tokenizer of all sources: that of the prepared ones, if there are any."""
+    prepared = {name: source.tokenizer for name, source in sources.items() if isinstance(source, Prepared)}
     if not prepared:
         return prepare_tokenizer(data, model, *(source for source in sources.values() if isinstance(source, Corpus)))
-    name, first = prepared[0]
-    content = first.tokenizer.to_json()
-    for other, source in prepared[1:]:
+    name, first = next(iter(prepared.items()))
+    content = first.to_json()
+    for other, tokenizer in prepared.items():
         check(
-            source.tokenizer.to_json() == content,
+            tokenizer.to_json() == content,
             f"the prepared folders {name!r} and {other!r} have different tokenizers; prepare one of them again, with that of "
             "the other (--tokenizer)",
         )
-    if data.tokenizer is not None:
-        check(
-            load_tokenizer(data.tokenizer).to_json() == content,
-            f"data.tokenizer {data.tokenizer!r} is not the one that {name!r} was prepared with; prepare the folder "
-            "again with it (--tokenizer), or name no data.tokenizer",
-        )
-    check_fits(first.tokenizer, model, f"the tokenizer of {name!r}")
-    return first.tokenizer
+    check(
+        data.tokenizer is None or load_tokenizer(data.tokenizer).to_json() == content,
+        f"data.tokenizer {data.tokenizer!r} is not the one that {name!r} was prepared with; prepare the folder "
+        "again with it (--tokenizer), or name no data.tokenizer",
+    )
+    check_fits(first, model, f"the tokenizer of {name!r}")
+    return first
 
 
-def _check_prepared(name: str, source: Prepared, data: DataConfig, model: ModelConfig, train: TrainConfig) -> None:
-    meta = source.meta
-    marks = meta["bos_token_id"], meta["eos_token_id"]
-    check(
-        marks == document_marks(model),
-        f"{name!r} was prepared with documents between the ids {marks[0]} and {marks[1]}, but model.bos_token_id and "
-        f"model.eos_token_id are {document_marks(model)}; set them alike, or prepare it again (--bos-token, --eos-token)",
-    )
-    check(
-        meta["fim_rate"] == data.fim_rate,
-        f"{name!r} was prepared with --fim-rate {meta['fim_rate']}, but data.fim_rate is {data.fim_rate}; set it alike, or "
-        "prepare the folder again",
-    )
-    check(
-        not data.fim_rate or meta["fim_tokens"] == list(data.fim_tokens),
-        f"{name!r} was prepared with --fim-tokens {meta['fim_tokens']}, but data.fim_tokens is {list(data.fim_tokens)}; set "
-        "them alike",
-    )
+def _check_prepared(name: str, meta: dict[str, Any], data: DataConfig, model: ModelConfig) -> None:
+    """Raise ValueError if a folder was prepared with other marks or other fill-in-the-middle than the run's."""
+    bos, eos = document_marks(model)
+    options = [("model.bos_token_id", bos), ("model.eos_token_id", eos), ("data.fim_rate", data.fim_rate)]
+    options += [("data.fim_tokens", list(data.fim_tokens))] if data.fim_rate else []
+    for option, value in options:
+        prepared = meta[option.split(".")[1]]
+        remedy = "set it to the same, or prepare the folder again (--bos-token, --eos-token, --fim-rate, --fim-tokens)"
+        check(prepared == value, f"{option} is {value}, but {name!r} was prepared with {prepared}; {remedy}")

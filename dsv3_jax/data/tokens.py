@@ -1,7 +1,8 @@
-"""Documents to one flat array of token ids, made once and kept in `data.cache_dir`."""
+"""Documents as token ids: the cached array of the training text, fill-in-the-middle, and the windows of held-out text."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -15,9 +16,9 @@ import tokenizers
 from dsv3_jax.config import DataConfig, ModelConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.data.corpus import Corpus
-from dsv3_jax.data.rows import Row
+from dsv3_jax.data.rows import Row, segment_starts
 from dsv3_jax.data.sources import Document
-from dsv3_jax.data.storage import NpyFile, digest, load_or_make
+from dsv3_jax.data.storage import NpyFile, cached_tokens, digest
 from dsv3_jax.data.tokenizer import Tokenizer, document_marks
 from dsv3_jax.model.losses import ValidationBatch
 
@@ -28,54 +29,39 @@ _CHARACTERS_AT_ONCE = 4_000_000
 def tokenize_corpus(
     corpus: Corpus, tokenizer: Tokenizer, data: DataConfig, model: ModelConfig, fim: FillInTheMiddle | None = None
 ) -> NpyFile:
-    """The training documents as one flat array of ids, each document between its marks; kept in `data.cache_dir`.
+    """Return the training documents as one array of ids, each between its marks; kept in `data.cache_dir`.
 
-    An encoder never makes the end mark out of text, so the marks alone tell where documents end.
+    Text is never encoded to the end mark, so the marks alone show where documents end.
 
     Returns:
-      ids [N], uint16 where they fit, else uint32; read from disk when they are asked for.
+      ids [N] on disk, uint16 if they fit, else uint32.
     """
     bos, eos = document_marks(model)
     dtype = id_dtype(max(tokenizer.vocab_size, model.vocab_size))
     key = digest(corpus.train_digest, tokenizer.to_json(), f"{bos} {eos} {dtype} {fim}", tokenizers.__version__)
 
-    def load(path: Path) -> NpyFile:
-        tokens = NpyFile(path)
-        check(tokens.dtype == dtype, f"holds {tokens.dtype}, not {dtype}")
-        ends = np.flatnonzero(tokens[:] == eos)
-        check(ends.size == len(corpus.train) and ends[-1] == tokens.size - 1, "documents are missing")
-        return tokens
+    def make() -> Iterator[np.ndarray]:
+        return (np.array(ids, dtype) for ids in encode_documents(corpus.train, tokenizer, bos, eos, fim))
 
-    def write(path: Path) -> None:
-        documents = encode_documents(corpus.train, tokenizer, bos, eos, fim)
-        np.save(path, np.concatenate([np.array(ids, dtype) for ids in documents]))
-
-    return load_or_make(Path(data.cache_dir) / f"tokens-{key}.npy", load, write)
+    return cached_tokens(Path(data.cache_dir) / f"tokens-{key}.npy", dtype, len(corpus.train), lambda ids: ids == eos, make)
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """The dtype that ids are stored in."""
+    """Return the dtype that ids are stored in."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, bos: int | None, eos: int, fim: FillInTheMiddle | None
 ) -> Iterator[list[int]]:
-    """The ids of each document between its marks; some of them cut to be filled in. Many are encoded at once, on all cores."""
+    """Yield the ids of each document between its marks, some rearranged by `fim`; encode in batches, on all cores."""
     opening = [] if bos is None else [bos]
     for batch in _batches(documents):
-        cuts = [None if fim is None else fim.cuts(document) for document in batch]
-        texts = [part for document, cut in zip(batch, cuts, strict=True) for part in _parts(document.text, cut)]
-        encoded = iter(tokenizer.encode_documents(texts))
-        for cut in cuts:
-            if cut is None or fim is None:
-                yield [*opening, *next(encoded), eos]
-            else:
-                yield [*opening, *fim.join(next(encoded), next(encoded), next(encoded)), eos]
-
-
-def _parts(text: str, cut: tuple[int, int] | None) -> tuple[str, ...]:
-    return (text,) if cut is None else (text[: cut[0]], text[cut[0] : cut[1]], text[cut[1] :])
+        parts = [(document.text,) if fim is None else fim.parts(document) for document in batch]
+        encoded = iter(tokenizer.encode_documents([text for texts in parts for text in texts]))
+        for texts in parts:
+            ids = [next(encoded) for _ in texts]
+            yield [*opening, *(fim.join(*ids) if fim and len(ids) == 3 else ids[0]), eos]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -92,12 +78,12 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Fill-in-the-middle: some documents become prefix, suffix, middle, so that the middle is learnt from both sides.
+# Fill-in-the-middle: some documents as prefix, suffix, middle, so that the model learns the middle from both sides.
 
 
 @dataclasses.dataclass(frozen=True)
 class FillInTheMiddle:
-    """Which documents are cut, and the ids that stand before the three parts."""
+    """Share and seed of the documents to rearrange, and the ids before the three parts."""
 
     rate: float
     seed: int
@@ -107,132 +93,63 @@ class FillInTheMiddle:
 
     @classmethod
     def of(cls, rate: float, tokens: Sequence[str], seed: int, tokenizer: Tokenizer) -> FillInTheMiddle | None:
-        """What the three tokens are to `tokenizer`; None where the rate is 0.
+        """Look the three tokens up in `tokenizer`; None if the rate is 0.
 
         Raises:
           ValueError: naming the tokens that the tokenizer lacks.
         """
         if rate == 0:
             return None
-        known = {text: id_ for id_, text in tokenizer.added_tokens.items()}
-        missing = [token for token in tokens if token not in known]
+        missing = [token for token in tokens if token not in tokenizer.added_ids]
         check(
             not missing,
             f"the tokenizer has no tokens {missing} to fill in the middle with; name those it has (data.fim_tokens), or set "
             "data.fim_rate to 0",
         )
-        return cls(rate, seed, *(known[token] for token in tokens))
+        return cls(rate, seed, *(tokenizer.added_ids[token] for token in tokens))
+
+    def parts(self, document: Document) -> tuple[str, ...]:
+        """Return prefix, middle and suffix of a document, or the whole text if it is not chosen."""
+        cut = self.cuts(document)
+        return (
+            (document.text,) if cut is None else (document.text[: cut[0]], document.text[slice(*cut)], document.text[cut[1] :])
+        )
 
     def cuts(self, document: Document) -> tuple[int, int] | None:
-        """The characters at which the document is cut, uniform over all pairs of places; None if it stays whole."""
+        """Return the positions of the two cuts, uniform over all pairs; None if the document is not chosen."""
         name = document.name.encode("utf-8", "surrogatepass")
         drawn = hashlib.blake2b(name, digest_size=24, key=self.seed.to_bytes(8, "little"), person=b"fim").digest()
         chosen, one, other = (int.from_bytes(drawn[at : at + 8], "little") for at in (0, 8, 16))
         if chosen >= self.rate * 2**64:
             return None
-        # The product of a 64-bit number and the count of places, without its lower 64 bits: uniform over the places.
+        # A 64-bit number times the count of positions, without the lower 64 bits, is uniform over the positions.
         first, last = sorted(number * (len(document.text) + 1) >> 64 for number in (one, other))
         return first, last
 
     def join(self, prefix: list[int], middle: list[int], suffix: list[int]) -> list[int]:
-        """The ids of a cut document, marks aside."""
+        """Return the ids of a rearranged document, without its marks."""
         return [self.begin, *prefix, self.hole, *suffix, self.end, *middle]
-
-    def unfim(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
-        """The text of a document from its ids, cut or whole, marks or not.
-
-        Raises:
-          ValueError: if the three ids stand in it otherwise than `join` writes them.
-        """
-        ids = [int(id_) for id_ in ids]
-        marks = [id_ for id_ in ids if id_ in (self.begin, self.hole, self.end)]
-        if not marks:
-            return tokenizer.decode(ids)
-        check(
-            marks == [self.begin, self.hole, self.end],
-            f"the marks of a filled-in document are {marks}; they must be {[self.begin, self.hole, self.end]}, once each",
-        )
-        hole, end = ids.index(self.hole), ids.index(self.end)
-        return "".join(map(tokenizer.decode, (ids[:hole], ids[end:], ids[hole:end])))
-
-
-def fill_in_the_middle(data: DataConfig, seed: int, tokenizer: Tokenizer) -> FillInTheMiddle | None:
-    """As the config of a run says; None where nothing is filled in.
-
-    Raises:
-      ValueError: naming the tokens that the tokenizer lacks.
-    """
-    return FillInTheMiddle.of(data.fim_rate, data.fim_tokens, seed, tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Held-out text: windows that score every byte of it once, and what general compressors make of the same bytes.
+# Held-out text: windows that score every byte of it once, and general compressors on the same bytes.
 
 
 class ValidationWindows:
-    """All batches of the held-out documents, each of the same shape.
+    """Held-out windows in batches of one shape; each token that spells the text is scored once."""
 
-    The documents stand one after the other between their marks, as in training, cut into windows that do not
-    overlap; the first token of a window is the last target of the window before it.
-    """
-
-    def __init__(
-        self,
-        documents: Sequence[Document],
-        tokenizer: Tokenizer,
-        model: ModelConfig,
-        *,
-        batch_size: int,
-        sequence_length: int,
-        across_documents: bool = True,
-    ) -> None:
-        """Tokenizes the documents.
+    def __init__(self, rows: Row, num_bytes: int, *, batch_size: int, across_documents: bool) -> None:
+        """Collect the windows.
 
         Args:
-          across_documents: whether attention crosses documents, so that a batch need not say where they start.
-
-        Raises:
-          ValueError: if there is no document, if the tokenizer does not give a document back unchanged, so that
-            its tokens would not stand for all of the bytes, or if it gives ids outside the model's vocabulary.
+          rows: all windows, [R, T]; weights are 1 for the tokens that spell the text, else 0.
+          num_bytes: UTF-8 bytes of the text.
+          batch_size: windows of a batch.
+          across_documents: True if attention crosses documents, so that batches need no segment starts.
         """
-        check(len(documents) > 0, "there is no held-out text to score")
-        bos, eos = document_marks(model)
-        opening = [] if bos is None else [bos]
-        tokens, scored, opens = [eos], [False], []
-        encoded = tokenizer.encode_documents([document.text for document in documents])
-        check_reproduced(documents, encoded, tokenizer)
-        for ids in encoded:
-            opens.append(len(tokens))
-            tokens += [*opening, *ids, eos]
-            scored += [*[False] * len(opening), *[True] * len(ids), False]
-        highest = max(tokens)
-        check(
-            highest < model.vocab_size,
-            f"the tokenizer gives token id {highest}, outside the model's vocabulary of {model.vocab_size}; use the "
-            "tokenizer.json that the model was trained with",
-        )
-        windows = -(-(len(tokens) - 1) // sequence_length)
-        rows = Row(
-            _windows(np.array(tokens[:-1], np.int32), windows, sequence_length),
-            _windows(np.array(tokens[1:], np.int32), windows, sequence_length),
-            _windows(np.array(scored[1:], np.float32), windows, sequence_length),
-            _starts(opens, len(tokens) - 1, windows, sequence_length),
-        )
-        self._set(rows, sum(document.num_bytes for document in documents), batch_size, across_documents)
-
-    @classmethod
-    def of_rows(cls, rows: Sequence[Row], num_bytes: int, batch_size: int, *, across_documents: bool) -> ValidationWindows:
-        """Windows made elsewhere; their weights are 1 at the tokens that spell the `num_bytes` bytes, each once."""
-        check(len(rows) > 0, "there is no held-out text to score")
-        windows = cls.__new__(cls)
-        windows._set(Row(*map(np.stack, zip(*rows, strict=True))), num_bytes, batch_size, across_documents)
-        return windows
-
-    def _set(self, rows: Row, num_bytes: int, batch_size: int, across_documents: bool) -> None:
-        """Args: rows: all windows, [R, T]."""
         self.num_bytes = num_bytes
         self.num_tokens = int(np.count_nonzero(rows.loss_weight_T))
-        """Scored tokens: those that spell the bytes."""
+        """Scored tokens."""
         self._rows = rows
         self._batch_size = batch_size
         self._across_documents = across_documents
@@ -242,17 +159,17 @@ class ValidationWindows:
         return -(-len(self._rows.tokens_T) // self._batch_size)
 
     def __iter__(self) -> Iterator[ValidationBatch]:
-        """All batches; each scored token is in exactly one."""
+        """Yield all batches."""
         return self._batches(np.arange(len(self._rows.tokens_T)))
 
     def sample(self, num_batches: int) -> Iterator[ValidationBatch]:
-        """At most `num_batches` batches of windows spread evenly over the text: always the same ones."""
+        """Yield at most `num_batches` batches of windows spread evenly over the text: always the same ones."""
         windows = len(self._rows.tokens_T)
         rows = min(num_batches * self._batch_size, windows)
         return self._batches(np.arange(rows) * windows // rows)
 
     def bits_per_byte(self, nats: float) -> float:
-        """Bits per byte, from the summed loss of all scored tokens in nats."""
+        """Convert the summed loss of all scored tokens, in nats, to bits per byte."""
         return nats / math.log(2) / self.num_bytes
 
     def _batches(self, rows: np.ndarray) -> Iterator[ValidationBatch]:
@@ -264,8 +181,55 @@ class ValidationWindows:
             yield ValidationBatch(tokens, targets, weights, None if self._across_documents else starts)
 
 
+def document_windows(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    across_documents: bool = True,
+) -> ValidationWindows:
+    """Tokenize held-out documents and cut them into windows.
+
+    The documents follow one another between their marks, as in training. Windows do not overlap; the first token of a window
+    is the last target of the window before it.
+
+    Raises:
+      ValueError: if there is no document, if decoding does not give a document back unchanged, so that its tokens would not
+        stand for all of the bytes, or if there are ids outside the model's vocabulary.
+    """
+    check(len(documents) > 0, "there is no held-out text to score")
+    bos, eos = document_marks(model)
+    opening = [] if bos is None else [bos]
+    tokens, scored, opens = [eos], [False], []
+    encoded = tokenizer.encode_documents([document.text for document in documents])
+    check_reproduced(documents, encoded, tokenizer)
+    for ids in encoded:
+        opens.append(len(tokens))
+        tokens += [*opening, *ids, eos]
+        scored += [*[False] * len(opening), *[True] * len(ids), False]
+    highest = max(tokens)
+    check(
+        highest < model.vocab_size,
+        f"the tokenizer gives token id {highest}, outside the model's vocabulary of {model.vocab_size}; use the "
+        "tokenizer.json that the model was trained with",
+    )
+    count = len(tokens) - 1
+    windows = -(-count // sequence_length)
+
+    def cut(values: Sequence[int], dtype: type) -> np.ndarray:
+        return np.pad(np.array(values, dtype), (0, windows * sequence_length - count)).reshape(windows, sequence_length)
+
+    starts = segment_starts(np.array(opens), windows, sequence_length)
+    starts.reshape(-1)[count:] = -1
+    rows = Row(cut(tokens[:-1], np.int32), cut(tokens[1:], np.int32), cut(scored[1:], np.float32), starts)
+    num_bytes = sum(document.num_bytes for document in documents)
+    return ValidationWindows(rows, num_bytes, batch_size=batch_size, across_documents=across_documents)
+
+
 def check_reproduced(documents: Sequence[Document], encoded: Sequence[Sequence[int]], tokenizer: Tokenizer) -> None:
-    """Raises ValueError, naming a document, unless its ids stand for all of its bytes."""
+    """Raise ValueError, naming a document, unless its ids decode to all of its text."""
     for document, ids in zip(documents, encoded, strict=True):
         check(
             tokenizer.decode(ids) == document.text,
@@ -273,34 +237,16 @@ def check_reproduced(documents: Sequence[Document], encoded: Sequence[Sequence[i
         )
 
 
-def _windows(values: np.ndarray, windows: int, length: int) -> np.ndarray:
-    """A flat array as [windows, length], zeros at its end."""
-    return np.pad(values, (0, windows * length - len(values))).reshape(windows, length)
-
-
-def _starts(opens: Sequence[int], count: int, windows: int, length: int) -> np.ndarray:
-    """[windows, length]: where in its window the document of each of `count` tokens begins, -1 for what is left."""
-    begins = np.zeros(windows * length, np.int64)
-    opens_at = np.array([place for place in opens if place < count], np.int64)
-    begins[opens_at] = opens_at
-    firsts = np.repeat(np.arange(windows) * length, length)
-    starts = np.maximum(np.maximum.accumulate(begins), firsts) - firsts
-    starts[count:] = -1
-    return starts.astype(np.int32).reshape(windows, length)
-
-
 def compressor_bits_per_byte(documents: Sequence[Document]) -> dict[str, float | None]:
-    """Bits per byte of `gzip -9` and `xz -9` on the documents put together: the bytes the model is scored on.
+    """Return bits per byte of `gzip -9` and `xz -9` on the joined documents: the bytes that the model is scored on.
 
     Returns:
-      {"gzip": ..., "xz": ...}; "xz" is None where this Python was built without lzma.
+      {"gzip": ..., "xz": ...}; "xz" is None if this Python was built without lzma.
     """
     data = "".join(document.text for document in documents).encode("utf-8")
-    sizes: dict[str, int | None] = {"gzip": len(gzip.compress(data, compresslevel=9)), "xz": None}
-    try:
-        import lzma  # an optional part of Python
-    except ImportError:
-        pass
-    else:
-        sizes["xz"] = len(lzma.compress(data, preset=9))
-    return {name: size if size is None else 8 * size / len(data) for name, size in sizes.items()}
+    figures: dict[str, float | None] = {"gzip": 8 * len(gzip.compress(data, compresslevel=9)) / len(data), "xz": None}
+    with contextlib.suppress(ImportError):
+        import lzma  # An optional part of Python.
+
+        figures["xz"] = 8 * len(lzma.compress(data, preset=9)) / len(data)
+    return figures

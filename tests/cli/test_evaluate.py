@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax import evaluate
-from dsv3_jax.data import Document, ValidationWindows, load_corpus
+from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.sources import Document
+from dsv3_jax.data.tokens import document_windows
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.train.evaluation import Evaluator
 from tests.cli.conftest import CONFIG, Done
@@ -34,7 +36,7 @@ def test_the_figures_of_a_text_file(straight: tuple[Path, Done], called: Callabl
 
     model = load_model(str(straight[0]))
     shape = {"batch_size": 8, "sequence_length": CONFIG.train.sequence_length}
-    windows = ValidationWindows([Document("bisect.py", text)], model.tokenizer, model.config, **shape)
+    windows = document_windows([Document("bisect.py", text)], model.tokenizer, model.config, **shape)
     scored = Evaluator(model.config)(model.variables, windows)
     assert figures["tokens"] == scored.tokens == len(model.tokenizer.encode(text))
     assert figures["loss"] == pytest.approx(scored.loss, rel=1e-6)

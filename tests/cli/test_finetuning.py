@@ -17,7 +17,8 @@ from dsv3_jax.checkpoint.hugging_face import load_hf
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config.cli import parse_run
 from dsv3_jax.convert import main as convert
-from dsv3_jax.data import TrainBatches, build_dataset
+from dsv3_jax.data.batches import TrainBatches
+from dsv3_jax.data.text import build_dataset
 from dsv3_jax.model import training_loss
 from tests.cli.conftest import ROOT, Done
 

@@ -24,8 +24,9 @@ from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config
 from dsv3_jax.config.cli import how_to_resume
 from dsv3_jax.convert import main as convert
-from dsv3_jax.data import batches as batches_module
-from dsv3_jax.data import load_corpus, load_tokenizer
+from dsv3_jax.data.batches import TrainBatches
+from dsv3_jax.data.corpus import load_corpus
+from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.train.state import state_of
 from tests.cli.conftest import CONFIG, ENDLESS, TRAIN, Done, contents, started, started_for_long
 
@@ -320,7 +321,7 @@ def test_the_command_to_go_on_with(given: list[str], kept: list[str], monkeypatc
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Makes a weight of the loss NaN in the batches of some steps, counted from 1."""
-    make = batches_module._Steps.__getitem__
+    make = TrainBatches.__getitem__
 
     def make_bad(self: Any, index: int) -> Any:
         batch = make(self, index)
@@ -328,7 +329,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
         weights[0, 0, 0] = np.nan if bad(index + 1) else 1.0
         return batch._replace(loss_weight_ABT=weights)
 
-    monkeypatch.setattr(batches_module._Steps, "__getitem__", make_bad)
+    monkeypatch.setattr(TrainBatches, "__getitem__", make_bad)
 
 
 @pytest.mark.slow

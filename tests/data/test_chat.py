@@ -92,8 +92,9 @@ def test_a_template_that_does_not_tell_what_is_said_is_refused_by_line(source: s
 
 
 def test_the_clock_is_there_at_inference() -> None:
-    template = ChatTemplate("{{ strftime_now('%Y') }}", {}, clock=lambda: datetime.datetime(2026, 1, 1))
-    assert TOKENIZER.decode(encode_prompt(template, TOKENIZER, MULTI)) == "2026"
+    before, template = datetime.datetime.now(), ChatTemplate("{{ strftime_now('%Y') }}", {})
+    written = int(TOKENIZER.decode(encode_prompt(template, TOKENIZER, MULTI)))
+    assert before.year <= written <= datetime.datetime.now().year
 
 
 @pytest.mark.parametrize("harm", [b"", "half"])
@@ -106,13 +107,12 @@ def test_tokens_are_kept_and_made_again_when_broken(tmp_path: Path, harm: bytes 
     again = tokenize_chat(chats, TEMPLATE, TOKENIZER, str(tmp_path))
     assert file.read_bytes() == content
     with pytest.raises(ValueError, match=r"chat-.*npy was changed while the run goes on"):
-        first.read(0, 5)
+        first[0:5]
     start = 0
-    for one, end in zip(chats, again.ends, strict=True):
-        ids, is_in_loss = again.read(start, end)
-        expected = encode(one.messages)
-        np.testing.assert_array_equal(ids, expected.ids)
-        np.testing.assert_array_equal(is_in_loss, expected.is_in_loss)
+    for one, end in zip(chats, np.flatnonzero(again[:] >> 30 & 1) + 1, strict=True):
+        stored, expected = again[start:end], encode(one.messages)
+        np.testing.assert_array_equal(stored & (2**30 - 1), expected.ids)
+        np.testing.assert_array_equal(stored >> 31 == 1, expected.is_in_loss)
         start = end
     tokenize_chat(chats, ChatTemplate(DEEPSEEK + " ", TEMPLATE.special_tokens), TOKENIZER, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2

@@ -30,17 +30,17 @@ def test_split_hangs_on_names_and_drops_copies(tmp_path: Path) -> None:
     lines = [chat(f"What is {number}?", f"It is {number}.") for number in range(200)]
     write_lines(tmp_path / "a.jsonl", lines)
     first = load(tmp_path)
-    assert len(first.train) + len(first.validation_conversations) == 200
-    assert 20 < len(first.validation_conversations) < 60
-    assert first.copies == 0
-    held = first.validation_conversations[3]
+    assert len(first.train) + len(first.validation) == 200
+    assert 20 < len(first.validation) < 60
+    assert first.dropped == 0
+    held = first.validation[3]
     lines[int(held.name.split(":")[1]) - 1] = {
         "messages": [{"role": "system", "content": "Be kind."}, *first.train[0].messages]
     }
     write_lines(tmp_path / "a.jsonl", lines)
     second = load(tmp_path)
-    assert second.copies == 1
-    assert held.name not in {one.name for one in second.validation_conversations}
+    assert second.dropped == 1
+    assert held.name not in {one.name for one in second.validation}
     assert second.train_digest == first.train_digest
     assert second.validation_digest != first.validation_digest
     assert "turns of the assistant" in first.report
@@ -84,5 +84,5 @@ def test_other_files_and_too_few_conversations_are_refused(tmp_path: Path) -> No
 def test_halves_of_surrogate_pairs_are_replaced_wherever_they_are(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [json.dumps(chat("half \ud800", "and \udc00")), chat("a", "b")])
     corpus = load(tmp_path)
-    contents = [message["content"] for one in (*corpus.train, *corpus.validation_conversations) for message in one.messages]
+    contents = [message["content"] for one in (*corpus.train, *corpus.validation) for message in one.messages]
     assert {"half \ufffd", "and \ufffd"} <= set(contents)

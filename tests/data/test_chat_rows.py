@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies
 
 from dsv3_jax.data import chat as module
-from dsv3_jax.data.chat import ChatRows, ChatTokens, Encoded, chat_windows
+from dsv3_jax.data.chat import ChatRows, Encoded, chat_windows
 
 Shape = tuple[tuple[int, int], ...]  # prompt and answer of each turn
 TURNS = strategies.tuples(strategies.integers(1, 12), strategies.integers(1, 8))
@@ -29,12 +29,12 @@ def encoded(shapes: Sequence[Shape]) -> list[Encoded]:
     return made
 
 
-def stored(conversations: Sequence[Encoded]) -> ChatTokens:
+def stored(conversations: Sequence[Encoded]) -> np.ndarray:
     parts = []
     for one in conversations:
         parts.append(one.ids.astype(np.uint32) | (one.is_in_loss.astype(np.uint32) << np.uint32(31)))
         parts[-1][-1] |= np.uint32(1 << 30)
-    return ChatTokens(np.concatenate(parts))
+    return np.concatenate(parts)
 
 
 def rows_of(shapes: Sequence[Shape], length: int = 32, seed: int = 0) -> ChatRows:

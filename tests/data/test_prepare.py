@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def test_what_it_makes_is_what_a_run_makes_of_the_source(workplace: Path, made: 
     assert len(made["shards"]) > 3
     data = DataConfig(source=str(workplace / "corpus"), cache_dir=str(workplace / "cache"), heldout_fraction=0.05)
     corpus = load_corpus(data)
-    assert corpus.report.near_duplicates == 0
+    assert corpus.dropped == 0
     fim = FillInTheMiddle.of(0.1, DataConfig.fim_tokens, 0, TOKENIZER)
     tokens = tokenize_corpus(corpus, TOKENIZER, data, MODEL, fim)[:]
     parts = [part.read(0, part.num_tokens) for part in prepared.parts]
@@ -84,10 +85,8 @@ def test_what_it_makes_is_what_a_run_makes_of_the_source(workplace: Path, made: 
     ends = np.concatenate([part.ends() + start for part, start in zip(prepared.parts, starts(parts), strict=True)])
     np.testing.assert_array_equal(ends, np.flatnonzero(tokens == 1) + 1)
     assert prepared.validation == corpus.validation
-    report = corpus.report
-    assert [made[name] for name in ("documents", "bytes", "heldout_documents", "heldout_bytes")] == [
-        report.train_documents, report.train_bytes, report.heldout_documents, report.heldout_bytes,
-    ]  # fmt: skip
+    counts = [(len(part), sum(document.num_bytes for document in part)) for part in (corpus.train, corpus.validation)]
+    assert [(made["documents"], made["bytes"]), (made["heldout_documents"], made["heldout_bytes"])] == counts
     assert made["fim_documents"] == sum(fim.cuts(document) is not None for document in corpus.train)
 
 
@@ -210,6 +209,18 @@ def test_the_command_line(workplace: Path, capsys: pytest.CaptureFixture[str]) -
         prepare(dataclasses.replace(flags(workplace, "x"), output="gs://bucket"))
 
 
+def test_the_module_is_a_program(
+    workplace: Path, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"source": "corpus", "tokenizer": "tokenizer.json", "output": "whole"}
+    given = [word for name, path in options.items() for word in (f"--{name}", str(workplace / path))]
+    given += ["--fim-rate", "0.1", "--heldout-fraction", "0.05", "--shard-megabytes", "1"]
+    monkeypatch.setattr(sys, "argv", ["prepare", *given])
+    monkeypatch.delitem(sys.modules, "dsv3_jax.data.prepare")
+    runpy.run_module("dsv3_jax.data.prepare", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out.startswith(f"train on {made['tokens']:,} tokens of ")
+
+
 def test_a_bad_line_ends_it_by_name(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,5 +273,5 @@ def test_marks_are_those_that_the_tokenizer_files_name(tmp_path: Path, workplace
     options = {"heldout_fraction": 0.2, "workers": 1}
     meta, _ = prepare(PrepareFlags(str(tmp_path / "text"), str(tmp_path), str(tmp_path / "out"), bos_token="", **options))
     assert (meta["bos_token_id"], meta["eos_token_id"]) == (None, 0)
-    with pytest.raises(ValueError, match=r"between the ids None and 0, but model\.bos_token_id and .* are \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"model\.bos_token_id is 0, but '.*out' was prepared with None; set it"):
         build_dataset(DataConfig(source=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache")), MODEL, TrainConfig())

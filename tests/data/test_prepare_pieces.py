@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 
@@ -68,3 +69,14 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path) -> None:
     assert len(pieces) > 4
     with pytest.raises(ValueError, match=r"a\.jsonl:71 is not valid JSON"):
         [list(documents_in(piece, files)) for piece in pieces]
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "x" * 1000}) + "\n") * 2000)
+    files = source_files(str(tmp_path), "--source")
+    (piece,) = cut_into_pieces(files, 10**9)
+    reading = documents_in(piece, files)
+    next(reading)
+    os.truncate(tmp_path / "a.jsonl", 1000 * 1013)
+    with pytest.raises(ValueError, match=r"--source '.*': a\.jsonl was cut short while it was read"):
+        list(reading)

@@ -13,7 +13,7 @@ from hypothesis import strategies
 
 from dsv3_jax.data import rows as rows_module
 from dsv3_jax.data.rows import PackedRows, TokenStream
-from dsv3_jax.data.storage import ArrayPart
+from dsv3_jax.data.storage import Part
 
 BOS, EOS = 0, 1
 
@@ -24,10 +24,10 @@ def flat_tokens(lengths: list[int]) -> np.ndarray:
     return np.concatenate([[BOS, *itertools.islice(numbers, length - 2), EOS] for length in lengths]).astype(np.uint16)
 
 
-def in_parts(tokens: np.ndarray, documents_a_part: int) -> list[ArrayPart]:
+def in_parts(tokens: np.ndarray, documents_a_part: int) -> list[Part]:
     ends = [0, *(np.flatnonzero(tokens == EOS) + 1)]
     cuts = [*ends[::documents_a_part], ends[-1]]
-    return [ArrayPart.closed_by(EOS, tokens[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
+    return [Part.closed_by(EOS, tokens[a:b]) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 def stream_of(tokens: np.ndarray, seed: int = 3, documents_a_part: int = 1000) -> TokenStream:
@@ -126,7 +126,7 @@ def test_starts_say_where_the_document_of_each_token_begins() -> None:
 
 def test_ends_are_those_that_are_stored_and_not_ids_that_look_so() -> None:
     tokens = np.array([5, EOS, 6, EOS, EOS, 7, 8, EOS], np.uint16)
-    stream = TokenStream([ArrayPart(tokens, np.array([4, 8]))], EOS, 0)
+    stream = TokenStream([Part(tokens, np.array([4, 8]))], EOS, 0)
     read, opens = stream.read(0, 8)
     assert opens.tolist() == [0, 4]
     assert sorted([tuple(read[:4].tolist()), tuple(read[4:].tolist())]) == [(1, 7, 8, 1), (5, 1, 6, 1)]

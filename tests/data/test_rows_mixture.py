@@ -79,6 +79,10 @@ def test_a_row_hangs_on_its_number_and_the_seed_alone() -> None:
     assert read(mixed([7, 3]), 0, 3000)[:50] == read(mixed([14, 6]), 0, 3000)[:50]
 
 
+def test_a_single_source_keeps_its_row_numbers() -> None:
+    assert read(mixed([0.3], seed=5), 1000, 3000) == [(0, number) for number in range(1000, 3000)]
+
+
 def test_sources_are_shuffled_among_each_other() -> None:
     sources = np.array([source for source, _ in read(mixed([0.5, 0.5]), 0, 1024)])
     halves = sources.reshape(8, 128).sum(axis=1)

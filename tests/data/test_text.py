@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from dsv3_jax.data.rows import MixedRows
 from dsv3_jax.data.shards import open_prepared
 from dsv3_jax.data.text import Dataset, build_dataset
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from dsv3_jax.data.tokens import fill_in_the_middle
+from dsv3_jax.data.tokens import FillInTheMiddle
 from tests.data.test_chat_template import BOS, DEEPSEEK, EOS, IDS, TOKENIZER, USER
+from tests.data.test_tokens_fim import unfim
 
 MODEL = ModelConfig(vocab_size=400)
 TRAIN = TrainConfig(steps=10, batch_size=4, sequence_length=32)
@@ -63,10 +64,10 @@ def made(workplace: Path, train: TrainConfig = TRAIN, model: ModelConfig = MODEL
 def test_a_lone_source(workplace: Path) -> None:
     source = str(workplace / "a")
     text = made(workplace, source=source)
-    assert list(text.validation) == list(text.corpus.validation) == [source]
-    assert text.validation[source].num_bytes == sum(document.num_bytes for document in text.corpus.validation[source])
-    assert text.corpus.report.count("\n") == 0
-    assert text.epochs(100)[source] == pytest.approx(3200 / text.rows._stream.epoch_length)
+    assert list(text.validation) == list(text.sources) == [source]
+    assert text.validation[source].num_bytes == sum(document.num_bytes for document in text.sources[source].documents)
+    assert text.report.count("\n") == 0
+    assert text.epochs(100)[source] == pytest.approx(3200 / text.sources[source].rows._stream.epoch_length)
     assert (text.rows[5].loss_weight_T == 1).all()
 
 
@@ -91,12 +92,12 @@ def test_a_mixture_has_one_tokenizer_and_every_source_its_windows(workplace: Pat
     assert isinstance(text.rows, MixedRows)
     assert list(text.validation) == [a, b]
     assert text.rows.rows_by_source(1024) == {a: 768, b: 256}
-    assert text.corpus.report.startswith("2 sources\n  ")
+    assert text.report.startswith("2 sources\n  ")
     assert text.epochs(1024).keys() == {a, b}
     # Trained on both: words of either are few tokens.
     for name in "ab":
         assert len(text.tokenizer.encode(f"{name}1x1 {name}2x2 {name}3x3")) < 20
-    assert text.corpus.validation_digest != made(workplace, source=a).corpus.validation_digest
+    assert text.validation_digest != made(workplace, source=a).validation_digest
 
 
 def test_prepared_and_other_sources_mix(workplace: Path) -> None:
@@ -107,7 +108,9 @@ def test_prepared_and_other_sources_mix(workplace: Path) -> None:
 
 def test_what_a_prepared_source_does_not_fit_is_said(workplace: Path, tmp_path: Path) -> None:
     prepared = str(workplace / "prepared")
-    with pytest.raises(ValueError, match=r"was prepared with --fim-rate 0\.0, but data\.fim_rate is 0\.1; set it alike"):
+    with pytest.raises(
+        ValueError, match=r"data\.fim_rate is 0\.1, but .* was prepared with 0\.0; set it to the same, or prepare"
+    ):
         made(workplace, source=prepared, fim_rate=0.1)
     vocab_size = load_tokenizer(prepared).vocab_size
     with pytest.raises(ValueError, match=rf"the tokenizer of .* has {vocab_size} ids; raise model\.vocab_size"):
@@ -128,11 +131,12 @@ def test_filled_in_documents_come_back_from_the_rows(workplace: Path) -> None:
     source = str(workplace / "a")
     text = made(workplace, source=source, fim_rate=1.0)
     assert text.tokenizer.special_tokens == dict(enumerate(["<bos>", "<eos>", *DataConfig.fim_tokens]))
-    fim = fill_in_the_middle(DataConfig(fim_rate=1.0), TRAIN.seed, text.tokenizer)
-    stream, _ = text.rows._stream.read(0, text.rows._stream.epoch_length)
-    documents = np.split(stream, np.flatnonzero(stream == 1) + 1)[:-1]
-    read = {fim.unfim(ids, text.tokenizer) for ids in documents}
-    validation = {document.text for document in text.corpus.validation[source]}
+    fim = FillInTheMiddle.of(1.0, DataConfig.fim_tokens, TRAIN.seed, text.tokenizer)
+    stream = text.sources[source].rows._stream
+    tokens, _ = stream.read(0, stream.epoch_length)
+    documents = np.split(tokens, np.flatnonzero(tokens == 1) + 1)[:-1]
+    read = {unfim(fim, ids, text.tokenizer) for ids in documents}
+    validation = {document.text for document in text.sources[source].documents}
     assert read == {path.read_text() for path in Path(source).iterdir()} - validation
     # Held-out text stays as it is.
     scored = next(iter(text.validation[source]))
@@ -152,8 +156,8 @@ def test_conversations(workplace: Path) -> None:
     assert said
     assert "?" not in said
     assert IDS[USER] in row.tokens_T
-    assert "conversations cut at the end of a row: 0 (tokens: 0)" in text.corpus.report
-    for windows, documents in zip(text.validation.values(), text.corpus.validation.values(), strict=True):
+    assert "conversations cut at the end of a row: 0 (tokens: 0)" in text.report
+    for windows, documents in ((source.windows, source.documents) for source in text.sources.values()):
         batch = next(iter(windows))
         assert batch.segment_starts_BT is not None
         assert windows.num_bytes == sum(document.num_bytes for document in documents)
@@ -191,8 +195,10 @@ def test_the_digest_covers_whatever_changes_the_rows(workplace: Path, tmp_path: 
     assert made(workplace, source=str(tmp_path / "a"), tokenizer=tokenizer).digest == digests["one source"]
     # A training document that changes is noticed; a prepared folder is what meta.json says it is.
     trained = open_prepared(str(workplace / "prepared"), str(workplace / "cache"))
-    assert dataclasses.replace(trained, meta=trained.meta | {"seed": 7}).train_digest != trained.train_digest
-    held = {document.name for document in made(workplace, source=a, tokenizer=tokenizer).corpus.validation[a]}
+    shutil.copytree(workplace / "prepared", tmp_path / "prepared")
+    (tmp_path / "prepared" / "meta.json").write_text(json.dumps(trained.meta | {"seed": 7}))
+    assert open_prepared(str(tmp_path / "prepared"), str(tmp_path)).train_digest != trained.train_digest
+    held = {document.name for document in made(workplace, source=a, tokenizer=tokenizer).sources[a].documents}
     changed = next(path for path in sorted((tmp_path / "a").iterdir()) if path.name not in held)
     changed.write_text("changed")
     assert made(workplace, source=str(tmp_path / "a"), tokenizer=tokenizer).digest != digests["one source"]

@@ -75,13 +75,14 @@ def test_training_merges_and_keeps_every_byte() -> None:
 
 
 def test_lone_surrogates_are_refused() -> None:
-    with pytest.raises(ValueError, match="lone surrogate"):
-        trained().encode("half \ud800")
+    for encode in (trained().encode, lambda text: trained().encode_documents(["whole", text])):
+        with pytest.raises(ValueError, match="lone surrogate"):
+            encode("half \ud800")
 
 
-def test_encode_batch_is_encode() -> None:
+def test_encode_documents_is_encode() -> None:
     tokenizer = trained()
-    assert tokenizer.encode_batch(TEXTS + AWKWARD) == [tokenizer.encode(text) for text in TEXTS + AWKWARD]
+    assert tokenizer.encode_documents(TEXTS + AWKWARD) == [tokenizer.encode(text) for text in TEXTS + AWKWARD]
 
 
 def test_decode_leaves_special_tokens_out() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
+from collections.abc import Sequence
 
 import hypothesis
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies
 from dsv3_jax.config import DataConfig, ModelConfig
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
-from dsv3_jax.data.tokens import FillInTheMiddle, encode_documents, fill_in_the_middle
+from dsv3_jax.data.tokens import FillInTheMiddle, encode_documents
 
 FIM_TOKENS = DataConfig.fim_tokens
 TEXTS = [f"def function_{i}(argument):\n    return argument + {i**3}\n" for i in range(100)]
@@ -30,6 +31,18 @@ def fim(rate: float, seed: int = 0, tokenizer: Tokenizer = TOKENIZER) -> FillInT
 
 def encode(documents: list[Document], made: FillInTheMiddle | None) -> list[list[int]]:
     return list(encode_documents(documents, TOKENIZER, 0, 1, made))
+
+
+def unfim(made: FillInTheMiddle, ids: Sequence[int], tokenizer: Tokenizer = TOKENIZER) -> str:
+    """Return the text of a document from its ids, rearranged or whole; ValueError unless the marks are as `join` puts them."""
+    ids, expected = [int(id_) for id_ in ids], [made.begin, made.hole, made.end]
+    marks = [id_ for id_ in ids if id_ in expected]
+    if not marks:
+        return tokenizer.decode(ids)
+    if marks != expected:
+        raise ValueError(f"the marks of a filled-in document are {marks}; they must be {expected}, once each")
+    hole, end = ids.index(made.hole), ids.index(made.end)
+    return "".join(map(tokenizer.decode, (ids[:hole], ids[end:], ids[hole:end])))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -69,16 +82,16 @@ def test_any_document_comes_back(text: str, seed: int) -> None:
     made = fim(1.0, seed)
     (ids,) = encode([Document("name", text)], made)
     assert [id_ for id_ in ids if id_ < 5] == [0, 2, 3, 4, 1]
-    assert made.unfim(ids, TOKENIZER) == text
+    assert unfim(made, ids) == text
     (plain,) = encode([Document("name", text)], None)
-    assert made.unfim(plain, TOKENIZER) == text
+    assert unfim(made, plain) == text
 
 
 def test_text_that_spells_the_marks_comes_back() -> None:
     text = "".join(FIM_TOKENS) + "<eos> " + FIM_TOKENS[1]
     made = fim(1.0)
     (ids,) = encode([Document("name", text)], made)
-    assert made.unfim(ids, TOKENIZER) == text
+    assert unfim(made, ids) == text
 
 
 def test_the_others_are_untouched_and_a_choice_hangs_on_the_name_alone() -> None:
@@ -97,18 +110,19 @@ def test_the_others_are_untouched_and_a_choice_hangs_on_the_name_alone() -> None
 def test_marks_that_stand_otherwise_are_refused() -> None:
     for ids in ([2, 9, 3], [3, 2, 4], [2, 3, 4, 2]):
         with pytest.raises(ValueError, match=r"marks of a filled-in document are .*; they must be \[2, 3, 4\]"):
-            fim(1.0).unfim(ids, TOKENIZER)
+            unfim(fim(1.0), ids)
 
 
 def test_a_tokenizer_without_the_tokens_is_refused_by_name() -> None:
     without = train_tokenizer(TEXTS, 300, ["<bos>", "<eos>", FIM_TOKENS[0]])
     with pytest.raises(ValueError, match=rf"has no tokens \['{FIM_TOKENS[1]}', '{FIM_TOKENS[2]}'\].*data\.fim_rate to 0"):
         fim(0.1, tokenizer=without)
-    assert fill_in_the_middle(DataConfig(), 0, without) is None
+    assert FillInTheMiddle.of(DataConfig.fim_rate, FIM_TOKENS, 0, without) is None
 
 
 def test_the_config_names_rate_and_tokens() -> None:
     renamed = train_tokenizer(TEXTS, 300, ["<bos>", "<eos>", "<b>", "<h>", "<e>"])
-    made = fill_in_the_middle(DataConfig(fim_rate=0.25, fim_tokens=("<e>", "<b>", "<h>")), 3, renamed)
+    data = DataConfig(fim_rate=0.25, fim_tokens=("<e>", "<b>", "<h>"))
+    made = FillInTheMiddle.of(data.fim_rate, data.fim_tokens, 3, renamed)
     assert made == FillInTheMiddle(0.25, 3, begin=4, hole=2, end=3)
     assert ModelConfig().eos_token_ids

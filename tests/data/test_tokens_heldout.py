@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
-from dsv3_jax.data.tokens import ValidationWindows, compressor_bits_per_byte
+from dsv3_jax.data.tokens import ValidationWindows, compressor_bits_per_byte, document_windows
 
 DOCUMENTS = [
     Document("a", "The first document, <eos> spelt out.\n" + " ".join(map(str, range(1000, 1050)))),
@@ -29,7 +29,7 @@ MODEL = ModelConfig(vocab_size=300)
 
 
 def windows(model: ModelConfig = MODEL, batch_size: int = 3, sequence_length: int = 10) -> ValidationWindows:
-    return ValidationWindows(DOCUMENTS, TOKENIZER, model, batch_size=batch_size, sequence_length=sequence_length)
+    return document_windows(DOCUMENTS, TOKENIZER, model, batch_size=batch_size, sequence_length=sequence_length)
 
 
 @pytest.mark.parametrize(("batch_size", "sequence_length"), [(3, 10), (1, 7), (64, 16), (2, 1000)])
@@ -69,7 +69,7 @@ def test_windows_cut_one_stream_and_carry_the_token_before(bos: int | None, eos:
 @pytest.mark.parametrize("bos", [0, None])
 def test_starts_say_where_in_its_window_a_document_begins(bos: int | None) -> None:
     model = ModelConfig(vocab_size=300, bos_token_id=bos)
-    validation = ValidationWindows(DOCUMENTS, TOKENIZER, model, batch_size=3, sequence_length=10, across_documents=False)
+    validation = document_windows(DOCUMENTS, TOKENIZER, model, batch_size=3, sequence_length=10, across_documents=False)
     batches = list(validation)
     tokens = np.concatenate([batch.tokens_BT for batch in batches])
     starts = np.concatenate([batch.segment_starts_BT for batch in batches])
@@ -110,7 +110,7 @@ def test_tokenizer_that_loses_text_is_refused() -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"the": 2, "<unk>": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match="does not reproduce 'a'"):
-        ValidationWindows(DOCUMENTS, Tokenizer(backend), MODEL, batch_size=1, sequence_length=8)
+        document_windows(DOCUMENTS, Tokenizer(backend), MODEL, batch_size=1, sequence_length=8)
 
 
 def test_tokenizer_with_more_ids_than_the_vocabulary_is_refused() -> None:
@@ -122,7 +122,7 @@ def test_tokenizer_with_more_ids_than_the_vocabulary_is_refused() -> None:
 
 def test_nothing_to_score_is_refused() -> None:
     with pytest.raises(ValueError, match="no held-out text"):
-        ValidationWindows([], TOKENIZER, MODEL, batch_size=1, sequence_length=8)
+        document_windows([], TOKENIZER, MODEL, batch_size=1, sequence_length=8)
 
 
 def test_compressors_are_those_of_the_command_line() -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from dsv3_jax.data import Batch
 from dsv3_jax.infer import Engine, SamplingParams
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model.losses import Batch
 from dsv3_jax.train.state import state_of
 from dsv3_jax.train.step import train_step
 from tests.model.tiny import CONFIG, random_variables

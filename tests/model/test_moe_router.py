@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from dsv3_jax.data import Batch
+from dsv3_jax.model.losses import Batch
 from dsv3_jax.model.moe import Router, choose_experts, max_violation, sequence_balance_loss, updated_bias
 from dsv3_jax.train.state import TrainState, state_of
 from dsv3_jax.train.step import train_step

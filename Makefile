@@ -60,10 +60,11 @@ cuda-compiler: $(CUDA_READY)  ## add the CUDA compiler, to compile kernels for G
 map:  ## write docs/files.md, the list of every file
 	@$(PYTHON) docs/make_map.py
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and the lint of the words
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check . || { echo "error: the files above are not formatted; run make fmt" >&2; exit 1; }
 	@$(RUN) -m mypy
+	@$(RUN) tests/words.py
 
 fmt: setup  ## format, and fix what ruff can fix
 	@$(RUN) -m ruff check --fix-only --quiet .

@@ -1,8 +1,8 @@
-"""What a checkpoint costs a run: the part of a save that it waits for, checksums, and what verifying adds to restoring.
+"""Cost of a checkpoint: the blocking part of a save, checksums, and verification during a restore.
 
     python benchmarks/checkpoints.py [--repeats 7]
 
-The state of configs/tiny.py on one device, beside a step of it. Prints one JSON line of medians.
+The state of configs/tiny.py on one device, compared with one training step. Prints one JSON line of medians.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the expert FFN's TPU kernels cost by the compiler's schedule, and those of megablox beside them: programs and counting.
+"""Schedules of the expert FFN's TPU kernels and of megablox, from the TPU compiler: programs and counting.
 
 Groups are taken to be equal and to begin at multiples of their size. Bundles are those of the busiest TensorCore over the whole
 grid; bytes are what the grid's blocks read and write in HBM, a block counting whenever its index changes from step to step.
@@ -205,7 +205,7 @@ def gmm_cost(contracted: int, columns: int, schedule: Schedule, tiling: Sequence
     common = schedule.body.bundles - sum(arm.bundles for arm in with_products) - zero.bundles
     inner, last = with_products[0], with_products[-1]
     one_tile = common * num_k + zero.bundles + inner.bundles * (num_k - 1) + last.bundles
-    # The grid runs over columns, then rows, then the contracted dimension, so that only what the last step left is at hand.
+    # The grid runs over columns, then rows, then the contracted dimension, so that only the blocks of the last step are present.
     order = [(n, m, k) for n in range(num_n) for m in range(num_m) for k in range(num_k)]
     groups_a_tile = max(tile_m // rows, 1)
     moved = _traffic(

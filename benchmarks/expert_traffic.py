@@ -1,4 +1,4 @@
-"""What crosses the expert axis for a token and layer, from the traffic of a real batch, beside the least possible.
+"""Traffic across the expert axis per token and layer, from the routes of a real batch, compared with the least possible.
 
     python benchmarks/expert_traffic.py --checkpoint runs/tiny [--devices 4]
 

@@ -1,11 +1,11 @@
-"""The TPU kernel of attention over cached latents, by the TPU compiler's own schedule; needs no TPU.
+"""Schedule of the TPU kernel of attention over cached latents, from the TPU compiler; needs no TPU.
 
     python benchmarks/latent_attention_tpu.py [--chip v5p] [--page 128]
 
 At the published widths (latent 512, rotary 64), in bfloat16, for several numbers of new tokens and heads. Prints one JSON
 line each: `bundles` of one step of the kernel's loop, which takes a block of cached tokens; `peak_cycles`, which its arithmetic
 takes at the datasheet's peak, and `copy_cycles`, which its bytes take at the datasheet's bandwidth, both of one TensorCore; and
-`ratio`, of bundles to the larger. What a sequence's first and last blocks cost beside is `once` a sequence.
+`ratio`, of bundles to the larger. `once` is the extra cost of a sequence's first and last blocks.
 """
 
 from __future__ import annotations

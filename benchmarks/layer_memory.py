@@ -1,9 +1,9 @@
-"""Temporary memory of one layer, forward and backward, at the published widths, by what computes it; no TPU is needed.
+"""Temporary memory of one layer, forward and backward, at the published widths, by backend; needs no TPU.
 
     python benchmarks/layer_memory.py [--topology v5p:2x2x1] [--length 4096] [--experts 256]
 
 Prints one JSON line for each kind of layer and backend. The layer is compiled for one device of the topology, with one
-sequence and parameters in bfloat16, and nothing in it is computed again; `temporary_bytes` is what lives beside its inputs
+sequence and parameters in bfloat16, and nothing in it is computed again; `temporary_bytes` is what lives in addition to its inputs
 and outputs. Where the compiler refuses a program, it has `refused` instead.
 """
 
@@ -25,7 +25,7 @@ from dsv3_jax.config import MeshConfig, ModelConfig
 from dsv3_jax.config.cli import load_config
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.moe import MoE
-from dsv3_jax.model.rope import rotation
+from dsv3_jax.model.rope import rope_angles
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.plan.topology import tpu_devices
 
@@ -63,7 +63,7 @@ def memory(layer: str, config: ModelConfig, length: int, device: Any) -> dict[st
     def apply(config: ModelConfig, variables: Any, x_BTD: jax.Array) -> jax.Array:
         if layer == "moe":
             return MoE(config).apply(variables, x_BTD)[0]
-        return MLA(config).apply(variables, x_BTD, rotation(config, jnp.arange(length)[None]))[0]
+        return MLA(config).apply(variables, x_BTD, rope_angles(config, jnp.arange(length)[None]))[0]
 
     def gradients(variables: Any, x_BTD: jax.Array, dy_BTD: jax.Array) -> Any:
         others = {name: tree for name, tree in variables.items() if name != "params"}
@@ -74,7 +74,7 @@ def memory(layer: str, config: ModelConfig, length: int, device: Any) -> dict[st
         plain = dataclasses.replace(config, attention_backend="chunked", expert_backend="tiles")
         x_BTD = jnp.zeros((1, 1, config.hidden_size), config.dtype)
         module = MoE(plain) if layer == "moe" else MLA(plain)
-        more = () if layer == "moe" else (rotation(plain, jnp.arange(1)[None]),)
+        more = () if layer == "moe" else (rope_angles(plain, jnp.arange(1)[None]),)
         return nn.meta.unbox(module.init(jax.random.key(0), x_BTD, *more))
 
     on_device = SingleDeviceSharding(device)

@@ -57,7 +57,7 @@ def _config(megabytes: int, param_dtype: str, mtp_depths: int) -> ModelConfig:
 
 
 def write_checkpoint(folder: Path, megabytes: int, stored: str, mtp_depths: int = 0) -> None:
-    """Writes a random checkpoint of about that size, besides MTP depths."""
+    """Write a random checkpoint of about that size, MTP depths not counted."""
     config = _config(megabytes, "float32" if stored == "F32" else "bfloat16", mtp_depths)
     rng = np.random.default_rng(0)
     variables: dict[str, dict] = {"params": {}, "router": {}}

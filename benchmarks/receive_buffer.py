@@ -1,4 +1,4 @@
-"""Memory of the training step with a bounded receive buffer, beside one that holds the worst case.
+"""Memory of the training step with a bounded receive buffer, compared with one for the worst case.
 
     python benchmarks/receive_buffer.py [--topology v5p:2x2x2] [--receive-factor 1.5]
 

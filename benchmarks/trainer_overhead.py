@@ -1,4 +1,4 @@
-"""What saving, logging and watching cost a run: the tiny run with them, beside the bare loop over the same steps.
+"""Overhead of saving, logging and watching: the tiny run compared with the bare loop over the same steps.
 
     python benchmarks/trainer_overhead.py [--steps 100] [--repeats 5]
 

@@ -186,7 +186,7 @@ def test_no_array_has_all_heads_and_a_whole_cache(page: int | None) -> None:
 def test_on_a_mesh_each_device_has_its_sequences(backend: str) -> None:
     """Within `jax.shard_map`: a batch that is split, and one query that all devices share.
 
-    JAX cannot check the interpreted kernel there (hlo_interpreter.py); the compiled one is checked below.
+    JAX cannot check the interpreted kernel there; the compiled one is checked below.
     """
     own, cached, cached_length_B, expected = (jax.tree.map(lambda a: a[:4], tree) for tree in case(1, "float32", None))
     own, q = own[1:], own[0][:1]

@@ -63,7 +63,7 @@ def test_at_the_published_widths_and_with_its_own_blocks(dtype: str) -> None:
     assert_is_softmax_attention(functools.partial(splash_attention, scale=SCALE, interpret=True), [q, k, v, do], dtype)
 
 
-# Parts of a hundred queries are in test_documents.py.
+# Parts of a hundred queries are in test_attention_documents.py.
 @pytest.mark.parametrize(
     ("parts", "size"), [(4, 32), *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((3, 100), (2, 256)))]
 )
@@ -181,7 +181,7 @@ def assert_alike(found: Any, expected: Any) -> None:
 
 
 def layers_on(mesh: Mesh | None, *documents: np.ndarray | None) -> list[Any]:
-    """Value and all gradients of two layers in a scan, which are computed again in the backward pass. For test_documents.py.
+    """Value and all gradients of two layers in a scan, which are computed again in the backward pass. For test_attention_documents.py.
 
     Args:
       mesh: None for one device.

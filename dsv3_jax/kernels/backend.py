@@ -33,7 +33,7 @@ class Backends(NamedTuple):
           name: "auto", or an implementation.
           platform: "cpu", "gpu" or "tpu".
           reasons: for implementations that some machines or models of a platform do not support: functions that return why,
-            to be read after the name, or None. In place of such a one, "auto" takes the first that runs anywhere.
+            to be read after the name, or None. "auto" replaces these by the first that runs anywhere.
 
         Raises:
           ValueError: for an unknown name or platform, and for an implementation that cannot run.

@@ -336,7 +336,7 @@ class ExpertOrder(NamedTuple):
 
 
 def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
-    """Sort the choices by expert: int32, the experts of each token, all in [0, num_experts).
+    """Sort the choices by expert; they are int32 in [0, num_experts).
 
     Raises:
       ValueError: if num_experts * T * K does not fit in an int32.

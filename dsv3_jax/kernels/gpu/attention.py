@@ -36,7 +36,7 @@ REGISTERS = 240
 """Registers of a consumer's thread. Forward, the logits and probabilities of WG_M queries and BLOCK_M keys and the output are
 160 of them; backward, both gradients of WG_M keys are."""
 BACKWARD_STAGES = 3
-"""Most slots of the backward pipelines."""
+"""Largest number of slots of the backward pipelines."""
 
 
 def attention_hopper(

@@ -37,7 +37,7 @@ SLOTS = 3
 LARGEST_QUERIES = 3072 * 512
 LARGEST_TABLE_BYTES = 900 * 2**10
 VMEM_BYTES = 32 << 20
-"""From v5 on there are 64 MiB or more, of which the compiler's own limit is 16 MiB."""
+"""Of 64 MiB or more from v5 on; the compiler's default limit is 16 MiB."""
 
 
 def past_attention_tpu(

@@ -181,7 +181,7 @@ def assert_alike(found: Any, expected: Any) -> None:
 
 
 def layers_on(mesh: Mesh | None, *documents: np.ndarray | None) -> list[Any]:
-    """Value and all gradients of two layers in a scan, which are computed again in the backward pass. For test_attention_documents.py.
+    """Return value and gradients of two scanned layers with recomputation; also for test_attention_documents.py.
 
     Args:
       mesh: None for one device.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from dsv3_jax.config.cli import load_config, parse_run
+from tests.words import complaints
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -176,3 +177,24 @@ def test_the_map_of_files_is_current() -> None:
     assert make_map.TARGET.read_text(encoding="utf-8") == make_map.generate(), "docs/files.md is stale; run make map"
     for path in (ROOT / "dsv3_jax").rglob("*.py"):
         assert path.name == "__init__.py" or f"[{path.relative_to(ROOT)}]" in make_map.generate()
+
+
+def test_the_core_is_twelve_files_of_an_afternoon() -> None:
+    text = (ROOT / "docs" / "core.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\d+\. \[([\w/.]+)\]\(\.\./\1\)", text, flags=re.MULTILINE)
+    assert len(set(named)) == 12
+    assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in named) <= 4500
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 160
+    assert max(map(len, lines)) <= 120
+
+
+def test_words_are_found() -> None:
+    """The lint sees openings of docstrings, of attributes too, and words in comments, and leaves code and strings alone."""
+    text = '"""What it is."""\nx = 1\n"""How many."""\ny = "told"  # as told\n\n\ndef f():\n    """Return it anew."""\n'
+    openings, words = complaints("a.py", text)
+    assert [line.partition(": ")[0] for line in openings] == ["a.py:1", "a.py:3"]
+    assert words == ["a.py:8: 'anew'", "a.py:4: 'told'"]

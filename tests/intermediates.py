@@ -1,4 +1,4 @@
-"""What a function computes on its way: the shapes of all its intermediate arrays, those within loops included."""
+"""Shapes of all intermediate arrays of a function, those inside loops included."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 
 def intermediate_shapes(function: Callable[..., Any], *args: Any) -> set[tuple[int, ...]]:
-    """The shape of every array that an operation of the traced function makes, before the compiler fuses any away."""
+    """Return the shape of the result of every operation of the traced function, before the compiler fuses any."""
     return set(_shapes(jax.make_jaxpr(function)(*args).jaxpr))
 
 

@@ -1,8 +1,8 @@
-"""DeepSeek-V3 in plain numpy, written from the formulas of the paper: the oracle that needs no torch.
+"""DeepSeek-V3 in plain numpy, from the formulas of the paper: a reference that needs no torch.
 
 Nothing is shared with `dsv3_jax`: the configuration is the dict of a published `config.json`, the weights are the
 arrays of its safetensors under their published names, [out, in], and everything is computed in float64, one expert
-and one T x S matrix at a time. `tests/parity` holds it to transformers, to 1e-9; the other tests hold the model to it.
+and one T x S matrix at a time. `tests/parity` compares it with transformers, to 1e-9; the other tests use it.
 
 Sections 2.1.1 (attention), 2.1.2 (router) and 2.2 (multi-token prediction) of arXiv 2412.19437.
 """
@@ -20,16 +20,16 @@ Tensors = Mapping[str, np.ndarray]
 
 
 class Routing(NamedTuple):
-    """What the gate decided for every token."""
+    """Decisions of the gate for every token."""
 
     chosen_BTK: np.ndarray
     weight_BTK: np.ndarray
     margin_BT: np.ndarray
-    """How far the nearest losing expert, or group, was from winning."""
+    """Smallest difference between a chosen and a rejected expert, or group."""
 
 
 class Reference(NamedTuple):
-    """Everything the model computes on the way to its logits, L standing for the layers (of the kind concerned)."""
+    """Logits and intermediate results of the model; L stands for the layers (of the kind in question)."""
 
     logits_BTV: np.ndarray
     hidden_states: list[np.ndarray]
@@ -40,17 +40,17 @@ class Reference(NamedTuple):
 
     @property
     def routes_LBTK(self) -> np.ndarray:
-        """The chosen experts of the MoE layers in ascending order, which no order of equal sums can disturb."""
+        """Chosen experts of the MoE layers in ascending order, so that ties do not matter."""
         return np.sort([routing.chosen_BTK for routing in self.routings], axis=-1)
 
     @property
     def margin(self) -> float:
-        """The closest any choice of the main model came to falling otherwise."""
+        """Smallest margin of any choice of the main model."""
         return min((float(routing.margin_BT.min()) for routing in self.routings), default=math.inf)
 
 
 def forward(config: Config, tensors: Tensors, tokens_BT: np.ndarray) -> Reference:
-    """Runs the main model and every MTP depth that is longer than nothing."""
+    """Run the main model and every MTP depth that has rows."""
     tensors = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
     h_BTD = tensors["model.embed_tokens.weight"][tokens_BT]
     hidden_states, routings = [h_BTD], []
@@ -65,7 +65,7 @@ def forward(config: Config, tensors: Tensors, tokens_BT: np.ndarray) -> Referenc
 
 
 def mtp_logits(config: Config, tensors: Tensors, tokens_BT: np.ndarray, h_BTD: np.ndarray) -> list[np.ndarray]:
-    """Depth k joins h^{k-1}, row i, with the embedding of token i + k; row i then predicts token i + k + 1.
+    """Return the logits of each depth k: row i joins h^{k-1} with the embedding of token i + k and predicts token i + k + 1.
 
     Args:
       h_BTD: h^0, the main model's state after its final norm.
@@ -87,7 +87,7 @@ def mtp_logits(config: Config, tensors: Tensors, tokens_BT: np.ndarray, h_BTD: n
 
 
 def layer_tensors(tensors: Tensors, index: int) -> dict[str, np.ndarray]:
-    """The tensors of one layer, without their `model.layers.{index}.`."""
+    """Return the tensors of one layer, without the prefix `model.layers.{index}.`."""
     prefix = f"model.layers.{index}."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
@@ -116,7 +116,7 @@ def swiglu(layer: Tensors, name: str, x: np.ndarray) -> np.ndarray:
 
 
 def attention(config: Config, layer: Tensors, x_BTD: np.ndarray) -> np.ndarray:
-    """Multi-head latent attention, materialised: every head's keys and values are spelled out."""
+    """Return multi-head latent attention in the materialised form, with the keys and values of every head."""
     B, T, _ = x_BTD.shape
     N, H, C = config["num_attention_heads"], config["qk_nope_head_dim"], config["kv_lora_rank"]
     query_in, query_proj = x_BTD, "q_proj"
@@ -141,7 +141,7 @@ def attention(config: Config, layer: Tensors, x_BTD: np.ndarray) -> np.ndarray:
 
 
 def softmax_scale(config: Config) -> float:
-    """(H + P)^-1/2, and under YaRN the square of its temperature."""
+    """Return (H + P)^-1/2, under YaRN times the square of its temperature."""
     scaling = config["rope_scaling"] or {}
     width = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     return width**-0.5 * temperature(scaling, scaling.get("mscale_all_dim", 0)) ** 2
@@ -152,7 +152,7 @@ def temperature(scaling: Config, mscale: float) -> float:
 
 
 def rotary_angles(config: Config, length: int) -> np.ndarray:
-    """What multiplies the complex pairs: a unit phase per position and pair, scaled as YaRN asks: [T, P / 2]."""
+    """Return the complex factors of the rotary pairs, by position and pair, scaled under YaRN: [T, P / 2]."""
     P, theta, scaling = config["qk_rope_head_dim"], config["rope_theta"], config["rope_scaling"]
     pair = np.arange(P // 2)
     frequency, amplitude = theta ** (-2 * pair / P), 1.0
@@ -170,7 +170,7 @@ def rotary_angles(config: Config, length: int) -> np.ndarray:
 
 
 def apply_rope(x_BTNP: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """Turns the neighbouring pairs (0, 1), (2, 3), ... as complex numbers."""
+    """Rotate the neighbouring pairs (0, 1), (2, 3), ... as complex numbers."""
     turned = (x_BTNP[..., 0::2] + 1j * x_BTNP[..., 1::2]) * angles[:, None]
     return np.stack([turned.real, turned.imag], axis=-1).reshape(x_BTNP.shape)
 
@@ -179,7 +179,7 @@ def apply_rope(x_BTNP: np.ndarray, angles: np.ndarray) -> np.ndarray:
 
 
 def route(config: Config, layer: Tensors, x_BTD: np.ndarray) -> Routing:
-    """Chooses K experts by biased score within the best groups, and weighs them by the plain score."""
+    """Choose K experts by biased score within the best groups, and weight them by the plain score."""
     score_BTE = 1 / (1 + np.exp(-(x_BTD @ layer["mlp.gate.weight"].T)))
     choice_BTE = score_BTE + layer["mlp.gate.e_score_correction_bias"]
     choice_BTGe = choice_BTE.reshape(*choice_BTE.shape[:-1], config["n_group"], -1)
@@ -194,7 +194,7 @@ def route(config: Config, layer: Tensors, x_BTD: np.ndarray) -> Routing:
 
 
 def group_score(choice_BTGe: np.ndarray) -> np.ndarray:
-    """The sum of a group's best two."""
+    """Return the sum of a group's best two."""
     return np.sort(choice_BTGe, axis=-1)[..., -2:].sum(-1)
 
 
@@ -203,7 +203,7 @@ def drop_groups(choice_BTGe: np.ndarray, is_kept_BTG: np.ndarray) -> np.ndarray:
 
 
 def top(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The indices of the `count` largest, best first, and by how much the last of them beat the next one."""
+    """Return the indices of the `count` largest, best first, and the margin of the last one over the next."""
     order = np.argsort(-values, axis=-1, kind="stable")
     if count == values.shape[-1]:
         return order, np.full(values.shape[:-1], np.inf)
@@ -212,7 +212,7 @@ def top(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def experts(config: Config, layer: Tensors, x_BTD: np.ndarray, routing: Routing) -> np.ndarray:
-    """sum_k w_k E_k(x) + Shared(x), every token at every expert that it chose."""
+    """Return sum_k w_k E_k(x) + Shared(x)."""
     y_BTD = swiglu(layer, "mlp.shared_experts", x_BTD) if config["n_shared_experts"] else np.zeros_like(x_BTD)
     for e in range(config["n_routed_experts"]):
         weight_BT = np.where(routing.chosen_BTK == e, routing.weight_BTK, 0).sum(-1)

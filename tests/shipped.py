@@ -1,4 +1,4 @@
-"""The configs that are shipped; one that starts from a checkpoint gets the model of the published run."""
+"""The shipped configs; one that starts from a checkpoint gets the published model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 @functools.cache
 def shipped(name: str) -> Config:
-    """The config of this name."""
+    """Return the config of this name."""
     with tempfile.TemporaryDirectory() as run:
-        # All that is read of a run before its arrays are.
+        # The only file of a run that is read before its arrays.
         (pathlib.Path(run) / "config.json").write_text(load_config(str(ROOT / "configs/v3_671b.py")).to_json())
         return load_config(str(ROOT / "configs" / f"{name}.py"), run)

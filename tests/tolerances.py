@@ -1,4 +1,4 @@
-"""How far two float computations of the same thing may lie apart, by the dtype they were done in.
+"""Tolerances between two float computations of the same values, by dtype.
 
 The only such table; docs/numerics.md says where the numbers come from, and gets a line when one is loosened.
 """

@@ -1,4 +1,4 @@
-"""What DeepSeek-V3 is; each file one idea of the paper."""
+"""The DeepSeek-V3 model and its training loss, one idea of the paper per file."""
 
 from dsv3_jax.model.losses import Losses, training_loss
 from dsv3_jax.model.mla import with_absorbed_weights

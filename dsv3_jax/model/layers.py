@@ -1,7 +1,7 @@
-"""The four layers everything is built from: RMSNorm, Linear, Embedding and the SwiGLU feed-forward.
+"""The four basic layers: RMSNorm, Linear, Embedding and the SwiGLU feed-forward.
 
-No layer has a bias, and parameters carry their logical axes from birth (`nn.with_logical_partitioning`), so
-that sharding is a matter of rules and not of the model. Products run in `config.dtype`; norms in float32.
+No layer has a bias. Parameters carry logical axes, by which the sharding rules split them. Products run in `config.dtype`,
+norms in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EMBEDDING_AXES = "vocab", "embed"
 
 
 def normal_init(config: ModelConfig, axes: tuple[str, ...]) -> nn.initializers.Initializer:
-    """Normal with standard deviation `initializer_range`, labelled with its logical axes."""
+    """Return a normal initializer with standard deviation `initializer_range` and these logical axes."""
     return nn.with_logical_partitioning(nn.initializers.normal(config.initializer_range), axes)
 
 
@@ -27,8 +27,7 @@ class RMSNorm(nn.Module):
 
     config: ModelConfig
     size: int
-    epsilon: float | None = None
-    """None takes `rms_norm_eps`."""
+    epsilon: float | None = None  # None for `rms_norm_eps`.
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,7 +40,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Contracts the last `num_in` axes of x with the first `num_in` of a kernel of shape `shape`."""
+    """Contraction of the last `num_in` axes of x with the first `num_in` axes of a kernel of shape `shape`."""
 
     config: ModelConfig
     shape: tuple[int, ...]
@@ -57,7 +56,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a [V, D] table; NaN for an id that has none."""
+    """Rows of a [V, D] table; NaN for an id outside the table."""
 
     config: ModelConfig
 
@@ -66,20 +65,17 @@ class Embedding(nn.Module):
         config = self.config
         shape = config.vocab_size, config.hidden_size
         embedding_VD = self.param("embedding", normal_init(config, EMBEDDING_AXES), shape, config.param_dtype)
-        look_up = _look_up if current_mesh() is None else _look_up_on_mesh
-        return look_up(embedding_VD, tokens_BT, config)
-
-
-def _look_up(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    # Inside jit nobody can refuse an id outside the table; plain indexing would give it another token's row.
-    rows_BTD = jnp.asarray(embedding_VD).at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    # Cast after the lookup, so that the gradients of a token's occurrences are summed in the table's dtype.
-    return rows_BTD.astype(config.dtype)
+        if current_mesh() is not None:
+            return _look_up_on_mesh(embedding_VD, tokens_BT, config)
+        # Plain indexing would clamp or wrap an id outside the table, and inside jit no error can be raised.
+        table_VD = jnp.asarray(embedding_VD)
+        rows_BTD = table_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        # Cast after the lookup, so that the gradients of a token's occurrences are summed in the table's dtype.
+        return rows_BTD.astype(config.dtype)
 
 
 def _look_up_on_mesh(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Each device looks its own columns up for its whole group: rows travel, not the table nor its gradient."""
-
+    """Look up rows of a split table: each device serves its columns to its group, so that neither table nor gradient moves."""
     rules = current_rules()
     batch_axes = tuple(axis for axis in rules.embed if axis in BATCH_AXES)
 
@@ -93,9 +89,9 @@ def _look_up_on_mesh(embedding_VD: jax.Array, tokens_BT: jax.Array, config: Mode
         rows_BTD = jax.lax.all_to_all(rows_BTD, "context", 1, 2, tiled=True)
         return jax.lax.all_to_all(rows_BTD, batch_axes, 0, 2, tiled=True)
 
-    split = jax.shard_map(on_device, in_specs=(rules.spec(EMBEDDING_AXES), TOKEN_SPEC), out_specs=TOKEN_SPEC)
+    region = jax.shard_map(on_device, in_specs=(rules.spec(EMBEDDING_AXES), TOKEN_SPEC), out_specs=TOKEN_SPEC)
     known_BT = (tokens_BT >= 0) & (tokens_BT < config.vocab_size)
-    return jnp.where(known_BT[..., None], split(embedding_VD, tokens_BT), jnp.nan)
+    return jnp.where(known_BT[..., None], region(embedding_VD, tokens_BT), jnp.nan)
 
 
 class SwiGLU(nn.Module):

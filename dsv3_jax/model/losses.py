@@ -1,13 +1,13 @@
 """The training objective (sections 2.1.2 and 2.2 of the report): CE + lambda * mean_k CE_k + alpha * balance loss.
 
-The cross entropy walks the sequence in chunks and, when differentiated, makes its gradients in the same pass: the
-[B, T, V] logits never exist, and no chunk of them is computed twice.
+The cross entropy walks the sequence in chunks and, when differentiated, computes its gradients in the same pass: logits
+[B, T, V] never exist, and no chunk of them is computed twice.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,138 +24,87 @@ from dsv3_jax.parallel.sharding import TOKEN_SPEC, all_gather_weight, current_ru
 
 
 class ValidationBatch(NamedTuple):
-    """Windows of held-out tokens, the token that follows each, and whether that one is scored."""
+    """Windows of held-out tokens, the token after each, and a mask of those that are scored."""
 
-    tokens_BT: np.ndarray
-    """int32."""
-    targets_BT: np.ndarray
-    """int32."""
-    loss_weight_BT: np.ndarray
-    """float32; 1 where the target is text, 0 where it is a mark between documents, a prompt, or padding."""
+    tokens_BT: np.ndarray  # int32.
+    targets_BT: np.ndarray  # int32.
+    loss_weight_BT: np.ndarray  # float32; 1 for a target that is text, 0 for a document separator, a prompt or padding.
     segment_starts_BT: np.ndarray | None = None
-    """int32; where in its window the document of each token begins, -1 for padding; None where attention crosses documents."""
+    """int32; start of each token's document in its window, -1 for padding; None where attention crosses documents."""
 
 
 class Batch(NamedTuple):
-    """The rows of one step: A micro-batches of B rows, of which a small step fills only the first ones.
+    """The rows of one step, in numpy or jax: A micro-batches of B rows, of which a smaller step fills only the first."""
 
-    Arrays of numpy, or of jax once they are on the devices.
-    """
-
-    tokens_ABT: Any
-    """int32."""
-    targets_ABT: Any
-    """int32; the token that follows each."""
-    loss_weight_ABT: Any
-    """float32; what the loss of each target counts."""
+    tokens_ABT: Any  # int32.
+    targets_ABT: Any  # int32; the token after each.
+    loss_weight_ABT: Any  # float32; weight of each target in the loss.
     segment_starts_ABT: Any
-    """int32; where in its row the document of each token begins, -1 for padding; None where attention crosses documents."""
+    """int32; start of each token's document in its row, -1 for padding; None where attention crosses documents."""
 
     @classmethod
     def of(cls, tokens_BT: np.ndarray, targets_BT: np.ndarray) -> Batch:
-        """One micro-batch in which every token counts, and attention crosses documents."""
+        """Return one micro-batch with weight 1 for every target, and attention across documents."""
         return cls(tokens_BT[None], targets_BT[None], np.ones(targets_BT.shape, np.float32)[None], None)
 
 
 class Losses(NamedTuple):
-    """The loss and its parts, float32 scalars in nats a token, and the loads that move the router biases."""
+    """The loss and its parts, float32 scalars in nats per token, and the loads that update the router biases."""
 
-    loss: jax.Array
-    """What is differentiated."""
-    main_loss: jax.Array
-    """Next-token cross entropy."""
-    mtp_loss: jax.Array
-    """Mean over MTP depths of their cross entropies, without lambda."""
-    balance_loss: jax.Array
-    """Sequence-wise balance loss summed over MoE layers, without alpha."""
-    load: dict[str, jax.Array]
-    """Tokens per expert of the whole batch, as in `ModelOutput.load`."""
-    rounds: jax.Array
-    """Most rounds of exchange that any layer took."""
+    loss: jax.Array  # The objective, to be differentiated.
+    main_loss: jax.Array  # Next-token cross entropy.
+    mtp_loss: jax.Array  # Mean cross entropy of the MTP depths, without lambda.
+    balance_loss: jax.Array  # Sequence-wise balance loss summed over MoE layers, without alpha.
+    load: dict[str, jax.Array]  # Tokens per expert of the whole batch, as in `ModelOutput.load`.
+    rounds: jax.Array  # Largest number of exchange rounds of any layer.
 
 
 def cross_entropy(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int) -> jax.Array:
-    """sum over tokens of weight * -log softmax(h head)[target], a float32 scalar.
+    """Return the sum over tokens of weight * -log softmax(h head)[target], a float32 scalar.
 
-    On a mesh every device walks its own tokens; the vocabulary is split along `tensor`, and the head gathered along the
-    fsdp axes.
-
-    Args:
-      h_BTD: normalised states, in the computation dtype.
-      head_DV: the output head; products run in h's dtype and accumulate in float32.
-      target_BT: token ids.
-      weight_BT: float32 weight of each token; not differentiated.
-      chunk: positions of every sequence per step.
+    Products run in the dtype of the normalised states h and accumulate in float32, over `chunk` positions of every sequence
+    at a time. The weights, float32, are not differentiated. On a mesh every device walks its own tokens; the vocabulary stays
+    split along `tensor`, and the head is gathered along the fsdp axes.
     """
     if current_mesh() is None:
         return _summed_loss(h_BTD, head_DV, target_BT, weight_BT, chunk, False)
 
-    def on_device(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
-        loss = _summed_loss(*varying_alike(h_BTD, head_DV, target_BT, weight_BT), chunk, True)
-        # Each device of a `tensor` group has the whole loss of their tokens: its share keeps the sum right.
-        return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES)
+    def on_device(*arrays: jax.Array) -> jax.Array:
+        return _sum_over_devices(_summed_loss(*varying_alike(*arrays), chunk, True))
 
-    specs = TOKEN_SPEC, current_rules().spec(HEAD_AXES), TOKEN_SPEC, TOKEN_SPEC
-    return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec())(h_BTD, head_DV, target_BT, weight_BT)
+    return _over_mesh(on_device, PartitionSpec())(h_BTD, head_DV, target_BT, weight_BT)
 
 
 def cross_entropy_and_greedy(
     h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy`, not to be differentiated, and from the same logits the most likely token of every row.
-
-    Takes what `cross_entropy` takes; the tokens are int32 [B, T], split as the targets are. Of equal logits the lowest id wins.
-    """
+    """Return `cross_entropy` without a gradient, and the most likely tokens [B, T] int32; the lowest id of equal logits."""
     if current_mesh() is None:
-        return _scored(h_BTD, head_DV, target_BT, weight_BT, chunk, False)
+        return _loss_and_greedy((h_BTD, head_DV, target_BT, weight_BT), chunk, False)
 
-    def on_device(h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> tuple:
-        h_BTD, head_DV, target_BT, weight_BT = varying_alike(h_BTD, head_DV, target_BT, weight_BT)
-        loss, greedy_BT = _scored(h_BTD, head_DV, target_BT, weight_BT, chunk, True)
-        # All of a `tensor` group found the same tokens; the maximum says so.
-        return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES), jax.lax.pmax(greedy_BT, "tensor")
+    def on_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loss, greedy_BT = _loss_and_greedy(varying_alike(*arrays), chunk, True)
+        # A `tensor` group agrees on the tokens; the maximum makes that known to JAX.
+        return _sum_over_devices(loss), jax.lax.pmax(greedy_BT, "tensor")
 
+    return _over_mesh(on_device, (PartitionSpec(), TOKEN_SPEC))(h_BTD, head_DV, target_BT, weight_BT)
+
+
+def _over_mesh(on_device: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
     specs = TOKEN_SPEC, current_rules().spec(HEAD_AXES), TOKEN_SPEC, TOKEN_SPEC
-    return jax.shard_map(on_device, in_specs=specs, out_specs=(PartitionSpec(), TOKEN_SPEC))(
-        h_BTD, head_DV, target_BT, weight_BT
-    )
+    return jax.shard_map(on_device, in_specs=specs, out_specs=out_specs)
 
 
-def _scored(
-    h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int, on_mesh: bool
-) -> tuple[jax.Array, jax.Array]:
-    head = _Head.of(head_DV, h_BTD.dtype, on_mesh)
-
-    def step(total: jax.Array, part: tuple) -> tuple[jax.Array, jax.Array]:
-        h, target, weight = part
-        loss, logits_BTV, _ = _chunk_loss(h, target, weight, head)
-        return total + loss, head.greedy(logits_BTV)
-
-    start = zeros_beside(h_BTD, (), jnp.float32)
-    total, greedy = jax.lax.scan(step, start, _chunks(h_BTD, target_BT, weight_BT, chunk))
-    B, T = target_BT.shape
-    return total, jnp.moveaxis(greedy, 0, 1).reshape(B, -1)[:, :T]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _summed_loss(
-    h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int, on_mesh: bool
-) -> jax.Array:
-    head = _Head.of(head_DV, h_BTD.dtype, on_mesh)
-
-    def step(total: jax.Array, part: tuple) -> tuple[jax.Array, None]:
-        h, target, weight = part
-        return total + _chunk_loss(h, target, weight, head)[0], None
-
-    return jax.lax.scan(step, zeros_beside(h_BTD, (), jnp.float32), _chunks(h_BTD, target_BT, weight_BT, chunk))[0]
+def _sum_over_devices(loss: jax.Array) -> jax.Array:
+    # Every device of a `tensor` group has the whole loss of the group's tokens, so each adds a share of it.
+    return jax.lax.psum(loss / jax.lax.axis_size("tensor"), AXES)
 
 
 class _Head(NamedTuple):
-    """The head, whole or this device's columns of it, and what it takes to work with such a part."""
+    """The output head, or this device's columns of it."""
 
     kernel_DV: jax.Array
-    first: jax.Array | int
-    """Token id of the first column."""
+    first: jax.Array | int  # Token id of the first column.
     on_mesh: bool
 
     @classmethod
@@ -164,31 +113,25 @@ class _Head(NamedTuple):
             return cls(head_DV.astype(dtype), 0, False)
         return cls(all_gather_weight(head_DV, HEAD_AXES, dtype), jax.lax.axis_index("tensor") * head_DV.shape[1], True)
 
-    def hit_BTV(self, target_BT: jax.Array) -> jax.Array:
-        """Which of these columns is the target."""
+    def is_target_BTV(self, target_BT: jax.Array) -> jax.Array:
+        """Return a mask of the columns that are the target."""
         return (target_BT - self.first)[..., None] == jnp.arange(self.kernel_DV.shape[1])
 
-    def total(self, partial: jax.Array) -> jax.Array:
-        """The sum of every part's `partial`."""
-        return varying_alike(jax.lax.psum(partial, "tensor"), partial)[0] if self.on_mesh else partial
-
-    def largest(self, partial: jax.Array) -> jax.Array:
-        """The maximum of every part's `partial`."""
-        return varying_alike(jax.lax.pmax(partial, "tensor"), partial)[0] if self.on_mesh else partial
+    def reduce(self, collective: Callable[..., jax.Array], partial: jax.Array) -> jax.Array:
+        """Reduce the results of all parts of the vocabulary by `jax.lax.psum`, `pmax` or `pmin`."""
+        return varying_alike(collective(partial, "tensor"), partial)[0] if self.on_mesh else partial
 
     def greedy(self, logits_BTV: jax.Array) -> jax.Array:
-        """The token of the largest logit over every part, the lowest of several, int32."""
+        """Return the token with the largest logit in the whole vocabulary, the lowest of several, int32."""
         token_BT = jnp.argmax(logits_BTV, -1).astype(jnp.int32) + self.first
         if not self.on_mesh:
             return token_BT
-        top_BT = logits_BTV.max(-1)
-        no_token = jnp.iinfo(jnp.int32).max
-        here_BT = jnp.where(top_BT == self.largest(top_BT), token_BT, no_token)
-        return varying_alike(jax.lax.pmin(here_BT, "tensor"), here_BT)[0]
+        top_BT, no_token = logits_BTV.max(-1), jnp.iinfo(jnp.int32).max
+        return self.reduce(jax.lax.pmin, jnp.where(top_BT == self.reduce(jax.lax.pmax, top_BT), token_BT, no_token))
 
 
-def _chunks(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int) -> tuple:
-    """Cuts the sequence axis into a leading axis of chunks, padded with tokens of weight zero."""
+def _into_chunks(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int) -> tuple:
+    """Cut the sequence axis into a leading axis of chunks, padded with tokens of weight zero."""
     T = h_BTD.shape[1]
     size = min(chunk, T)
 
@@ -199,36 +142,65 @@ def _chunks(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk:
     return cut(h_BTD), cut(target_BT), cut(weight_BT)
 
 
-def _chunk_loss(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, head: _Head) -> tuple:
+def _from_chunks(chunks: jax.Array, length: int) -> jax.Array:
+    """Join chunks to sequences again, without the padding."""
+    by_sequence = jnp.moveaxis(chunks, 0, 1)
+    return by_sequence.reshape(by_sequence.shape[0], -1, *chunks.shape[3:])[:, :length]
+
+
+def _chunk_loss(head: _Head, h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> tuple:
+    """Return the weighted sum of the losses of a chunk, its logits, and their log-sum-exp."""
     logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head.kernel_DV, preferred_element_type=jnp.float32)
-    top_BT = head.largest(logits_BTV.max(-1))
-    log_sum_BT = top_BT + jnp.log(head.total(jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)))
-    hit_BTV = head.hit_BTV(target_BT)
-    picked_BT = head.total(jnp.sum(logits_BTV, axis=-1, where=hit_BTV))
-    # A target outside of the vocabulary hits nothing: NaN, and not the loss of a logit of 0.
-    picked_BT = jnp.where(head.total(jnp.sum(hit_BTV, axis=-1, dtype=jnp.int32)) == 1, picked_BT, jnp.nan)
+    top_BT = head.reduce(jax.lax.pmax, logits_BTV.max(-1))
+    log_sum_BT = top_BT + jnp.log(head.reduce(jax.lax.psum, jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)))
+    is_target_BTV = head.is_target_BTV(target_BT)
+    picked_BT = head.reduce(jax.lax.psum, jnp.sum(logits_BTV, axis=-1, where=is_target_BTV))
+    # A target outside the vocabulary has no logit: its loss is NaN, not that of a logit of 0.
+    num_targets_BT = head.reduce(jax.lax.psum, jnp.sum(is_target_BTV, axis=-1, dtype=jnp.int32))
+    picked_BT = jnp.where(num_targets_BT == 1, picked_BT, jnp.nan)
     return jnp.sum(weight_BT * (log_sum_BT - picked_BT)), logits_BTV, log_sum_BT
 
 
+def _loss_and_greedy(arrays: tuple, chunk: int, on_mesh: bool, greedy: bool = True) -> tuple[jax.Array, Any]:
+    """Return the summed loss and, with `greedy`, the most likely tokens; the arrays are those of `cross_entropy`."""
+    h_BTD, head_DV, target_BT, weight_BT = arrays
+    head = _Head.of(head_DV, h_BTD.dtype, on_mesh)
+
+    def step(total: jax.Array, part: tuple) -> tuple[jax.Array, Any]:
+        loss, logits_BTV, _ = _chunk_loss(head, *part)
+        return total + loss, head.greedy(logits_BTV) if greedy else None
+
+    chunks = _into_chunks(h_BTD, target_BT, weight_BT, chunk)
+    total, tokens = jax.lax.scan(step, zeros_beside(h_BTD, (), jnp.float32), chunks)
+    return total, _from_chunks(tokens, target_BT.shape[1]) if greedy else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed_loss(
+    h_BTD: jax.Array, head_DV: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int, on_mesh: bool
+) -> jax.Array:
+    return _loss_and_greedy((h_BTD, head_DV, target_BT, weight_BT), chunk, on_mesh, greedy=False)[0]
+
+
 def _forward(h_BTD, head_DV, target_BT, weight_BT, chunk, on_mesh):  # type: ignore[no-untyped-def]
+    """Return the loss and, as residuals, its gradients with respect to states and head."""
     head = _Head.of(head_DV, h_BTD.dtype, on_mesh)
 
     def step(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
         total, dhead_DV = carry
         h, target, weight = part
-        loss, logits_BTV, log_sum_BT = _chunk_loss(h, target, weight, head)
+        loss, logits_BTV, log_sum_BT = _chunk_loss(head, h, target, weight)
         p_BTV = jnp.exp(logits_BTV - log_sum_BT[..., None])
-        dlogits_BTV = ((p_BTV - head.hit_BTV(target)) * weight[..., None]).astype(h.dtype)
+        dlogits_BTV = ((p_BTV - head.is_target_BTV(target)) * weight[..., None]).astype(h.dtype)
         dh = jnp.einsum("BTV,DV->BTD", dlogits_BTV, head.kernel_DV)
         dhead_DV += jnp.einsum("BTD,BTV->DV", h, dlogits_BTV, preferred_element_type=jnp.float32)
         return (total + loss, dhead_DV), dh
 
     start = zeros_beside(h_BTD, (), jnp.float32), zeros_beside(h_BTD, head.kernel_DV.shape, jnp.float32)
-    (total, dhead_DV), dh = jax.lax.scan(step, start, _chunks(h_BTD, target_BT, weight_BT, chunk))
-    B, T, D = h_BTD.shape
-    dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(B, -1, D)[:, :T]
+    (total, dhead_DV), dh = jax.lax.scan(step, start, _into_chunks(h_BTD, target_BT, weight_BT, chunk))
+    dh_BTD = _from_chunks(dh, h_BTD.shape[1])
     if on_mesh:
-        # Now, and not when the compiler finds time: what waits for the end is this device's part of the gradient alone.
+        # The barrier has the gradient reduced now, so that only this device's part of it is in memory until the backward pass.
         dhead_DV = reduce_scatter_grad(dhead_DV.astype(h_BTD.dtype), HEAD_AXES)
         total, dh_BTD, dhead_DV = jax.lax.optimization_barrier((total, dh_BTD, dhead_DV))
     return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
@@ -236,7 +208,7 @@ def _forward(h_BTD, head_DV, target_BT, weight_BT, chunk, on_mesh):  # type: ign
 
 def _backward(chunk: int, on_mesh: bool, residuals: tuple, dloss: jax.Array) -> tuple:
     if on_mesh:
-        # The loss is the sum over all devices, and on each of a `tensor` group it was counted in shares.
+        # `_sum_over_devices` divided the loss by the size of the `tensor` group, but the gradients are of the whole loss.
         dloss = dloss * jax.lax.axis_size("tensor")
     return *((gradient * dloss).astype(gradient.dtype) for gradient in residuals), None, None
 
@@ -245,15 +217,10 @@ _summed_loss.defvjp(_forward, _backward)
 
 
 def depth_weights(weight_BT: jax.Array, segment_starts_BT: jax.Array | None, depth: int) -> jax.Array:
-    """The weights of depth `depth`'s cross entropy, 0 being the main model's: [B, T] float32.
+    """Return the weights of the cross entropy of depth k, 0 for the main model: [B, T] float32.
 
-    Row i of depth k joins the state of token i with token i + k and predicts target i + k, the token after that. The last k
-    rows have none; nor, where documents are kept apart, have padding and the rows whose token i + k is of another document.
-
-    Args:
-      weight_BT: of the targets, each the token after the one of its place.
-      segment_starts_BT: where the document of each token begins, -1 for padding; None keeps no documents apart.
-      depth: k.
+    Row i of depth k joins the state of token i with token i + k and predicts target i + k, the token after that. The weight is
+    zero in the last k rows, and with segment starts in padding and in rows whose token i + k is of another document.
     """
     rows_BT = rows_of_depth(weight_BT.shape, segment_starts_BT, depth)
     return jnp.where(rows_BT, jnp.roll(weight_BT, -depth, axis=1), 0.0).astype(jnp.float32)
@@ -273,21 +240,20 @@ def training_loss(
     totals: Sequence[jax.Array] | None = None,
     share: float | jax.Array = 1.0,
 ) -> Losses:
-    """The objective over one batch, every term averaged over its own tokens; or a micro-batch's part of it.
+    """Return the objective over one batch, every term averaged over its own tokens, or the part of one micro-batch.
 
     The parts of all micro-batches of a step add up to the objective over the whole step.
 
     Args:
       params, router: the model's two collections.
       config: the architecture.
-      tokens_BT: inputs.
-      target_BT: the tokens one further on.
+      tokens_BT, target_BT: inputs, and the token after each.
       mtp_loss_weight: lambda.
-      weight_BT: what each target counts, float32; None is 1.
-      segment_starts_BT: where the document of each token begins (`DeepSeekV3.features`); None lets attention cross documents.
-      aux_loss_alpha: alpha; None is the config's.
-      totals: the weight, over the whole step, of the terms of the main model and of every depth; None if this is all of it.
-      share: of the step's sequences that these are.
+      weight_BT: weight of each target, float32; None for 1.
+      segment_starts_BT: start of each token's document (see `DeepSeekV3`); None lets attention cross documents.
+      aux_loss_alpha: alpha; None for the config's.
+      totals: sum of weights over the whole step, of the main model and of each depth; None if this batch is the whole step.
+      share: this batch's share of the sequences of the step.
     """
     variables = {"params": params, "router": router}
     features = DeepSeekV3(config).apply(variables, tokens_BT, mtp=True, segment_starts_BT=segment_starts_BT, method="features")
@@ -298,7 +264,7 @@ def training_loss(
         counts_BT = depth_weights(weight_BT, segment_starts_BT, depth)
         total = counts_BT.sum() if totals is None else totals[depth]
         shifted_BT = jnp.roll(target_BT, -depth, axis=1)
-        # A batch in which nothing is to be learnt has no loss.
+        # The loss of a batch without any weight is 0.
         return cross_entropy(h_BTD, head_DV, shifted_BT, counts_BT, config.loss_chunk) / jnp.maximum(total, 1.0)
 
     main_loss = mean_loss(features.h_BTD, 0)

@@ -1,7 +1,7 @@
 """DeepSeek-V3 (arXiv 2412.19437): embedding, a dense and an MoE stack, final norm, head, and the MTP depths.
 
-`__call__` is the model over whole sequences, `forward_cached` the model over new tokens and a latent cache, `features` what
-both training and prefill start from: the states before the head, so that [B, T, V] logits need never exist.
+`__call__` runs the model over whole sequences, `forward_cached` over new tokens and a cache of latents. `features` ends before
+the head, for training and prefill, which never materialise logits [B, T, V].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dsv3_jax.model.layers import Embedding, Linear, RMSNorm
 from dsv3_jax.model.mla import CacheMetadata, Latents
 from dsv3_jax.model.mtp import MTPDepth, rows_of_depth
 from dsv3_jax.model.rope import RopeAngles, rope_angles
-from dsv3_jax.model.transformer import BlockOutput, run_scanned, run_unrolled, stack_sizes
+from dsv3_jax.model.transformer import BlockOutput, run_stacks
 from dsv3_jax.parallel.mesh import without_mesh
 from dsv3_jax.parallel.sharding import place_tokens, project
 
@@ -30,32 +30,26 @@ HEAD_AXES = "embed", "vocab"
 
 @struct.dataclass
 class ModelOutput:
-    """What the model returns for a batch of sequences."""
+    """Outputs of the model over whole sequences."""
 
-    logits: jax.Array
-    """[B, T, V] float32; row t predicts token t + 1."""
+    logits: jax.Array  # [B, T, V] float32; row t predicts token t + 1.
     mtp_logits: list[jax.Array]
-    """If asked for: depth k at index k - 1, [B, max(T - k, 0), V] float32; row i predicts token i + k + 1."""
+    """With `mtp`: depth k at index k - 1, [B, max(T - k, 0), V] float32; row i predicts token i + k + 1."""
     load: dict[str, jax.Array]
     """Tokens per expert: "moe_layers" [L, E], and "mtp_0", ... [E] for the MTP depths that ran; float32."""
-    balance_loss: jax.Array
-    """Sequence-wise balance loss summed over those layers, alpha not included."""
+    balance_loss: jax.Array  # Sequence-wise balance loss summed over those layers, without alpha.
     hidden_states: jax.Array | None = None
-    """If asked for: [L + 1, B, T, D], the embedding, then each block's output, the last one after the final norm."""
-    routes: jax.Array | None = None
-    """If asked for: [L_moe, B, T, K] int32, the experts of each token, best first."""
+    """With `hidden_states`: [L + 1, B, T, D], the embedding, then each block's output, the last one after the final norm."""
+    routes: jax.Array | None = None  # With `hidden_states`: [L_moe, B, T, K] int32, each token's experts, best first.
 
 
 class Features(NamedTuple):
-    """The states that the head turns into logits, and what the blocks had to say."""
+    """States before the head, and the outputs of the blocks."""
 
-    h_BTD: jax.Array
-    """After the final norm."""
-    mtp_h_BTD: list[jax.Array]
-    """Of each MTP depth, after its own norm; the last k rows of depth k, or of each document, mean nothing."""
+    h_BTD: jax.Array  # After the final norm.
+    mtp_h_BTD: list[jax.Array]  # Of each depth k after its norm; the last k rows, or of each document, are meaningless.
     embedded_BTD: jax.Array
-    outputs: dict[str, BlockOutput]
-    """By layer or stack name, bottom first, the MTP depths at the end."""
+    outputs: dict[str, BlockOutput]  # By layer or stack, bottom first, then by MTP depth.
 
     @property
     def load(self) -> dict[str, jax.Array]:
@@ -63,7 +57,7 @@ class Features(NamedTuple):
 
     @property
     def rounds(self) -> jax.Array:
-        """Most rounds of exchange that any layer took, int32."""
+        """Largest number of exchange rounds of any layer, int32."""
         rounds = [jnp.max(output.rounds) for output in self.outputs.values() if output.rounds is not None]
         return functools.reduce(jnp.maximum, rounds, jnp.int32(1))
 
@@ -78,9 +72,9 @@ class DeepSeekV3(nn.Module):
 
     config: ModelConfig
     absorbed: bool = False
-    """Attention over whole sequences in the absorbed form, to compare with; with a cache it always is."""
+    """Use absorbed attention over whole sequences too, for comparison (see `MLA`)."""
     unrolled: bool = False
-    """Blocks one by one over the variables that `unstack` lays out, for decoding."""
+    """Run block by block over the variables that `unstack` returns, for decoding."""
 
     def setup(self) -> None:
         config = self.config
@@ -98,26 +92,22 @@ class DeepSeekV3(nn.Module):
         hidden_states: bool = False,
         segment_starts_BT: jax.Array | None = None,
     ) -> ModelOutput:
-        """The model over whole sequences.
+        """Run the model over whole sequences.
 
         Args:
           tokens_BT: token ids.
           mtp: also run the MTP depths.
           hidden_states: also return every hidden state and route.
-          segment_starts_BT: for each token the position of the first one of its document, -1 for padding, int32: no token then
-            attends to another document, and padding enters no load and no loss. None attends across documents.
+          segment_starts_BT: start of each token's document, -1 for padding, int32. Attention then stays within documents, and
+            padding counts in no load and no loss. None lets attention cross documents.
 
         Raises:
-          ValueError: if the sequence exceeds `max_position_embeddings`, if `segment_starts_BT` has another shape, or if
-            (outside jit) an id is outside the vocabulary or `segment_starts_BT` is no such list of starts; inside jit such an
-            id gives NaN.
+          ValueError: as `check_tokens` and `check_starts`. Inside jit an id outside the vocabulary gives NaN.
         """
-        return_intermediates = ("hidden", "routes") if hidden_states else ()
-        features = self.features(
-            tokens_BT, mtp=mtp, return_intermediates=return_intermediates, segment_starts_BT=segment_starts_BT
-        )
+        extras = ("hidden", "routes") if hidden_states else ()
+        features = self.features(tokens_BT, mtp=mtp, return_intermediates=extras, segment_starts_BT=segment_starts_BT)
         T = tokens_BT.shape[1]
-        inspected = _inspected(features) if hidden_states else (None, None)
+        inspected = _hidden_states_and_routes(features) if hidden_states else (None, None)
         return ModelOutput(
             self.head(features.h_BTD),
             [self.head(h_BTD[:, : max(T - k, 0)]) for k, h_BTD in enumerate(features.mtp_h_BTD, 1)],
@@ -134,12 +124,11 @@ class DeepSeekV3(nn.Module):
         return_intermediates: tuple[str, ...] = (),
         segment_starts_BT: jax.Array | None = None,
     ) -> Features:
-        """The states before the head; `return_intermediates` names what blocks also return ("latents", "hidden", "routes")."""
+        """Return the states before the head, and the blocks' `return_intermediates` ("latents", "hidden", "routes")."""
         check_tokens(tokens_BT, self.config)
         if segment_starts_BT is not None:
             check_starts(segment_starts_BT, tokens_BT)
-        T = tokens_BT.shape[1]
-        angles = rope_angles(self.config, jnp.arange(T)[None])
+        angles = rope_angles(self.config, jnp.arange(tokens_BT.shape[1])[None])
         embedded_BTD = self.embed(tokens_BT)
         h_BTD, outputs = self._stacks(embedded_BTD, None, angles, None, return_intermediates, segment_starts_BT)
         h_BTD = self.norm(h_BTD)
@@ -148,38 +137,35 @@ class DeepSeekV3(nn.Module):
         for k, depth in enumerate(self.mtp if mtp else (), 1):
             ahead_BTD = place_tokens(jnp.roll(embedded_BTD, -k, axis=1))
             token_mask_BT = rows_of_depth(tokens_BT.shape, segment_starts_BT, k)
-            state_BTD, normed_BTD, outputs[f"mtp_{k - 1}"] = depth(
-                state_BTD, ahead_BTD, angles, token_mask_BT, segment_starts_BT
-            )
+            state_BTD, normed_BTD, output = depth(state_BTD, ahead_BTD, angles, token_mask_BT, segment_starts_BT)
+            outputs[f"mtp_{k - 1}"] = output
             mtp_h_BTD.append(normed_BTD)
         return Features(h_BTD, mtp_h_BTD, embedded_BTD, outputs)
 
     def head(self, h_BTD: jax.Array) -> jax.Array:
-        """Logits of normalised states, float32."""
+        """Return the float32 logits of normalised states."""
         kernel_DV, h_BTD = self.lm_head.kernel, h_BTD.astype(self.config.dtype)
         return project(h_BTD, kernel_DV, HEAD_AXES, preferred_element_type=jnp.float32)
 
     def decode(
         self, tokens_BT: jax.Array, cache: dict[str, Latents], cached_length_B: jax.Array
     ) -> tuple[jax.Array, dict[str, Latents]]:
-        """Logits [B, T, V] after `forward_cached` over a cache with a row for each sequence, and the latents."""
+        """Return logits [B, T, V] and latents of `forward_cached` over a cache with one row per sequence."""
         h_BTD, latents = self.forward_cached(tokens_BT, cache, CacheMetadata(cached_length_B))
         return self.head(h_BTD), latents
 
     def forward_cached(
         self, tokens_BT: jax.Array, cache: dict[str, Latents] | None, metadata: CacheMetadata
     ) -> tuple[jax.Array, dict[str, Latents]]:
-        """The model over T new tokens of each sequence, given the latents of those before.
+        """Run the model over T new tokens of each sequence, given the latents of earlier ones.
 
         Args:
           tokens_BT: the new tokens, at positions cached_length_B, cached_length_B + 1, ...
-          cache: per layer or stack, the latents of earlier tokens: rows [(L,) B, S, ...], or pages [(L,) Y, Z, ...];
-            None if these are the first.
-          places: where in it each sequence's are.
+          cache: latents of earlier tokens by layer or stack: rows [(L,) B, S, ...], pages [(L,) Y, Z, ...], or None.
+          metadata: location of each sequence in the cache.
 
         Returns:
-          The states after the final norm [B, T, D], and the latents of the new tokens [(L,) B, T, ...], keyed as the cache,
-          for the caller to store.
+          The states after the final norm [B, T, D], and the new tokens' latents [(L,) B, T, ...] for the caller to store.
         """
         angles = self._angles_after(metadata, tokens_BT)
         h_BTD, outputs = self._stacks(self.embed(tokens_BT), cache, angles, metadata, ("latents",))
@@ -188,17 +174,17 @@ class DeepSeekV3(nn.Module):
     def draft(
         self, h_BTD: jax.Array, ahead_BT: jax.Array, cache: Latents | None, metadata: CacheMetadata
     ) -> tuple[jax.Array, Latents]:
-        """The first MTP depth as a drafter: over T rows of each sequence, given its latents of the rows before.
+        """Draft with the first MTP depth over T rows of each sequence, given its latents of earlier rows.
+
+        The report (section 2.2) has one depth for each token ahead; here one depth is applied repeatedly.
 
         Args:
-          h_BTD: states of the tokens at positions cached_length_B, ...: after the final norm, or what this returned for the row
-            before (section 2.2 of the report has a depth for each token ahead; one depth is recycled).
-          ahead_BT: the token after each of these.
-          cache: latents of the depth's earlier rows; None if there are none.
-          places: where in it each sequence's are.
+          h_BTD: states at positions cached_length_B, ...: after the final norm, or those returned for the row before.
+          ahead_BT: the token after each of these positions.
+          cache, metadata: latents of the depth's earlier rows or None, and their location.
 
         Returns:
-          The states that `head` turns into logits of the token after the one ahead [B, T, D], and the latents [B, T, ...].
+          The states [B, T, D], from which `head` predicts the token after `ahead_BT`, and the latents [B, T, ...].
         """
         angles = self._angles_after(metadata, ahead_BT)
         _, normed_BTD, output = self.mtp[0](
@@ -211,29 +197,15 @@ class DeepSeekV3(nn.Module):
         return rope_angles(self.config, metadata.cached_length_B[:, None] + jnp.arange(tokens_BT.shape[1]))
 
     @nn.compact
-    def _stacks(  # type: ignore[no-untyped-def]
-        self, h_BTD, cache, angles, metadata, return_intermediates, segment_starts_BT=None
-    ) -> tuple[jax.Array, dict[str, BlockOutput]]:
-        run = run_unrolled if self.unrolled else run_scanned
-        shared = angles, metadata, None if segment_starts_BT is None else segment_starts_BT >= 0, segment_starts_BT
-        outputs: dict[str, BlockOutput] = {}
-        for name, size in stack_sizes(self.config).items():
-            h_BTD, more = run(
-                self.config,
-                name,
-                size,
-                h_BTD,
-                cache,
-                *shared,
-                return_intermediates=return_intermediates,
-                absorbed=self.absorbed,
-            )
-            outputs |= more
-        return h_BTD, outputs
+    def _stacks(self, h_BTD, cache, angles, metadata, extras, segment_starts_BT=None):  # type: ignore[no-untyped-def]
+        token_mask_BT = None if segment_starts_BT is None else segment_starts_BT >= 0
+        shared = angles, token_mask_BT, metadata, segment_starts_BT
+        options = {"return_intermediates": extras, "absorbed": self.absorbed}
+        return run_stacks(self.config, h_BTD, cache, *shared, unrolled=self.unrolled, **options)
 
 
 def check_tokens(tokens_BT: Any, config: ModelConfig) -> None:
-    """Raises ValueError on what `__call__` names; the ids themselves can be looked at outside jit only."""
+    """Raise ValueError for a wrong shape, for too long a sequence, and, outside jit, for an id outside the vocabulary."""
     if tokens_BT.ndim != 2:
         raise ValueError(f"tokens have shape {tokens_BT.shape}; the model takes [batch, length]")
     length, longest = tokens_BT.shape[1], config.max_position_embeddings
@@ -247,7 +219,7 @@ def check_tokens(tokens_BT: Any, config: ModelConfig) -> None:
 
 
 def check_starts(segment_starts_BT: Any, tokens_BT: Any) -> None:
-    """Raises ValueError if these are no starts of the tokens' documents; the numbers can be looked at outside jit only."""
+    """Raise ValueError for segment starts of a wrong shape or dtype, and, outside jit, for invalid ones."""
     if segment_starts_BT.shape != tokens_BT.shape or not jnp.issubdtype(segment_starts_BT.dtype, jnp.integer):
         raise ValueError(
             f"starts of documents are {segment_starts_BT.dtype} {segment_starts_BT.shape}; "
@@ -257,59 +229,57 @@ def check_starts(segment_starts_BT: Any, tokens_BT: Any) -> None:
         return
     starts = np.asarray(segment_starts_BT)
     before = np.pad(starts, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    # A token is padding, begins a document, or goes on with that of the token before.
+    # A token is padding, begins a document, or continues the document of the token before.
     wrong = np.argwhere((starts != -1) & (starts != np.arange(starts.shape[1])) & (starts != before))
     if wrong.size:
-        row, place = wrong[0]
+        row, position = wrong[0]
         raise ValueError(
-            f"row {row} has start {starts[row, place]} at position {place}, after {before[row, place]}; give each token the "
-            "position of the first one of its document, and padding -1"
+            f"row {row} has start {starts[row, position]} at position {position}, after {before[row, position]}; give each "
+            "token the position of the first one of its document, and padding -1"
         )
 
 
-def _inspected(features: Features) -> tuple[jax.Array, jax.Array | None]:
-    """Hidden states and routes of the main model, stacked over layers."""
+def _hidden_states_and_routes(features: Features) -> tuple[jax.Array, jax.Array | None]:
+    """Return `ModelOutput.hidden_states` and `ModelOutput.routes` of the main model."""
     outputs = [output for name, output in features.outputs.items() if not name.startswith("mtp_")]
 
-    def over_layers(arrays: list[jax.Array | None], ndim: int) -> list[jax.Array]:
-        return [array if array.ndim == ndim else array[None] for array in arrays if array is not None]
+    def by_layer(arrays: list[jax.Array | None]) -> list[jax.Array]:
+        return [array if array.ndim == 4 else array[None] for array in arrays if array is not None]
 
-    blocks_LBTD = jnp.concatenate(over_layers([output.hidden_BTD for output in outputs], 4))
-    routes = over_layers([output.chosen_BTK for output in outputs], 4)
+    blocks_LBTD = jnp.concatenate(by_layer([output.hidden_BTD for output in outputs]))
+    routes = by_layer([output.chosen_BTK for output in outputs])
     hidden_LBTD = jnp.concatenate([features.embedded_BTD[None], blocks_LBTD[:-1], features.h_BTD[None]])
     return hidden_LBTD, jnp.concatenate(routes) if routes else None
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Fresh variables: `params` (normal with `initializer_range`, norms one) and `router` (biases zero).
+    """Return fresh variables, nested dicts: `params` (normal with `initializer_range`, norms one) and `router` (biases zero).
 
-    Plain nested dicts of arrays; works under `jax.jit` and `jax.eval_shape`. Keys of a parameter depend on its path
-    alone, so that a model has the same main parameters with and without MTP depths.
+    A parameter's random key depends on its path alone, so the main model is the same with and without MTP depths.
     """
     return nn.meta.unbox(_init_boxed(config, key))
 
 
 def abstract_variables(config: ModelConfig) -> dict[str, Any]:
-    """Shapes and dtypes of `init_variables`' tree, as `jax.ShapeDtypeStruct`s."""
+    """Return the tree of `init_variables` with `jax.ShapeDtypeStruct`s as leaves."""
     return nn.meta.unbox(_abstract_boxed(config))
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
-    """The logical axis names of every variable: a tree like `init_variables`' with tuples of names as leaves."""
+    """Return the tree of `init_variables` with tuples of logical axis names as leaves."""
     boxed = _abstract_boxed(config)
     return jax.tree.map(lambda leaf: leaf.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)  # Tracing the whole model takes a second or more.
 def _abstract_boxed(config: ModelConfig) -> dict[str, Any]:
-    """Traced once for a config: the whole model takes a second or more."""
     return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 
 def _init_boxed(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     tokens_BT = jnp.zeros((1, config.num_nextn_predict_layers + 1), jnp.int32)
-    # Nothing of this pass is computed, and kernels are for the platform of the run, not for the one that lays it out.
+    # Only the shapes of this pass are used, possibly on another platform than the run's, whose kernels may not exist here.
     config = dataclasses.replace(config, attention_backend="chunked", expert_backend="tiles")
-    with without_mesh():  # It is only the shapes of this pass that matter, and one row would not divide over a mesh.
+    with without_mesh():  # The single row would not divide over a mesh.
         variables = DeepSeekV3(config).init(key, tokens_BT, mtp=True)
     return {"params": variables["params"], "router": variables.get("router", {})}

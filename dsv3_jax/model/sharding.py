@@ -1,4 +1,4 @@
-"""Where the variables of a model live on a mesh: their logical axes under the sharding rules."""
+"""Shardings of the model's variables: their logical axes under the sharding rules."""
 
 from __future__ import annotations
 
@@ -18,25 +18,23 @@ from dsv3_jax.parallel.sharding import RULES, ShardingRules, named_shardings
 
 
 def variable_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULES) -> dict[str, Any]:
-    """The sharding of every variable: a tree like `init_variables`' with NamedShardings as leaves.
+    """Return the tree of `init_variables` with NamedShardings as leaves.
 
-    Raises:
-      ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
+    Raises ValueError, naming the variable, if a dimension is no multiple of the mesh axes it is split along.
     """
-    shapes = abstract_variables(config)
-    return named_shardings(logical_axes(config), shapes, mesh, rules)
+    return named_shardings(logical_axes(config), abstract_variables(config), mesh, rules)
 
 
 def place_variables(
     variables: dict[str, Any], config: ModelConfig, mesh: Mesh, rules: ShardingRules = RULES, *, donate: bool = False
 ) -> dict[str, Any]:
-    """Variables that live elsewhere, moved to where `rules` say; those in 8 bits too. Raises as it.
+    """Return the variables, some of them possibly in 8 bits, sharded as `variable_shardings` says, whose errors it raises.
 
-    With `donate` the given arrays are of no use afterwards.
+    With `donate` the given arrays must not be used afterwards.
     """
 
     def move(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-        # What stays where it is shares its memory with what was given.
+        # An array that is already in place is returned as it is: it shares its memory with the given one.
         if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
             return array
         moved = jax.device_put(array, sharding)
@@ -54,16 +52,15 @@ def place_variables(
 
 
 def scale_sharding(sharding: NamedSharding, depth: int) -> NamedSharding:
-    """Of the scales of an 8-bit weight with `depth` stack axes: split by experts as the weight is, the rest on every device.
+    """Return the sharding of the scales of an 8-bit weight with `depth` stack axes: split by experts only, as the weight.
 
-    They are a four-thousandth of its bytes. Blocks need not end where a device's part of the weight does, so what of them a
-    device needs is found out where it is needed (`parallel/sharding.py`).
+    Their blocks may cross the edges of a device's part of the weight, so `shard_map_spec` splits these 1/4000 of its bytes.
     """
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:depth]))
 
 
 def unrolled_axes(config: ModelConfig) -> dict[str, Any]:
-    """The logical axes of the variables of an unrolled model, with those that `with_absorbed_weights` adds."""
+    """Return the logical axes of the variables of an unrolled model, including those that `with_absorbed_weights` adds."""
 
     def unrolled(collection: dict[str, Any]) -> dict[str, Any]:
         out = {name: tree for name, tree in collection.items() if name not in STACKS}

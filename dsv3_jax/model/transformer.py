@@ -1,8 +1,8 @@
-"""A stack of equal decoder blocks: scanned over stacked parameters, or unrolled over separate ones.
+"""The decoder block, and stacks of equal blocks: scanned over stacked parameters, or unrolled over separate ones.
 
-Scanning keeps a 61-layer program as small as one of two layers; it is the form of training and of checkpoints. In
-decoding it would slice, and so copy, all experts of every layer at each step: there the stack is unrolled, over the
-parameters that `unstack` lays out.
+Training and checkpoints use the scan, which keeps the program of 61 layers as small as that of two. In decoding a scan would
+slice, and so copy, all experts of every layer at each step; there the stack is unrolled, over the parameters that `unstack`
+returns.
 """
 
 from __future__ import annotations
@@ -21,119 +21,20 @@ from dsv3_jax.model.rope import RopeAngles
 from dsv3_jax.parallel.devices import release
 from dsv3_jax.parallel.sharding import place_tokens
 
-STACKS = "dense_layers", "moe_layers"
-SAVED_BY_SAVE_LATENTS = "c_q", "c_kv", "ffn_input"
-
-
-def stack_sizes(config: ModelConfig) -> dict[str, int]:
-    """Blocks in each stack that has any, bottom first."""
-    sizes = dict(zip(STACKS, (config.first_k_dense_replace, config.num_moe_layers), strict=True))
-    return {name: size for name, size in sizes.items() if size}
-
-
-def rematerialised(block: type[nn.Module], config: ModelConfig, *, scanned: bool) -> type[nn.Module]:
-    """`block`, with the backward pass recomputing what `config.remat` does not keep (section 3.2 of the report)."""
-    if config.remat == "none":
-        return block
-    policies = jax.checkpoint_policies
-    policy = policies.nothing_saveable if config.remat == "full" else policies.save_only_these_names(*SAVED_BY_SAVE_LATENTS)
-    return nn.remat(block, policy=policy, prevent_cse=not scanned)
-
-
-def run_scanned(
-    config: ModelConfig,
-    name: str,
-    size: int,
-    h_BTD: jax.Array,
-    cache: dict[str, Latents] | None,
-    angles: RopeAngles,
-    metadata: CacheMetadata | None,
-    token_mask_BT: jax.Array | None = None,
-    segment_starts_BT: jax.Array | None = None,
-    **block: Any,
-) -> tuple[jax.Array, dict[str, BlockOutput]]:
-    """Runs stack `name` as one scan, from within a module's compact method; outputs gain a leading layer axis."""
-    scan = nn.scan(
-        rematerialised(Block, config, scanned=True),
-        variable_axes={"params": 0, "router": 0, "placement": 0},
-        split_rngs={"params": True},
-        in_axes=(0, *(nn.broadcast,) * 4),
-        length=size,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    layers = scan(config, moe=name == "moe_layers", name=name, **block)
-    cache_L = None if cache is None else cache[name]
-    h_BTD, output = layers(h_BTD, cache_L, angles, token_mask_BT, metadata, segment_starts_BT)
-    return h_BTD, {name: output}
-
-
-def run_unrolled(
-    config: ModelConfig,
-    name: str,
-    size: int,
-    h_BTD: jax.Array,
-    cache: dict[str, Latents] | None,
-    angles: RopeAngles,
-    metadata: CacheMetadata | None,
-    token_mask_BT: jax.Array | None = None,
-    segment_starts_BT: jax.Array | None = None,
-    **block: Any,
-) -> tuple[jax.Array, dict[str, BlockOutput]]:
-    """Runs stack `name` block by block over the parameters `name_0`, `name_1`, ..., from within a compact method."""
-    outputs = {}
-    for layer in (f"{name}_{i}" for i in range(size)):
-        module = rematerialised(Block, config, scanned=False)(config, moe=name == "moe_layers", name=layer, **block)
-        own_cache = None if cache is None else cache[layer]
-        h_BTD, outputs[layer] = module(h_BTD, own_cache, angles, token_mask_BT, metadata, segment_starts_BT)
-    return h_BTD, outputs
-
-
-def unstack(variables: dict[str, Any], *, donate: bool = False) -> dict[str, Any]:
-    """The variables of a scanned model laid out for an unrolled one: `moe_layers` becomes `moe_layers_0`, ...
-
-    With `donate` every stack is deleted once its layers are there, so that never more than one exists twice.
-    """
-
-    def layers(stack: jax.Array) -> list[jax.Array]:
-        found = [stack[i] for i in range(stack.shape[0])]
-        if donate:
-            release(stack, found)
-        return found
-
-    def unstacked(collection: dict[str, Any]) -> dict[str, Any]:
-        out = {name: tree for name, tree in collection.items() if name not in STACKS}
-        for name in (stack for stack in STACKS if stack in collection):  # In one order on every process.
-            stacks, structure = jax.tree.flatten(collection[name])
-            by_layer = zip(*map(layers, stacks), strict=True)
-            out |= {f"{name}_{i}": jax.tree.unflatten(structure, layer) for i, layer in enumerate(by_layer)}
-        return out
-
-    return {collection: unstacked(tree) for collection, tree in variables.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One pre-norm decoder block: h += MLA(norm(h)); h += FFN(norm(h)), the FFN dense or MoE.
-
 
 class BlockOutput(NamedTuple):
-    """What a block has to say beside the residual stream; None is what it was not asked for, or does not have."""
+    """Outputs of a block other than the residual stream; None for those not requested, or not of its kind."""
 
-    load_E: jax.Array | None = None
-    """MoE: counted tokens per expert."""
-    balance_loss: jax.Array | None = None
-    """MoE: sequence-wise balance loss, without alpha."""
-    rounds: jax.Array | None = None
-    """MoE: rounds of the exchange with the experts' devices."""
-    chosen_BTK: jax.Array | None = None
-    """MoE, if "routes" is kept: expert ids."""
-    latents: Latents | None = None
-    """If "latents" is kept: what a cache stores of the block's tokens."""
-    hidden_BTD: jax.Array | None = None
-    """If "hidden" is kept: the residual stream after the block."""
+    load_E: jax.Array | None = None  # MoE: tokens per expert.
+    balance_loss: jax.Array | None = None  # MoE: sequence-wise balance loss, without alpha.
+    rounds: jax.Array | None = None  # MoE: rounds of the expert exchange.
+    chosen_BTK: jax.Array | None = None  # MoE, with "routes" requested: expert ids.
+    latents: Latents | None = None  # With "latents" requested: the block's tokens as a cache stores them.
+    hidden_BTD: jax.Array | None = None  # With "hidden" requested: the residual stream after the block.
 
 
 class Block(nn.Module):
-    """A decoder block of either kind, shaped as a scan body: (h, per-layer cache, shared...) -> (h, BlockOutput)."""
+    """A pre-norm decoder block, h += MLA(norm(h)); h += FFN(norm(h)), with the signature of a scan body."""
 
     config: ModelConfig
     moe: bool
@@ -156,16 +57,7 @@ class Block(nn.Module):
         metadata: CacheMetadata | None = None,
         segment_starts_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
-        """Runs the block.
-
-        Args:
-          h_BTD: the residual stream.
-          cache: latents of earlier tokens, or None.
-          rotation: rotation of the tokens' positions.
-          token_mask_BT: tokens that enter load and balance loss; None counts all.
-          places: where in the cache each sequence's are.
-          segment_starts_BT: where the document of each token begins, to attend within it; None attends across documents.
-        """
+        """Return the residual stream after the block, and its other outputs; arguments as in `MLA` and `Router`."""
         attended_BTD, latents = self.self_attn(self.input_layernorm(h_BTD), angles, cache, metadata, segment_starts_BT)
         h_BTD += attended_BTD
         x_BTD = checkpoint_name(self.post_attention_layernorm(h_BTD), "ffn_input")
@@ -182,3 +74,88 @@ class Block(nn.Module):
             y_BTD = self.mlp(x_BTD)
         h_BTD = place_tokens(h_BTD + y_BTD)
         return h_BTD, output._replace(hidden_BTD=h_BTD if "hidden" in self.return_intermediates else None)
+
+
+SAVED_BY_SAVE_LATENTS = "c_q", "c_kv", "ffn_input"
+
+
+def rematerialised(block: type[nn.Module], config: ModelConfig, *, scanned: bool) -> type[nn.Module]:
+    """Return `block` with a backward pass that recomputes all that `config.remat` does not save (section 3.2 of the report)."""
+    if config.remat == "none":
+        return block
+    policies = jax.checkpoint_policies
+    policy = policies.nothing_saveable if config.remat == "full" else policies.save_only_these_names(*SAVED_BY_SAVE_LATENTS)
+    return nn.remat(block, policy=policy, prevent_cse=not scanned)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stacks of blocks.
+
+
+STACKS = "dense_layers", "moe_layers"
+
+
+def stack_sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the number of blocks of each stack that has any, bottom first."""
+    sizes = dict(zip(STACKS, (config.first_k_dense_replace, config.num_moe_layers), strict=True))
+    return {name: size for name, size in sizes.items() if size}
+
+
+def run_stacks(
+    config: ModelConfig, h_BTD: jax.Array, cache: dict[str, Latents] | None, *shared: Any, unrolled: bool, **options: Any
+) -> tuple[jax.Array, dict[str, BlockOutput]]:
+    """Run both stacks, from within a compact method of a module.
+
+    Args:
+      config: the model.
+      h_BTD: residual stream.
+      cache: latents of earlier tokens by stack, or by layer if unrolled.
+      *shared: inputs of every block after its cache: angles, token_mask_BT, metadata, segment_starts_BT.
+      unrolled: run block by block over the parameters `moe_layers_0`, ... instead of a scan over those of `moe_layers`.
+      **options: fields of `Block`.
+
+    Returns:
+      The residual stream, and the outputs of each stack, with a leading layer axis, or of each layer if unrolled.
+    """
+    block = rematerialised(Block, config, scanned=not unrolled)
+    outputs: dict[str, BlockOutput] = {}
+    for name, size in stack_sizes(config).items():
+        if unrolled:
+            layers, module = [f"{name}_{i}" for i in range(size)], block
+        else:
+            layers = [name]
+            module = nn.scan(
+                block,
+                variable_axes={"params": 0, "router": 0, "placement": 0},
+                split_rngs={"params": True},
+                in_axes=(0, *(nn.broadcast for _ in shared)),
+                length=size,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+        for layer in layers:
+            run = module(config, moe=name == "moe_layers", name=layer, **options)
+            h_BTD, outputs[layer] = run(h_BTD, None if cache is None else cache[layer], *shared)
+    return h_BTD, outputs
+
+
+def unstack(variables: dict[str, Any], *, donate: bool = False) -> dict[str, Any]:
+    """Return the variables of a scanned model for an unrolled one: `moe_layers` becomes `moe_layers_0`, ...
+
+    With `donate` every stack is deleted once its layers exist, so that at most one array is in memory twice.
+    """
+
+    def layers(stack: jax.Array) -> list[jax.Array]:
+        found = [stack[i] for i in range(stack.shape[0])]
+        if donate:
+            release(stack, found)
+        return found
+
+    def unstacked(collection: dict[str, Any]) -> dict[str, Any]:
+        out = {name: tree for name, tree in collection.items() if name not in STACKS}
+        for name in (stack for stack in STACKS if stack in collection):  # The same order on every process.
+            stacks, structure = jax.tree.flatten(collection[name])
+            by_layer = zip(*map(layers, stacks), strict=True)
+            out |= {f"{name}_{i}": jax.tree.unflatten(structure, layer) for i, layer in enumerate(by_layer)}
+        return out
+
+    return {collection: unstacked(tree) for collection, tree in variables.items()}

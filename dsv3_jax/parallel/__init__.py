@@ -1,1 +1,1 @@
-"""Where arrays live and how programs are compiled."""
+"""Device mesh, sharding, expert parallelism, devices and hosts."""

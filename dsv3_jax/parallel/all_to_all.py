@@ -1,10 +1,10 @@
-"""The expert all-to-all (sections 2.1.2 and 3.2 of the report): tokens to the devices of their experts and back.
+"""Expert parallelism (sections 2.1.2 and 3.2 of the report): tokens to the devices of their experts and back.
 
 One `jax.shard_map` region over the whole mesh. The tokens' choices travel along the `expert` axis in as many rounds as the
-fullest device needs, nearly always one (`exchange.py`); each round is one call of `expert_ffn` on a buffer of fixed size.
-Weights are gathered along the fsdp axes in here, in the computation dtype, and their gradients leave by reduce-scatter.
+fullest device needs, nearly always one; each round is one call of `expert_ffn` on a buffer of fixed size. The experts' weights
+are gathered along the fsdp axes inside the region, in the computation dtype, and their gradients leave by reduce-scatter.
 
-The number of rounds is known only at run time, so the gradient is written out. It keeps nothing but the inputs: the
+The number of rounds is known only at run time, so the gradient is written by hand. It stores nothing but the inputs: the
 backward pass sends the tokens again, together with the gradients of their sums.
 """
 
@@ -14,7 +14,7 @@ import abc
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,90 +29,60 @@ from dsv3_jax.parallel.mesh import TOKEN_AXES, current_mesh, current_platform
 from dsv3_jax.parallel.sharding import TOKEN_SPEC, Weight, all_gather_weight, reduce_scatter_grad, shard_map_spec
 
 ExpertWeights = tuple[Weight, Weight, Weight]
-"""The routed experts' parameters, gate, up and down: [E, D, F] twice and [E, F, D]."""
+"""Parameters of the routed experts, gate, up and down: [E, D, F] twice and [E, F, D]."""
 WEIGHT_AXES = (
     ("experts", "expert_embed", "expert_mlp"),
     ("experts", "expert_embed", "expert_mlp"),
     ("experts", "expert_mlp", "expert_embed"),
 )
-"""Their logical axes."""
-
-
-class _KernelConfig(NamedTuple):
-    """What is fixed before the program runs."""
-
-    backend: str
-    dtype: str
+"""Logical axes of `ExpertWeights`."""
 
 
 def routed_experts_on_mesh(
     x_BTD: jax.Array, chosen_BTK: jax.Array, weight_BTK: jax.Array, weights: ExpertWeights, config: ModelConfig, backend: str
 ) -> tuple[jax.Array, jax.Array]:
-    """sum_k weight_k * Expert_{chosen_k}(x) on the current mesh.
+    """Return sum_k weight_k * Expert_{chosen_k}(x) on the current mesh, [B, T, D], and the number of rounds, an int32 scalar.
 
-    The sum over the choices is in float32, rounded to x's dtype once; along `tensor`, where every device has one over its own
-    hidden units, each is rounded, and they are added up in x's dtype.
+    The sum over the choices is in float32 and rounded to x's dtype once. Along `tensor` each device has the sum over its own
+    hidden units: each of these is rounded, and they are added in x's dtype.
 
     Args:
-      x_BTD, chosen_BTK, weight_BTK: tokens, their experts (indices of the stacks) and the weights of these, split as
-        `TOKEN_SPEC`.
-      weights: split as `WEIGHT_AXES`.
+      x_BTD, chosen_BTK, weight_BTK: tokens, their experts (indices of the stacks) and weights, split as `TOKEN_SPEC`.
+      weights: parameters, split as `WEIGHT_AXES`.
       config: gives the exchange and the size of its buffer.
       backend: of `expert_ffn`.
-
-    Returns:
-      The sums, [B, T, D] in x's dtype, and the number of rounds it took, an int32 scalar.
     """
     mesh = current_mesh()
     assert mesh is not None
-    exchange = choose_exchange(config.expert_exchange, current_platform(), mesh.shape[EXPERT_AXIS])
-    region = functools.partial(
-        _on_device,
-        num_experts=weights[0].shape[0],
-        exchange=exchange,
-        receive_factor=config.receive_factor,
-        kernel_config=_KernelConfig(backend, config.dtype),
-    )
+    exchange = EXCHANGES[choose_exchange(config.expert_exchange, current_platform(), mesh.shape[EXPERT_AXIS])]
+    num_experts = weights[0].shape[0]
+
+    def on_device(
+        x_BTD: jax.Array, chosen_BTK: jax.Array, weight_BTK: jax.Array, weights: ExpertWeights
+    ) -> tuple[jax.Array, jax.Array]:
+        x_TD, chosen_TK, weight_TK = (array.reshape(-1, array.shape[-1]) for array in (x_BTD, chosen_BTK, weight_BTK))
+        plan = exchange.plan(chosen_TK, num_experts, config.receive_factor)
+        # All devices run one program, so the fullest device of the whole mesh sets the number of rounds.
+        rounds = jax.lax.pmax(plan.rounds(), TOKEN_AXES)
+        y_TD = _weighted_sums(*varying_alike(x_TD, weight_TK, weights, plan, rounds), backend, config.dtype)
+        # Along `tensor` every device has summed over its own hidden units.
+        return jax.lax.psum(y_TD, "tensor").reshape(x_BTD.shape), rounds
+
     split, weight_specs = zip(*map(shard_map_spec, weights, WEIGHT_AXES), strict=True)
     specs = TOKEN_SPEC, TOKEN_SPEC, TOKEN_SPEC, weight_specs
-    return jax.shard_map(region, in_specs=specs, out_specs=(TOKEN_SPEC, PartitionSpec()))(x_BTD, chosen_BTK, weight_BTK, split)
+    region = jax.shard_map(on_device, in_specs=specs, out_specs=(TOKEN_SPEC, PartitionSpec()))
+    return region(x_BTD, chosen_BTK, weight_BTK, split)
 
 
-def _on_device(
-    x_BTD: jax.Array,
-    chosen_BTK: jax.Array,
-    weight_BTK: jax.Array,
-    weights: ExpertWeights,
-    *,
-    num_experts: int,
-    exchange: str,
-    receive_factor: float,
-    kernel_config: _KernelConfig,
-) -> tuple[jax.Array, jax.Array]:
-    """The share of one device: its own tokens, and the experts it holds."""
-    x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    chosen_TK, weight_TK = (array.reshape(-1, array.shape[-1]) for array in (chosen_BTK, weight_BTK))
-    plan = EXCHANGES[exchange].plan(chosen_TK, num_experts, receive_factor)
-    # The fullest device of the whole mesh sets the number: all of them run one program.
-    rounds = jax.lax.pmax(plan.rounds(), TOKEN_AXES)
-    y_TD = _weighted_sums(*varying_alike(x_TD, weight_TK, weights, plan, rounds), kernel_config)
-    # Along `tensor` every device has summed over its own hidden units.
-    return jax.lax.psum(y_TD, "tensor").reshape(x_BTD.shape), rounds
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _weighted_sums(
-    x_TD: jax.Array,
-    weight_TK: jax.Array,
-    weights: ExpertWeights,
-    plan: Exchange,
-    rounds: jax.Array,
-    kernel_config: _KernelConfig,
+    x_TD: jax.Array, weight_TK: jax.Array, weights: ExpertWeights, plan: Exchange, rounds: jax.Array, backend: str, dtype: str
 ) -> jax.Array:
-    whole = _gather(weights, kernel_config)
+    """Return the weighted sums of this device's tokens, over its own hidden units: [T, D] in x's dtype."""
+    whole = _gather_weights(weights, dtype)
 
     def one_round(r: jax.Array, sum_TD: jax.Array) -> jax.Array:
-        y_RD = expert_ffn(plan.send_tokens(r, x_TD), *whole, group_sizes_E=plan.group_sizes(r), backend=kernel_config.backend)
+        y_RD = expert_ffn(plan.send_tokens(r, x_TD), *whole, group_sizes_E=plan.group_sizes(r), backend=backend)
         return sum_TD + plan.return_sums(r, y_RD, weight_TK)
 
     start = zeros_beside(x_TD, x_TD.shape, jnp.promote_types(x_TD.dtype, jnp.float32))
@@ -120,35 +90,28 @@ def _weighted_sums(
 
 
 def _over_rounds(one_round: Callable[[jax.Array, Any], Any], start: Any, plan: Exchange, rounds: jax.Array) -> Any:
-    """Folds `one_round(r, carry)` over the rounds. The first, mostly the only one, stands outside of the loop.
+    """Fold `one_round(r, carry)` over the rounds.
 
-    There the compiler can compute other things, the shared expert above all, while rows travel. Where one round is sure to
-    do there is no loop, whose body would be compiled for nothing.
+    The first round, mostly the only one, stands outside the loop, so that the compiler can overlap its communication with
+    other work, above all the shared expert. Where one round always suffices, no loop is compiled.
     """
     first = one_round(zeros_beside(rounds, (), jnp.int32), start)
     return first if plan.fits_one_round() else jax.lax.fori_loop(1, rounds, one_round, first)
 
 
-def _forward(
-    x_TD: jax.Array,
-    weight_TK: jax.Array,
-    weights: ExpertWeights,
-    plan: Exchange,
-    rounds: jax.Array,
-    kernel_config: _KernelConfig,
-) -> tuple[jax.Array, tuple]:
-    return _weighted_sums(x_TD, weight_TK, weights, plan, rounds, kernel_config), (x_TD, weight_TK, weights, plan, rounds)
+def _forward(*arguments: Any) -> tuple[jax.Array, tuple]:
+    return _weighted_sums(*arguments), arguments[:5]
 
 
-def _backward(kernel_config: _KernelConfig, residuals: tuple, dsum_TD: jax.Array) -> tuple:
+def _backward(backend: str, dtype: str, residuals: tuple, dsum_TD: jax.Array) -> tuple:
     x_TD, weight_TK, weights, plan, rounds = residuals
-    whole = _gather(weights, kernel_config)
+    whole = _gather_weights(weights, dtype)
 
-    def one_round(r: jax.Array, carry: tuple[jax.Array, jax.Array, ExpertWeights]) -> tuple:
+    def one_round(r: jax.Array, carry: tuple) -> tuple:
         dx_TD, dweight_TK, dwhole = carry
         sizes_e = plan.group_sizes(r)
         dsum_RD, weight_R = plan.send_tokens(r, dsum_TD), plan.send_choices(r, weight_TK)
-        ffn = functools.partial(expert_ffn, group_sizes_E=sizes_e, backend=kernel_config.backend)
+        ffn = functools.partial(expert_ffn, group_sizes_E=sizes_e, backend=backend)
         y_RD, transpose = jax.vjp(ffn, plan.send_tokens(r, x_TD), *whole)
         wide_RD = dsum_RD.astype(dx_TD.dtype)
         dx_RD, *more = transpose((weight_R[:, None] * wide_RD).astype(y_RD.dtype))
@@ -164,34 +127,30 @@ def _backward(kernel_config: _KernelConfig, residuals: tuple, dsum_TD: jax.Array
         tuple(zeros_beside(x_TD, w.shape, w.dtype) for w in whole),
     )
     dx_TD, dweight_TK, dwhole = _over_rounds(one_round, start, plan, rounds)
-    return dx_TD.astype(x_TD.dtype), dweight_TK, _scatter(dwhole, weights), None, None
+    # The weights' gradients, summed over the fsdp axes and split along them, in the dtype of the parameters.
+    triples = zip(dwhole, WEIGHT_AXES, weights, strict=True)
+    dweights = tuple(reduce_scatter_grad(dw, axes).astype(w.dtype) for dw, axes, w in triples)
+    return dx_TD.astype(x_TD.dtype), dweight_TK, dweights, None, None
 
 
 _weighted_sums.defvjp(_forward, _backward)
 
 
-def _gather(weights: ExpertWeights, kernel_config: _KernelConfig) -> ExpertWeights:
-    """The local experts' weights, whole along the fsdp axes."""
-    gate, up, down = (all_gather_weight(w, axes, kernel_config.dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
-    return gate, up, down
-
-
-def _scatter(dwhole: tuple[jax.Array, ...], weights: ExpertWeights) -> ExpertWeights:
-    """Their gradients, summed over the fsdp axes and split along them again, in the dtype of the parameters."""
-    triples = zip(dwhole, WEIGHT_AXES, weights, strict=True)
-    gate, up, down = (reduce_scatter_grad(dw, axes).astype(w.dtype) for dw, axes, w in triples)
-    return gate, up, down
+def _gather_weights(weights: ExpertWeights, dtype: str) -> Any:
+    """Return the local experts' weights, whole along the fsdp axes."""
+    return tuple(all_gather_weight(w, axes, dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How rows travel to the devices that hold their experts, and back: three exchanges along the `expert` axis.
+# The exchanges along the `expert` axis: rows to the devices that hold their experts, and back.
+#
+# Axes: A devices as sources of rows, Z as destinations, e local experts, R rows of a round, X features or none.
 
 
 EXPERT_AXIS = "expert"
 _ROW_TILE = 8
 
 ragged_all_to_all = jax.lax.ragged_all_to_all
-
 
 _OPTIONS = Backends(
     "expert_exchange",
@@ -202,7 +161,7 @@ _OPTIONS = Backends(
 
 
 def choose_exchange(name: str, platform: str, num_devices: int) -> str:
-    """The exchange that `name` stands for: "auto" by platform, and "local" whenever the expert axis has size 1.
+    """Return the name of the exchange: "auto" by platform, and always "local" for an expert axis of size 1.
 
     Raises:
       ValueError: if the platform does not have it.
@@ -211,52 +170,87 @@ def choose_exchange(name: str, platform: str, num_devices: int) -> str:
 
 
 def receive_rows(num_choices: int, receive_factor: float) -> int:
-    """Rows of the receive buffer: `receive_factor` times what a device sends, rounded up to a tile."""
+    """Return the rows of the receive buffer: `receive_factor` times what a device sends, rounded up to a tile."""
     return math.ceil(receive_factor * num_choices / _ROW_TILE) * _ROW_TILE
 
 
+@struct.dataclass
 class Exchange(abc.ABC):
-    """One device's view of the exchange. A row is a choice: a token on its way to one of its K experts."""
+    """An exchange as one device sees it. A row is a choice: a token on its way to one of its K experts.
+
+    Rows leave in the order of `_sent`, move with `_to_experts` and arrive sorted by expert. They come back with `_to_tokens`,
+    and `_returned` finds the row of each choice. These methods, `_gather` and `_scatter` move nothing unless overridden.
+    """
+
+    sorted: ExpertOrder  # This device's choices by (global) expert.
+    num_choices: int = struct.field(pytree_node=False)  # K.
+
+    @classmethod
+    @abc.abstractmethod
+    def plan(cls, chosen_TK: jax.Array, num_experts: int, receive_factor: float) -> Exchange:
+        """Plan the exchange of these choices, with a buffer of `receive_rows`."""
 
     @abc.abstractmethod
     def rounds(self) -> jax.Array:
-        """Rounds that this expert group needs, an int32 scalar."""
+        """Return the number of rounds that this expert group needs, an int32 scalar."""
 
     def fits_one_round(self) -> bool:
-        """Whether there is room for every choice at once, wherever they go."""
+        """Return True if one round has room for every choice under any routing."""
         return False
 
     @abc.abstractmethod
     def group_sizes(self, r: jax.Array) -> jax.Array:
-        """Rows of each local expert in round r, int32 [e]."""
+        """Return the number of rows of each local expert in round r, int32 [e]."""
 
-    @abc.abstractmethod
     def send_tokens(self, r: jax.Array, array_TX: jax.Array) -> jax.Array:
-        """The token of each row that this device receives in round r, sorted by expert: [R, X]; the rest is arbitrary."""
+        """Return the tokens that this device receives in round r, sorted by expert: [R, X]; unused rows are arbitrary."""
+        return self._to_experts(r, rows_at(self._gather(array_TX), self._sent(r) // self.num_choices))
 
-    @abc.abstractmethod
     def send_choices(self, r: jax.Array, value_TK: jax.Array) -> jax.Array:
-        """The value of each row that this device receives in round r: [R]."""
+        """Return the values of the choices that this device receives in round r: [R]."""
+        return self._to_experts(r, rows_at(self._gather(value_TK).reshape(-1), self._sent(r)))
 
-    @abc.abstractmethod
     def return_sums(self, r: jax.Array, y_RX: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
-        """Round r's rows, weighted (or not) and summed over each token's choices, back with the tokens: [T, X] float32."""
+        """Return round r's rows to their tokens, (weighted and) summed over each token's choices: [T, X] float32."""
+        row_TK, moved_TK = self._returned(r)
+        if moved_TK is not None:
+            weight_TK = moved_TK if weight_TK is None else jnp.where(moved_TK, self._gather(weight_TK), 0)
+        return self._scatter(sum_over_choices(self._to_tokens(r, y_RX), row_TK, weight_TK))
 
-    @abc.abstractmethod
     def return_choices(self, r: jax.Array, value_R: jax.Array) -> jax.Array:
-        """Round r's values back with their choices: [T, K]; zero for the choices of other rounds."""
+        """Return round r's values to their choices: [T, K]; zero for the choices of other rounds."""
+        row_TK, moved_TK = self._returned(r)
+        value_TK = rows_at(self._to_tokens(r, value_R), row_TK)
+        return self._scatter(value_TK if moved_TK is None else jnp.where(moved_TK, value_TK, 0))
+
+    def _sent(self, r: jax.Array) -> jax.Array:
+        """Return the choice in each row that is sent in round r; any choice in unused rows."""
+        return self.sorted.order
+
+    def _returned(self, r: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Return the row of each choice among those that come back, and a mask of round r's choices (None for all)."""
+        return self.sorted.inverse.reshape(-1, self.num_choices), None
+
+    def _to_experts(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
+        return rows_RX
+
+    def _to_tokens(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
+        return rows_RX
+
+    def _gather(self, array_TX: jax.Array) -> jax.Array:
+        return array_TX
+
+    def _scatter(self, partial_TX: jax.Array) -> jax.Array:
+        return partial_TX
 
 
 @struct.dataclass
 class Local(Exchange):
-    """Every expert is here."""
-
-    sorted: ExpertOrder
-    num_choices: int = struct.field(pytree_node=False)
+    """No exchange: every expert is on this device."""
 
     @classmethod
     def plan(cls, chosen_TK: jax.Array, num_experts: int, receive_factor: float) -> Local:
-        del receive_factor  # The rows are known to fit.
+        del receive_factor  # The rows always fit.
         return cls(sort_by_expert(chosen_TK, num_experts), chosen_TK.shape[1])
 
     def rounds(self) -> jax.Array:
@@ -268,112 +262,71 @@ class Local(Exchange):
     def group_sizes(self, r: jax.Array) -> jax.Array:
         return self.sorted.group_sizes_E
 
-    def send_tokens(self, r: jax.Array, array_TX: jax.Array) -> jax.Array:
-        return rows_at(array_TX, self.sorted.order // self.num_choices)
-
-    def send_choices(self, r: jax.Array, value_TK: jax.Array) -> jax.Array:
-        return rows_at(value_TK.reshape(-1), self.sorted.order)
-
-    def return_sums(self, r: jax.Array, y_RX: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
-        return sum_over_choices(y_RX, self.sorted.inverse.reshape(-1, self.num_choices), weight_TK)
-
-    def return_choices(self, r: jax.Array, value_R: jax.Array) -> jax.Array:
-        return rows_at(value_R, self.sorted.inverse).reshape(-1, self.num_choices)
-
 
 @struct.dataclass
 class Ragged(Exchange):
-    """Slices of any size, one for each pair of devices and expert."""
+    """Slices of any size, one for each pair of devices and expert, by XLA's ragged all-to-all."""
 
-    sorted: ExpertOrder
-    """This device's choices by (global) expert."""
-    counts_AZe: jax.Array
-    """The traffic of the group: rows from source A to the experts e of Z."""
-    num_choices: int = struct.field(pytree_node=False)
-    num_rows: int = struct.field(pytree_node=False)
+    counts_AZe: jax.Array  # Rows from source A to the experts e of Z.
+    num_rows: int = struct.field(pytree_node=False)  # R, rows of the receive buffer.
 
     @classmethod
     def plan(cls, chosen_TK: jax.Array, num_experts: int, receive_factor: float) -> Ragged:
         ordered = sort_by_expert(chosen_TK, num_experts)
-        return cls(ordered, _traffic(ordered), chosen_TK.shape[1], receive_rows(chosen_TK.size, receive_factor))
+        return cls(ordered, chosen_TK.shape[1], _traffic(ordered), receive_rows(chosen_TK.size, receive_factor))
 
     def rounds(self) -> jax.Array:
         return _ceil_divide(self.counts_AZe.sum((0, 2)).max(), self.num_rows)
 
     def group_sizes(self, r: jax.Array) -> jax.Array:
-        return self._slices(r).size_AZe[:, _here()].sum(0)
+        return self._slices(r)[2][:, _here()].sum(0)
 
-    def send_tokens(self, r: jax.Array, array_TX: jax.Array) -> jax.Array:
-        return self._there(r, rows_at(array_TX, self.sorted.order // self.num_choices))
+    def _to_experts(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
+        (source, destination, size), here = self._slices(r), _here()
+        return _exchange_slices(rows_RX, self.num_rows, source[here], size[here], destination[here], size[:, here])
 
-    def send_choices(self, r: jax.Array, value_TK: jax.Array) -> jax.Array:
-        return self._there(r, rows_at(value_TK.reshape(-1), self.sorted.order)[:, None])[:, 0]
+    def _to_tokens(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
+        (source, destination, size), here = self._slices(r), _here()
+        num_sent = self.sorted.order.shape[0]
+        return _exchange_slices(rows_RX, num_sent, destination[:, here], size[:, here], source[:, here], size[here])
 
-    def return_sums(self, r: jax.Array, y_RX: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
-        return sum_over_choices(self._back(r, y_RX), self.sorted.inverse.reshape(-1, self.num_choices), weight_TK)
+    def _slices(self, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return every slice's part in round r: start at the source, start at the destination, and size, [A, Z, e] each.
 
-    def return_choices(self, r: jax.Array, value_R: jax.Array) -> jax.Array:
-        return rows_at(self._back(r, value_R[:, None])[:, 0], self.sorted.inverse).reshape(-1, self.num_choices)
-
-    def _there(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
-        slices, here = self._slices(r), _here()
-        return ragged_all_to_all(
-            rows_RX,
-            zeros_beside(rows_RX, (self.num_rows, rows_RX.shape[1]), rows_RX.dtype),
-            slices.at_source_AZe[here].reshape(-1),
-            slices.size_AZe[here].reshape(-1),
-            slices.at_destination_AZe[here].reshape(-1),
-            slices.size_AZe[:, here].reshape(-1),
-            axis_name=EXPERT_AXIS,
-        )
-
-    def _back(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
-        slices, here = self._slices(r), _here()
-        return ragged_all_to_all(
-            rows_RX,
-            zeros_beside(rows_RX, (self.sorted.order.shape[0], rows_RX.shape[1]), rows_RX.dtype),
-            slices.at_destination_AZe[:, here].reshape(-1),
-            slices.size_AZe[:, here].reshape(-1),
-            slices.at_source_AZe[:, here].reshape(-1),
-            slices.size_AZe[here].reshape(-1),
-            axis_name=EXPERT_AXIS,
-        )
-
-    def _slices(self, r: jax.Array) -> _Slices:
-        """The part of every slice that round r moves: the rows whose number at the receiver lies in [r R, (r + 1) R)."""
+        Round r moves the rows whose number at the receiver lies in [r R, (r + 1) R).
+        """
         counts_AZe = self.counts_AZe
         first = r * self.num_rows
         start_AZe = _starts(counts_AZe.transpose(1, 2, 0)).transpose(2, 0, 1)  # Receivers count by expert, then source.
         low_AZe = jnp.clip(first - start_AZe, 0, counts_AZe)
         size_AZe = jnp.clip(first + self.num_rows - start_AZe, 0, counts_AZe) - low_AZe
-        # A slice of no rows may point anywhere, but it must point into the array.
-        at_source_AZe = jnp.where(size_AZe > 0, _starts(counts_AZe) + low_AZe, 0)
-        at_destination_AZe = jnp.where(size_AZe > 0, start_AZe + low_AZe - first, 0)
-        return _Slices(at_source_AZe, at_destination_AZe, size_AZe)
+        # Even an empty slice must start inside of the array.
+        source_AZe = jnp.where(size_AZe > 0, _starts(counts_AZe) + low_AZe, 0)
+        destination_AZe = jnp.where(size_AZe > 0, start_AZe + low_AZe - first, 0)
+        return source_AZe, destination_AZe, size_AZe
 
 
-@struct.dataclass
-class _Slices:
-    at_source_AZe: jax.Array
-    at_destination_AZe: jax.Array
-    size_AZe: jax.Array
+def _exchange_slices(rows_RX: jax.Array, num_rows: int, *offsets_and_sizes: jax.Array) -> jax.Array:
+    """Return what this device receives, `num_rows` rows; offsets and sizes as `ragged_all_to_all` takes them."""
+    if rows_RX.ndim == 1:
+        return _exchange_slices(rows_RX[:, None], num_rows, *offsets_and_sizes)[:, 0]
+    received_RX = zeros_beside(rows_RX, (num_rows, rows_RX.shape[1]), rows_RX.dtype)
+    return ragged_all_to_all(rows_RX, received_RX, *(part.reshape(-1) for part in offsets_and_sizes), axis_name=EXPERT_AXIS)
 
 
 @struct.dataclass
 class Dense(Exchange):
-    """A block of B rows for each pair of devices, padded; the receiver sorts what it gets."""
+    """A block of B rows, padded, for each pair of devices; the receiver sorts what it gets by expert."""
 
-    sorted: ExpertOrder
-    counts_AZe: jax.Array
-    num_choices: int = struct.field(pytree_node=False)
-    block: int = struct.field(pytree_node=False)
+    counts_AZe: jax.Array  # Rows from source A to the experts e of Z.
+    block: int = struct.field(pytree_node=False)  # B.
 
     @classmethod
     def plan(cls, chosen_TK: jax.Array, num_experts: int, receive_factor: float) -> Dense:
         ordered = sort_by_expert(chosen_TK, num_experts)
         counts_AZe = _traffic(ordered)
         rows = receive_rows(chosen_TK.size, receive_factor)
-        return cls(ordered, counts_AZe, chosen_TK.shape[1], -(-rows // counts_AZe.shape[0]))
+        return cls(ordered, chosen_TK.shape[1], counts_AZe, -(-rows // counts_AZe.shape[0]))
 
     def rounds(self) -> jax.Array:
         return _ceil_divide(self.counts_AZe.sum(2).max(), self.block)
@@ -381,36 +334,25 @@ class Dense(Exchange):
     def group_sizes(self, r: jax.Array) -> jax.Array:
         return self._received(r).group_sizes_E[:-1]
 
-    def send_tokens(self, r: jax.Array, array_TX: jax.Array) -> jax.Array:
-        return rows_at(self._swap(rows_at(array_TX, self._sent(r) // self.num_choices)), self._received(r).order)
+    def _to_experts(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
+        return rows_at(self._swap(rows_RX), self._received(r).order)
 
-    def send_choices(self, r: jax.Array, value_TK: jax.Array) -> jax.Array:
-        return rows_at(self._swap(rows_at(value_TK.reshape(-1), self._sent(r))), self._received(r).order)
-
-    def return_sums(self, r: jax.Array, y_RX: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
-        sent_TK, moved_TK = self._place_sent(r)
-        weight_TK = moved_TK if weight_TK is None else jnp.where(moved_TK, weight_TK, 0)
-        return sum_over_choices(self._swap(rows_at(y_RX, self._received(r).inverse)), sent_TK, weight_TK)
-
-    def return_choices(self, r: jax.Array, value_R: jax.Array) -> jax.Array:
-        sent_TK, moved_TK = self._place_sent(r)
-        return jnp.where(moved_TK, rows_at(self._swap(rows_at(value_R, self._received(r).inverse)), sent_TK), 0)
+    def _to_tokens(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
+        return self._swap(rows_at(rows_RX, self._received(r).inverse))
 
     def _swap(self, rows: jax.Array) -> jax.Array:
-        """Block z of rows [Z * B, ...] to device z; block a of the result is from device a. Its own inverse."""
+        """Send block z of rows [Z * B, ...] to device z; block a of the result is from device a. Its own inverse."""
         return jax.lax.all_to_all(rows, EXPERT_AXIS, 0, 0, tiled=True)
 
     def _start_Z(self) -> jax.Array:
         return _starts(self.counts_AZe[_here()].sum(1))
 
     def _sent(self, r: jax.Array) -> jax.Array:
-        """The choice in every place of the blocks that this device sends: int32 [Z * B]; some choice where there is none."""
-        place_ZB = self._start_Z()[:, None] + r * self.block + jnp.arange(self.block)
+        row_ZB = self._start_Z()[:, None] + r * self.block + jnp.arange(self.block)
         order = self.sorted.order
-        return rows_at(order, jnp.minimum(place_ZB.reshape(-1), order.shape[0] - 1))
+        return rows_at(order, jnp.minimum(row_ZB.reshape(-1), order.shape[0] - 1))
 
-    def _place_sent(self, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The place of each choice among the blocks, and whether it is in those of round r."""
+    def _returned(self, r: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         end_Z = jnp.cumsum(self.counts_AZe[_here()].sum(1))
         inverse = self.sorted.inverse.reshape(-1, self.num_choices)
         to_TK = jnp.searchsorted(end_Z, inverse, side="right", method="compare_all").astype(jnp.int32)
@@ -419,31 +361,29 @@ class Dense(Exchange):
         return jnp.where(moved_TK, to_TK * self.block + within_TK, 0), moved_TK
 
     def _received(self, r: jax.Array) -> ExpertOrder:
-        """The order that sorts the blocks received in round r by expert; the padding counts as one more expert, the last."""
+        """Return the order by expert of the blocks received in round r; the padding counts as one more expert, the last."""
         end_Ae = jnp.cumsum(self.counts_AZe[:, _here()], axis=1)
-        place_B = r * self.block + jnp.arange(self.block)
-        expert_AB = jnp.sum(end_Ae[:, None] <= place_B[:, None], axis=2, dtype=jnp.int32)
+        row_B = r * self.block + jnp.arange(self.block)
+        expert_AB = jnp.sum(end_Ae[:, None] <= row_B[:, None], axis=2, dtype=jnp.int32)
         return sort_by_expert(expert_AB, end_Ae.shape[1] + 1)
 
 
 @struct.dataclass
 class AllGatherExchange(Exchange):
-    """Every device sees the tokens of its whole group, works on the rows of its experts, and the sums are scattered."""
+    """All-gather of the group's tokens, and reduce-scatter of the sums that each device's experts add to them.
 
-    sorted: ExpertOrder
-    """The group's choices by local expert, those for other devices last."""
-    num_devices: int = struct.field(pytree_node=False)
-    num_choices: int = struct.field(pytree_node=False)
-    num_rows: int = struct.field(pytree_node=False)
+    `sorted` holds the whole group's choices by local expert, those for other devices last.
+    """
+
+    num_rows: int = struct.field(pytree_node=False)  # R, rows of a round.
 
     @classmethod
     def plan(cls, chosen_TK: jax.Array, num_experts: int, receive_factor: float) -> AllGatherExchange:
-        num_devices = jax.lax.axis_size(EXPERT_AXIS)
-        local = num_experts // num_devices
+        local = num_experts // jax.lax.axis_size(EXPERT_AXIS)
         expert = jax.lax.all_gather(chosen_TK, EXPERT_AXIS, tiled=True) - _here() * local
         expert = jnp.where((expert >= 0) & (expert < local), expert, local)
         rows = receive_rows(chosen_TK.size, receive_factor)
-        return cls(sort_by_expert(expert, local + 1), num_devices, chosen_TK.shape[1], rows)
+        return cls(sort_by_expert(expert, local + 1), chosen_TK.shape[1], rows)
 
     def rounds(self) -> jax.Array:
         mine = self.sorted.group_sizes_E[:-1].sum()
@@ -456,59 +396,42 @@ class AllGatherExchange(Exchange):
         sizes_e = self.sorted.group_sizes_E[:-1]
         end_e = jnp.cumsum(sizes_e)
         first = r * self.num_rows
-        return (jnp.clip(end_e, first, first + self.num_rows) - jnp.clip(end_e - sizes_e, first, first + self.num_rows)).astype(
-            jnp.int32
-        )
+        last = first + self.num_rows
+        return (jnp.clip(end_e, first, last) - jnp.clip(end_e - sizes_e, first, last)).astype(jnp.int32)
 
-    def send_tokens(self, r: jax.Array, array_TX: jax.Array) -> jax.Array:
-        return rows_at(jax.lax.all_gather(array_TX, EXPERT_AXIS, tiled=True), self._choices(r) // self.num_choices)
+    def _gather(self, array_TX: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(array_TX, EXPERT_AXIS, tiled=True)
 
-    def send_choices(self, r: jax.Array, value_TK: jax.Array) -> jax.Array:
-        return rows_at(jax.lax.all_gather(value_TK, EXPERT_AXIS, tiled=True).reshape(-1), self._choices(r))
+    def _scatter(self, partial_TX: jax.Array) -> jax.Array:
+        return jax.lax.psum_scatter(partial_TX, EXPERT_AXIS, scatter_dimension=0, tiled=True)
 
-    def return_sums(self, r: jax.Array, y_RX: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
-        row_TK, mine_TK = self._rows(r)
-        if weight_TK is None:
-            weight_TK = mine_TK
-        else:
-            weight_TK = jnp.where(mine_TK, jax.lax.all_gather(weight_TK, EXPERT_AXIS, tiled=True), 0)
-        return self._scatter(sum_over_choices(y_RX, row_TK, weight_TK))
-
-    def return_choices(self, r: jax.Array, value_R: jax.Array) -> jax.Array:
-        row_TK, mine_TK = self._rows(r)
-        return self._scatter(jnp.where(mine_TK, rows_at(value_R, row_TK), 0))
-
-    def _scatter(self, partial: jax.Array) -> jax.Array:
-        return jax.lax.psum_scatter(partial, EXPERT_AXIS, scatter_dimension=0, tiled=True)
-
-    def _choices(self, r: jax.Array) -> jax.Array:
-        """The choice, among the group's, of every row of round r; some choice where there is none."""
+    def _sent(self, r: jax.Array) -> jax.Array:
         order = self.sorted.order
         return rows_at(order, jnp.minimum(r * self.num_rows + jnp.arange(self.num_rows), order.shape[0] - 1))
 
-    def _rows(self, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The row of each of the group's choices, and whether it is one of this device's in round r."""
-        place = self.sorted.inverse.reshape(-1, self.num_choices)
-        row = place - r * self.num_rows
-        mine = (row >= 0) & (row < self.num_rows) & (place < self.sorted.group_sizes_E[:-1].sum())
-        return jnp.where(mine, row, 0), mine
+    def _returned(self, r: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        sorted_TK = self.sorted.inverse.reshape(-1, self.num_choices)
+        row_TK = sorted_TK - r * self.num_rows
+        mine_TK = (row_TK >= 0) & (row_TK < self.num_rows) & (sorted_TK < self.sorted.group_sizes_E[:-1].sum())
+        return jnp.where(mine_TK, row_TK, 0), mine_TK
 
 
-EXCHANGES: dict[str, Any] = {"local": Local, "ragged": Ragged, "dense": Dense, "all_gather": AllGatherExchange}
+EXCHANGES: dict[str, type[Exchange]] = {"local": Local, "ragged": Ragged, "dense": Dense, "all_gather": AllGatherExchange}
 
 
 def _here() -> jax.Array:
+    """Return the index of this device along the expert axis."""
     return jax.lax.axis_index(EXPERT_AXIS)
 
 
 def _traffic(ordered: ExpertOrder) -> jax.Array:
-    """Everybody's rows for everybody's experts, int32 [A, Z, e]."""
+    """Return the number of rows from every device to every expert, int32 [A, Z, e]."""
     counts_AE = jax.lax.all_gather(ordered.group_sizes_E, EXPERT_AXIS)
     return counts_AE.reshape(counts_AE.shape[0], counts_AE.shape[0], -1)
 
 
 def _starts(sizes: jax.Array) -> jax.Array:
-    """Exclusive running sum over all axes but the first, or over the only one."""
+    """Return the exclusive running sum over all axes but the first, or over the only one, int32."""
     flat = sizes.reshape(sizes.shape[0], -1) if sizes.ndim > 1 else sizes
     return (jnp.cumsum(flat, axis=-1) - flat).reshape(sizes.shape).astype(jnp.int32)
 

@@ -1,7 +1,7 @@
-"""Where every array lives: logical axis names to mesh axes, and nothing left to chance.
+"""Sharding of arrays: rules from logical axis names to mesh axes, and layers over split weights.
 
-Parameters name their logical axes where they are created (`nn.with_logical_partitioning`). Flax leaves a name without a
-rule unsharded and drops a mesh axis that comes twice, both in silence; `spec` raises instead, naming the parameter.
+Parameters name their logical axes where they are created (`nn.with_logical_partitioning`). Flax silently leaves a name without
+a rule unsharded and drops a mesh axis that occurs twice; `ShardingRules.spec` raises an error that names the parameter.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from dsv3_jax.kernels.vma import varying_axes, varying_over
 from dsv3_jax.parallel.mesh import AXES, BATCH_AXES, current_mesh
 
 FSDP_AXES = "fsdp", "expert", "context"
-"""The axes along which dense parameters are split; each layer's are gathered when it runs."""
+"""Mesh axes along which dense parameters are split; a layer's parameters are gathered when it runs."""
 EXPERT_FSDP_AXES = "fsdp", "context"
-"""The same for the weights of routed experts, whose experts the `expert` axis already splits."""
+"""The same for the weights of routed experts, which the `expert` axis already splits by expert."""
 
 TOKEN_SPEC = PartitionSpec(BATCH_AXES, "context")
 """[B, T, ...]: the leading axes of every activation."""
 
 MICRO_BATCHES = PartitionSpec(None, *TOKEN_SPEC)
-"""[A, B, T]: the micro-batches of a step, each split as the next."""
+"""[A, B, T]: the micro-batches of a step, each split as `TOKEN_SPEC`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """The mesh axes that each logical axis is split along; () for none."""
+    """Mesh axes that each logical axis is split along; () for none."""
 
-    # What a dense weight is split along: the residual stream's width, or the latent that it takes in.
+    # Fully sharded dense weights: the width of the residual stream, and the width of a latent that is read.
     embed: tuple[str, ...] = FSDP_AXES
     latent: tuple[str, ...] = FSDP_AXES
     mtp_in: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class ShardingRules:
     experts: tuple[str, ...] = ("expert",)
     expert_embed: tuple[str, ...] = EXPERT_FSDP_AXES
     expert_mlp: tuple[str, ...] = ("tensor",)
-    # Small, or a part of something that is split already.
+    # Small, or in an array that another axis splits.
     layers: tuple[str, ...] = ()
     norm: tuple[str, ...] = ()
     router: tuple[str, ...] = ()
@@ -53,14 +53,10 @@ class ShardingRules:
     head_dim: tuple[str, ...] = ()
 
     def spec(self, names: tuple[str, ...], where: str = "an array") -> PartitionSpec:
-        """The PartitionSpec of an array with these logical axes.
-
-        Args:
-          names: one logical name for each dimension.
-          where: what the array is called in errors.
+        """Return the PartitionSpec of an array with these logical axes, one for each dimension.
 
         Raises:
-          ValueError: naming `where`, on a name without a rule, a rule with an unknown mesh axis, or a mesh axis used twice.
+          ValueError: naming the array (`where`), for a name without a rule, an unknown mesh axis or one that is used twice.
         """
         parts: list[tuple[str, ...]] = []
         for name in names:
@@ -82,46 +78,44 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
-"""Those of training, where a gathered weight is used by a whole batch, and of checkpoints."""
+"""Rules of training, where a whole batch uses each gathered weight, and of checkpoints."""
 
 SERVING = dataclasses.replace(RULES, embed=EXPERT_FSDP_AXES, latent=EXPERT_FSDP_AXES)
-"""Those of generation: a step of a few tokens would move more weights than it reads, so dense ones are whole along `expert`."""
+"""Rules of generation. A decoding step would gather more bytes than it reads, so dense weights are whole along `expert`."""
 
 use_rules = jax.make_user_context(RULES)
-"""`with use_rules(SERVING): ...` as `jax.set_mesh` sets the mesh; a program is traced anew under other rules."""
+"""Context that sets the rules: `with use_rules(SERVING): ...`. As with `jax.set_mesh`, other rules retrace a program."""
 
 
 def current_rules() -> ShardingRules:
-    """The rules of the program at hand."""
+    """Return the rules of the current context."""
     return use_rules.value
 
 
 def check_divides(shape: tuple[int, ...], spec: PartitionSpec, sizes: Mapping[str, int], where: str) -> None:
-    """Raises ValueError, naming `where`, if a dimension is not a multiple of the mesh axes it is split along."""
+    """Raise ValueError, naming `where`, unless every dimension is a multiple of the mesh axes it is split along."""
     for i, (size, part) in enumerate(zip(shape, spec, strict=True)):
         axes = () if part is None else (part,) if isinstance(part, str) else part
-        places = math.prod(sizes[axis] for axis in axes)
-        if size % places:
+        parts = math.prod(sizes[axis] for axis in axes)
+        if size % parts:
             split = " * ".join(f"{axis} ({sizes[axis]})" for axis in axes)
             raise ValueError(
-                f"{where} {list(shape)}: dimension {i} ({size}) is no multiple of {split} = {places}; make these mesh axes "
+                f"{where} {list(shape)}: dimension {i} ({size}) is no multiple of {split} = {parts}; make these mesh axes "
                 "smaller, for instance by moving a factor to mesh.data"
             )
 
 
 def named_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULES) -> Any:
-    """The sharding of every array of a tree.
+    """Return the NamedSharding of every array of a tree.
 
     Args:
       axes: tree with tuples of logical names as leaves.
       shapes: tree of the same structure, of arrays or their shapes.
-      mesh: the mesh.
-      rules: logical to mesh axes.
+      mesh, rules: a mesh from `make_mesh`, and its rules.
 
     Raises:
       ValueError: naming the array, as `ShardingRules.spec` and `check_divides`.
     """
-
     if tuple(mesh.axis_names) != AXES:
         raise ValueError(
             f"the mesh has axes {mesh.axis_names}; make it with dsv3_jax.parallel.mesh.make_mesh: its axes are {AXES}"
@@ -137,36 +131,36 @@ def named_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh, rules: Sh
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Inside a program: where activations live, and how a layer works with weights that are split over the mesh.
+# Inside a program: the sharding of activations, and products with weights that are split over the mesh.
 
 
 Weight = jax.Array | QuantizedArray
 
 
 def place_tokens(x: jax.Array) -> jax.Array:
-    """An activation [B, T, ...], its tokens split over the token axes and its other dimensions whole."""
+    """Constrain an activation [B, T, ...] to `TOKEN_SPEC`: its tokens split over the token axes, its features whole."""
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, TOKEN_SPEC)
 
 
-def project(x: jax.Array, kernel: Weight, names: tuple[str, ...], *, num_in: int = 1, **how: Any) -> jax.Array:
-    """Contracts the last `num_in` axes of x with the first `num_in` of a dense kernel, in x's dtype.
+def project(x: jax.Array, kernel: Weight, names: tuple[str, ...], *, num_in: int = 1, **options: Any) -> jax.Array:
+    """Contract the last `num_in` axes of x with the first `num_in` axes of a dense kernel, in x's dtype.
 
-    On a mesh every device has its own tokens; the kernel is gathered along the fsdp axes in x's dtype (or in its 8 bits), its
-    gradient leaves by reduce-scatter, and what `tensor` splits stays split, or is summed if it is contracted.
+    On a mesh every device keeps its own tokens. The kernel is gathered along the fsdp axes in x's dtype (or in its 8 bits), and
+    its gradient leaves by reduce-scatter. Axes split along `tensor` stay split; if one is contracted, the results are summed.
 
     Args:
-      x: [B, T, ...] (on one device any array).
-      kernel: split as its logical axes say.
-      names: its logical axes.
-      num_in: how many of them are contracted.
-      **how: for `jax.lax.dot_general`.
+      x: [B, T, ...] (without a mesh any array).
+      kernel, names: a weight, split as its logical axes say, and these axes.
+      num_in: number of contracted axes.
+      **options: of `jax.lax.dot_general`.
     """
     if current_mesh() is None:
-        return _contract(x, kernel, num_in, how)
-    split = [_along_tensor(name) for name in names]
+        return _contract(x, kernel, num_in, options)
+    split = ["tensor" if "tensor" in getattr(current_rules(), name) else None for name in names]
 
     def on_device(x: jax.Array, kernel: Weight) -> jax.Array:
-        y = _contract(x, all_gather_weight(varying_over(kernel, varying_axes(x)), names, x.dtype), num_in, how)
+        whole = all_gather_weight(varying_over(kernel, varying_axes(x)), names, x.dtype)
+        y = _contract(x, whole, num_in, options)
         return jax.lax.psum(y, "tensor") if "tensor" in split[:num_in] else y
 
     kernel, kernel_spec = shard_map_spec(kernel, names)
@@ -174,55 +168,44 @@ def project(x: jax.Array, kernel: Weight, names: tuple[str, ...], *, num_in: int
     return jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(*TOKEN_SPEC, *split[num_in:]))(x, kernel)
 
 
-def _contract(x: jax.Array, kernel: Weight, num_in: int, how: dict[str, Any]) -> jax.Array:
+def _contract(x: jax.Array, kernel: Weight, num_in: int, options: dict[str, Any]) -> jax.Array:
     axes = tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in))
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())), **how)
-
-
-def _along_tensor(name: str) -> str | None:
-    return "tensor" if "tensor" in getattr(current_rules(), name) else None
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())), **options)
 
 
 def shard_map_spec(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
-    """A weight as it enters a region of `jax.shard_map`, and the specs that split it there as its logical axes say.
+    """Return a weight for a `jax.shard_map` region, and its spec there.
 
-    Scales of a weight in 8 bits are split as its values are. Where an edge cuts blocks, they are divided first, into blocks of
-    the same scale that end at the edge.
+    The scales of a weight in 8 bits are split as its values. Where a device's part ends within a block, all blocks are first
+    divided into smaller ones, with the same scales, that end where the part does.
     """
+    rules, mesh = current_rules(), current_mesh()
     if not isinstance(weight, QuantizedArray):
-        return weight, current_rules().spec(names)
+        return weight, rules.spec(names)
+    assert mesh is not None
     scale_names = _scale_names(weight, names)
-    by_axis = zip(weight.block, weight.matrix_shape, scale_names[-2:], strict=True)
-    rows, columns = (_ending_at_edges(block, size, _num_parts(name)) for block, size, name in by_axis)
-    weight = weight.with_blocks((rows, columns))
-    rules = current_rules()
+    blocks = []
+    for block, size, name in zip(weight.block, weight.matrix_shape, scale_names[-2:], strict=True):
+        parts = math.prod(mesh.shape[axis] for axis in getattr(rules, name))
+        # The largest size that divides both a block and a part; an undivided matrix may end within a block.
+        blocks.append(block if parts == 1 else math.gcd(block, size // parts))
+    weight = weight.with_blocks((blocks[0], blocks[1]))
     specs: Any = {"values": rules.spec(names), "scale_inv": rules.spec(scale_names)}
     return weight, dataclasses.replace(weight, **specs)
 
 
 def _scale_names(weight: QuantizedArray, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The logical axes of its scales: those of the stack, and the first of the inputs and of the outputs."""
+    """Return the logical axes of its scales: those of the stack, and the first input and output axis."""
     first_out = weight.depth + weight.num_in
     more, rules = names[weight.depth + 1 : first_out] + names[first_out + 1 :], current_rules()
     assert not any(getattr(rules, name) for name in more), f"{names}: only the first input and output axis can be split"
     return *names[: weight.depth + 1], names[first_out]
 
 
-def _ending_at_edges(block: int, size: int, parts: int) -> int:
-    """The largest block that divides `block` and each of `parts` equal parts of `size`; one part may end within a block."""
-    return block if parts == 1 else math.gcd(block, size // parts)
-
-
-def _num_parts(name: str) -> int:
-    mesh = current_mesh()
-    assert mesh is not None
-    return math.prod(mesh.shape[axis] for axis in getattr(current_rules(), name))
-
-
 def all_gather_weight(part: Weight, names: tuple[str, ...], dtype: Any) -> Any:
-    """Inside `jax.shard_map`: a weight cast to `dtype` and made whole along the fsdp axes. Its transpose sums and scatters.
+    """Inside `jax.shard_map`: cast a weight to `dtype` and gather it along the fsdp axes; its transpose reduce-scatters.
 
-    One in 8 bits travels and stays in them.
+    A weight in 8 bits is gathered, and returned, in 8 bits.
     """
     if isinstance(part, QuantizedArray):
         scale_inv = _gathered(part.scale_inv, _scale_names(part, names))
@@ -232,28 +215,28 @@ def all_gather_weight(part: Weight, names: tuple[str, ...], dtype: Any) -> Any:
 
 def _gathered(part: jax.Array, names: tuple[str, ...]) -> jax.Array:
     for dimension, axes in _fsdp_splits(names):
-        for axis in reversed(axes):  # The first of them is the outermost.
+        for axis in reversed(axes):  # The first axis is the outermost.
             part = jax.lax.all_gather(part, axis, axis=dimension, tiled=True)
     return part
 
 
 def _rounded(part: jax.Array, dtype: Any) -> jax.Array:
-    """`part` in `dtype`. The TPU compiler would move a plain cast ahead of the loop over layers, and keep a copy of all."""
+    # The TPU compiler would move a plain cast out of the loop over layers, and store a second copy of all of them.
     to, of = jnp.finfo(dtype), jnp.finfo(part.dtype)
     if to.nmant < of.nmant:
         part = jax.lax.reduce_precision(part, to.nexp, to.nmant)
     return part.astype(dtype)
 
 
-def reduce_scatter_grad(array: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """Inside `jax.shard_map`: this device's part of the sum, over the fsdp axes, of everybody's gradient of a whole weight."""
+def reduce_scatter_grad(gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """Inside `jax.shard_map`: sum the devices' gradients of a gathered weight over the fsdp axes, return this device's part."""
     for dimension, axes in _fsdp_splits(names):
         for axis in axes:
-            array = jax.lax.psum_scatter(array, axis, scatter_dimension=dimension, tiled=True)
-    return array
+            gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dimension, tiled=True)
+    return gradient
 
 
 def _fsdp_splits(names: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
-    """The dimensions of a weight that are split for want of room; that experts are split is no such thing."""
-    splits = {FSDP_AXES, EXPERT_FSDP_AXES}
-    return [(dimension, axes) for dimension, name in enumerate(names) if (axes := getattr(current_rules(), name)) in splits]
+    """Return the dimensions that are split to save memory, and their mesh axes; a split by experts is not among them."""
+    splits = [(dimension, getattr(current_rules(), name)) for dimension, name in enumerate(names)]
+    return [(dimension, axes) for dimension, axes in splits if axes in (FSDP_AXES, EXPERT_FSDP_AXES)]

@@ -41,7 +41,7 @@ def two_documents() -> np.ndarray:
 
 
 def alone(config: ModelConfig, tokens_BT: np.ndarray) -> reference_model.Reference:
-    """What the numpy model makes of these tokens, as one document."""
+    """Result of the numpy model for these tokens, as one document."""
     return reference_model.forward(published(config), oracle_tensors(config, random_variables(config)), tokens_BT)
 
 

@@ -68,7 +68,7 @@ def in_pieces(config: ModelConfig, params: Any, x_BTD: np.ndarray, pieces: list[
 def test_values_and_gradients(name: str, absorbed: bool) -> None:
     """Both forms over a whole sequence, what they leave for the cache, and every parameter's gradient.
 
-    The norms of the latents have their own epsilon, 1e-6, whatever the config says; the rotary key passes no norm.
+    The norms of the latents have their own epsilon, 1e-6, not the config's; the rotary key passes no norm.
     """
     config = CONFIGS[name]
     params, tensors = layer_of(config)

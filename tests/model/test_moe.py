@@ -1,4 +1,4 @@
-"""The MoE feed-forward against every token at every expert in float64: nothing is dropped, whatever the load."""
+"""The MoE feed-forward against every token at every expert in float64: nothing is dropped under any load."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_everything_to_one_expert() -> None:
 
 
 def shared_of(layer: Tree) -> dict[str, np.ndarray]:
-    """What a token would get whose expert dropped it."""
+    """Output for a token that its expert dropped."""
     shared = layer["params"]["shared_experts"]
     return {f"shared_experts.{name}.weight": np.float64(leaf["kernel"]).T for name, leaf in shared.items()}
 

@@ -39,7 +39,7 @@ def test_neighbouring_pairs_turn() -> None:
 
 
 def test_pairs_are_complex_numbers_times_a_phase() -> None:
-    """Pair j at position p turns by p * theta^(-2j/P); every sequence at positions of its own, every head alike."""
+    """Pair j at position p turns by p * theta^(-2j/P); every sequence has its own positions, all heads the same."""
     positions_BT = np.array([[0, 1, 2], [5, 40, 7]])
     x_BTNP = normal(2, 3, 4, 8)
     found = apply_rope(x_BTNP, rope_angles(PLAIN, positions_BT))
@@ -115,7 +115,7 @@ FACTOR_8 = 0.1 * math.log(8)
     ],
 )
 def test_amplitude(mscale: float | None, mscale_all_dim: float | None, expected: float) -> None:
-    """m(mscale) / m(mscale_all_dim), and m(1) where either is missing; it scales cos and sin alike."""
+    """m(mscale) / m(mscale_all_dim), and m(1) where either is missing; it scales both cos and sin."""
     scaling = RopeScaling(factor=8.0, mscale=mscale, mscale_all_dim=mscale_all_dim)
     config = dataclasses.replace(PLAIN, rope_scaling=scaling)
     assert magnitude(config) == pytest.approx(expected, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Stacks of blocks: scanned as unrolled, and the same gradient whatever the backward pass recomputes."""
+"""Stacks of blocks: scanned as unrolled, and the same gradient under every setting of `remat`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.rope import rope_angles
-from dsv3_jax.model.transformer import Block, rematerialised, run_scanned, run_unrolled, stack_sizes, unstack
+from dsv3_jax.model.transformer import Block, rematerialised, run_stacks, stack_sizes, unstack
 from tests.model.tiny import CONFIG, DENSE_ONLY, MOE_ONLY, random_variables
 from tests.tolerances import TOLERANCE
 
@@ -33,10 +33,8 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, h_BTD: jax.Array) -> tuple[jax.Array, Any]:
         turns = rope_angles(self.config, jnp.arange(h_BTD.shape[1])[None])
-        run = run_unrolled if self.unrolled else run_scanned
-        return run(
-            self.config, "moe_layers", self.config.num_moe_layers, h_BTD, None, turns, None, return_intermediates=("hidden",)
-        )
+        config = dataclasses.replace(self.config, first_k_dense_replace=0, num_hidden_layers=self.config.num_moe_layers)
+        return run_stacks(config, h_BTD, None, turns, unrolled=self.unrolled, return_intermediates=("hidden",))
 
 
 def states(seed: int = 0) -> np.ndarray:
@@ -90,14 +88,14 @@ def test_recomputing_changes_nothing(remat: str) -> None:
 
 
 def printed_residuals(capsys: pytest.CaptureFixture, function: Any, *args: Any) -> list[str]:
-    """One line for each array that the forward pass keeps, beside its own arguments and constants."""
+    """One line for each array that the forward pass keeps, except arguments and constants."""
     jax.ad_checkpoint.print_saved_residuals(function, *args)
     lines = capsys.readouterr().out.strip().splitlines()
     return [line for line in lines if "from the argument" not in line and "from a constant" not in line]
 
 
 Q, C_AND_P, D = 10, 18, 24
-"""Widths of what "save_latents" names: c_q, c_kv beside k_r, and the FFN's input."""
+"""Widths of what "save_latents" names: c_q, c_kv with k_r, and the FFN's input."""
 
 
 @pytest.mark.parametrize(

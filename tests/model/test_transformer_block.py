@@ -57,7 +57,7 @@ def test_block(moe: bool) -> None:
 
 
 def test_nothing_is_kept_unasked() -> None:
-    """What no one asked for would be stacked over 61 layers."""
+    """Unrequested outputs would be stacked over 61 layers."""
     shapes = {}
     for moe in (False, True):
         block = Block(CONFIG, moe)

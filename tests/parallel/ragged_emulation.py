@@ -13,9 +13,9 @@ from dsv3_jax.parallel import all_to_all
 
 
 def emulate_ragged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the exchange one that runs on a CPU as well, and may be chosen there by its name."""
+    """Let the ragged exchange run on a CPU, and be chosen there by name."""
     monkeypatch.setattr(all_to_all, "ragged_all_to_all", emulated_ragged_all_to_all)
-    monkeypatch.setattr(all_to_all, "_CHOICE", all_to_all._CHOICE._replace(only_on={"ragged": ("cpu", "gpu", "tpu")}))
+    monkeypatch.setattr(all_to_all, "_OPTIONS", all_to_all._OPTIONS._replace(only_on={"ragged": ("cpu", "gpu", "tpu")}))
 
 
 def emulated_ragged_all_to_all(

@@ -97,7 +97,7 @@ def check(sizes: str, exchange: str, factor: float, chosen: np.ndarray) -> int:
     return int(rounds)
 
 
-# Of these the tests below have "fsdp, expert" with every exchange; on "fsdp" nothing travels, whatever its name.
+# Of these the tests below have "fsdp, expert" with every exchange; on "fsdp" nothing travels in any exchange.
 COVER = {("fsdp", "dense"), ("expert", "ragged"), ("data, expert, tensor", "all_gather"), ("context, expert, tensor", "dense")}
 
 

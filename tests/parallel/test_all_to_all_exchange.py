@@ -39,7 +39,7 @@ def routings() -> dict[str, np.ndarray]:
 
 @functools.cache
 def program(name: str, factor: float, rounds: int):
-    """What a device receives in each round, and the sums that come back when every row is answered by its expert's number."""
+    """Rows received in each round, and the returned sums if the answer to every row is its expert's number."""
     mesh = make_mesh(MeshConfig(data=2, expert=X))
 
     def on_device(token_T1: jax.Array, chosen_TK: jax.Array, weight_TK: jax.Array) -> tuple[jax.Array, ...]:
@@ -117,7 +117,7 @@ def test_choice_of_an_exchange() -> None:
 
 def test_an_exchange_that_a_platform_has_not_is_refused_by_name() -> None:
     assert choose_exchange("ragged", "gpu", 8) == choose_exchange("ragged", "tpu", 8) == "ragged"
-    refusal = "expert_exchange 'ragged' runs on gpu or tpu only, and this program is for cpu; use 'auto' or 'dense' or 'ring'"
+    refusal = "expert_exchange 'ragged' runs on gpu or tpu only, and this program is for cpu; use 'auto' or 'dense' or 'all_g"
     with pytest.raises(ValueError, match=refusal):
         choose_exchange("ragged", "cpu", 8)
 

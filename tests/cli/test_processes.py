@@ -146,12 +146,11 @@ def _wait_for_steps(run: Path, children: list[subprocess.Popen]) -> None:
     until = time.monotonic() + 200
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 3:
         assert time.monotonic() < until
-        assert [child.poll() for child in children] == [None, None]
+        assert [child.poll() for child in children] == [None, None], [child.communicate() for child in children if child.poll()]
         time.sleep(0.1)
 
 
-@pytest.mark.nightly  # Of one of them tests/slow/test_kills.py has it as well.
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_process_that_dies_takes_the_others_along(workplace: Path, dead: int) -> None:
     run = workplace / "runs" / f"dead_{dead}"
     endless = "--train.steps", "100000", "--train.eval-every", "0", "--checkpoint.every", "5"

@@ -153,7 +153,10 @@ def final_state(run: Path, steps: int) -> Any:
         pytest.param(
             *("eight_devices", ON_EIGHT, {"processes": 1, "devices": 8, "every": 20}, KILLS), marks=pytest.mark.nightly
         ),
-        ("two_processes", ON_TWO, {"processes": 2, "devices": 1, "every": 10}, (KILLS + 3) // 4),
+        # That a process takes the other along, and that two continue, tests/cli/test_processes.py has as well.
+        pytest.param(
+            *("two_processes", ON_TWO, {"processes": 2, "devices": 1, "every": 10}, (KILLS + 3) // 4), marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_a_run_killed_again_and_again_is_the_run_never_killed(

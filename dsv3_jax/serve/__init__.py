@@ -1,4 +1,4 @@
-"""A server with OpenAI's endpoints: completions, chat, metrics and a page to chat on."""
+"""HTTP server with OpenAI's endpoints for completions and chats, metrics, and a chat page."""
 
 from dsv3_jax.serve.app import check_servable, serve
 from dsv3_jax.serve.cli import ServeOptions

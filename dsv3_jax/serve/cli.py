@@ -1,4 +1,4 @@
-"""The whole command line of infer.py: what to complete, or to serve."""
+"""Command line of infer.py: the flags of `InferFlags`, and those of the server."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from dsv3_jax.infer.cli import DEFAULT_MAX_BATCH, SAMPLING_FIELDS, InferFlags
 _Seconds = Annotated[float, Bound(lambda value: value > 0, "it must be above 0 seconds")]
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Where the server listens, and what it lets a client ask of it.
+# Address and limits of the server
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """The limits hold for each request, `max_queue` for all together."""
+    """Address and limits of a server; the limits hold per request, `max_queue` for all together."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is every one of this machine."""
+    """Address to listen on; 0.0.0.0 means all addresses of this machine."""
     port: Annotated[int, Bound(lambda port: 0 <= port < 2**16, "it must lie in 0..65535")] = 8000
     """Port to listen on; 0 takes a free one."""
     max_body: PositiveInt = 4 * 2**20
     """Largest body of a request, in bytes."""
     max_choices: PositiveInt = 128
-    """Most completions that one request may ask for: prompts times n."""
+    """Largest number of completions in a request: prompts times n."""
     max_queue: NonNegativeInt = 256
-    """Completions that may wait for a slot; above it a request is told to come back."""
+    """Completions that may wait for a slot; beyond it requests are refused with status 429."""
     timeout: _Seconds = 600.0
     """Seconds a request may take, waiting included."""
     read_timeout: _Seconds = 30.0
-    """Seconds a client may take to send the head of a request, and as many for its body."""
+    """Seconds a client may take to send the head of a request, and again for its body."""
     drain_timeout: _Seconds = 60.0
-    """Seconds that running requests get to finish after SIGTERM."""
+    """Seconds for running requests to finish after SIGTERM."""
     warm_up: Annotated[bool, FlagConversionOff] = True
-    """Whether programs are compiled before the server listens; else the first requests that need one wait for it."""
+    """Compile the programs before the server listens; otherwise the first requests that need one wait for it."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -46,15 +46,15 @@ class ServeOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Flags(ServeOptions, InferFlags):
-    """What infer.py is to do."""
+    """Flags of infer.py."""
 
     serve: bool = False
-    """Answer HTTP requests as OpenAI's API does, and show a page to chat on, until SIGTERM."""
+    """Serve OpenAI's API and a chat page over HTTP, until SIGTERM."""
 
     def __post_init__(self) -> None:
         InferFlags.__post_init__(self)
         ServeOptions.__post_init__(self)
-        remedy = "each request says how it is drawn" if self.serve else "it belongs to --serve"
+        remedy = "each request has its own sampling parameters" if self.serve else "it belongs to --serve"
         useless = SAMPLING_FIELDS if self.serve else [field.name for field in dataclasses.fields(ServeOptions)]
         for field in dataclasses.fields(self):
             given = field.name in useless and getattr(self, field.name) != field.default
@@ -65,7 +65,7 @@ class Flags(ServeOptions, InferFlags):
 
     @property
     def server(self) -> ServeOptions:
-        """Where to serve, and within which limits."""
+        """The flags of the server."""
         return ServeOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ServeOptions)})
 
     def sizes(self, config: ModelConfig) -> dict[str, Any]:

@@ -1,19 +1,19 @@
-"""A request's body, checked and turned into prompts and sampling parameters: what OpenAI's two endpoints may be asked.
+"""Request bodies of the two OpenAI endpoints: validation by pydantic, then prompts and sampling parameters.
 
-Fields that OpenAI defines and this server does not support are refused by name unless they stand at a value that changes
-nothing; so is every field that nobody defines. top_k, min_p, repetition_penalty, stop_token_ids and ignore_eos are taken as
-vLLM takes them.
+OpenAI's unsupported fields are refused by name unless their value is neutral, that is, changes nothing. Unknown fields are
+refused. top_k, min_p, repetition_penalty, stop_token_ids and ignore_eos mean the same as in vLLM. null counts as absent.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
+import reprlib
 import secrets
-import sys
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data.chat_template import ChatTemplate, closing_tokens, encode_prompt
@@ -22,19 +22,14 @@ from dsv3_jax.infer import SamplingParams
 from dsv3_jax.infer.request import check_id, token_ids
 from dsv3_jax.infer.sampling import MOST_LOGPROBS
 
-MOST_COMPLETION_LOGPROBS = 5
-COMPLETION_TOKENS = 16
-MOST_STOPS = 4
 SMALLEST_TOP_P = 1e-6
-"""What OpenAI's 0 comes to: of any distribution the most likely token alone."""
-LARGEST_BIAS = 100
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-"""What a message may call itself, and the name that templates know it by."""
+"""Value used for a top_p of 0: only the most likely token is left."""
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"max_tokens", "seed", "logprobs"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What requests are held to."""
+    """The served model and its limits."""
 
     name: str
     config: ModelConfig
@@ -43,401 +38,291 @@ class ModelInfo:
     max_length: int
     max_choices: int
 
-    def check_token_ids(self, tokens: Iterable[int], param: str) -> None:
-        """Raises ApiError for what is no id of the vocabulary."""
-        for token in tokens:
-            try:
-                check_id(token, self.config)
-            except ValueError as error:
-                raise refuse(f"{param}: {error}", param) from error
-
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """A request, understood."""
+    """A valid request."""
 
-    kind: Literal["completion", "chat"]
+    is_chat: bool
     prompts: list[list[int]]
     params: list[SamplingParams]
-    """One a choice: the i-th belongs to prompt i // n."""
+    """One per choice: choice i belongs to prompt i // n."""
     stream: bool
     include_usage: bool
 
     @property
-    def choices(self) -> list[tuple[list[int], SamplingParams]]:
-        """Prompt and parameters of each choice."""
-        n = len(self.params) // len(self.prompts)
-        return [(self.prompts[i // n], params) for i, params in enumerate(self.params)]
+    def n(self) -> int:
+        """Choices per prompt."""
+        return len(self.params) // len(self.prompts)
 
     @property
-    def reports(self) -> bool:
-        """Whether log-probabilities are asked for."""
-        return self.params[0].logprobs is not None
+    def choices(self) -> list[tuple[list[int], SamplingParams]]:
+        """Prompt and parameters of each choice."""
+        return [(self.prompts[i // self.n], params) for i, params in enumerate(self.params)]
 
 
-def read_completion(body: Any, served: ModelInfo) -> GenerationRequest:
-    """The body of POST /v1/completions.
-
-    Raises:
-      ApiError: 404 for another model, else 400, naming the field.
-    """
-    fields = Fields(body)
-    _check_model(fields, served)
-    fields.refuse("echo", False)
-    fields.refuse("best_of", 1)
-    fields.refuse("suffix", "")
-    most = fields.integer("max_tokens", 1)
-    logprobs = fields.integer("logprobs", 0, MOST_COMPLETION_LOGPROBS)
-    prompt = fields.take("prompt")
-    asked = _ParsedBody(fields, served)
-    fields.finish()
-    prompts = _prompts(prompt, served)
-    return asked.wanted("completion", prompts, COMPLETION_TOKENS if most is None else most, logprobs, "prompt")
-
-
-def read_chat(body: Any, served: ModelInfo) -> GenerationRequest:
-    """The body of POST /v1/chat/completions.
-
-    Raises:
-      ApiError: 404 for another model, else 400, naming the field.
-    """
-    fields = Fields(body)
-    _check_model(fields, served)
-    if served.template is None:
-        raise refuse(
-            f"the model {served.name} has no chat template, so it takes no messages; use /v1/completions",
-            "messages",
-            "no_template",
-        )
-    for name in ("tools", "functions"):
-        fields.refuse(name, [])
-    for name in ("tool_choice", "function_call"):
-        fields.refuse(name, "none")
-    fields.refuse("response_format", {"type": "text"})
-    fields.refuse("modalities", ["text"])
-    fields.refuse("parallel_tool_calls", True, False)  # Of no tools.
-    for name in ("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"):
-        fields.refuse(name)
-    most, older = fields.integer("max_completion_tokens", 1), fields.integer("max_tokens", 1)
-    if None not in (most, older) and most != older:
-        raise refuse(f"max_tokens is {older}, max_completion_tokens {most}; give one of them", "max_tokens")
-    reports, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MOST_LOGPROBS)
-    if top is not None and not reports:
-        raise refuse(f"top_logprobs is {top} without logprobs; set logprobs to true", "top_logprobs")
-    messages = _messages(fields.take("messages"))
-    asked = _ParsedBody(fields, served)
-    fields.finish()
-    try:
-        prompt = encode_prompt(served.template, served.tokenizer, messages)
-    except ValueError as error:
-        raise refuse(str(error), "messages") from error
-    closing = closing_tokens(served.template, served.tokenizer, served.config.vocab_size)
-    wanted = asked.wanted("chat", [prompt], most if most is not None else older, (top or 0) if reports else None, "messages")
-    return dataclasses.replace(wanted, params=[params.ending_at(closing) for params in wanted.params])
-
-
-class _ParsedBody:
-    """The fields that both endpoints have."""
-
-    def __init__(self, fields: Fields, served: ModelInfo) -> None:
-        self._served = served
-        stop_ids = fields.take("stop_token_ids")
-        top_p = fields.number("top_p", 0, 1, 1.0)
-        self._n = fields.integer("n", 1, served.max_choices) or 1
-        self._stream = fields.flag("stream")
-        self._include_usage = _include_usage(fields, self._stream)
-        # More than 32 bits and less than 0 are folded: what matters is that the same seed gives the same draws.
-        seed = fields.integer("seed")
-        self._seed = secrets.randbits(32) if seed is None else seed
-        self._given: dict[str, Any] = {
-            "temperature": fields.number("temperature", 0, 2, 1.0),
-            "top_p": max(top_p, SMALLEST_TOP_P),
-            "min_p": fields.number("min_p", 0, 1, 0.0),
-            "repetition_penalty": fields.number("repetition_penalty", 0, 1000, 1.0),
-            "top_k": max(fields.integer("top_k", -1) or 0, 0),  # -1 is vLLM's word for all.
-            "ignore_eos": fields.flag("ignore_eos"),
-            "stop": _stops(fields),
-            "logit_bias": _biases(fields),
-            "stop_token_ids": () if stop_ids is None else stop_ids,
-        }
-        served.check_token_ids(self._given["logit_bias"], "logit_bias")
-        for name in ("presence_penalty", "frequency_penalty"):
-            fields.refuse(name, 0)
-        fields.refuse("service_tier", "auto", "default")
-        fields.refuse("store", False)
-        fields.refuse("metadata", {})
-        fields.ignore("user", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
-
-    def wanted(
-        self,
-        kind: Literal["completion", "chat"],
-        prompts: list[list[int]],
-        most: int | None,
-        logprobs: int | None,
-        prompt_field: str,
-    ) -> GenerationRequest:
-        """Joins them with an endpoint's own; `most` None is the rest of the context, `prompt_field` what prompts came in."""
-        if len(prompts) * self._n > self._served.max_choices:
-            raise refuse(
-                f"{len(prompts)} prompts with n {self._n} are {len(prompts) * self._n} completions, more than the "
-                f"{self._served.max_choices} of a request; send several requests",
-                "n",
-            )
-        params = []
-        for i in range(len(prompts) * self._n):
-            tokens = self._room(len(prompts[i // self._n]), most, prompt_field)
-            seed = (self._seed + i) % 2**32
-            try:
-                params.append(SamplingParams(max_tokens=tokens, seed=seed, logprobs=logprobs, **self._given))
-            except ValueError as error:
-                raise refuse(str(error), str(error).split(maxsplit=1)[0]) from error
-        # Only now is it known that they are ids.
-        self._served.check_token_ids(params[0].stop_token_ids, "stop_token_ids")
-        return GenerationRequest(kind, prompts, params, self._stream, self._include_usage)
-
-    def _room(self, prompt: int, most: int | None, field: str) -> int:
-        """Tokens that the completion of a prompt may have."""
-        if prompt + (most or 1) > self._served.max_length:
-            raise refuse(
-                f"This model's maximum context length is {self._served.max_length} tokens; {prompt} in the prompt and "
-                f"{most or 1} for the completion are more. Shorten the prompt or lower max_tokens",
-                field,
-                "context_length_exceeded",
-            )
-        return self._served.max_length - prompt if most is None else most
-
-
-def _check_model(fields: Fields, served: ModelInfo) -> None:
-    name = fields.text("model")
-    if name is None:
-        raise refuse(f"model is missing; this server has {served.name}", "model")
-    if name != served.name:
-        raise ApiError(
-            404, f"The model `{name:.100}` does not exist; this server has {served.name}", param="model", code="model_not_found"
-        )
-
-
-def _include_usage(fields: Fields, stream: bool) -> bool:
-    content = fields.take("stream_options")
-    if content is None:
-        return False
-    options = Fields(content, "stream_options")
-    include = options.flag("include_usage")
-    options.ignore("include_obfuscation")
-    options.finish()
-    if not stream:
-        raise refuse("stream_options is given without stream; set stream to true", "stream_options")
-    return include
-
-
-def _stops(fields: Fields) -> Any:
-    stop = fields.take("stop")
-    if isinstance(stop, list) and len(stop) > MOST_STOPS:
-        raise refuse(f"stop has {len(stop)} strings; use at most {MOST_STOPS}", "stop")
-    return () if stop is None else stop
-
-
-def _biases(fields: Fields) -> dict[int, float]:
-    biases = fields.take("logit_bias")
-    if biases is None:
-        return {}
-    if not isinstance(biases, dict):
-        raise fields.wrong("logit_bias", biases, "use an object from token id to bias")
-    found = {}
-    for token, bias in biases.items():
-        if not re.fullmatch(r"[0-9]{1,9}", token):
-            raise fields.wrong("logit_bias", token, 'its keys are token ids, such as "50"')
-        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-        if not is_number or not -LARGEST_BIAS <= bias <= LARGEST_BIAS:
-            raise fields.wrong("logit_bias", bias, f"a bias is a number in -{LARGEST_BIAS}..{LARGEST_BIAS}")
-        found[int(token)] = float(bias)
-    return found
-
-
-def _prompts(prompt: Any, served: ModelInfo) -> list[list[int]]:
-    """A prompt, or several; each as text or as token ids."""
-    several = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
-    prompts = prompt if several else [prompt]
-    if len(prompts) > served.max_choices:
-        raise refuse(f"there are {len(prompts)} prompts; a request has at most {served.max_choices}", "prompt")
-    return [_prompt(each, served) for each in prompts]
-
-
-def _prompt(prompt: Any, served: ModelInfo) -> list[int]:
-    is_ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
-    if not isinstance(prompt, str) and not is_ids:
-        raise refuse("prompt must be a string, a list of strings, a list of token ids, or a list of such lists", "prompt")
-    try:
-        ids = token_ids(prompt, served.config, served.tokenizer)
-    except ValueError as error:
-        raise refuse(str(error), "prompt") from error
-    return ids
-
-
-def _messages(content: Any) -> list[dict[str, str]]:
-    if not isinstance(content, list) or not content:
-        raise refuse("messages must be a list with at least one message", "messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(content)]
-
-
-def _message(content: Any, where: str) -> dict[str, str]:
-    fields = Fields(content, where)
-    role = fields.text("role")
-    if role not in ROLES:
-        raise fields.wrong("role", role, f"use one of {', '.join(ROLES)}")
-    fields.refuse("tool_calls", [])  # First, since such a message may have no content.
-    message = {"role": ROLES[role], "content": _content(fields.take("content"), f"{where}.content")}
-    name = fields.text("name")
-    if name is not None:
-        message["name"] = name
-    fields.ignore("tool_call_id", "refusal", "annotations")  # A client may send back an answer as it got it.
-    for other in ("function_call", "audio"):
-        fields.refuse(other)
-    fields.finish()
-    return message
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise refuse(f"{where} must be a string, or a list of parts with text", where)
-    texts = []
-    for i, part in enumerate(content):
-        fields = Fields(part, f"{where}[{i}]")
-        kind, text = fields.text("type"), fields.text("text")
-        if kind != "text" or text is None:
-            raise fields.wrong("type", kind, "only parts of type text are supported, with their text")
-        fields.ignore("prompt_cache_breakpoint")
-        fields.finish()
-        texts.append(text)
-    return "".join(texts)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The fields of a JSON object, each taken once by name and type. null is as good as absent; what nobody took is refused.
-
-
-class Fields:
-    """An object of a request. Every method raises ApiError (400), naming the field."""
-
-    def __init__(self, content: Any, where: str = "") -> None:
-        """Takes a JSON value; `where` is its name, empty for the body itself."""
-        if not isinstance(content, dict):
-            raise refuse(f"{where or 'the body'} is {_shown(content)}; use a JSON object", where or None)
-        self._left = {name: value for name, value in content.items() if value is not None}
-        self._prefix = f"{where}." if where else ""
-
-    def take(self, name: str) -> Any:
-        """Whatever stands there, or None."""
-        return self._left.pop(name, None)
-
-    def text(self, name: str) -> str | None:
-        value = self.take(name)
-        if value is not None and not isinstance(value, str):
-            raise self.wrong(name, value, "use a string")
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self.take(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.wrong(name, value, "use true or false")
-        return bool(value)
-
-    def integer(self, name: str, low: int | None = None, high: int | None = None) -> int | None:
-        value = self.take(name)
-        if value is None:
-            return None
-        if isinstance(value, float) and value.is_integer():  # JSON knows no integers, and some clients write 1.0.
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.wrong(name, value, "use an integer")
-        self._check_range(name, value, low, high)
-        if abs(value) >= 2**64:
-            raise self.wrong(name, value, "use one of 64 bits")
-        return value
-
-    def number(self, name: str, low: float, high: float, default: float) -> float:
-        value = self.take(name)
-        if value is None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-            raise self.wrong(name, value, "use a finite number")
-        self._check_range(name, value, low, high)
-        return float(value)
-
-    def ignore(self, *names: str) -> None:
-        """Fields that change nothing about the answer."""
-        for name in names:
-            self.take(name)
-
-    def refuse(self, name: str, *neutral: Any) -> None:
-        """A field of OpenAI's that is not supported: only its neutral values may stand there."""
-        value = self.take(name)
-        # 0 == False in Python, so types are compared too, but 0 and 0.0 are one number in JSON.
-        if value is not None and not any(value == other and _kind(value) == _kind(other) for other in neutral):
-            raise self.wrong(name, value, "this server does not support it, leave it out")
-
-    def finish(self) -> None:
-        """Refuses what is left."""
-        if self._left:
-            name = next(iter(self._left))
-            raise refuse(f"{self._prefix}{name:.100} is not a field that this server knows; leave it out", self._prefix + name)
-
-    def wrong(self, name: str, value: Any, remedy: str) -> Exception:
-        """The error for a field."""
-        return refuse(f"{self._prefix}{name} is {_shown(value)}; {remedy}", self._prefix + name)
-
-    def _check_range(self, name: str, value: float, low: float | None, high: float | None) -> None:
-        if (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"in {low}..{high}" if high is not None else f"at least {low}"
-            raise self.wrong(name, value, f"it must {'lie' if high is not None else 'be'} {bounds}")
-
-
-def _kind(value: Any) -> type:
-    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
-
-
-def _shown(value: Any) -> str:
-    """A value in few words, as JSON has it; repr of a huge integer would raise."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, int) and abs(value) > 10**30:
-        return "an enormous integer"
-    text = repr(value) if not isinstance(value, dict | list) or len(value) < 20 else f"a {type(value).__name__} of {len(value)}"
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Errors as OpenAI writes them: a status, and {"error": {"message", "type", "param", "code"}}.
-
-
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+Headers = Mapping[str, str]
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """What a client is told instead of an answer."""
+    """Error response in OpenAI's format: a status, and {"error": {"message", "type", "param", "code"}}."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Headers | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers or {})
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
     @property
     def body(self) -> dict[str, Any]:
-        """The body of the answer."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        """The body of the response."""
+        kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def refuse(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The error of a request that is wrong in itself."""
-    return ApiError(400, message, param=param, code=code)
+# ----------------------------------------------------------------------------------------------------------------------
+# Schema of the bodies
+
+
+def _integer(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():  # JSON has no integers; some clients send 1.0.
+        value = int(value)
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise ValueError("use an integer of 64 bits")
+    return value
+
+
+def _check_model(name: str, info: ValidationInfo[ModelInfo]) -> str:
+    served = info.context.name
+    if not name:
+        raise ApiError(400, f"model is missing; this server has {served}", "model")
+    if name != served:
+        raise ApiError(404, f"The model `{name:.100}` does not exist; this server has {served}", "model", "model_not_found")
+    return name
+
+
+def _check_stop(stop: Any) -> Any:
+    if isinstance(stop, list) and len(stop) > 4:
+        raise ApiError(400, f"stop has {len(stop)} strings; use at most 4", "stop")
+    return stop
+
+
+def _check_token_id(token: int, info: ValidationInfo[ModelInfo]) -> int:
+    check_id(token, info.context.config)
+    return token
+
+
+def _from_digits(key: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", key):
+        raise ValueError('its keys are token ids, such as "50"')
+    return int(key)
+
+
+def _parts(content: Any) -> Any:
+    if not isinstance(content, str | list):
+        raise ValueError("use a string, or a list of parts with text")
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+_Integer = Annotated[int, BeforeValidator(_integer)]
+_TokenId = Annotated[_Integer, AfterValidator(_check_token_id)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class _Object(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
+    """JSON object. Undeclared fields are refused, unless they change nothing."""
+
+    ignored: ClassVar[set[str]] = set()
+    """Fields that change nothing."""
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Values at which fields change nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            raise ValueError("use a JSON object")
+        return {name: value for name, value in content.items() if not cls._changes_nothing(name, value)}
+
+    @classmethod
+    def _changes_nothing(cls, name: str, value: Any) -> bool:
+        # False == 0 in Python, but not in JSON.
+        neutral = (value == other and isinstance(value, bool) == isinstance(other, bool) for other in cls.neutral.get(name, ()))
+        return value is None or name in cls.ignored or any(neutral)
+
+
+class _StreamOptions(_Object):
+    ignored = {"include_obfuscation"}
+    include_usage: bool = False
+
+
+class _Body(_Object):
+    """Fields of both endpoints."""
+
+    ignored = {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
+    neutral = {
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "metadata": ({},),
+    }
+    model: Annotated[str, AfterValidator(_check_model)] = Field("", validate_default=True)
+    max_tokens: _Integer | None = Field(None, ge=1)
+    n: _Integer = Field(1, ge=1)
+    stream: bool = False
+    stream_options: _StreamOptions = _StreamOptions()
+    seed: _Integer | None = None
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: Annotated[float, Field(ge=0, le=1), AfterValidator(lambda top_p: max(top_p, SMALLEST_TOP_P))] = 1.0
+    top_k: Annotated[_Integer, Field(ge=-1), AfterValidator(lambda top_k: max(top_k, 0))] = 0  # In vLLM, -1 means all.
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, le=1000)
+    stop: Annotated[Any, AfterValidator(_check_stop)] = ()
+    stop_token_ids: list[_TokenId] = []
+    logit_bias: dict[Annotated[_TokenId, BeforeValidator(_from_digits)], _Bias] = {}
+    ignore_eos: bool = False
+
+
+class _CompletionBody(_Body):
+    neutral = _Body.neutral | {"echo": (False,), "best_of": (1,), "suffix": ("",)}
+    max_tokens: _Integer | None = Field(16, ge=1)
+    prompt: Any = None
+    logprobs: _Integer | None = Field(None, ge=0, le=5)
+
+
+class _TextPart(_Object):
+    ignored = {"prompt_cache_breakpoint"}
+    type: Literal["text"]
+    text: str
+
+
+class _Message(_Object):
+    ignored = {"tool_call_id", "refusal", "annotations"}  # A client may send back a response unchanged.
+    neutral = {"tool_calls": ([],)}
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[_TextPart], BeforeValidator(_parts)]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """Return the message as templates expect it."""
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": "".join(part.text for part in self.content)}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class _ChatBody(_Body):
+    neutral = _Body.neutral | {
+        "tools": ([],),
+        "functions": ([],),
+        "tool_choice": ("none",),
+        "function_call": ("none",),
+        "parallel_tool_calls": (True, False),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+    }
+    messages: list[_Message] = Field(min_length=1)
+    max_completion_tokens: _Integer | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: _Integer | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+
+_Schema = TypeVar("_Schema", bound=_Body)
+
+
+def _validate(schema: type[_Schema], body: Any, info: ModelInfo) -> _Schema:
+    """Return the validated body. Raises ApiError for its first error."""
+    try:
+        return schema.model_validate(body, context=info)
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+    # Unknown fields first: a field may be missing because its name is misspelled.
+    error = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    # The entries of these two have no names of their own.
+    loc = error["loc"][:1] if error["loc"][:1] in (("stop_token_ids",), ("logit_bias",)) else error["loc"]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:]
+    if error["type"] == "missing":
+        raise ApiError(400, f"{where} is missing", where)
+    remedy = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "extra_forbidden":
+        remedy = "this server does not support it, leave it out"
+    elif error["type"] == "value_error":
+        remedy = str(error["ctx"]["error"])
+    value = error["input"]
+    shown = str(value).lower() if isinstance(value, bool) else "null" if value is None else reprlib.repr(value)
+    raise ApiError(400, f"{where[:100] or 'the body'} is {shown}; {remedy}", where or None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From bodies to requests
+
+
+def read_completion(body: Any, info: ModelInfo) -> GenerationRequest:
+    """Return the request in the body of POST /v1/completions. Raises ApiError: 404 for another model, else 400."""
+    fields = _validate(_CompletionBody, body, info)
+    has_several = isinstance(fields.prompt, list) and fields.prompt and isinstance(fields.prompt[0], str | list)
+    prompts = fields.prompt if has_several else [fields.prompt]
+    return _generation(fields, info, prompts, "prompt", fields.max_tokens, fields.logprobs)
+
+
+def read_chat(body: Any, info: ModelInfo) -> GenerationRequest:
+    """Return the request in the body of POST /v1/chat/completions. Raises ApiError: 404 for another model, else 400."""
+    fields = _validate(_ChatBody, body, info)
+    older, newer, top = fields.max_tokens, fields.max_completion_tokens, fields.top_logprobs
+    if info.template is None:
+        message = f"the model {info.name} has no chat template, so it takes no messages; use /v1/completions"
+        raise ApiError(400, message, "messages", "no_template")
+    if None not in (older, newer) and older != newer:
+        raise ApiError(400, f"max_tokens is {older}, max_completion_tokens {newer}; give one of them", "max_tokens")
+    if top is not None and not fields.logprobs:
+        raise ApiError(400, f"top_logprobs is {top} without logprobs; set logprobs to true", "top_logprobs")
+    try:
+        prompt = encode_prompt(info.template, info.tokenizer, [message.for_template() for message in fields.messages])
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from error
+    max_tokens, logprobs = older if newer is None else newer, (top or 0) if fields.logprobs else None
+    request = _generation(fields, info, [prompt], "messages", max_tokens, logprobs)
+    closing = closing_tokens(info.template, info.tokenizer, info.config.vocab_size)
+    return dataclasses.replace(request, is_chat=True, params=[params.ending_at(closing) for params in request.params])
+
+
+def _generation(
+    fields: _Body, info: ModelInfo, prompts: list[Any], param: str, max_tokens: int | None, logprobs: int | None
+) -> GenerationRequest:
+    """Return the request; `param` is the field of the prompts, `max_tokens` None means the rest of the context."""
+    count = len(prompts) * fields.n
+    if count > info.max_choices:
+        message = f"{len(prompts)} prompts with n {fields.n} are {count} completions, more than {info.max_choices} a request"
+        raise ApiError(400, f"{message}; send several requests", param if fields.n == 1 else "n")
+    if "stream_options" in fields.model_fields_set and not fields.stream:
+        raise ApiError(400, "stream_options is given without stream; set stream to true", "stream_options")
+    encoded = [_encode(prompt, info, param) for prompt in prompts]
+    longest = max(map(len, encoded))
+    if longest + (max_tokens or 1) > info.max_length:
+        message = (
+            f"This model's maximum context length is {info.max_length} tokens; {longest} in the prompt and "
+            f"{max_tokens or 1} for the completion are more. Shorten the prompt or lower max_tokens"
+        )
+        raise ApiError(400, message, param, "context_length_exceeded")
+    # A seed of any sign and up to 64 bits is reduced to 32 bits: equal seeds give equal draws.
+    seed = secrets.randbits(32) if fields.seed is None else fields.seed
+    sampling, params = fields.model_dump(include=_SAMPLING), []
+    try:
+        for i in range(count):
+            tokens = info.max_length - len(encoded[i // fields.n]) if max_tokens is None else max_tokens
+            params.append(SamplingParams(max_tokens=tokens, seed=(seed + i) % 2**32, logprobs=logprobs, **sampling))
+    except ValueError as error:
+        raise ApiError(400, str(error), str(error).split(maxsplit=1)[0]) from error
+    return GenerationRequest(False, encoded, params, fields.stream, fields.stream_options.include_usage)
+
+
+def _encode(prompt: Any, info: ModelInfo, param: str) -> list[int]:
+    """Return the token ids of a text, or check the given ones."""
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
+        message = "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"
+        raise ApiError(400, message, param)
+    try:
+        return token_ids(prompt, info.config, info.tokenizer)
+    except ValueError as error:
+        raise ApiError(400, str(error), param) from error

@@ -119,7 +119,7 @@ def test_a_step_that_nobody_waits_for_does_not_hold_up_the_end(engine: Engine, m
             with pytest.raises(httpx2.ReadTimeout):
                 httpx2.post(f"{server.url}/v1/completions", json={"model": NAME, **LONG}, timeout=0.5)
             assert begun.wait(5)
-            while not server.service.idle:
+            while server.service.open_requests:
                 time.sleep(0.01)
             server.server.handle_exit(signal.SIGTERM, None)
             server.thread.join(5)
@@ -135,13 +135,13 @@ def test_an_answer_is_under_way_until_it_is_sent(engine: Engine, monkeypatch: py
     send, seen = Response.__call__, []
 
     async def noted(response: Response, *arguments: Any) -> None:
-        seen.append((server.service.idle, server.service.open_choices))
+        seen.append((server.service.open_requests, server.service.open_choices))
         await send(response, *arguments)
 
     with served(engine) as server:
         monkeypatch.setattr(Response, "__call__", noted)
         assert server.post(prompt="Hello", max_tokens=1).status_code == 200
-    assert seen == [(False, 0)]
+    assert seen == [(1, 0)]
 
 
 def test_an_engine_that_fails_ends_the_server(slow: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

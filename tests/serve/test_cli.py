@@ -31,7 +31,10 @@ def test_to_serve_is_one_thing_to_do() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--serve --temperature 0.2", "--temperature would change nothing; each request says how it is drawn, leave it out"),
+        (
+            "--serve --temperature 0.2",
+            "--temperature would change nothing; each request has its own sampling parameters, leave it out",
+        ),
         ("--serve --max-tokens 9", "--max-tokens would change nothing"),
         ("--serve --stop x", "--stop would change nothing"),
         ("--port 9", "--port would change nothing; it belongs to --serve, leave it out"),

@@ -38,12 +38,12 @@ RUBBISH: dict[str, dict[str, Any]] = {
     "model": {"prompt": "x", "model": "other"},
 }
 REFUSALS = {
-    "malformed": (400, "The body is not JSON"),
-    "unknown": (400, "mood is not a field that this server knows"),
+    "malformed": (400, "Invalid JSON: "),
+    "unknown": (400, "mood is 'good'; this server does not support it"),
     "huge": (413, "The body has more than"),
     "type": (400, "prompt must be a string"),
-    "negative": (400, "max_tokens is -3; it must be at least 1"),
-    "absurd": (400, "n is 1000000000000; it must lie in 1..128"),
+    "negative": (400, "max_tokens is -3; input should be greater than or equal to 1"),
+    "absurd": (400, "1 prompts with n 1000000000000 are 1000000000000 completions, more than 128 a request"),
     "long": (400, "maximum context length is 256 tokens"),
     "key": (401, "The API key is missing or wrong"),
     "model": (404, "The model `other` does not exist"),

@@ -1,4 +1,4 @@
-"""Fields of a JSON object: taken by type, refused by name."""
+"""Fields of a body: types, ranges, neutral values and names."""
 
 from __future__ import annotations
 
@@ -6,86 +6,102 @@ from typing import Any
 
 import pytest
 
-from dsv3_jax.serve.requests import ApiError, Fields
+from dsv3_jax.serve.requests import ApiError
+from tests.serve.test_requests import HELLO, SERVED, chat, completion, read_completion
 
 
-def test_fields_are_given_as_they_are_and_null_is_absent() -> None:
-    fields = Fields({"a": "x", "b": True, "c": 3, "d": 0.5, "e": None, "f": 2.0})
-    assert (fields.text("a"), fields.flag("b"), fields.integer("c"), fields.number("d", 0, 1, 7.0)) == ("x", True, 3, 0.5)
-    assert (fields.text("e"), fields.flag("e"), fields.integer("e"), fields.number("e", 0, 1, 7.0)) == (None, False, None, 7.0)
-    whole = fields.integer("f")
-    assert (whole, type(whole)) == (2, int)
-    fields.finish()
+def test_null_is_absent_and_whole_numbers_are_integers() -> None:
+    assert completion(n=None, stop=None, temperature=None, logit_bias=None, stream_options=None) == completion()
+    (params,) = completion(max_tokens=2.0).params
+    assert (params.max_tokens, type(params.max_tokens)) == (2, int)
 
 
 @pytest.mark.parametrize(
-    ("method", "value", "message"),
+    ("name", "value", "message"),
     [
-        ("text", 3, "x is 3; use a string"),
-        ("flag", 1, "x is 1; use true or false"),
-        ("flag", "true", "x is 'true'; use true or false"),
-        ("integer", True, "x is true; use an integer"),
-        ("integer", 1.5, "x is 1.5; use an integer"),
-        ("integer", float("inf"), "x is inf; use an integer"),
-        ("integer", [1], r"x is \[1\]; use an integer"),
-        ("integer", {str(i): i for i in range(30)}, "x is a dict of 30; use an integer"),
-        ("integer", 10**4000, "x is an enormous integer; use one of 64 bits"),
-        ("integer", "5" * 500, r"x is '5{96}\.\.\.; use an integer"),
+        ("model", 3, "model is 3; input should be a valid string"),
+        ("stream", 1, "stream is 1; input should be a valid boolean"),
+        ("stream", "true", "stream is 'true'; input should be a valid boolean"),
+        ("seed", True, "seed is true; input should be a valid integer"),
+        ("seed", 1.5, "seed is 1.5; input should be a valid integer"),
+        ("seed", float("inf"), "seed is inf; input should be a valid integer"),
+        ("seed", [1], r"seed is \[1\]; input should be a valid integer"),
+        (
+            "seed",
+            {str(i): i for i in range(30)},
+            r"seed is \{'0': 0, '1': 1, '10': 10, '11': 11, \.\.\.\}; input should be a valid integer",
+        ),
+        ("seed", 10**4000, r"seed is 10{17}\.\.\.0{19}; use an integer of 64 bits"),
+        ("seed", "5" * 500, r"seed is '5{12}\.\.\.5{13}'; input should be a valid integer"),
     ],
 )
-def test_another_type_is_refused(method: str, value: Any, message: str) -> None:
+def test_another_type_is_refused(name: str, value: Any, message: str) -> None:
     with pytest.raises(ApiError, match=f"^{message}$") as refused:
-        getattr(Fields({"x": value}), method)("x")
-    assert (refused.value.status, refused.value.param) == (400, "x")
+        completion(**{name: value})
+    assert (refused.value.status, refused.value.param) == (400, name)
 
 
-@pytest.mark.parametrize(("value", "fits"), [(0, True), (2, True), (-1, False), (3, False), (10**4000, False)])
+@pytest.mark.parametrize(("value", "fits"), [(0, True), (5, True), (-1, False), (6, False), (10**4000, False)])
 def test_integers_keep_to_their_range(value: int, fits: bool) -> None:
     if fits:
-        assert Fields({"x": value}).integer("x", 0, 2) == value
+        assert completion(logprobs=value).params[0].logprobs == value
     else:
-        with pytest.raises(ApiError, match=r"^x is (-1|3|an enormous integer); it must lie in 0\.\.2$"):
-            Fields({"x": value}).integer("x", 0, 2)
+        with pytest.raises(ApiError, match=r"^logprobs is (-1|6|10{17}\.\.\.0{19}); (input should be|use an integer of 64)"):
+            completion(logprobs=value)
 
 
 @pytest.mark.parametrize("value", [-0.01, 2.01, float("inf"), float("nan"), True, "1", 10**400])
 def test_numbers_keep_to_their_range(value: Any) -> None:
-    with pytest.raises(ApiError, match=r"^x is "):
-        Fields({"x": value}).number("x", 0, 2, 1.0)
+    with pytest.raises(ApiError, match=r"^temperature is "):
+        completion(temperature=value)
 
 
 @pytest.mark.parametrize(
-    ("value", "neutral", "fits"),
+    ("name", "value", "fits"),
     [
-        (None, (), True),
-        (0, (0,), True),
-        (0.0, (0,), True),
-        (False, (0,), False),
-        (0, (False,), False),
-        ([], ([],), True),
-        ([1], ([],), False),
-        ("", (), False),
+        ("presence_penalty", None, True),
+        ("presence_penalty", 0, True),
+        ("presence_penalty", 0.0, True),
+        ("presence_penalty", False, False),
+        ("store", 0, False),
+        ("tools", [], True),
+        ("tools", [1], False),
+        ("audio", "", False),
     ],
 )
-def test_what_is_not_supported_may_stand_at_a_neutral_value(value: Any, neutral: tuple[Any, ...], fits: bool) -> None:
-    fields = Fields({"x": value})
+def test_what_is_not_supported_may_stand_at_a_neutral_value(name: str, value: Any, fits: bool) -> None:
     if fits:
-        fields.refuse("x", *neutral)
-        fields.finish()
+        assert chat(**{name: value}) == chat()
     else:
-        with pytest.raises(ApiError, match=r"^x is .*; this server does not support it, leave it out$"):
-            fields.refuse("x", *neutral)
+        with pytest.raises(ApiError, match=rf"^{name} is .*; this server does not support it, leave it out$"):
+            chat(**{name: value})
 
 
-def test_what_is_left_is_refused_by_its_whole_name() -> None:
-    fields = Fields({"known": 1, "strange": 2, "user": 3}, "stream_options")
-    fields.integer("known")
-    fields.ignore("user")
-    with pytest.raises(ApiError, match=r"^stream_options\.strange is not a field") as refused:
-        fields.finish()
+def test_an_unknown_field_is_refused_by_its_whole_name() -> None:
+    with pytest.raises(ApiError, match=r"^stream_options\.strange is 2; this server does not support it") as refused:
+        completion(stream=True, stream_options={"include_usage": True, "strange": 2, "include_obfuscation": 3})
     assert refused.value.param == "stream_options.strange"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"stop_token_ids": [3, "a"]}, "stop_token_ids"),
+        ({"stop_token_ids": [6000]}, "stop_token_ids"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"6000": 1}}, "logit_bias"),
+        ({"stop": [1]}, "stop"),
+        ({"messages": [*HELLO, {"role": "user", "content": [{"type": "image_url"}]}]}, "messages[1].content[0].type"),
+        # A misspelled name comes before what is missing for it.
+        ({"messages": [{"rôle": "user", "content": "x"}]}, "messages[0].rôle"),
+    ],
+)
+def test_an_error_names_its_field(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        chat(**body)
+    assert (refused.value.status, refused.value.param) == (400, param)
 
 
 def test_only_an_object_has_fields() -> None:
     with pytest.raises(ApiError, match=r"^the body is \[\]; use a JSON object$"):
-        Fields([])
+        read_completion([], SERVED)

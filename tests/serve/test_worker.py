@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dsv3_jax.infer import Engine, SamplingParams
-from dsv3_jax.serve.worker import Accepted, Failed, Job, Progress, Refused, Worker
+from dsv3_jax.serve.requests import ApiError
+from dsv3_jax.serve.worker import Job, Progress, Worker
 
 TEN = SamplingParams(max_tokens=10, ignore_eos=True)
 
@@ -46,7 +47,7 @@ def test_a_job_is_accepted_and_told_step_by_step(engine: Engine, offline: Engine
         return await end_of(job)
 
     accepted, *progress = with_worker(engine, use)
-    assert accepted == Accepted()
+    assert accepted is None
     for i, expected in enumerate(offline.generate(prompts, TEN)):
         own = [each for each in progress if each.choice == i]
         assert "".join(each.text for each in own) == expected.text
@@ -66,8 +67,9 @@ def test_a_job_is_refused_as_a_whole(engine: Engine) -> None:
         return events[0], engine.idle
 
     event, idle = with_worker(engine, use)
-    assert isinstance(event, Refused)
-    assert "token id 1000000" in event.reason
+    assert isinstance(event, ApiError)
+    assert event.status == 400
+    assert "token id 1000000" in event.message
     assert idle
 
 
@@ -77,9 +79,9 @@ def test_a_job_that_is_cancelled_gives_back_its_slots(slow: Engine) -> None:
         worker.submit(job)
         while not isinstance(await job.events.get(), Progress):
             pass
-        assert (worker.counts.running, worker.counts.waiting) == (4, 2)
+        assert (worker.counts["running"], worker.counts["waiting"]) == (4, 2)
         worker.cancel(job)
-        while worker.counts.running or worker.counts.waiting:
+        while worker.counts["running"] or worker.counts["waiting"]:
             await asyncio.sleep(0.01)
 
     with_worker(slow, use)
@@ -96,15 +98,17 @@ def test_all_who_wait_hear_of_a_failure(
         jobs = [Job([([5], TEN)]) for _ in range(3)]
         for job in jobs[:2]:
             worker.submit(job)
-        told = [[await job.events.get() for _ in range(2)] for job in jobs[:1]]
+        events = [await jobs[0].events.get() for _ in range(2)]
         while worker.failure is None:
             await asyncio.sleep(0.01)
         worker.submit(jobs[2])
-        return [*told, [await jobs[2].events.get()], isinstance(worker.failure, RuntimeError)]
+        return [*events, await jobs[2].events.get()]
 
     monkeypatch.setattr(engine, "step", fail)
     try:
-        assert with_worker(engine, use) == [[Accepted(), Failed()], [Failed()], True]
+        accepted, *failed = with_worker(engine, use)
+        assert accepted is None
+        assert [event.code for event in failed] == ["engine_failed"] * 2
     finally:
         for request in list(engine._requests.values()):
             engine.cancel(request)

@@ -136,9 +136,10 @@ def _backward(backend: str, dtype: str, residuals: tuple, dsum_TD: jax.Array) ->
 _weighted_sums.defvjp(_forward, _backward)
 
 
-def _gather_weights(weights: ExpertWeights, dtype: str) -> Any:
+def _gather_weights(weights: ExpertWeights, dtype: str) -> ExpertWeights:
     """Return the local experts' weights, whole along the fsdp axes."""
-    return tuple(all_gather_weight(w, axes, dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
+    gate, up, down = (all_gather_weight(w, axes, dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
+    return gate, up, down
 
 
 # ----------------------------------------------------------------------------------------------------------------------

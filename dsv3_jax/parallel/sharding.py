@@ -26,7 +26,6 @@ EXPERT_FSDP_AXES = "fsdp", "context"
 
 TOKEN_SPEC = PartitionSpec(BATCH_AXES, "context")
 """[B, T, ...]: the leading axes of every activation."""
-
 MICRO_BATCHES = PartitionSpec(None, *TOKEN_SPEC)
 """[A, B, T]: the micro-batches of a step, each split as `TOKEN_SPEC`."""
 

@@ -245,13 +245,14 @@ class ChatRows:
         self._stored = stored
         self._length = sequence_length
         self._seed = seed
-        ends = np.flatnonzero(stored[:] & _LAST) + 1
+        whole = stored[:]
+        ends = np.flatnonzero(whole & _LAST) + 1
         self._starts = np.concatenate([[0], ends[:-1]])
         self._lengths = ends - self._starts
         # The last token is a target only.
         self._targets = np.minimum(self._lengths - 1, sequence_length)
         # The first token is never a target.
-        in_loss = np.append(np.flatnonzero(stored[:] & _IN_LOSS), stored.size)
+        in_loss = np.append(np.flatnonzero(whole & _IN_LOSS), whole.size)
         first_in_loss = in_loss[np.searchsorted(in_loss, self._starts + 1)]
         self._used = np.flatnonzero(first_in_loss <= self._starts + self._targets)
         check(

@@ -89,11 +89,7 @@ def load_chat_template(tokenizer: str | epath.PathLike) -> ChatTemplate:
 
 
 def find_chat_template(tokenizer: str | epath.PathLike) -> ChatTemplate | None:
-    """Return the template next to a tokenizer.json, given as that file or as its folder; None if there is none.
-
-    Raises:
-      ValueError: if it cannot be read.
-    """
+    """Return the template next to a tokenizer.json (or in a folder); None without; ValueError if it is damaged."""
     folder = tokenizer_folder(tokenizer)
     file = folder / "chat_template.jinja"
     named = named_tokens(tokenizer)
@@ -199,7 +195,6 @@ def escape_special_tokens(
         f"the messages hold {len(_NONCHARACTERS) - len(free)} of the {len(_NONCHARACTERS)} noncharacters U+FDD0 to U+FDEF; "
         "remove them",
     )
-
     begin, end = free[:2]
 
     def mark(value: Any) -> Any:

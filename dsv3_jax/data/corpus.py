@@ -78,11 +78,7 @@ class Corpus(Split[Document]):
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """Read `config.source` and split it.
-
-    Raises:
-      ValueError: as `read_source` does, and if no held-out text can be set aside.
-    """
+    """Read `config.source` and split it; ValueError as in `read_source`, or if nothing can be held out."""
     documents, binary = read_source(config.source)
     if config.source == STDLIB:
         train = [document for document in documents if not is_validation(STDLIB, document.name, 0)]

@@ -139,11 +139,7 @@ def _token_id(tokenizer: Tokenizer, option: str, given: str | None, named: dict[
 
 
 def _has_begun(folder: Path, options: dict[str, Any], names: list[str]) -> bool:
-    """Return True if `folder` holds the beginning of this preparation, False if it is new.
-
-    Raises:
-      ValueError: if the folder holds another preparation, or something else.
-    """
+    """Return True if `folder` holds the beginning of this preparation, False if it is new; else ValueError."""
     output = f"--output {str(folder)!r}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -414,21 +410,18 @@ def _documents(number: int, counts: dict[str, int]) -> Iterator[Document]:
                 counts["passed_over"] += 1
                 continue
             counts["replaced"] += document.replaced
-            train: Document | None = document
-            held = None
+            parts = [(document, is_validation(job.source, document.name, job.heldout_fraction))]
             if job.is_single:
-                train, held = split_tail(document, job.heldout_fraction)
-            elif is_validation(job.source, document.name, job.heldout_fraction):
-                train, held = None, document
-            if held is not None:
-                counts["heldout_documents"] += 1
-                counts["heldout_bytes"] += held.num_bytes
-                validation.write(json.dumps(dataclasses.asdict(held)) + "\n")
-            if train is not None:
-                counts["documents"] += 1
-                counts["bytes"] += train.num_bytes
-                counts["fim_documents"] += job.fim is not None and job.fim.cuts(train) is not None
-                yield train
+                parts = list(zip(split_tail(document, job.heldout_fraction), (False, True), strict=True))
+            for part, is_held in parts:
+                kind = "heldout_" if is_held else ""
+                counts[f"{kind}documents"] += 1
+                counts[f"{kind}bytes"] += part.num_bytes
+                if is_held:
+                    validation.write(json.dumps(dataclasses.asdict(part)) + "\n")
+                else:
+                    counts["fim_documents"] += job.fim is not None and job.fim.cuts(part) is not None
+                    yield part
 
 
 if __name__ == "__main__":

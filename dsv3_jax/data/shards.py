@@ -63,11 +63,7 @@ def describe(meta: dict[str, Any]) -> str:
 
 
 def is_prepared(source: str) -> bool:
-    """Return True if `source` is a prepared folder.
-
-    Raises:
-      ValueError: if its preparation has not ended, or it is not on a local disk.
-    """
+    """Return True if `source` is a prepared folder; ValueError if it is unfinished or not on a local disk."""
     folder = epath.Path(source).expanduser()
     if not (folder / "plan.json").exists() or not (folder / "tokenizer.json").exists():
         return False

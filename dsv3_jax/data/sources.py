@@ -150,11 +150,7 @@ def source_files(source: str, option: str) -> list[SourceFile]:
 
 
 def records(lines: Iterable[bytes], file: SourceFile, first_line: int = 1) -> Iterator[Record]:
-    """Yield the records of a JSONL file, or of a part of it that starts at line `first_line`; skip empty lines.
-
-    Raises:
-      ValueError: naming the line, if it is not a JSON object.
-    """
+    """Yield the records of JSONL lines, without empty ones; ValueError naming a line that is not an object."""
     for number, line in enumerate(lines, start=first_line):
         if not line.strip():
             continue
@@ -169,11 +165,7 @@ def records(lines: Iterable[bytes], file: SourceFile, first_line: int = 1) -> It
 
 
 def documents_of(file: SourceFile, lines: Iterable[bytes], first_line: int = 1) -> Iterator[Document]:
-    """Yield the documents of the lines of a JSONL file one at a time; skip empty ones.
-
-    Raises:
-      ValueError: naming the line, if it is not a JSON object with a "text" string.
-    """
+    """Yield the documents of JSONL lines, without empty ones; ValueError naming a line without a "text" string."""
     for record in records(lines, file, first_line):
         text = record.values.get("text")
         if not isinstance(text, str):

@@ -45,11 +45,7 @@ class NpyFile:
         self._offset = mapped.offset
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Return the elements start..stop-1.
-
-        Raises:
-          ValueError: naming the file, if it has been removed, cut short or replaced since it was opened.
-        """
+        """Return the elements start..stop-1; ValueError, naming the file, if it is gone, cut short or replaced."""
         start, stop, step = part.indices(self.size)
         assert step == 1
         count = max(stop - start, 0)

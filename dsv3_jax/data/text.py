@@ -189,9 +189,10 @@ def _tokenizer(data: DataConfig, model: ModelConfig, sources: Mapping[str, Corpu
 def _check_prepared(name: str, meta: dict[str, Any], data: DataConfig, model: ModelConfig) -> None:
     """Raise ValueError if a folder was prepared with other marks or other fill-in-the-middle than the run's."""
     bos, eos = document_marks(model)
-    options = [("model.bos_token_id", bos), ("model.eos_token_id", eos), ("data.fim_rate", data.fim_rate)]
-    options += [("data.fim_tokens", list(data.fim_tokens))] if data.fim_rate else []
-    for option, value in options:
+    options: dict[str, Any] = {"model.bos_token_id": bos, "model.eos_token_id": eos, "data.fim_rate": data.fim_rate}
+    if data.fim_rate:
+        options["data.fim_tokens"] = list(data.fim_tokens)
+    for option, value in options.items():
         prepared = meta[option.split(".")[1]]
         remedy = "set it to the same, or prepare the folder again (--bos-token, --eos-token, --fim-rate, --fim-tokens)"
         check(prepared == value, f"{option} is {value}, but {name!r} was prepared with {prepared}; {remedy}")

@@ -60,11 +60,7 @@ class Tokenizer:
         return {text: id_ for id_, text in self.added_tokens.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without special tokens.
-
-        Raises:
-          ValueError: if `text` contains a lone surrogate, which UTF-8 cannot encode.
-        """
+        """Return the ids of `text`, without special tokens; ValueError if it contains a lone surrogate."""
         return _encode_batch(self._backend, [text])[0]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -97,11 +93,7 @@ class Tokenizer:
 
 
 def document_marks(model: ModelConfig) -> tuple[int | None, int]:
-    """Return the ids before and after each document: bos_token_id (or None) and the first eos_token_id.
-
-    Raises:
-      ValueError: if the model has no eos_token_id.
-    """
+    """Return the ids before and after a document: bos_token_id, or None, and the first eos_token_id."""
     check(bool(model.eos_token_ids), "model.eos_token_id is None; training needs a token that ends a document, such as 1")
     return model.bos_token_id, model.eos_token_ids[0]
 

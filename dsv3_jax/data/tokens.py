@@ -93,11 +93,7 @@ class FillInTheMiddle:
 
     @classmethod
     def of(cls, rate: float, tokens: Sequence[str], seed: int, tokenizer: Tokenizer) -> FillInTheMiddle | None:
-        """Look the three tokens up in `tokenizer`; None if the rate is 0.
-
-        Raises:
-          ValueError: naming the tokens that the tokenizer lacks.
-        """
+        """Look the three tokens up in `tokenizer`; None if the rate is 0; ValueError naming the missing ones."""
         if rate == 0:
             return None
         missing = [token for token in tokens if token not in tokenizer.added_ids]

@@ -22,7 +22,7 @@ from dsv3_jax.train.start import save_run_start
 _TOKENIZER = "tokenizer.json"
 
 
-def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool = False, scale_fmt: str | None = None) -> None:
+def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool = False) -> None:
     """Write the newest checkpoint of the run `source` as the Hugging Face folder `target`.
 
     Args:
@@ -30,7 +30,6 @@ def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool =
       target: the folder to make.
       dtype: dtype of the tensors; None keeps the run's.
       fp8: store linear layers as FP8 blocks.
-      scale_fmt: of the FP8 scales (`save_hf`).
 
     Raises:
       ValueError: if `source` holds no checkpoint, or `target` exists and is not empty.
@@ -39,7 +38,7 @@ def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool =
     config, variables, step = load_run(str(source), dtype)
     has_tokenizer = (epath.Path(source) / _TOKENIZER).exists()
     tokenizer_from = source if has_tokenizer else None
-    save_hf(target, config.model, variables, tokenizer_from=tokenizer_from, fp8=fp8, scale_fmt=scale_fmt)
+    save_hf(target, config.model, variables, tokenizer_from=tokenizer_from, fp8=fp8)
     print(f"{source}, step {step}, is now the Hugging Face folder {target}{'' if has_tokenizer else ' (no tokenizer)'}")
 
 
@@ -84,13 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--dtype", choices=dtypes, help="dtype of the parameters written; by default a run's own, and float32 for a new run"
     )
     parser.add_argument("--fp8", action="store_true", help="to Hugging Face only: linear layers as FP8 blocks")
-    scales = "with --fp8: scales that are powers of two, as in checkpoints whose config.json names this scale_fmt"
-    parser.add_argument("--scale-fmt", choices=["ue8m0"], help=scales)
     parsed = parser.parse_args(arguments)
     if not is_hugging_face(parsed.source):
-        run_to_hf(parsed.source, parsed.target, dtype=parsed.dtype, fp8=parsed.fp8, scale_fmt=parsed.scale_fmt)
-    elif parsed.fp8 or parsed.scale_fmt:
-        raise ValueError("--fp8 and --scale-fmt are for writing Hugging Face folders, and the source is one; leave them out")
+        run_to_hf(parsed.source, parsed.target, dtype=parsed.dtype, fp8=parsed.fp8)
+    elif parsed.fp8:
+        raise ValueError("--fp8 is for writing Hugging Face folders, and the source is one; leave it out")
     else:
         hf_to_run(parsed.source, parsed.target, dtype=parsed.dtype)
 

@@ -85,14 +85,20 @@ def test_to_hugging_face_in_another_dtype(run: Path, tmp_path: Path):
 
 
 def test_scales_are_powers_of_two_again(run: Path, tmp_path: Path):
-    main([str(run), str(tmp_path / "fp8"), "--fp8", "--scale-fmt", "ue8m0"])
-    assert json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["scale_fmt"] == "ue8m0"
-    scales = [tensor for name, tensor in tensors(tmp_path / "fp8").items() if name.endswith("_scale_inv")]
-    assert all((np.frexp(scale)[0] == 0.5).all() for scale in scales)
-    main([str(tmp_path / "fp8"), str(tmp_path / "run")])
-    main([str(tmp_path / "run"), str(tmp_path / "again"), "--fp8", "--scale-fmt", "ue8m0"])
-    _, values = load_hf(tmp_path / "fp8")
-    chex.assert_trees_all_equal(load_hf(tmp_path / "again")[1], values)
+    """Of a checkpoint whose config.json says so; its values survive, once its scales are such."""
+    main([str(run), str(tmp_path / "0"), "--fp8"])
+    file = tmp_path / "0" / "config.json"
+    published = json.loads(file.read_text())
+    published["quantization_config"]["scale_fmt"] = "ue8m0"
+    file.write_text(json.dumps(published))
+    for i in (1, 2):
+        main([str(tmp_path / f"{i - 1}"), str(tmp_path / f"run_{i}")])
+        main([str(tmp_path / f"run_{i}"), str(tmp_path / f"{i}"), "--fp8"])
+        written = json.loads((tmp_path / f"{i}" / "config.json").read_text())
+        assert written["quantization_config"] == published["quantization_config"]
+        scales = [tensor for name, tensor in tensors(tmp_path / f"{i}").items() if name.endswith("_scale_inv")]
+        assert all((np.frexp(scale)[0] == 0.5).all() for scale in scales)
+    chex.assert_trees_all_equal(load_hf(tmp_path / "2")[1], load_hf(tmp_path / "1")[1])
 
 
 @pytest.mark.parametrize(
@@ -101,8 +107,7 @@ def test_scales_are_powers_of_two_again(run: Path, tmp_path: Path):
         (["nowhere", "out"], "nowhere holds no config.json"),
         (["foreign", "out"], "neither a run's config nor a Hugging Face one"),
         (["{source}", "full"], "full"),
-        (["{source}", "out", "--fp8"], "--fp8 and --scale-fmt are for writing Hugging Face folders"),
-        (["{run}", "out", "--scale-fmt", "ue8m0"], "scale_fmt ue8m0 is a format of FP8 scales; set fp8 too"),
+        (["{source}", "out", "--fp8"], "--fp8 is for writing Hugging Face folders"),
         (["{source}"], "target"),
         (["{source}", "out", "--dtype", "int3"], "--dtype: invalid choice: 'int3' (choose from"),
         (["{source}", "out", "--dtype", "float64"], "--dtype: invalid choice: 'float64' (choose from"),

@@ -152,7 +152,6 @@ def save_hf(
     max_shard_bytes: int = 5 * 10**9,
     tokenizer_from: Any = None,
     fp8: bool = False,
-    scale_fmt: str | None = None,
 ) -> None:
     """Write a folder that transformers and `load_hf` read: config.json, safetensors and their index.
 
@@ -167,8 +166,8 @@ def save_hf(
       variables: from `load_hf` or `init_variables`.
       max_shard_bytes: largest safetensors file, unless a single tensor is larger.
       tokenizer_from: a folder whose tokenizer files are copied along.
-      fp8: store linear layers but head, router gate and `eh_proj` as E4M3 in blocks of 128 x 128.
-      scale_fmt: with `fp8`, "ue8m0" rounds scales up to powers of two, as in checkpoints whose config.json names it.
+      fp8: store linear layers but head, router gate and `eh_proj` as E4M3 in blocks of 128 x 128, with scales as
+        `config.scale_fmt` says.
 
     Raises:
       ValueError: if the folder exists and is not empty, `tokenizer_from` holds no tokenizer, or (`CheckpointError`)
@@ -182,17 +181,15 @@ def save_hf(
         arrays = _checked_arrays(config, variables)
         tokenizer_files = [] if tokenizer_from is None else _tokenizer_files(epath.Path(tokenizer_from))
         check(max_shard_bytes >= 1, f"max_shard_bytes is {max_shard_bytes}; it must be positive")
-        check(scale_fmt in (None, "ue8m0"), f"scale_fmt is {scale_fmt!r}; use 'ue8m0' or None")
-        check(fp8 or scale_fmt is None, f"scale_fmt {scale_fmt} is a format of FP8 scales; set fp8 too")
     with new_folder(epath.Path(path), processes) as folder:
         with first_alone(processes) as first:
             if first:
-                quantization = EXPORT_CONFIG | ({"scale_fmt": scale_fmt} if scale_fmt else {})
+                quantization = EXPORT_CONFIG | ({"scale_fmt": config.scale_fmt} if config.scale_fmt else {})
                 file_config = config.to_hf() | ({"quantization_config": quantization} if fp8 else {})
                 (folder / "config.json").write_text(json.dumps(file_config, indent=2) + "\n")
                 for file in tokenizer_files:
                     file.copy(folder / file.name)
-        _write_tensors(folder, shards(_outgoing_tensors(config, arrays, fp8, scale_fmt), max_shard_bytes), processes)
+        _write_tensors(folder, shards(_outgoing_tensors(config, arrays, fp8), max_shard_bytes), processes)
 
 
 def check_no_folder(path: Any) -> None:
@@ -242,9 +239,7 @@ def _host_view(array: Any) -> Any:
     return np.asarray(array) if is_contiguous and all(d.platform == "cpu" for d in array.devices()) else array
 
 
-def _outgoing_tensors(
-    config: ModelConfig, arrays: Sequence[tuple[Leaf, Any]], fp8: bool, scale_fmt: str | None
-) -> list[Outgoing]:
+def _outgoing_tensors(config: ModelConfig, arrays: Sequence[tuple[Leaf, Any]], fp8: bool) -> list[Outgoing]:
     """Return every tensor of the files, layer by layer."""
     outgoing: dict[str, Outgoing] = {}
     for leaf, array in arrays:
@@ -253,7 +248,7 @@ def _outgoing_tensors(
             fetch, stored = partial(take, array, index), partial(_stored, leaf, dtype)
             if fp8 and leaf.is_fp8:
                 tensors = (name, FP8, leaf.stored), (name + SCALE_SUFFIX, np.dtype(np.float32), scale_shape(leaf.stored))
-                outgoing[name] = Outgoing(tensors, fetch, partial(_quantised, name, stored, scale_fmt))
+                outgoing[name] = Outgoing(tensors, fetch, partial(_quantised, name, stored, config.scale_fmt))
             else:
                 outgoing[name] = Outgoing(((name, dtype, leaf.stored),), fetch, stored)
     for copy, original in copies(config).items():

@@ -71,6 +71,8 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     fields["num_nextn_predict_layers"] = _one_value(config, "num_nextn_predict_layers", "num_mtp_layers", default=1)
     fields["bos_token_id"], fields["eos_token_id"] = config.get("bos_token_id", 0), config.get("eos_token_id", 1)
     fields["rope_theta"], fields["rope_scaling"] = _rope(config, fields["max_position_embeddings"])
+    quantization = config.get("quantization_config")
+    fields["scale_fmt"] = quantization.get("scale_fmt") if isinstance(quantization, dict) else None
     dtype = _one_value(config, "torch_dtype", "dtype")
     if dtype is not None:
         check(isinstance(dtype, str), f"torch_dtype is {dtype!r}; use the name of a dtype, such as bfloat16")

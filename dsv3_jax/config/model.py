@@ -57,6 +57,7 @@ class RopeScaling:
         return 0.1 * (1.0 if mscale is None else mscale) * math.log(self.factor) + 1.0
 
 
+ScaleFormat = Literal["ue8m0"]
 RematPolicy = Literal["none", "save_latents", "full"]
 ExpertBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "tiles", "ragged_dot", "reference"]
 ExpertExchange = Literal["auto", "ragged", "dense", "all_gather"]
@@ -147,6 +148,8 @@ class ModelConfig:
     """Dtype of the computation; router logits, softmax, norms and losses are always float32."""
     param_dtype: DType = "float32"
     """Dtype of the stored parameters; router biases are always float32."""
+    scale_fmt: ScaleFormat | None = None
+    """Scales of weights that `save_hf` writes in FP8: "ue8m0" for powers of two, None for any float32; fixed on resume."""
     remat: RematPolicy = "none"
     """Recomputation in the backward pass: "none", all but the latents and the MoE input, or the "full" block."""
     expert_backend: ExpertBackend = "auto"

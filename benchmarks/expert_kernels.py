@@ -205,7 +205,7 @@ def gmm_cost(contracted: int, columns: int, schedule: Schedule, tiling: Sequence
     common = schedule.body.bundles - sum(arm.bundles for arm in with_products) - zero.bundles
     inner, last = with_products[0], with_products[-1]
     one_tile = common * num_k + zero.bundles + inner.bundles * (num_k - 1) + last.bundles
-    # The grid runs over columns, then rows, then the contracted dimension, so that only the blocks of the last step are present.
+    # The grid runs over columns, then rows, then the contracted dimension: only the blocks of the last step are present.
     order = [(n, m, k) for n in range(num_n) for m in range(num_m) for k in range(num_k)]
     groups_a_tile = max(tile_m // rows, 1)
     moved = _traffic(

@@ -3,8 +3,8 @@
     python benchmarks/layer_memory.py [--topology v5p:2x2x1] [--length 4096] [--experts 256]
 
 Prints one JSON line for each kind of layer and backend. The layer is compiled for one device of the topology, with one
-sequence and parameters in bfloat16, and nothing in it is computed again; `temporary_bytes` is what lives in addition to its inputs
-and outputs. Where the compiler refuses a program, it has `refused` instead.
+sequence and parameters in bfloat16, and nothing in it is computed again; `temporary_bytes` excludes its inputs and
+outputs. Where the compiler refuses a program, it has `refused` instead.
 """
 
 from __future__ import annotations

@@ -5,13 +5,4 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.infer import Completion, Engine, SamplingParams
 from dsv3_jax.model import DeepSeekV3, ModelOutput
 
-__all__ = [
-    "Completion",
-    "DeepSeekV3",
-    "Engine",
-    "ModelConfig",
-    "ModelOutput",
-    "SamplingParams",
-    "load_hf",
-    "save_hf",
-]
+__all__ = ["Completion", "DeepSeekV3", "Engine", "ModelConfig", "ModelOutput", "SamplingParams", "load_hf", "save_hf"]

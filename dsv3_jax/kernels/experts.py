@@ -267,13 +267,7 @@ def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
 
 
 def expert_ffn(
-    x_RD: jax.Array,
-    w_gate_EDF: Weight,
-    w_up_EDF: Weight,
-    w_down_EFD: Weight,
-    group_sizes_E: jax.Array,
-    *,
-    backend: str,
+    x_RD: jax.Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight, group_sizes_E: jax.Array, *, backend: str
 ) -> jax.Array:
     """Apply its own expert to every row: y = (silu(x w_gate[e]) * (x w_up[e])) w_down[e].
 

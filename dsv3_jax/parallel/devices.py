@@ -71,7 +71,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 TPU_OPTIONS = {
     # Split each ragged all-to-all into a start and a done, to overlap it with the shared expert.
-    "xla_tpu_enable_async_ragged_all_to_all": "true",
+    "xla_tpu_enable_async_ragged_all_to_all": "true"
 }
 """Compiler options of the training step on TPUs, set nowhere else. docs/log.md lists the others that were tried."""
 

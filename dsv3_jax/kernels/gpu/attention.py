@@ -40,13 +40,7 @@ BACKWARD_STAGES = 3
 
 
 def attention_hopper(
-    q_BTNX: jax.Array,
-    k_BSMX: jax.Array,
-    v_BSMW: jax.Array,
-    *,
-    scale: float,
-    first: jax.Array | int = 0,
-    interpret: Any = None,
+    q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array, *, scale: float, first: jax.Array | int = 0, interpret: Any = None
 ) -> jax.Array:
     """Compute `causal_attention` in bfloat16, differentiable in q, k and v.
 

@@ -144,13 +144,7 @@ def _by_head(array_BTNX: jax.Array, length: int) -> jax.Array:
 
 
 def _kernel(
-    first: jax.Array | int,
-    earliest: jax.Array | None,
-    queries: int,
-    keys: int,
-    forward: Block,
-    backward: Block,
-    interpret: Any,
+    first: jax.Array | int, earliest: jax.Array | None, queries: int, keys: int, forward: Block, backward: Block, interpret: Any
 ) -> Any:
     """Return splash for q [h, queries, X], k [m, keys, X] and v [m, keys, W]; `earliest` as in `_table_of_documents`."""
     if earliest is None:

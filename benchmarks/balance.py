@@ -2,9 +2,9 @@
 
     python benchmarks/balance.py [--steps 200] [--picture docs/balance.png]
 
-The start is that of configs/tiny.py but for two things: every embedding is shifted by one standard deviation along
+The start is that of configs/tiny.py with two changes: every embedding is shifted by one standard deviation along
 (1, ..., 1), so that all tokens share a direction, and the gates' columns are shifted against it by 6 to -6 in equal steps, so
-that the first experts are wanted by all. Prints one JSON line.
+that every token prefers the first experts. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SKEW = 6.0
 
 
 def skewed_variables() -> dict[str, Any]:
-    """The run's own start, skewed."""
+    """Return the skewed initial variables of the run."""
     variables = init_variables(CONFIG.model, jax.random.key(CONFIG.train.seed))
     params, model = variables["params"], CONFIG.model
     params["embed"]["embedding"] += model.initializer_range
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def draw(on: list[float], off: list[float], picture: str) -> None:
-    """Both curves over the steps."""
+    """Draw both curves over the steps."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

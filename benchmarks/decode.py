@@ -70,7 +70,7 @@ def main() -> None:
         model = load(experts).eval()
 
     def ours(drafts: int) -> Callable[[], list[list[int]]]:
-        # Without the prefix cache, or every turn but the first would find its prompts there.
+        # No prefix cache: otherwise every turn after the first would find its prompts there.
         length = PROMPT + NEW
         engine = Engine(config, variables, max_batch=arguments.batch, max_length=length, drafts=drafts, prefix_cache=False)
         params = SamplingParams(max_tokens=NEW, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""How fast the experts' feed-forward is on this machine, against `ragged_dot` and against one dense expert.
+"""Speed of the experts' feed-forward on this machine, compared with `ragged_dot` and with one dense expert.
 
     python benchmarks/expert_ffn.py [--repeats 15] [--case tiny]
 

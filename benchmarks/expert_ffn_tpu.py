@@ -31,7 +31,7 @@ TGMM_TILES = (
     (256, 1024, 1024), (512, 1024, 1024), (1024, 1024, 1024), (512, 2048, 1024), (512, 1024, 2048), (512, 512, 1024),
     (512, 512, 512), (1024, 512, 1024),
 )  # fmt: skip
-"""What megablox is tried with; what its 16 or 32 MiB of fast memory cannot take is refused and passed over."""
+"""Tilings tried for megablox; those that do not fit into its 16 or 32 MiB of VMEM are skipped."""
 
 
 def megablox(chip: str) -> dict[str, list]:

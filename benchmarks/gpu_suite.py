@@ -52,7 +52,7 @@ from dsv3_jax.train.state import init_state
 from dsv3_jax.train.step import train_step
 
 LIMIT = 1e-2
-"""How far a kernel in bfloat16 may be from the float32 reference, by the norm of the difference over the reference's."""
+"""Tolerance of a bfloat16 kernel: norm of its difference from the float32 reference over the norm of the reference."""
 PATIENCE = 300
 """Seconds for a part, compilation included."""
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -60,7 +60,7 @@ Row = dict[str, Any]
 
 
 class EngineConfig(NamedTuple):
-    """What is measured."""
+    """Sizes of the measured problems."""
 
     experts: tuple[int, int, int] = (8, 7168, 2048)
     """E, D, F."""
@@ -133,7 +133,7 @@ def main() -> None:
                 started = time.perf_counter()
                 try:
                     row = measure()
-                except Exception as error:  # A row that fails is a row; the others are wanted all the same.
+                except Exception as error:  # A failure becomes a row, and the other rows are still measured.
                     row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
                 done[name] = {"row": name, **row, "took_seconds": round(time.perf_counter() - started, 1), **machine()}
                 line = json.dumps(done[name])
@@ -234,7 +234,7 @@ def against(found: Any, want: Any) -> Row:
 
 
 def ceilings(suite: Suite) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """What the card reaches where nothing is in the way."""
+    """Measure the card's ceilings: a dense product and a copy."""
     M, K, N = suite.sizes.dense
 
     def dense() -> Row:
@@ -338,7 +338,7 @@ def _tokamax_ffn(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: An
 
 
 def _torch_groups() -> bool:
-    """Whether torch is here, with a GPU and its grouped product."""
+    """Return True if torch is installed with GPU support and its grouped product."""
     try:
         import torch
     except Exception:  # Missing, or at odds with this machine's CUDA.

@@ -1,4 +1,4 @@
-"""How much host memory `load_hf` takes, as a multiple of the model it loads.
+"""Peak host memory of `load_hf`, as a multiple of the size of the loaded model.
 
     python benchmarks/load_hf_memory.py [--megabytes 1000] [--stored BF16|F32|FP8] [--dtype bfloat16]
 
@@ -70,7 +70,7 @@ def write_checkpoint(folder: Path, megabytes: int, stored: str, mtp_depths: int 
 
 
 def _load(folder: str, dtype: str) -> None:
-    """In the process that is measured: loads and prints what it took."""
+    """Load in the measured process and print the memory it took."""
     jnp.zeros(1).block_until_ready()
     resident = _status_bytes("VmRSS")
     start = time.perf_counter()

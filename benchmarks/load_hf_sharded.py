@@ -1,11 +1,11 @@
-"""How many bytes of a checkpoint each process reads to load it onto a mesh of eight devices.
+"""Bytes of a checkpoint that each process reads to load it onto a mesh of eight devices.
 
     python benchmarks/load_hf_sharded.py [--mesh fsdp=2,expert=2,tensor=2] [--megabytes 500] [--stored BF16|F32|FP8]
 
 Writes a random checkpoint with one MTP depth and prints one JSON line. For 1, 2, 4 and 8 processes, each with its equal
 part of the devices in order: the tensor bytes each reads as `load_hf` counts them, their sum, and its ratio to the
 tensor bytes of the checkpoint. `kernel_ratio` is the same from the kernel's own count of this process (rchar in
-/proc/self/io). A single process plays one after the other, by the functions `load_hf` is made of.
+/proc/self/io). A single process simulates them in turn, with the functions of `load_hf`.
 
 The ratio is 1 when every byte is read once, plus what is replicated: norms and routers on every process, everything
 along `data`, and the MTP layer's copies of embedding and head, which are compared with the originals.
@@ -41,7 +41,7 @@ _AXES = "data", "fsdp", "expert", "context", "tensor"
 
 
 def _read_as(weights: Weights, config: ModelConfig, shardings: dict[Any, Any], process: int, processes: int) -> int:
-    """Reads what one process would; returns how many bytes."""
+    """Read the part of one process; return the number of bytes."""
     before = weights.bytes_read
     devices = np.array(jax.devices()).reshape(processes, -1)[process].tolist()
     compare_copies(weights, list(copies(config).items()), (process, processes))

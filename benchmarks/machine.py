@@ -1,4 +1,4 @@
-"""Where a figure was measured: what every benchmark adds to its JSON line."""
+"""Versions, hardware and commit, which every benchmark adds to its JSON line."""
 
 from __future__ import annotations
 

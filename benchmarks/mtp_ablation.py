@@ -1,9 +1,9 @@
-"""What multi-token prediction does for the model: configs/tiny.py with it and without, at equal tokens, over several seeds.
+"""Ablation of multi-token prediction: configs/tiny.py with and without it, at equal tokens, over several seeds.
 
     python benchmarks/mtp_ablation.py [--seeds 0 1 2] [--steps 400]
 
 Both runs of a seed start from the same main parameters and see the same batches. Prints a JSON line for each run: the loss
-of all held-out text, and with MTP which share of the tokens that its depth drafts greedy verification accepts. The last line
+of all held-out text, and with MTP the share of drafted tokens that greedy verification accepts. The last line
 holds the means.
 """
 

@@ -4,8 +4,8 @@
 
 Prints a table and one JSON line. The server is a process of its own, which compiles its programs before it listens.
 Requests arrive at random (Poisson, from a fixed seed, so that every setting meets the same ones), stream greedily, and continue
-Python's standard library. Above what the server can do a queue grows, and time to first text with it: what a client sees of the
-first token, since part of a character is held back. Without a checkpoint the model is that of configs/tiny.py with random
+Python's standard library. Above what the server can do a queue grows, and time to first text with it: it is measured at the
+first text, since an incomplete character is held back. Without a checkpoint the model is that of configs/tiny.py with random
 weights, whose drafts are hardly ever right.
 """
 
@@ -52,7 +52,7 @@ class Asked(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What became of it."""
+    """Result of one request."""
 
     first: float
     """Seconds to the first text."""

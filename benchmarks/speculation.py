@@ -1,4 +1,4 @@
-"""Speculative decoding of a trained run: which drafts are accepted, and what that is worth in time.
+"""Speculative decoding of a trained run: share of accepted drafts, and the effect on time.
 
     python benchmarks/speculation.py --run runs/tiny [--batch 1] [--prompts 16] [--repeats 5]
 
@@ -41,7 +41,7 @@ def main() -> None:
     params = SamplingParams(max_tokens=NEW, ignore_eos=True)
 
     def engine(drafts: int) -> Engine:
-        # Without the prefix cache, or every turn but the first would find its prompts there.
+        # No prefix cache: otherwise every turn after the first would find its prompts there.
         sizes = {"max_batch": flags.batch, "max_length": PROMPT + NEW, "drafts": drafts}
         return Engine(model.config, model.variables, prefix_cache=False, **sizes)
 

@@ -1,4 +1,4 @@
-"""The cost of Pallas TPU kernels without a TPU: what the TPU compiler schedules, bundle by bundle.
+"""The cost of Pallas TPU kernels without a TPU: bundles of the TPU compiler's schedule.
 
 A bundle is issued a cycle where nothing stalls, so that bundles compare kernels. They are no times: the schedule shows neither
 waiting for memory nor for the matrix units, which is why a schedule can be shorter than the arithmetic takes at the datasheet's
@@ -53,7 +53,7 @@ class Schedule:
     loops: list[Span]
     """The loops in a step, in order, one trip each."""
     arms: list[Span]
-    """What is left of the step, cut at its branches, in order."""
+    """The rest of the step, cut at its branches, in order."""
 
     @property
     def outside_loops(self) -> int:
@@ -69,7 +69,7 @@ class Job(NamedTuple):
 
 
 def read_schedules(jobs: Sequence[Job], chip: str) -> Iterator[dict[str, Schedule] | str]:
-    """The schedules of the Pallas kernels of each job by their names, or what the compiler had against it."""
+    """The schedules of the Pallas kernels of each job by their names, or the compiler's error."""
     library = find_tpu_compiler()
     if library is None:
         raise SystemExit("error: the TPU compiler is missing; `make tpu-compiler` adds it")

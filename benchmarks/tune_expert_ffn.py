@@ -39,7 +39,7 @@ WEIGHT_TILES = [
 
 
 def seconds(cost: Cost, chip: str) -> float:
-    """What bounds the kernel."""
+    """Lower bound of the kernel's time."""
     cycles = cost.flops / CORES[chip] / peak_flops_per_cycle(chip)
     return max(max(cost.bundles, cycles) / CLOCK[chip], cost.bytes / CHIPS[chip].hbm_bytes)
 

@@ -1,4 +1,4 @@
-"""One model in both libraries: what the benchmarks against transformers share. Needs `make parity`'s environment."""
+"""Shared code of the benchmarks against transformers: one model in both libraries. Needs `make parity`'s environment."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def both_models(folder: str, checkpoint: str | None = None) -> tuple[ModelConfig
 
     Args:
       folder: where a random model of `CONFIG` is saved.
-      checkpoint: a Hugging Face folder to take in its place.
+      checkpoint: a Hugging Face folder to use instead.
     """
     torch.set_num_threads(os.cpu_count() or 1)
     if checkpoint is None:
@@ -66,7 +66,7 @@ def both_models(folder: str, checkpoint: str | None = None) -> tuple[ModelConfig
 def fastest_experts(
     load: Callable[[str], Any], time_it: Callable[[Any], float], candidates: tuple[str, ...]
 ) -> tuple[str, dict[str, float]]:
-    """The quickest of transformers' experts implementations, each warm, and the seconds of all."""
+    """Return transformers' fastest experts implementation, and the seconds of all, each warm."""
     seconds = {}
     for experts in candidates:
         model = load(experts)
@@ -76,7 +76,7 @@ def fastest_experts(
 
 
 def paired(ours: Callable[[], Any], theirs: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Times both in turn after one warm-up each; the ratio is the median over turns of theirs / ours."""
+    """Time both in turn after one warm-up each; the ratio is the median over turns of theirs / ours."""
     ours(), theirs()
     seconds: list[tuple[float, float]] = []
     for _ in range(repeats):

@@ -2,7 +2,7 @@
 
     python benchmarks/expert_ffn.py [--repeats 15] [--case tiny]
 
-Prints one JSON line a case and direction. The three are timed in turn, `--repeats` times over, and the figures are
+Prints one JSON line per case and direction. The three are timed in turn, `--repeats` times over, and the figures are
 medians of the ratios within a turn, so other work on the machine slows both sides of a ratio: `speedup_over_ragged_dot`
 and `time_over_dense`. "dense" sends every row through one expert, the same floating-point operations without groups.
 """
@@ -28,7 +28,7 @@ _CASES = {"middle": (2048, 32, 512, 256), "tiny": (8192, 16, 256, 128), "decode"
 
 
 def _inputs(num_rows: int, num_experts: int, hidden: int, expert_hidden: int) -> tuple[jax.Array, ...]:
-    """x, the three weights, and group sizes as uneven as those of a router in training."""
+    """Return x, the three weights, and uneven group sizes as in training."""
     rng = np.random.default_rng(0)
     shapes = (num_rows, hidden), *[(num_experts, hidden, expert_hidden)] * 2, (num_experts, expert_hidden, hidden)
     arrays = [jnp.asarray(rng.standard_normal(shape, np.float32) / np.sqrt(shape[-2])) for shape in shapes]
@@ -68,7 +68,7 @@ def _median_ratio(numerators: list[float], denominators: list[float]) -> float:
 def main() -> None:
     """Command line; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15, help="turns a case is timed for")
+    parser.add_argument("--repeats", type=int, default=15, help="timed turns per case")
     parser.add_argument("--case", choices=_CASES, action="append", help="only this case (may be given several times)")
     args = parser.parse_args()
     if args.repeats < 1:

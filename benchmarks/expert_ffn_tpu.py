@@ -2,12 +2,12 @@
 
     python benchmarks/expert_ffn_tpu.py [--chip v5p] [--rows 1024]
 
-At the published widths (7168 and 2048), 8 experts of equal size to a device. Prints one JSON line a chip and number of rows an
-expert: bundles over the whole grid of the busiest TensorCore, ours over megablox's (gmm three times forward; three times gmm
-and three times tgmm for the gradients, each at the tile that suits it best); `peak`, the cycles of the arithmetic at the
+At the published widths (7168 and 2048), 8 experts of equal size to a device. Prints one JSON line per chip and number of rows
+per expert: bundles over the whole grid of the busiest TensorCore, ours over megablox's (gmm three times forward; three times
+gmm and three times tgmm for the gradients, each with its fastest tile); `peak`, the cycles of the arithmetic at the
 datasheet's peak over bundles (above 1 the kernel waits for the matrix units); and HBM bytes forward, ours over the three gmm
-calls and a SwiGLU pass between them. `bytes_over_least` has each array of that unfused sequence read and written once for its
-denominator; `ideal` is what it would be if ours were, too. Takes about 5 minutes a chip.
+calls and a SwiGLU pass between them. The denominator of `bytes_over_least` counts each array of that unfused sequence once
+per read and write; `ideal` is the ratio if ours did the same. Takes about 5 minutes a chip.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def best_tgmm(tiles: list, shape: tuple[int, int], rows: int, chip: str) -> Cost
 
 
 def ours(chip: str, rows: int) -> dict[str, Cost]:
-    """The cost of every kernel, by its name."""
+    """Return the cost of every kernel by name."""
     jobs = [Job("expert_kernels:forward", {"rows": rows}), Job("expert_kernels:gradients", {"rows": rows})]
     costs = {}
     how = how_on(chip)
@@ -82,7 +82,7 @@ def ours(chip: str, rows: int) -> dict[str, Cost]:
 
 
 def compare(chip: str, rows: int, theirs: dict[str, list]) -> dict:
-    """One line of the table."""
+    """Return one line of the table."""
     cost = ours(chip, rows)
     up, down = (best_gmm(theirs["gmm"], *widths, rows, chip) for widths in ((D, F), (F, D)))
     forward, gmm_forward = cost["expert_gate_up"] + cost["expert_down"], up + up + down
@@ -126,7 +126,7 @@ def main() -> None:
     """Command line; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=TOPOLOGIES, action="append", help="only this chip (may be given several times)")
-    parser.add_argument("--rows", type=int, action="append", help="rows an expert (may be given several times)")
+    parser.add_argument("--rows", type=int, action="append", help="rows per expert (may be given several times)")
     args = parser.parse_args()
     rows = args.rows or ROWS
     if any(n < 1 or n & (n - 1) for n in rows):

@@ -27,14 +27,14 @@ DTYPE = jnp.bfloat16
 
 
 def how_on(chip: str) -> KernelConfig:
-    """Sizes for a chip, as they are chosen on one."""
+    """Return the tile sizes used on this chip."""
     name = chip.removeprefix("tpu")
     info = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(name), CORES[chip])
     return KernelConfig(TILES[name], Machine(info.num_cores, info.vmem_capacity_bytes))
 
 
 class Cost(NamedTuple):
-    """Of a kernel over its whole grid."""
+    """Cost of a kernel over its whole grid."""
 
     bundles: int
     flops: float
@@ -86,13 +86,13 @@ def _how(tiles: Sequence[Sequence[int]] | None) -> KernelConfig:
 
 
 def forward(rows: int, tiles: Sequence[Sequence[int]] | None = None) -> tuple[Callable, tuple]:
-    """The FFN alone."""
+    """Return the forward FFN."""
     arrays, sizes = _shapes(rows)
     return lambda *args: expert_ffn_by(*args, _how(tiles)), (*arrays, sizes)
 
 
 def gradients(rows: int, tiles: Sequence[Sequence[int]] | None = None) -> tuple[Callable, tuple]:
-    """The FFN, what it keeps, and its gradients."""
+    """Return the FFN with its residuals and gradients."""
     arrays, sizes = _shapes(rows)
 
     def run(*args: jax.Array) -> Any:
@@ -122,7 +122,7 @@ def megablox_tgmm(tiling: Sequence[int]) -> tuple[Callable, tuple]:
 
 
 def _traffic(*sequences: tuple[Sequence[Any], int]) -> int:
-    """Bytes of blocks, each given by its index at every step and its size."""
+    """Return the bytes of blocks, given the index at every step and the size of each."""
     return sum(size * sum(1 for _ in itertools.groupby(indices)) for indices, size in sequences)
 
 

@@ -1,11 +1,11 @@
-"""Everything there is to measure on one GPU, in one table: kernels against the float32 reference, then how fast they are.
+"""All measurements on one GPU in one table: kernels compared with the float32 reference, then their speed.
 
     python benchmarks/gpu_suite.py [--out runs/gpu_suite.jsonl] [--only experts] [--toy]
 
-Prints one JSON line a row, appended to --out as it is measured, and a table of all at the end. Started again, it measures
-what --out does not have yet of this card, commit and jax. Nothing is downloaded; rows for tokamax and torch are there where
-these are installed. `--toy` runs it all at sizes for a CPU, where the figures mean nothing. Each part has a process of its
-own, so that a kernel that crashes or hangs ends no other part.
+Prints one JSON line per row, appends it to --out, and prints a table at the end. A second start measures only the rows that
+--out lacks for this card, commit and jax. Nothing is downloaded; rows for tokamax and torch appear if these are installed.
+`--toy` runs everything at sizes for a CPU, where the figures mean nothing. Each part runs in its own process, so that a
+kernel that crashes or hangs ends no other part.
 
 `of_dense` is arithmetic a second over that of a bfloat16 product of 8192 x 7168 x 4096 in the same run, `of_copy` bytes a
 second over those of a copy of 2 GiB. Model FLOPs utilisation is tokens a second times the FLOPs of a token (`flops_per_token`
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants some of the memory, too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some of the memory, too.
 
 import argparse
 import contextlib
@@ -125,7 +125,7 @@ def main() -> None:
     suite = Suite(TOY if arguments.toy else EngineConfig(), done)
     with arguments.out.open("a", encoding="utf-8") as file:
         if arguments.out.stat().st_size and not arguments.out.read_text(encoding="utf-8").endswith("\n"):
-            file.write("\n")  # After a line that a stop cut off.
+            file.write("\n")  # After a partly written line.
         for part in parts:
             for name, measure in PARTS[part](suite):
                 if name in done:
@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def _part_by_part(parts: list[str], arguments: list[str]) -> int:
-    """Each part in a process of its own, so that a kernel that crashes or hangs ends only its part.
+    """Run each part in its own process, so that a kernel that crashes or hangs ends only its part.
 
     The last one prints the table of all. Returns 1 if any failed.
     """
@@ -165,7 +165,7 @@ def _part_by_part(parts: list[str], arguments: list[str]) -> int:
 
 
 def _read(path: Path) -> Iterator[Row]:
-    """The rows of a file, without what a stop left half written."""
+    """Return the rows of a file, without a partly written last line."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -187,7 +187,7 @@ def _short(value: Any) -> str:
 
 
 class Suite:
-    """The sizes, and what was measured so far."""
+    """Sizes, and the rows measured so far."""
 
     def __init__(self, sizes: EngineConfig, done: dict[str, Row]) -> None:
         self.sizes, self.done = sizes, done
@@ -218,12 +218,12 @@ class Suite:
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0, dtype: Any = jnp.bfloat16) -> jax.Array:
-    """Numbers of a deviation, made on the device."""
+    """Return random numbers with this standard deviation, created on the device."""
     return jax.jit(lambda: (jax.random.normal(jax.random.key(seed), shape, jnp.float32) * scale).astype(dtype))()
 
 
 def against(found: Any, want: Any) -> Row:
-    """A row of how far arrays are from those of the reference: the worst of them. One with a NaN is infinitely far."""
+    """Return a row with the largest deviation of arrays from the reference; infinite for a NaN."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True)
     apart = [float(jnp.linalg.norm(f.astype(jnp.float32) - w) / jnp.linalg.norm(w)) for f, w in pairs]
     worst = max(error if math.isfinite(error) else math.inf for error in apart)
@@ -341,7 +341,7 @@ def _torch_groups() -> bool:
     """Return True if torch is installed with GPU support and its grouped product."""
     try:
         import torch
-    except Exception:  # Missing, or at odds with this machine's CUDA.
+    except Exception:  # Missing, or incompatible with this machine's CUDA.
         return False
     return torch.cuda.is_available() and hasattr(torch, "_grouped_mm")
 

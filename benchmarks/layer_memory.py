@@ -3,8 +3,8 @@
     python benchmarks/layer_memory.py [--topology v5p:2x2x1] [--length 4096] [--experts 256]
 
 Prints one JSON line for each kind of layer and backend. The layer is compiled for one device of the topology, with one
-sequence and parameters in bfloat16, and nothing in it is computed again; `temporary_bytes` excludes its inputs and
-outputs. Where the compiler refuses a program, it has `refused` instead.
+sequence and parameters in bfloat16, and nothing in it is computed again; `temporary_bytes` excludes its inputs and outputs.
+Where the compiler refuses a program, it has `refused` instead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAYERS: dict[str, tuple[str, tuple[str, ...]]] = {
 def main() -> None:
     """Command line; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5p:2x2x1", help="what to compile for")
+    parser.add_argument("--topology", default="v5p:2x2x1", help="topology to compile for")
     parser.add_argument("--length", type=int, default=4096, help="tokens of the sequence")
     parser.add_argument("--experts", type=int, default=256, help="routed experts of the layer")
     flags = parser.parse_args()

@@ -30,7 +30,7 @@ _LAYERS = 4
 
 
 def _config(megabytes: int, param_dtype: str, mtp_depths: int) -> ModelConfig:
-    """A model of roughly that size whose bytes lie, as in the published one, mostly in stacked experts."""
+    """Return a model of about that size with most bytes in stacked experts, as in the published one."""
     itemsize = jnp.dtype(param_dtype).itemsize
     width = 512
     experts = max(8, round(megabytes * 1e6 * 0.85 / itemsize / (_LAYERS * 3 * width * 256)) // 8 * 8)
@@ -90,7 +90,7 @@ def _status_bytes(field: str) -> int:
 
 
 def main() -> None:
-    """Prints the JSON line."""
+    """Print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000, help="about the size of the checkpoint")
     parser.add_argument("--stored", choices=("BF16", "F32", "FP8"), default="BF16", help="type of its tensors")

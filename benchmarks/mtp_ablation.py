@@ -21,7 +21,7 @@ from machine import machine
 
 
 def run(seed: int, depths: int, steps: int, folder: str) -> dict[str, Any]:
-    """Trains and scores one run."""
+    """Train and score one run."""
     name = f"{folder}/{depths}_{seed}"
     options = {"train.seed": seed, "model.num-nextn-predict-layers": depths, "train.steps": steps, "train.eval-every": 0}
     flags = [text for option, value in options.items() for text in (f"--{option}", str(value))]
@@ -41,8 +41,8 @@ def run(seed: int, depths: int, steps: int, folder: str) -> dict[str, Any]:
 def main() -> None:
     """Command line; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the parameters and the order of the data")
-    parser.add_argument("--steps", type=int, default=400, help="of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the parameters and the data order")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each run")
     flags = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

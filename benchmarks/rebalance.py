@@ -2,7 +2,7 @@
 
     python benchmarks/rebalance.py [--layers 58] [--seed 0]
 
-Each layer's 256 experts have log-normal loads. A line of JSON for each setting; nothing is computed on a device.
+Each layer's 256 experts have log-normal loads. Prints one JSON line per setting; uses no device.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ EXPERTS = 256
 SHARDS_AND_SLOTS = (32, 9), (64, 5), (8, 36)
 """The report's prefill (32 redundant experts on 32 GPUs), 64 on 64, and 32 on a host of 8."""
 DEVIATIONS = 0.5, 1.0, 2.0
-"""Of the loads' logarithms: the hottest of 256 experts has about 3.5, 10 and 40 times the mean load."""
+"""Standard deviations of the log loads: the hottest of 256 experts has about 3.5, 10 and 40 times the mean load."""
 
 
 def measure(counts_LE: np.ndarray, num_shards: int, slots: int) -> dict[str, float]:
-    """Means over the layers, and the most seconds that a layer took to place."""
+    """Return means over the layers, and the largest time to place a layer."""
     seconds, before, after = [], [], []
     for counts_E in counts_LE:
         started = time.perf_counter()
@@ -45,7 +45,7 @@ def main() -> None:
     """Command line; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=58, help="layers, each with loads of its own")
-    parser.add_argument("--seed", type=int, default=0, help="of the loads")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the loads")
     flags = parser.parse_args()
     for deviation in DEVIATIONS:
         counts_LE = np.random.default_rng(flags.seed).lognormal(sigma=deviation, size=(flags.layers, EXPERTS))

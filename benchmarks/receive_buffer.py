@@ -2,8 +2,8 @@
 
     python benchmarks/receive_buffer.py [--topology v5p:2x2x2] [--receive-factor 1.5]
 
-Prints one JSON line. In the worst case every token of the expert group wants one device, which then receives |expert| times
-what a device sends; with room for less the exchange takes more rounds, and loses nothing either.
+Prints one JSON line. In the worst case all tokens of the expert group are routed to one device, which then receives |expert|
+times the rows that a device sends. With a smaller buffer the exchange takes more rounds, and drops nothing either.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from dsv3_jax.plan.topology import chip_of, tpu_devices
 def main() -> None:
     """Command line; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="v5p:2x2x2", help="what to compile for")
-    parser.add_argument("--receive-factor", type=float, default=1.5, help="room, over what a device sends")
+    parser.add_argument("--topology", default="v5p:2x2x2", help="topology to compile for")
+    parser.add_argument(
+        "--receive-factor", type=float, default=1.5, help="rows of the buffer, over the rows that a device sends"
+    )
     flags = parser.parse_args()
     devices = tpu_devices(flags.topology)
     model = dataclasses.replace(

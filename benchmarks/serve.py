@@ -6,7 +6,7 @@ Prints a table and one JSON line. The server is a process of its own, which comp
 Requests arrive at random (Poisson, from a fixed seed, so that every setting meets the same ones), stream greedily, and continue
 Python's standard library. Above what the server can do a queue grows, and time to first text with it: it is measured at the
 first text, since an incomplete character is held back. Without a checkpoint the model is that of configs/tiny.py with random
-weights, whose drafts are hardly ever right.
+weights, whose drafts are almost never accepted.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def run_server(checkpoint: str | None, drafts: int, port: int) -> None:
 
 @contextmanager
 def server(checkpoint: str | None, drafts: int) -> Iterator[str]:
-    """The address of a server that is up."""
+    """Yield the address of a running server."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     process = multiprocessing.get_context("spawn").Process(target=run_server, args=(checkpoint, drafts, port))
@@ -114,7 +114,7 @@ def server(checkpoint: str | None, drafts: int) -> Iterator[str]:
 
 
 async def ask(client: httpx2.AsyncClient, asked: Asked) -> Told:
-    """Sends one request and reads its stream."""
+    """Send one request and read its stream."""
     body = {"model": NAME, "prompt": asked.prompt, "max_tokens": asked.max_tokens, "temperature": 0, "ignore_eos": True}
     started, first, usage = time.perf_counter(), 0.0, {}
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -150,7 +150,7 @@ async def offer(url: str, requests: list[Asked], rate: float) -> dict[str, float
 
 
 def decoded(url: str) -> tuple[float, float]:
-    """Tokens that decoding has given so far, and steps that it took."""
+    """Return the decoded tokens and the decode steps so far."""
     lines = dict(line.rsplit(" ", 1) for line in httpx2.get(f"{url}/metrics").text.splitlines() if not line.startswith("#"))
     return float(lines["dsv3_step_tokens_total"]), float(lines["dsv3_steps_total"])
 
@@ -160,7 +160,7 @@ def measured(checkpoint: str | None, drafts: int, rates: list[float], requests: 
     rows = []
     with server(checkpoint, drafts) as url:
         for i, rate in enumerate(sorted(rates)):
-            # The same load for each rate, but for a first word, without which the prefix cache would have most of it.
+            # The same load for each rate, with another first word, so that the prefix cache does not match.
             own = [asked._replace(prompt=f"# {i}\n{asked.prompt}") for asked in requests]
             before = decoded(url)
             row = {"drafts": drafts, "rate": rate, **asyncio.run(offer(url, own, rate))}

@@ -1,10 +1,10 @@
 """The cost of Pallas TPU kernels without a TPU: bundles of the TPU compiler's schedule.
 
-A bundle is issued a cycle where nothing stalls, so that bundles compare kernels. They are no times: the schedule shows neither
-waiting for memory nor for the matrix units, which is why a schedule can be shorter than the arithmetic takes at the datasheet's
-peak (then the matrix units are what the kernel waits for).
+A bundle is issued a cycle where nothing stalls, so that bundles compare kernels. They are not times: the schedule shows no
+waiting for memory or for the matrix units. So it can be shorter than the arithmetic at the datasheet's peak (then the kernel
+is limited by the matrix units).
 
-`read_schedules` compiles in a process of its own, for the compiler reads where to dump what it schedules when it is loaded.
+`read_schedules` compiles in a child process, because the compiler reads its dump directory when it is loaded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Schedule:
     """A kernel's schedule."""
 
     body: Span
-    """One step of the grid, all that is in it."""
+    """All bundles of one step of the grid."""
     loops: list[Span]
     """The loops in a step, in order, one trip each."""
     arms: list[Span]
@@ -98,7 +98,7 @@ def _from_json(schedule: dict[str, Any]) -> Schedule:
 
 
 def parse(text: str) -> Schedule:
-    """Reads a listing of final bundles."""
+    """Read a listing of final bundles."""
     start: dict[str, int] = {}
     products: dict[int, int] = {}
     loops, branches, at = [], [], 0

@@ -2,11 +2,11 @@
 
     python benchmarks/trainer_overhead.py [--steps 100] [--repeats 5]
 
-Both take the same steps, in turn, in one process. The bare loop calls the compiled step on batches that lie ready. The other
+Both take the same steps, in turn, in one process. The bare loop calls the compiled step on prepared batches. The other
 is the loop of train.py over as many steps as lie between two checkpoints, held-out scores left out: it saves, asynchronously,
 and takes the steps while that is written, on batches from the pipeline, waiting for the flag of each step before it sends off
 the next but one, polling the save and the signals, and logging to metrics.jsonl and TensorBoard; it ends when the checkpoint
-is whole. What a run says goes to stderr.
+is whole. The log of the run goes to stderr.
 
 Prints one JSON line: the ratio of their times, which is 1 and what saving, logging and all else around the steps cost of the
 time of the steps, as the median of the turns' ratios; and the share of its time that the loop waited for batches.

@@ -3,7 +3,7 @@
     python benchmarks/tune_splash.py [--chip v5p] [--length 4096] [--heads 8]
 
 Prints one JSON line for each chip, pass and block. `cycles` are those of one head: the bundles of a tile that runs times such
-tiles, and those around it times the grid's steps; a schedule knows nothing of waiting for memory. `matrix_cycles` are what the
+tiles, and those around it times the grid's steps; a schedule does not include waiting for memory. `matrix_cycles` are what the
 chip's peak would take for the causal half. A block for which fast memory is too small has `refused` instead.
 """
 

@@ -136,12 +136,12 @@ Mistake = Callable[[pytest.MonkeyPatch, dict[str, Any], Tensors], None]
 
 
 def rotary_halves(patch: pytest.MonkeyPatch, config: dict[str, Any], tensors: Tensors) -> None:
-    def apply_rope(x_BTNP: np.ndarray, angles: np.ndarray) -> np.ndarray:
+    def by_halves(x_BTNP: np.ndarray, angles: np.ndarray) -> np.ndarray:
         turned = np.array_split(x_BTNP, 2, axis=-1)
         turned = (turned[0] + 1j * turned[1]) * angles[:, None]
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
-    patch.setattr(reference_model, "rotate", apply_rope)
+    patch.setattr(reference_model, "apply_rope", by_halves)
 
 
 def no_softmax_temperature(patch: pytest.MonkeyPatch, config: dict[str, Any], tensors: Tensors) -> None:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax import Engine, SamplingParams
 from dsv3_jax.config.cli import cli_main, parse_flags
-from dsv3_jax.config.hugging_face import read_model
+from dsv3_jax.config.run import read_model
 from dsv3_jax.data.chat_template import ChatTemplate, find_chat_template, load_chat_template
 from dsv3_jax.data.storage import digest
 from dsv3_jax.data.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ from dsv3_jax.checkpoint.hugging_face import check_no_folder, load_hf, named_dty
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config import Config, DataConfig, TrainConfig
 from dsv3_jax.config.cli import OneLineParser, cli_main
-from dsv3_jax.config.hugging_face import is_hugging_face
+from dsv3_jax.config.run import is_hugging_face
 from dsv3_jax.train.start import save_run_start
 
 _TOKENIZER = "tokenizer.json"

@@ -26,9 +26,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import tyro
 
 from dsv3_jax.config.checks import check
-from dsv3_jax.config.hugging_face import model_to_train
 from dsv3_jax.config.model import FORMER_EXCHANGES, ExpertExchange, ModelConfig, RopeScaling
-from dsv3_jax.config.run import Config, group_type
+from dsv3_jax.config.run import Config, group_type, model_to_train
 
 Flags = TypeVar("Flags")
 

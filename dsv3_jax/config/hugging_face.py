@@ -1,4 +1,4 @@
-"""`ModelConfig` as the dict of a Hugging Face `config.json`, and the model of a checkpoint folder.
+"""Fields of `ModelConfig` read from, and written as, the dict of a Hugging Face `config.json`.
 
 The published models and transformers spell some fields differently, and both spellings are read: `rope_theta` +
 `rope_scaling` or `rope_parameters`, `torch_dtype` or `dtype`, `num_nextn_predict_layers` or `num_mtp_layers`. The first
@@ -8,15 +8,9 @@ the architecture here does not have is refused.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Any
 
-from etils import epath
-
 from dsv3_jax.config.checks import check, check_value
-from dsv3_jax.config.model import ModelConfig, RopeScaling
-from dsv3_jax.config.run import Config
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 # kimi_k2 is deepseek_v3 under a second name: the same fields, the same tensors, the same architecture.
@@ -28,8 +22,6 @@ _INTEGERS = (
     "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group", "max_position_embeddings",
 )  # fmt: skip
 _NUMBERS = "routed_scaling_factor", "rms_norm_eps", "initializer_range"
-# Defaults of transformers: ours, except for one.
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)} | {"initializer_range": 0.02}
 
 # Fields that change the model and of which one value is implemented.
 _ONLY = {
@@ -46,16 +38,21 @@ _ONLY = {
 _ONLY_YARN = {"attention_factor": None, "truncate": True, "partial_rotary_factor": 1.0}
 
 
-def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of `ModelConfig` for the dict of a `config.json`.
+def fields_from_hf(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` for the dict of a `config.json`; `rope_scaling` as those of `RopeScaling`, or None.
+
+    Args:
+      config: the dict.
+      defaults: of the fields; those of transformers are the same, except for `initializer_range`.
 
     Raises:
       ValueError: naming the field, if its value is not implemented, if two spellings of it disagree, or if it is missing
         and has no default.
     """
     _check_supported(config)
-    fields = {name: _read(config, name, int, _DEFAULTS[name]) for name in _INTEGERS}
-    fields |= {name: _read(config, name, float, _DEFAULTS[name]) for name in _NUMBERS}
+    defaults = defaults | {"initializer_range": 0.02}
+    fields = {name: _read(config, name, int, defaults[name]) for name in _INTEGERS}
+    fields |= {name: _read(config, name, float, defaults[name]) for name in _NUMBERS}
     fields["norm_topk_prob"] = _read(config, "norm_topk_prob", bool, True)
     if "aux_loss_alpha" in config:
         fields["aux_loss_alpha"] = _read(config, "aux_loss_alpha", float)
@@ -67,7 +64,7 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
         kv_heads is None or kv_heads == heads,
         f"num_key_value_heads is {kv_heads!r}; latent attention has as many as num_attention_heads ({heads})",
     )
-    fields["q_lora_rank"] = config.get("q_lora_rank", _DEFAULTS["q_lora_rank"])
+    fields["q_lora_rank"] = config.get("q_lora_rank", defaults["q_lora_rank"])
     fields["num_nextn_predict_layers"] = _one_value(config, "num_nextn_predict_layers", "num_mtp_layers", default=1)
     fields["bos_token_id"], fields["eos_token_id"] = config.get("bos_token_id", 0), config.get("eos_token_id", 1)
     fields["rope_theta"], fields["rope_scaling"] = _rope(config, fields["max_position_embeddings"])
@@ -80,20 +77,20 @@ def fields_from_hf(config: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def fields_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Return the whole `config.json` of `config`, in the published spelling; `torch_dtype` is `param_dtype`."""
+def fields_to_hf(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the `config.json` for the fields of a `ModelConfig`, in the published spelling; `torch_dtype` is `param_dtype`."""
     copied = (*_INTEGERS, *_NUMBERS, "q_lora_rank", "num_nextn_predict_layers", "norm_topk_prob", "aux_loss_alpha")
-    written = {name: getattr(config, name) for name in (*copied, "bos_token_id", "rope_theta")}
+    written = {name: fields[name] for name in (*copied, "bos_token_id", "rope_theta")}
     written |= {name: value for name, value in _ONLY.items() if name != "partial_rotary_factor"}
-    yarn = None if config.rope_scaling is None else {**dataclasses.asdict(config.rope_scaling), "type": "yarn"}
+    yarn, ends = fields["rope_scaling"] and {**fields["rope_scaling"], "type": "yarn"}, fields["eos_token_id"]
     written |= {
         "architectures": [ARCHITECTURE],
-        "eos_token_id": list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id,
+        "eos_token_id": list(ends) if isinstance(ends, tuple) else ends,
         "model_type": "deepseek_v3",
-        "num_key_value_heads": config.num_attention_heads,
+        "num_key_value_heads": fields["num_attention_heads"],
         "rope_scaling": yarn and {name: value for name, value in sorted(yarn.items()) if value is not None},
         "seq_aux": True,
-        "torch_dtype": config.param_dtype,
+        "torch_dtype": fields["param_dtype"],
         "use_cache": True,
     }
     return dict(sorted(written.items()))
@@ -108,7 +105,7 @@ def _check_supported(config: dict[str, Any]) -> None:
         check(value is None or value == only, f"{name} is {value!r}; only {only!r} is supported")
 
 
-def _rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
+def _rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, dict[str, Any] | None]:
     """Return (rope_theta, YaRN or None) of a config in either spelling."""
     above = {key: config.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
     merged: dict[str, Any] = {}
@@ -127,19 +124,19 @@ def _rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, 
     return theta, None if rope_type == "default" else _yarn(merged, max_position_embeddings)
 
 
-def _yarn(parameters: dict[str, Any], max_position_embeddings: int) -> RopeScaling:
+def _yarn(parameters: dict[str, Any], max_position_embeddings: int) -> dict[str, Any]:
     for name, only in _ONLY_YARN.items():
         value = parameters.get(name, only)
         check(value == only, f"{name} of the rotary parameters is {value!r}; only {only!r} is supported")
-    return RopeScaling(
-        factor=_read(parameters, "factor", float),
-        original_max_position_embeddings=_read(parameters, "original_max_position_embeddings", int, max_position_embeddings),
-        beta_fast=_read(parameters, "beta_fast", float, 32.0),
-        beta_slow=_read(parameters, "beta_slow", float, 1.0),
+    return {
+        "factor": _read(parameters, "factor", float),
+        "original_max_position_embeddings": _read(parameters, "original_max_position_embeddings", int, max_position_embeddings),
+        "beta_fast": _read(parameters, "beta_fast", float, 32.0),
+        "beta_slow": _read(parameters, "beta_slow", float, 1.0),
         # As in the reference, a zero here means "not given".
-        mscale=_read(parameters, "mscale", float, 0.0) or None,
-        mscale_all_dim=_read(parameters, "mscale_all_dim", float, 0.0) or None,
-    )
+        "mscale": _read(parameters, "mscale", float, 0.0) or None,
+        "mscale_all_dim": _read(parameters, "mscale_all_dim", float, 0.0) or None,
+    }
 
 
 def _read(config: dict[str, Any], name: str, kind: Any, default: Any = None) -> Any:
@@ -158,66 +155,3 @@ def _one_value(config: dict[str, Any], name: str, alias: str, default: Any = Non
         f"{name} is {stated.get(name)!r} but {alias}, the same field, is {stated.get(alias)!r}; keep one of the two",
     )
     return next(iter(stated.values()), default)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The model of a checkpoint: of a run directory of train.py, or of a Hugging Face folder
-
-
-def is_hugging_face(path: str) -> bool:
-    """Return whether `path` is a Hugging Face folder, else it is a run directory; its config.json decides.
-
-    Raises:
-      ValueError: if it is neither.
-    """
-    return "model_type" in _read_config(path)
-
-
-def read_model(path: str) -> ModelConfig:
-    """Return the model of either kind of folder, with "auto" for the backends that suited a run's machine.
-
-    Raises:
-      ValueError: if it is neither, or a model that is not implemented.
-    """
-    content = _read_config(path)
-    try:
-        model = ModelConfig.from_hf(content) if "model_type" in content else Config.from_json(json.dumps(content)).model
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{epath.Path(path) / 'config.json'}: {error}") from error
-    return model.with_auto_backends()
-
-
-def model_to_train(path: str) -> ModelConfig:
-    """Return the same with float32 parameters, as a run trains it. Raises as `read_model`."""
-    return dataclasses.replace(read_model(path), param_dtype="float32")
-
-
-def with_generation_config(model: ModelConfig, path: str) -> ModelConfig:
-    """Add the end-of-text tokens of a Hugging Face folder's generation_config.json to its model.
-
-    Raises:
-      ValueError: if that file cannot be read, or holds other things than token ids.
-    """
-    file = epath.Path(path) / "generation_config.json"
-    if not file.exists():
-        return model
-    try:
-        named = json.loads(file.read_text()).get("eos_token_id")
-        more = named if isinstance(named, list) else [] if named is None else [named]
-        ids = dict.fromkeys([*model.eos_token_ids, *more])
-        known = len(ids) == len(model.eos_token_ids)
-        return model if known else dataclasses.replace(model, eos_token_id=tuple(ids))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: {error}; copy it from the checkpoint again") from error
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    file = epath.Path(path) / "config.json"
-    check(file.exists(), f"{path} holds no config.json; name a run directory of train.py or a Hugging Face folder")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    is_config = isinstance(content, dict) and ("model_type" in content or isinstance(content.get("model"), dict))
-    check(is_config, f"{file} is neither a run's config nor a Hugging Face one (no model_type); name another folder")
-    return content

@@ -22,6 +22,7 @@ from dsv3_jax.config.checks import (
     check_fields,
     check_value,
 )
+from dsv3_jax.config.hugging_face import fields_from_hf, fields_to_hf
 
 # ----------------------------------------------------------------------------------------------------------------------
 # YaRN, with the field names of `rope_scaling` in a Hugging Face config
@@ -241,12 +242,11 @@ class ModelConfig:
         Raises:
           ValueError: naming the field, if the file has a feature that is not implemented here.
         """
-        from dsv3_jax.config import hugging_face  # It imports this class.
-
-        return cls(**hugging_face.fields_from_hf(config))
+        fields = fields_from_hf(config, {field.name: field.default for field in dataclasses.fields(cls)})
+        if fields["rope_scaling"] is not None:
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        return cls(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the dict of the `config.json` that transformers loads this model from."""
-        from dsv3_jax.config import hugging_face
-
-        return hugging_face.fields_to_hf(self)
+        return fields_to_hf(dataclasses.asdict(self))

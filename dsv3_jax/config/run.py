@@ -16,6 +16,7 @@ import typing
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from dsv3_jax.config.checks import (
     Bound,
@@ -438,3 +439,66 @@ def _ramp_rows(train: TrainConfig) -> list[int]:
         done = rows[-1] * train.sequence_length / train.batch_ramp_tokens
         rows.append(rows[-1] + train.initial_batch_size + int(growth * done) // train.batch_ramp_unit * train.batch_ramp_unit)
     return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model of a checkpoint: of a run directory of train.py, or of a Hugging Face folder
+
+
+def is_hugging_face(path: str) -> bool:
+    """Return whether `path` is a Hugging Face folder, else it is a run directory; its config.json decides.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    return "model_type" in _read_config(path)
+
+
+def read_model(path: str) -> ModelConfig:
+    """Return the model of either kind of folder, with "auto" for the backends that suited a run's machine.
+
+    Raises:
+      ValueError: if it is neither, or a model that is not implemented.
+    """
+    content = _read_config(path)
+    try:
+        model = ModelConfig.from_hf(content) if "model_type" in content else Config.from_json(json.dumps(content)).model
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{epath.Path(path) / 'config.json'}: {error}") from error
+    return model.with_auto_backends()
+
+
+def model_to_train(path: str) -> ModelConfig:
+    """Return the same with float32 parameters, as a run trains it. Raises as `read_model`."""
+    return dataclasses.replace(read_model(path), param_dtype="float32")
+
+
+def with_generation_config(model: ModelConfig, path: str) -> ModelConfig:
+    """Add the end-of-text tokens of a Hugging Face folder's generation_config.json to its model.
+
+    Raises:
+      ValueError: if that file cannot be read, or holds other things than token ids.
+    """
+    file = epath.Path(path) / "generation_config.json"
+    if not file.exists():
+        return model
+    try:
+        named = json.loads(file.read_text()).get("eos_token_id")
+        more = named if isinstance(named, list) else [] if named is None else [named]
+        ids = dict.fromkeys([*model.eos_token_ids, *more])
+        known = len(ids) == len(model.eos_token_ids)
+        return model if known else dataclasses.replace(model, eos_token_id=tuple(ids))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}; copy it from the checkpoint again") from error
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    file = epath.Path(path) / "config.json"
+    check(file.exists(), f"{path} holds no config.json; name a run directory of train.py or a Hugging Face folder")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    is_config = isinstance(content, dict) and ("model_type" in content or isinstance(content.get("model"), dict))
+    check(is_config, f"{file} is neither a run's config nor a Hugging Face one (no model_type); name another folder")
+    return content

@@ -10,7 +10,7 @@ from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, named_dtype
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config import InferConfig, ModelConfig
 from dsv3_jax.config.checks import check
-from dsv3_jax.config.hugging_face import is_hugging_face, with_generation_config
+from dsv3_jax.config.run import is_hugging_face, with_generation_config
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -14,7 +14,7 @@ from dsv3_jax.checkpoint.hugging_face import load_hf
 from dsv3_jax.checkpoint.run import Checkpoints, Restored, load_run
 from dsv3_jax.checkpoint.run_directory import FREE_FIELDS, RunDirectory
 from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.config.hugging_face import is_hugging_face, model_to_train
+from dsv3_jax.config.run import is_hugging_face, model_to_train
 from dsv3_jax.model import abstract_variables
 from dsv3_jax.train.state import TrainState, abstract_state, init_state, state_of, state_shardings
 

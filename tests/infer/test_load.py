@@ -20,7 +20,7 @@ from dsv3_jax.checkpoint.hugging_face import save_hf
 from dsv3_jax.checkpoint.run import Checkpoints
 from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config import Config, InferConfig, MeshConfig, TrainConfig
-from dsv3_jax.config.hugging_face import is_hugging_face, model_to_train, read_model
+from dsv3_jax.config.run import is_hugging_face, model_to_train, read_model
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.infer.load import load_model
 from dsv3_jax.kernels.quantized import QuantizedArray

@@ -1,8 +1,8 @@
 """`python -m dsv3_jax.evaluate --checkpoint C --text FILE`: loss and bits per byte of a checkpoint on text.
 
 For a checkpoint with MTP, also the share of the tokens drafted by its first depth that greedy verification would accept.
-The checkpoint is a run directory of train.py or a Hugging Face folder with a tokenizer.json; the text is a file, a
-.jsonl file or a folder, and every byte of it is scored.
+The checkpoint is a run directory of train.py or a Hugging Face folder with a tokenizer.json; the text is a file, a .jsonl
+file or a folder. Every byte of its documents is scored; binary, hidden and empty files are skipped.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dsv3_jax.train.evaluation import Evaluator
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateFlags:
-    """Flags of the command."""
+    """Flags of `python -m dsv3_jax.evaluate`."""
 
     checkpoint: str
     """Run directory of train.py, or Hugging Face folder."""
     text: str
-    """Text file, .jsonl file with a "text" field, folder of such files, or "stdlib"."""
+    """Text file, .jsonl file with a "text" field, folder of such files, or "stdlib": the library of this Python."""
     sequence_length: int | None = None
     """Tokens per window; None is the sequence length of the run, or 4096 for a folder (at most the model's context)."""
     batch_size: int = 8
@@ -39,7 +39,7 @@ class EvaluateFlags:
 
 @cli_main
 def main() -> None:
-    """Run the command, which prints one JSON object."""
+    """Score the text with the checkpoint as the flags say, and print the figures as one JSON object."""
     flags = parse_flags(EvaluateFlags, description=__doc__ or "")
     documents, _ = read_source(flags.text, "--text")
     model = load_model(flags.checkpoint, flags.dtype)

@@ -31,7 +31,7 @@ from dsv3_jax.plan.topology import chip_of, mesh_of_all, tpu_devices, use_cpu_de
 _COUNTS = "parameters_main", "parameters_mtp", "parameters_active", "experts", "experts_active"
 CPU_PROVES = (
     "Compiled for CPU devices: the traffic is that of the CPU's exchange, the memory that of the CPU's compiler, and neither "
-    "says whether the program fits an accelerator."
+    "says whether the program fits an accelerator; --topology compiles for one."
 )
 
 
@@ -42,18 +42,18 @@ class PlanFlags:
     config: str = "configs/tiny.py"
     """Python file that exposes `config`, a Config; the fields below override it."""
     init_from: str | None = None
-    """Short for --train.init-from: the checkpoint whose model the config is a function of."""
+    """Short for --train.init-from: checkpoint whose model is passed to `config` if that is a function."""
     mode: Literal["train", "serve"] = "train"
     """Programs to compile: the training step, or prefill and decode."""
     serve: Serving = dataclasses.field(default_factory=Serving)
-    """Load to serve, with --mode serve. Fields of the mesh that are not given are 1; if none is given, the mesh is the one
-    that takes the least memory."""
+    """Load to serve, with --mode serve. Without any --mesh.* flag the mesh is the one on which a device holds the fewest
+    bytes; with some of them, the others are 1."""
     topology: str | None = None
-    """Accelerator topology to compile for, one slice of it, such as v5p:8x8x8."""
+    """TPU slice to compile for: the chip and the chips along each axis, such as v5p:8x8x8."""
     slices: PositiveInt = 1
-    """Number of such slices; mesh.data runs across them."""
+    """Number of slices, each of that topology; mesh.data runs across them."""
     devices: PositiveInt | None = None
-    """Number of CPU devices to compile for instead."""
+    """Number of CPU devices to compile for, instead of a TPU topology."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -62,15 +62,15 @@ class PlanFlags:
         check(self.topology is None or self.devices is None, "--topology and --devices exclude each other; keep one")
         check(self.slices == 1 or self.topology is not None, "--slices belongs to --topology; name the topology of one slice")
         if self.mode == "serve":
-            check(self.topology is not None or self.devices is not None, "--mode serve takes --topology or --devices")
-            check(self.slices == 1, f"--slices is {self.slices}; slices serve each by itself, so leave it out")
+            check(self.topology is not None or self.devices is not None, "--mode serve takes --topology or --devices; give one")
+            check(self.slices == 1, f"--slices is {self.slices}, but --mode serve plans one slice only; leave it out")
         else:
-            check(self.serve == Serving(), "--serve.* belongs to --mode serve; add that")
+            check(self.serve == Serving(), "--serve.* belongs to --mode serve; add that, or leave --serve.* out")
 
 
 @cli_main
 def main() -> None:
-    """Run the command."""
+    """Read the flags, compile what they ask for, and print the plan as tables or as one JSON object."""
     flags, config = parse_with_config(PlanFlags, description=__doc__ or "", prepare=_without_mesh_of_training)
     chip = None if flags.topology is None else chip_of(flags.topology)
     if flags.mode == "serve":
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def _without_mesh_of_training(flags: PlanFlags, config: Config) -> Config:
-    """Return the config, for serving without its mesh, which is that of training."""
+    """Return the config; in mode "serve" with the default mesh in place of its own, which is for training."""
     return dataclasses.replace(config, mesh=MeshConfig()) if flags.mode == "serve" else config
 
 
@@ -166,7 +166,7 @@ def _print_program(
     if program.collectives:
         traffic = []
         for one in program.collectives:
-            kind = one.kind + (" and more where rounds repeat" if one.data_dependent else "")
+            kind = one.kind + (", more if an expert exchange needs further rounds" if one.data_dependent else "")
             axis = one.axis + (", between slices" if one.across_slices else "")
             traffic.append((kind, axis, str(one.count), f"{one.bytes / 1e9:.3f}"))
         columns = "collective", "along", "times a step", "GB sent a step and device"
@@ -175,8 +175,8 @@ def _print_program(
         rich.print(f"Pallas kernels in the program: {', '.join(program.kernels)}.")
     flops = flops_per_token(config.model, config.train.sequence_length)
     rich.print(
-        f"{flops.causal / 1e9:.1f} GFLOP a token, attention counted causally ({flops.non_causal / 1e9:.1f} if not): six a "
-        "weight that a token is multiplied with, and 6 N (H + P + W) a key it attends to, in each layer."
+        f"{flops.causal / 1e9:.1f} GFLOP to train on a token, with causal attention ({flops.non_causal / 1e9:.1f} without): 6 "
+        "for each weight that it is multiplied with, and in each layer 6 N (H + P + W) for each key it attends to."
     )
     if limits is not None and chip is not None:
         rich.print(

@@ -36,20 +36,20 @@ MESH = re.compile(r"mesh\[(.*?)\](?:, device_ids=\((.*)\))? \{(.*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind along the same mesh axes, within slices or between them."""
+    """Sums over all collectives of one kind along the same mesh axes on the same network, in one run of a program."""
 
     kind: str
     """Operation in HLO, such as "all-gather", for synchronous and asynchronous ones."""
     axis: str
     """Mesh axes it runs along, joined by "+" in mesh order; "?" if its groups follow no set of axes."""
     bytes: int
-    """Bytes that one device sends over the links in a step."""
+    """Bytes that one device sends in one run of the program."""
     count: int
-    """Executions in a step."""
+    """Number of times that they execute in one run of the program."""
     data_dependent: bool
-    """True if some are in a loop whose trip count depends on the data, taken as `open_trips`."""
+    """True if some are in a loop whose trip count depends on the data; it is counted `open_trips` times."""
     across_slices: bool = False
-    """True between slices, over the network of their hosts."""
+    """True if they run between slices, over the network of the hosts; False within a slice."""
 
 
 def collectives(
@@ -61,7 +61,7 @@ def collectives(
     open_trips: int = 1,
     outer_trips: int | None = None,
 ) -> list[Collective]:
-    """Return the collectives of one execution, merged by kind, axis and network, most bytes first.
+    """Return the collectives of one run of a program, merged by kind, axis and network, most bytes first.
 
     Bytes are what one device sends in a ring of n devices, where s is the bytes of its array:
 
@@ -81,10 +81,10 @@ def collectives(
       ragged_rows: rows that a device sends to others in one ragged all-to-all. Its buffers have room for more than the
         expected traffic, so the text does not say.
       open_trips: trip count of a loop whose trip count depends on the data.
-      outer_trips: the same for such a loop outside all others, if the caller knows it; it then counts as known.
+      outer_trips: trip count of such a loop if no other is around it; None takes `open_trips` for it too.
 
     Raises:
-      ValueError: if the text is for another number of devices than the mesh has.
+      ValueError: if the text is for another number of devices than the mesh has, or `slices` do not divide its first axis.
     """
     mesh = _mesh_of_a_slice(hlo_text, mesh_axes, slices)
     computations, entry = parse(hlo_text)
@@ -104,7 +104,7 @@ def _mesh_of_a_slice(hlo_text: str, mesh_axes: dict[str, int], slices: int) -> d
         raise ValueError(f"the program runs on {program}, but the mesh {mesh_axes} has {devices}; pass the mesh it is for")
     first = next(iter(mesh_axes), "")
     if mesh_axes.get(first, 1) % slices:
-        raise ValueError(f"the first axis of the mesh {mesh_axes} does not split over {slices} slices")
+        raise ValueError(f"the first axis of the mesh {mesh_axes} does not split over {slices} slices; make it a multiple")
     return mesh_axes | {first: mesh_axes[first] // slices} if slices > 1 else mesh_axes
 
 
@@ -115,11 +115,11 @@ class _Usage(NamedTuple):
 
 
 _Tally = dict[tuple[str, str, bool], _Usage]
-"""Usage by kind, axis, and True between slices."""
+"""(kind, axis, True between slices) -> usage."""
 
 
 def _add(into: _Tally, more: _Tally, times: int = 1, data_dependent: bool = False) -> None:
-    """Add the collectives of a computation that runs so many `times`."""
+    """Add `times` times the usage in `more` to `into`, in place; `data_dependent` marks what is added."""
     for key, new in more.items():
         old = into.get(key, _Usage())
         flag = old.data_dependent or new.data_dependent or data_dependent
@@ -128,7 +128,7 @@ def _add(into: _Tally, more: _Tally, times: int = 1, data_dependent: bool = Fals
 
 @dataclasses.dataclass
 class _Traffic:
-    """Walk of a program from its entry, through the calls that lead to a collective."""
+    """Counter of the collectives of a program, by a walk through its calls, loops and branches."""
 
     computations: dict[str, Computation]
     mesh: dict[str, int]
@@ -144,7 +144,7 @@ class _Traffic:
         self.relevant = functools.cache(self._relevant)
 
     def tally(self, frame: Frame) -> _Tally:
-        """Return the usage of one run of a computation."""
+        """Return the usage of one run of the frame's computation, with all that it calls and loops over."""
         total: _Tally = {}
         for one in self.relevant(frame.computation):
             if _kind(one):
@@ -165,7 +165,7 @@ class _Traffic:
         return total
 
     def _relevant(self, name: str) -> list[Instruction]:
-        """Return the collectives of a computation and the calls that lead to one, without the ends of asynchronous ones."""
+        """Return a computation's collectives, and its calls that lead to one; no ends (-done) of asynchronous ones."""
         return [
             one
             for one in self.computations[name].instructions.values()
@@ -204,7 +204,7 @@ class _Traffic:
 
 
 def _kind(one: Instruction) -> str:
-    """Return the collective that an instruction is or starts, or ""."""
+    """Return the kind of collective that an instruction is, starts, or sends between slices; "" if none."""
     kind = one.opcode.removesuffix("-start")
     if one.opcode == "send" and (found := ACROSS_SLICES.search(one.rest)):
         kind = found[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
@@ -212,7 +212,7 @@ def _kind(one: Instruction) -> str:
 
 
 def _elements(type_: str) -> list[str]:
-    """Return the types in a tuple type."""
+    """Return the texts of a tuple type's elements: "(f32[2], (s32[], s32[]))" has two."""
     found, depth = [""], 0
     for character in type_[1:-1]:
         depth += (character in "([{") - (character in ")]}")
@@ -234,7 +234,7 @@ def _bytes(type_: str) -> int:
 
 
 def _group(mesh: dict[str, int], text: str, pairs: bool) -> tuple[int, str]:
-    """Return the number of devices in a group, and the axes it runs along; (1, "") if nothing leaves a device."""
+    """Return a group's number of devices and its axes, or "?"; (1, "") if it sends nothing. ValueError: not in the mesh."""
     devices = math.prod(mesh.values())
     groups = _groups(text) or [list(range(devices))]
     last = max(map(max, groups))
@@ -250,7 +250,7 @@ def _group(mesh: dict[str, int], text: str, pairs: bool) -> tuple[int, str]:
 
 
 def _groups(text: str) -> list[list[int]]:
-    """Return the groups as HLO writes them: lists, a permuted range, or axes of a mesh of the compiler's own."""
+    """Return the devices of each group, from HLO's text: lists, a permuted range, or axes of a mesh; [] if it names none."""
     if text.startswith("{"):
         return [_integers(group) for group in re.findall(r"\{([\d,]+)\}", text)]
     if text.startswith("["):
@@ -267,7 +267,7 @@ def _integers(text: str) -> list[int]:
 
 
 def _range(text: str) -> np.ndarray:
-    """Return a flat list of devices: `[4,2]T(1,0)` is 0 to 7 as a 4 x 2 matrix, transposed; else a plain list."""
+    """Return a flat array of device numbers: `[4,2]T(1,0)` is 0 to 7 as a 4 x 2 matrix, transposed; else those listed."""
     found = IOTA.match(text)
     if not found:
         return np.array(_integers(text))
@@ -276,7 +276,7 @@ def _range(text: str) -> np.ndarray:
 
 
 def _along(devices: np.ndarray, sizes: dict[str, int], axes: list[str]) -> list[list[int]]:
-    """Return the devices of a mesh that differ in `axes` only; `x:(2)4` is the part of x of size 4 below its leading 2."""
+    """Return the groups of devices that differ in `axes` only; `x:(2)4` is the factor 4 of axis x, after a leading 2."""
     shape = tuple(sizes.values())
     rest = np.indices(shape).reshape(len(shape), -1)
     n = 1
@@ -314,7 +314,7 @@ class Instruction(NamedTuple):
     rest: str
     """Operands, a closing bracket, and attributes."""
     known_trips: int | None = None
-    """Trip count of a loop, if the compiler states it."""
+    """Trip count of a loop; None if the compiler does not state it."""
 
     @property
     def operands(self) -> list[str]:
@@ -323,46 +323,46 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> dict[str, list[str]]:
-        """Attribute -> the computations it names."""
+        """Attribute, such as "body" -> names of the computations that it calls."""
         return {attribute: NAME.findall(names) for attribute, names in CALLED.findall(self.rest)}
 
 
 @dataclasses.dataclass
 class Computation:
-    """Instructions by name, in order."""
+    """Instructions by name, in the order of the text, and the name of the root instruction ("" if none)."""
 
     instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
     root: str = ""
 
 
 class Frame(NamedTuple):
-    """A computation and its chain of callers."""
+    """Name of a computation, the frame of its caller, and the instruction that calls it; both None at the entry."""
 
     computation: str
     caller: Frame | None = None
     call: Instruction | None = None
 
     def inside(self, call: Instruction, role: str | None = None) -> Frame:
-        """Return the frame of the computation that an instruction calls, or calls as its `role`."""
+        """Return the frame of the computation that `call` names in attribute `role`, or in its first one if None."""
         (name, *_) = call.called[role] if role else next(iter(call.called.values()))
         return Frame(name, self, call)
 
     def argument(self, parameter: Instruction) -> tuple[Frame, str] | None:
-        """Return the operand behind a parameter; None unless that is an operand of a plain call."""
+        """Return the caller's frame and the name of the operand passed as `parameter`; None unless in a fusion or call."""
         if self.caller is None or self.call is None or self.call.opcode not in INLINED:
             return None
         return self.caller, self.call.operands[int(parameter.rest.partition(")")[0])]
 
     @property
     def loop(self) -> tuple[Frame, Instruction]:
-        """The innermost loop around, and the frame that it runs in."""
+        """The innermost loop around this frame, as (frame that contains it, its `while` instruction)."""
         assert self.caller is not None
         assert self.call is not None
         return (self.caller, self.call) if self.call.opcode == "while" else self.caller.loop
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Return the computations of a module by name, and the name of its entry ("" if it has none)."""
+    """Return the computations in the text of an HLO module by name, and the name of its entry ("" if it has none)."""
     computations: dict[str, Computation] = {}
     entry, computation = "", Computation()
     for line in text.split("\n"):
@@ -380,7 +380,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 class Affine(NamedTuple):
-    """An integer: an element of the carry of the innermost loop, if any, plus a constant."""
+    """An integer: element `carry` of the innermost loop's state plus `offset`; `carry` None: just the constant."""
 
     carry: int | None
     offset: int
@@ -393,7 +393,7 @@ class TripCounts:
     computations: dict[str, Computation]
 
     def __call__(self, frame: Frame, loop: Instruction) -> int | None:
-        """Return the trip count of a loop in a frame; None if it depends on the data."""
+        """Return the trip count of a loop in a frame; None if it depends on the data or cannot be derived."""
         if loop.known_trips is not None:
             return loop.known_trips
         at = frame.inside(loop, "condition")
@@ -412,12 +412,12 @@ class TripCounts:
         return None
 
     def _instruction(self, frame: Frame, name: str | None = None) -> Instruction | None:
-        """Return an instruction by name, or else the root."""
+        """Return the frame's instruction of this name, or its root if `name` is None; None if there is none."""
         computation = self.computations[frame.computation]
         return computation.instructions.get(computation.root if name is None else name)
 
     def _value(self, frame: Frame, name: str | None = None, index: int | None = None) -> Affine | None:
-        """Return the value of a scalar, or of element `index` of a tuple; of the root if `name` is None."""
+        """Return a scalar's value, or that of element `index` of a tuple (`name` None: the root); None if unknown."""
         one = self._instruction(frame, name)
         if one is None:
             return None
@@ -452,7 +452,7 @@ class TripCounts:
         return after.offset if after is not None and after.carry == carry else None
 
     def _start(self, frame: Frame, carry: int) -> int | None:
-        """Return the value of an element of the innermost loop's carry before its first round."""
+        """Return the number in an element of the innermost loop's carry before its first round; None if unknown."""
         outside, loop = frame.loop
         return self._fixed(outside, self._value(outside, loop.operands[0], carry))
 
@@ -471,7 +471,7 @@ def _affine_sum(left: Affine | None, right: Affine | None, sign: int) -> Affine 
 
 
 def _rounds(span: int, step: int, direction: str) -> int | None:
-    """Return the rounds until a counter that starts `span` below its bound no longer satisfies the comparison."""
+    """Return the rounds until a counter, `span` below its bound, fails the comparison; None if it might never."""
     if direction == "NE":
         return span // step if span % step == 0 and span // step >= 0 else None
     if direction not in (("LT", "LE") if step > 0 else ("GT", "GE")):

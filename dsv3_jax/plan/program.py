@@ -43,20 +43,20 @@ class Compiled:
 
     argument_bytes: int
     temporary_bytes: int | None
-    """Bytes of arrays that live only within the program; None if the compiler gave up and did not say."""
+    """Bytes of arrays that live only within the program; None if the compiler refused it without saying."""
     total_bytes: int
-    """Argument + temporary + output - alias, or the compiler's estimate for a program that does not fit."""
+    """Argument + temporary + output - alias; for a program refused as too large, from the compiler's error."""
     fits: bool | None
-    """True if that is within the device's memory; None on CPU devices, which have no such limit."""
+    """True if `total_bytes` are within the memory of a device; None on CPU devices, which have no such limit."""
     collectives: list[Collective] | None
-    """None if the program does not fit: then there is no text to read them from."""
+    """None if the compiler refused the program as too large: then there is no text to read them from."""
     kernels: dict[str, int]
     """Pallas kernels by name, with the number of times that each appears in the text."""
     compile_seconds: float
 
 
 def compile_for(lower: Callable[[], Any], mesh: Mesh, chip: Chip | None, argument_bytes: int, **traffic: Any) -> Compiled:
-    """Compile a program for the devices of `mesh`; one that does not fit is a result, not an error.
+    """Compile a program for the devices of `mesh`, and return its figures, also if the compiler refuses it as too large.
 
     Args:
       lower: `jax.jit(...).lower` with its arguments.
@@ -82,7 +82,7 @@ def compile_for(lower: Callable[[], Any], mesh: Mesh, chip: Chip | None, argumen
 
 
 def rows_sent(tokens: float, config: ModelConfig, mesh: Mesh) -> float:
-    """Return the rows that a device with so many tokens sends to others in one exchange, under even routing.
+    """Return the rows that a device with `tokens` tokens sends to others in one expert exchange, under even routing.
 
     All of its tokens' choices except those of its own experts: T K (X - 1) / X for an expert axis of X.
     """
@@ -90,7 +90,7 @@ def rows_sent(tokens: float, config: ModelConfig, mesh: Mesh) -> float:
 
 
 def kernels_in(text: str) -> dict[str, int]:
-    """Return the number of Pallas kernels in a program's text by name, without the prefixes that differentiation adds."""
+    """Return kernel -> count of the Pallas calls in a program's text, names without the prefixes of differentiation."""
     on_tpu = r'^\s+(?:ROOT )?%([\w\-]+)[\w.\-]* = .*custom_call_target="tpu_custom_call"'
     on_gpu = r'custom_call_target="mosaic_gpu\w*".*op_name="[^"]*/(\w+)/\w+"'
     found = [name for call in (on_tpu, on_gpu) for name in re.findall(call, text, re.MULTILINE)]
@@ -98,9 +98,9 @@ def kernels_in(text: str) -> dict[str, int]:
 
 
 def read_refusal(message: str, argument_bytes: int) -> tuple[int | None, int] | None:
-    """Return the temporary and total bytes in the TPU compiler's out-of-memory error; None for any other error.
+    """Return (temporary, total) bytes from the TPU compiler's out-of-memory error; None for any other error.
 
-    The compiler gives up early if the temporaries alone do not fit, and later, without their size, if the total does not.
+    Its early error states the temporaries, to which `argument_bytes` are added; its late one the total (temporary is None).
     """
     early = re.search(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
     late = re.search(r"Ran out of memory in memory space hbm\. Used ([\d.]+)([KMGT]?) of", message)
@@ -112,12 +112,12 @@ def read_refusal(message: str, argument_bytes: int) -> tuple[int | None, int] | 
 
 
 def state_on(config: Config, mesh: Mesh | AbstractMesh) -> Any:
-    """Return the state of a run as abstract arrays on a mesh."""
+    """Return the `TrainState` of a run, as abstract arrays with their shardings on `mesh`."""
     return jax.tree.map(placed, abstract_state(config), state_shardings(config, mesh))
 
 
 def compile_program(config: Config, mesh: Mesh, chip: Chip | None, slices: int = 1) -> Compiled:
-    """Compile a run's training step for the devices of `mesh`, which spans `slices` TPU slices; else as `compile_for`."""
+    """Compile a run's training step for a mesh over `slices` TPU slices, and return its figures as `compile_for` does."""
     state, train = state_on(config, mesh), config.train
     shape = train.micro_batches, train.micro_batch, train.sequence_length
     tokens, weights = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
@@ -154,7 +154,7 @@ class Roofline(NamedTuple):
 
 
 def roofline(flops: float, hbm_bytes: float, collectives: Iterable[Collective], chip: Chip) -> Roofline:
-    """Return the seconds of a device's step in which everything runs at its peak and overlaps entirely.
+    """Return the seconds that a device's step takes if arithmetic, HBM and links each run at their peak and overlap.
 
     Link time is the larger of that of the interconnect and that of the network between slices. All links of a device count as
     busy at once; a collective along one axis of a torus uses only some of them, so real ones take longer.
@@ -168,10 +168,10 @@ def roofline(flops: float, hbm_bytes: float, collectives: Iterable[Collective], 
 
 
 def bound(config: Config, mesh: Mesh | AbstractMesh, program: Compiled, chip: Chip) -> Roofline:
-    """Return the least time of a run's step.
+    """Return the least seconds of a run's training step, from its FLOP, `least_hbm_bytes` and the program's collectives.
 
-    Recomputing blocks adds a forward pass to a forward pass and a backward pass of twice that. "save_latents" saves some
-    projections of MLA only, and counts as "full" does.
+    A backward pass counts as two forward passes. Any remat but "none" adds one forward pass (4/3 of the FLOP), although
+    "save_latents" saves some projections of MLA. Without collectives (a program too large) the links count as 0 seconds.
     """
     train, remat = config.train, config.model.remat
     tokens = train.batch_size * train.sequence_length / mesh.size
@@ -180,17 +180,17 @@ def bound(config: Config, mesh: Mesh | AbstractMesh, program: Compiled, chip: Ch
 
 
 def least_hbm_bytes(config: Config, mesh: Mesh | AbstractMesh) -> float:
-    """Return the bytes that a device reads and writes at the least in a step.
+    """Return the fewest bytes that a device can read and write in its HBM in a training step.
 
-    The state is read and written once. For every micro-batch each weight, in the computation dtype and gathered, is read in
-    the forward pass and in the backward pass, and its gradient is written and read. In addition
+    The state is read and written once. In every micro-batch each weight, gathered and in the computation dtype, is read in
+    the forward and in the backward pass, and its gradient is written and read. By weight and `remat` there are added
 
-      experts            are read once more, since their backward pass starts from their inputs, and are gathered twice
-      blocks, remat full are read once more, except for the output projections, and are gathered twice
-      all other weights  are gathered once: the head's gradient comes with its logits, and the others may stay gathered
+      routed experts, any remat              one more read, and two gathers
+      others in blocks, remat "full"         one more read (none of a `down_proj`), and two gathers
+      others in blocks, "save_latents"       two gathers
+      all the others                         one gather (in blocks with remat "none", and outside blocks)
 
-    A gather is a write; unsplit weights are not gathered. Lookups in the embedding are negligible, and activations are left
-    out.
+    A gather writes the whole weight, if that is split along the fsdp axes. Activations and embedding lookups are left out.
     """
     state, remat = state_on(config, mesh), config.model.remat
     values = 0

@@ -42,14 +42,14 @@ FORMATS: tuple[Weights, ...] = ("bfloat16", "fp8")
 
 @dataclasses.dataclass(frozen=True)
 class Serving:
-    """Load to serve at a time."""
+    """Load that the plan is for (--serve.*): sequences and their lengths, drafts, format of the weights."""
 
     batch: PositiveInt = 128
-    """Sequences that are decoded together; a multiple of mesh.data * mesh.fsdp * mesh.expert."""
+    """Sequences decoded together on all devices; a multiple of mesh.data * mesh.fsdp * mesh.expert."""
     context: PositiveInt = 4096
     """Tokens per sequence that the cache has room for."""
     chunk: PositiveInt = 4096
-    """Tokens of a prompt per prefill step, a power of two; one prompt for each part of the batch."""
+    """Tokens of a prompt per prefill step, a power of two; each of data * fsdp * expert parts prefills one prompt."""
     drafts: Annotated[int, Bound(lambda value: value in (0, 1), "choose 0 or 1")] = 0
     """Tokens that the first MTP depth drafts a step: 0 or 1."""
     weights: Weights | None = None
@@ -58,18 +58,18 @@ class Serving:
     def __post_init__(self) -> None:
         check_fields(self, "--serve.")
         given = f"--serve.chunk is {self.chunk}"
-        check(self.chunk <= self.context, f"{given}, more than --serve.context ({self.context}); make it that at most")
+        check(self.chunk <= self.context, f"{given}, more than --serve.context ({self.context}); lower it or raise the latter")
         # The engine pads chunks to these.
         check(self.chunk in chunk_sizes(self.chunk), f"{given}; it must be a power of two from {SMALLEST_CHUNK}")
 
     @property
     def start(self) -> int:
-        """Position of the last chunk of a context, the most expensive one."""
+        """Tokens in the cache before the last, and most expensive, prefill chunk of a context."""
         return self.context - self.chunk
 
     @property
     def pages_of_one(self) -> int:
-        """Pages of a sequence, with room for what a step writes beyond the last token."""
+        """Cache pages of one sequence of `context` tokens and of the positions that a step writes beyond them."""
         return pages_for(self.context, self.drafts, PAGE_SIZE)
 
 
@@ -78,7 +78,7 @@ class Serving:
 
 
 class Arguments(NamedTuple):
-    """Arguments of both programs, as abstract arrays on a mesh."""
+    """Arguments that prefill and decode have in common, as abstract arrays on a mesh."""
 
     variables: Any
     cache: Any
@@ -86,7 +86,7 @@ class Arguments(NamedTuple):
 
 
 def abstract_arguments(config: ModelConfig, serving: Serving, mesh: Mesh | AbstractMesh) -> Arguments:
-    """Return the variables, cache and slots of an engine on a mesh.
+    """Return the variables, cache and slots of an engine as abstract arrays on a mesh; nothing is allocated.
 
     Raises:
       ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
@@ -110,7 +110,7 @@ def abstract_arguments(config: ModelConfig, serving: Serving, mesh: Mesh | Abstr
 
 @functools.cache
 def _variables(config: ModelConfig, fp8: bool) -> Any:
-    """Return the shapes of the variables as the programs take them."""
+    """Return the variables as shapes, laid out for the programs (`laid_out`), with `fp8` those in FP8 blocks as published."""
     shapes = abstract_variables(config)
     if fp8:
         flat = traverse_util.flatten_dict(shapes)
@@ -119,7 +119,7 @@ def _variables(config: ModelConfig, fp8: bool) -> Any:
 
 
 def _in_blocks(leaf: Leaf) -> QuantizedArray:
-    """Return the shapes that `load_hf` gives a weight that the published checkpoint stores in FP8."""
+    """Return the shapes of the `QuantizedArray` that `load_hf` makes of a weight published in FP8."""
     rows, columns = scale_shape(leaf.stored)
     values: Any = jax.ShapeDtypeStruct(leaf.shape, np.uint8)
     scale_inv: Any = jax.ShapeDtypeStruct((*leaf.stack, columns, rows), np.float32)
@@ -127,7 +127,7 @@ def _in_blocks(leaf: Leaf) -> QuantizedArray:
 
 
 def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Return abstract arrays with one row or page for each sequence, split as the batch."""
+    """Return a tree of abstract arrays with their first axis (sequences or pages) split over the batch axes of `mesh`."""
     return jax.tree.map(lambda leaf: placed(leaf, NamedSharding(mesh, ROWS)), tree)
 
 
@@ -136,7 +136,7 @@ def by_rows(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def check_serves(config: ModelConfig, serving: Serving, sizes: dict[str, int]) -> None:
-    """Raise ValueError if a mesh does not divide what it splits, naming both, or the model does not support the load."""
+    """Raise ValueError if mesh axes of these sizes do not divide batch or model, or the model lacks the context or drafts."""
     longest, context = config.max_position_embeddings, f"--serve.context is {serving.context}"
     check(serving.context <= longest, f"{context}, and the model goes to {longest} tokens; lower it (and --serve.chunk)")
     has_depth = config.num_nextn_predict_layers > 0
@@ -154,7 +154,7 @@ def check_serves(config: ModelConfig, serving: Serving, sizes: dict[str, int]) -
 
 
 def smallest_mesh(config: ModelConfig, serving: Serving, devices: int) -> MeshConfig:
-    """Return the mesh expert x tensor on which a device holds fewest bytes, and so reads fewest in a step.
+    """Return the mesh expert x tensor, other axes 1, on which a device holds the fewest bytes of weights, cache and slots.
 
     Dense weights are replicated along `expert`, the cache along `tensor`.
 
@@ -172,7 +172,7 @@ def smallest_mesh(config: ModelConfig, serving: Serving, devices: int) -> MeshCo
     if not found:
         raise ValueError(
             f"no mesh expert x tensor of {devices} devices divides --serve.batch ({serving.batch}), experts, heads and widths; "
-            "name one by --mesh.data, --mesh.expert and --mesh.tensor"
+            "change the batch, or give all of --mesh.data, --mesh.expert, --mesh.tensor"
         )
     _, tensor = min(found)
     return MeshConfig(expert=devices // tensor, tensor=tensor)
@@ -184,7 +184,7 @@ def smallest_mesh(config: ModelConfig, serving: Serving, devices: int) -> MeshCo
 
 KV_B = "kv_b_proj"
 VISITING = "pallas_tpu", "pallas_gpu", "tiles"
-"""Backends of `expert_ffn` that do not read experts without rows."""
+"""Backends of `expert_ffn` that read the weights only of experts with tokens."""
 
 
 class Work(NamedTuple):
@@ -192,13 +192,13 @@ class Work(NamedTuple):
 
     flops: float
     weight_bytes: float
-    """Read from HBM as stored; of routed experts that are used as stored, on average those with rows."""
+    """Weights read from HBM as stored; of routed experts used in that form, the expected share that has tokens."""
     cache_bytes: float
-    """Read from HBM."""
+    """Latents of earlier tokens, read from HBM."""
     copied_bytes: float
     """Written to HBM and read again: gathered weights, and FP8 experts converted to 16 bits for a kernel."""
     unused_bytes: int
-    """Weights that the program does not take."""
+    """Bytes of weights on the device that only the other program, or neither, takes as arguments."""
 
 
 class Limits(NamedTuple):
@@ -224,7 +224,7 @@ class Step(NamedTuple):
     start: int
     """Cached tokens of each sequence before the step."""
     sequences: int
-    """Sequences of the device."""
+    """Sequences that the device works on."""
 
     @classmethod
     def of_decode(cls, serving: Serving, shards: int) -> Step:
@@ -234,7 +234,7 @@ class Step(NamedTuple):
 
     @classmethod
     def of_prefill(cls, serving: Serving) -> Step:
-        """Return a step of the last chunk of a context, with one token sampled and its drafts."""
+        """Return a step of the last chunk of one sequence's context; the head runs for the sampled token and drafts."""
         return cls(serving.chunk, 1 + serving.drafts, serving.start, 1)
 
 
@@ -249,10 +249,9 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
       dense         t rows each; head: `step.heads`; embedding: none, and next to no bytes
       attention     absorbed 2 N (2 C + P) a query and key, or expanded 2 N (H + P + W) and W_kvb for every cached token too
 
-    Queries attend to all of the cache and, causally, to the step's own rows. Of the experts, kernels and "tiles" read those
-    that have rows, other backends all. A weight that is split along `fsdp` is gathered: written whole and read again. All FP8
-    experts are written to memory in bfloat16 and read again, except by "tiles"; XLA can keep such copies of other weights on
-    the chip.
+    Queries attend to all of the cache and, causally, to the step's own rows. Kernels and "tiles" read the experts that have
+    rows, other backends all. A weight that is split along `fsdp` is gathered: written whole and read again. All FP8 experts
+    are written in bfloat16 and read again, except by "tiles"; XLA can keep such copies of other weights on the chip.
     """
     mesh = jax.tree.leaves(arguments.variables)[0].sharding.mesh
     group, drafting = mesh.shape["expert"], serving.drafts > 0
@@ -296,14 +295,14 @@ def work(config: ModelConfig, serving: Serving, step: Step, arguments: Arguments
 
 
 def _takes(names: tuple[str, ...], *, drafting: bool, expanded: bool) -> bool:
-    """Return True if a program takes a variable: W_kvb or its two parts, and the first MTP depth if it drafts."""
+    """Return True if a program takes a variable: all but unused MTP depths and, of W_kvb and its absorbed parts, one form."""
     if any(name.startswith("mtp_") for name in names) and not (drafting and "mtp_0" in names):
         return False
     return KV_B not in names or expanded == ("absorbed" not in names)
 
 
 def limits(work: Work, compiled: Compiled, chip: Chip) -> Limits:
-    """Return the seconds of a step in which everything runs at its peak and overlaps; links as in `roofline`."""
+    """Return the seconds of a step in which arithmetic, HBM and links (all as ICI) run at their peak and overlap."""
     compute = work.flops / chip.bf16_flops
     weights, cache = (work.weight_bytes + work.copied_bytes) / chip.hbm_bytes, work.cache_bytes / chip.hbm_bytes
     links = sum(one.bytes for one in compiled.collectives or []) / chip.ici_bytes
@@ -315,7 +314,7 @@ def limits(work: Work, compiled: Compiled, chip: Chip) -> Limits:
 
 
 class Part(NamedTuple):
-    """Prefill or decode."""
+    """Figures of one compiled program, prefill or decode; `limits` is None on CPU devices or if it was refused as too large."""
 
     compiled: Compiled
     work: Work
@@ -328,7 +327,7 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Both programs on one mesh."""
+    """Prefill and decode by name on one mesh, and the bytes of weights and cache on a device."""
 
     mesh: Mesh
     weight_bytes: int
@@ -337,13 +336,13 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool | None:
-        """True if both programs fit."""
+        """True if both programs fit, False if one does not; None on CPU devices."""
         known = [part.fits for part in self.parts.values()]
         return None if None in known else all(known)
 
 
 def plan_serving(model: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None) -> Plan:
-    """Compile both programs for a mesh. Raises as `report_serving`."""
+    """Compile prefill and decode for a mesh, and return their figures. Raises ValueError as `report_serving`."""
     check_serves(model, serving, dict(mesh.shape))
     arguments = abstract_arguments(model, serving, mesh)
     parts = {name: plan_part(name, model, serving, mesh, chip, arguments) for name in ("decode", "prefill")}
@@ -351,7 +350,7 @@ def plan_serving(model: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | 
 
 
 def plan_part(name: str, config: ModelConfig, serving: Serving, mesh: Mesh, chip: Chip | None, arguments: Arguments) -> Part:
-    """Compile a decode step of all sequences, or the prefill step of the last chunk of a context, for a mesh."""
+    """Compile `name`, a "decode" step of all sequences or the "prefill" of a context's last chunk; return its figures."""
     shards, (prefill_model, decode_model) = num_shards(mesh), models(config, mesh)
     table = jax.ShapeDtypeStruct((serving.batch if name == "decode" else shards, serving.pages_of_one), jnp.int32)
     if name == "decode":
@@ -383,7 +382,7 @@ def plan_part(name: str, config: ModelConfig, serving: Serving, mesh: Mesh, chip
 def report_serving(
     model: ModelConfig, serving: Serving, devices: list[Any], mesh: MeshConfig | None, chip: Chip | None, title: str, json: bool
 ) -> None:
-    """Compile prefill and decode for each requested format of the weights, and print the results.
+    """Compile prefill and decode for each requested format of the weights, and print their memory, traffic and least time.
 
     Args:
       model: the architecture; it is served in bfloat16.
@@ -451,7 +450,7 @@ def _print(title: str, serving: Serving, plan: Plan, chip: Chip | None) -> None:
     for name, part in plan.parts.items():
         _print_part(name, part, ", if no draft stands" if serving.drafts and name == "decode" else "")
     if chip is None:
-        rich.print("No least time: it would need a chip's peaks, so name one by --topology.")
+        rich.print("No least time: CPU devices have no peak figures here; --topology compiles for a TPU, which has them.")
 
 
 def _print_part(name: str, part: Part, if_none: str) -> None:
@@ -459,7 +458,8 @@ def _print_part(name: str, part: Part, if_none: str) -> None:
     sent = ", ".join(
         f"{one.kind} along {one.axis} {amount(one.bytes / 1e6)} MB in {one.count}" for one in compiled.collectives or []
     )
-    rich.print(f"{name}, compiled in {compiled.compile_seconds:.0f} s. In a step a device sends: {sent or 'unknown'}.")
+    if_empty = "nothing" if compiled.collectives == [] else "unknown, since the compiler refused the program as too large"
+    rich.print(f"{name}, compiled in {compiled.compile_seconds:.0f} s. In a step a device sends: {sent or if_empty}.")
     if compiled.kernels:
         rich.print(f"Pallas kernels: {', '.join(compiled.kernels)}.")
     if bound is not None:

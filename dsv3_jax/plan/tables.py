@@ -19,7 +19,7 @@ from dsv3_jax.plan.topology import device_bytes, named_leaves
 
 
 class Row(NamedTuple):
-    """One array."""
+    """One array of the training state and its sharding."""
 
     path: str
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def sharding_table(config: Config, mesh: Mesh | AbstractMesh) -> list[Row]:
-    """Return a row for every array of the state: variables first, then the optimizer's.
+    """Return a row for every array of the training state: step, parameters, router biases, optimizer.
 
     Raises:
       ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.
@@ -48,12 +48,12 @@ def sharding_table(config: Config, mesh: Mesh | AbstractMesh) -> list[Row]:
 
 
 def spec_text(spec: tuple[Any, ...]) -> str:
-    """Return a short form of a PartitionSpec: (-, fsdp+expert, tensor)."""
+    """Return a PartitionSpec as text, such as "(-, fsdp+expert, tensor)", where "-" is a dimension that is not split."""
     return "(" + ", ".join("-" if part is None else part if isinstance(part, str) else "+".join(part) for part in spec) + ")"
 
 
 def print_sharding(rows: list[Row], mesh: Mesh | AbstractMesh) -> None:
-    """Print one line per array, without limit of its width: rich would cut the paths to the width of a terminal."""
+    """Print the mesh, one line per array, not cut to the terminal's width as rich would, and the bytes of all on a device."""
     print(f"\n{mesh.size} devices: {' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
     lines = [("array", "shape", "logical axes", "split along", "bytes a device")]
     for row in rows:
@@ -70,7 +70,7 @@ def print_sharding(rows: list[Row], mesh: Mesh | AbstractMesh) -> None:
 
 
 def print_table(columns: Sequence[str], *sections: Iterable[Sequence[str]], title: str | None = None, texts: int = 1) -> None:
-    """Print a table in sections, whose first `texts` columns are text and the others numbers."""
+    """Print a table of rows in sections; columns after the first `texts` are aligned to the right, as numbers."""
     table = Table(*columns, title=title)
     for column in table.columns[texts:]:
         column.justify = "right"
@@ -82,14 +82,14 @@ def print_table(columns: Sequence[str], *sections: Iterable[Sequence[str]], titl
 
 
 def amount(value: float) -> str:
-    """Return a number with two decimals, or three digits if it is below one."""
+    """Return a number as text: two decimals, or three significant digits if 0 < |value| < 1."""
     return f"{value:.2f}" if abs(value) >= 1 or not value else f"{value:.3g}"
 
 
 def print_memory(
     columns: Sequence[str], rows: Mapping[str, Sequence[float | None]], chip: Chip | None, fits: bool | None, title: str | None
 ) -> None:
-    """Print memory in GiB, with the chip's memory in the last row, and the verdict.
+    """Print memory in GiB, with the chip's memory in the last row ("?" on CPU), then if it fits, unless `fits` is None.
 
     Args:
       columns: headings of the names and of each program.
@@ -103,7 +103,7 @@ def print_memory(
     cells = ([name, *("?" if size is None else amount(size / GIB) for size in sizes)] for name, sizes in rows.items())
     print_table(columns, cells, title=title)
     if fits is not None:
-        rich.print("It fits." if fits else "[bold]It does not fit.[/bold]")
+        rich.print("It fits." if fits else "[bold]It does not fit; use more devices or a smaller batch.[/bold]")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,13 +142,13 @@ def count_parameters(config: ModelConfig) -> dict[str, Any]:
 
 
 def reach(config: ModelConfig, mesh: Mesh) -> tuple[int, int]:
-    """Return how many devices and hosts hold the K experts of one token at most; they are from `topk_group` groups."""
+    """Return the most devices, and the most hosts, that hold the K experts of one token, from `topk_group` groups."""
     experts, size = config.n_routed_experts, mesh.shape["expert"]
     lines = np.moveaxis(mesh.devices, AXES.index("expert"), -1).reshape(-1, size)
     groups = np.split(np.arange(experts) * size // experts, config.n_group)
 
     def largest(holders: list[set[Any]]) -> int:
-        """Return the sum of the largest groups, at most the number of experts of a token, and of all holders."""
+        """Return the smallest of K, the sum of the `topk_group` largest sets of holders, and the number of all holders."""
         spread = sum(sorted(len(group) for group in holders)[-config.topk_group :])
         return min(config.num_experts_per_tok, spread, len(set().union(*holders)))
 

@@ -35,7 +35,7 @@ _NO_HOST = {
 
 
 def chip_of(topology: str) -> Chip:
-    """Return the chip of a topology such as v5p:8x8x8.
+    """Return the peak figures of the chip of a topology such as v5p:8x8x8.
 
     Raises:
       ValueError: if the name is of another form, or of a chip without figures here.
@@ -47,7 +47,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
-    """Return the devices of `slices` slices of a topology. JAX itself is made to run on the CPU.
+    """Return abstract devices of `slices` slices of a topology; sets JAX's platform to CPU and libtpu's environment variables.
 
     Raises:
       ValueError: if there is no such topology, or no TPU compiler.
@@ -57,8 +57,8 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
     library = find_tpu_compiler()
     if library is None:
         raise ValueError(
-            f"compiling for {topology} takes the TPU compiler; `make tpu-compiler` or `pip install 'dsv3-jax[tpu]'` adds it, "
-            "--devices N compiles for N CPU devices without it"
+            f"compiling for {topology} takes the TPU compiler, which is not found; `make tpu-compiler` or `pip install "
+            "'dsv3-jax[tpu]'` adds it, --devices N compiles for N CPU devices without it"
         )
     os.environ.update(_NO_HOST, TPU_LIBRARY_PATH=library)
     jax.config.update("jax_platforms", "cpu")
@@ -67,7 +67,7 @@ def tpu_devices(topology: str, slices: int = 1) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
     except Exception as error:  # libtpu's errors have no narrower type.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"topology {topology} is refused by the TPU compiler: {reason}") from error
+        raise ValueError(f"topology {topology} is refused by the TPU compiler: {reason}; name another") from error
 
 
 def find_tpu_compiler() -> str | None:
@@ -80,10 +80,10 @@ def find_tpu_compiler() -> str | None:
 
 
 def use_cpu_devices(number: int) -> list[Any]:
-    """Return so many virtual CPU devices; to be called before any other use of a device.
+    """Set JAX's platform to CPU, and return `number` virtual CPU devices; call it before JAX is first used.
 
     Raises:
-      ValueError: if JAX already runs on fewer.
+      ValueError: if JAX already runs, with fewer devices.
     """
     jax.config.update("jax_platforms", "cpu")
     # JAX refuses this once it runs, with the devices that it has.
@@ -91,7 +91,7 @@ def use_cpu_devices(number: int) -> list[Any]:
         jax.config.update("jax_num_cpu_devices", number)
     devices = jax.devices()
     if len(devices) < number:
-        raise ValueError(f"{number} CPU devices are asked for where JAX runs on {len(devices)} already")
+        raise ValueError(f"{number} CPU devices are asked for where JAX runs on {len(devices)} already; ask before it runs")
     return devices[:number]
 
 
@@ -102,7 +102,7 @@ def mesh_of_all(config: MeshConfig, devices: list[Any], rest: str) -> Mesh:
       ValueError: if the mesh has another number of devices; the message advises to give axis `rest` the remaining ones.
     """
     mesh = make_mesh(config, devices)
-    places = f"the mesh has {mesh.size} place for {len(devices)} devices; set mesh.{rest} to -1, for instance"
+    places = f"the mesh has {mesh.size} place for {len(devices)} devices; set mesh.{rest} to -1, which takes all of them"
     check(mesh.size == len(devices), places)
     return mesh
 
@@ -112,28 +112,28 @@ def mesh_of_all(config: MeshConfig, devices: list[Any], rest: str) -> Mesh:
 
 
 def placed(shape: Any, sharding: Sharding) -> Any:
-    """Return an abstract array with a sharding."""
+    """Return an abstract array with the shape and dtype of `shape`, and `sharding`."""
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[tuple[str, ...], Any]]:
-    """Return the path of every leaf of a tree, as names, and the leaf."""
+    """Return (path, leaf) for every leaf of a tree, the path as a tuple of key names; `is_leaf` as in `jax.tree.map`."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in found]
 
 
 def device_bytes(tree: Any) -> int:
-    """Return the bytes of arrays on one device."""
+    """Return the bytes that all arrays of a tree, which have shardings, take on one device."""
     return sum(device_values(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_values(array: Any) -> int:
-    """Return the number of an array's values on one device."""
+    """Return the number of values of a sharded array that one device holds."""
     return math.prod(array.sharding.shard_shape(array.shape))
 
 
 def gathered(array: Any) -> Any:
-    """Return a weight as it is used: whole along the axes that split it only to save memory (`all_gather_weight`)."""
+    """Return the abstract array that `all_gather_weight` makes of a weight: no longer split along the fsdp axes."""
     sharding = array.sharding
     spec = (None if part in (FSDP_AXES, EXPERT_FSDP_AXES) else part for part in sharding.spec)
     return placed(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))

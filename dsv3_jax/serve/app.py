@@ -40,7 +40,7 @@ from dsv3_jax.serve.worker import DISCONNECTED, ActiveRequest, Service, check_na
 
 
 def application(service: Service) -> Starlette:
-    """Return the ASGI application, which starts the engine thread and tells it to stop."""
+    """Return the ASGI application, which starts the engine thread on startup and asks it to stop on shutdown."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -68,7 +68,7 @@ def application(service: Service) -> Starlette:
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
         if name != service.model.name:
-            raise ApiError(404, f"The model `{name:.100}` does not exist", "model", "model_not_found")
+            raise ApiError(404, f"The model `{name:.100}` does not exist; use {service.model.name}", "model", "model_not_found")
         return JSONResponse(model_info)
 
     routes = [
@@ -91,7 +91,7 @@ def application(service: Service) -> Starlette:
 
 
 class _Generation:
-    """Endpoint of completions or of chats."""
+    """Endpoint that answers a completion or a chat, whole or as a stream; `read` checks the body."""
 
     def __init__(self, service: Service, read: Callable[[Any, ModelInfo], GenerationRequest]) -> None:
         self._service, self._read = service, read
@@ -117,11 +117,11 @@ class _Generation:
 
 
 async def _read_json(request: Request, max_bytes: int, timeout: float) -> Any:
-    """Return the JSON of a request, with at most `max_bytes` of it in memory."""
+    """Return the parsed JSON of a body. ApiError: 415 wrong type, 413 too large, 408 too slow, 499 gone, 400 no JSON."""
     # This type makes a browser ask first, if the page of another site sends a request.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "The content-type must be application/json")
-    too_large = ApiError(413, f"The body has more than {max_bytes} bytes", code="body_too_large")
+        raise ApiError(415, "The content-type must be application/json; set this header and send JSON")
+    too_large = ApiError(413, f"The body has more than {max_bytes} bytes; shorten it", code="body_too_large")
     if int(request.headers.get("content-length", 0)) > max_bytes:
         raise too_large
     body = bytearray()
@@ -132,9 +132,9 @@ async def _read_json(request: Request, max_bytes: int, timeout: float) -> Any:
                 if len(body) > max_bytes:
                     raise too_large
     except TimeoutError:
-        raise ApiError(408, f"The request was not sent within {timeout:g} seconds", code="timeout") from None
+        raise ApiError(408, f"The body did not arrive within {timeout:g} seconds; send it faster", code="timeout") from None
     except ClientDisconnect:
-        raise ApiError(DISCONNECTED, "The client has closed the connection") from None
+        raise ApiError(DISCONNECTED, "The client closed the connection before its body arrived") from None
     try:
         return JSON.validate_json(body)
     except ValidationError as error:
@@ -142,7 +142,7 @@ async def _read_json(request: Request, max_bytes: int, timeout: float) -> Any:
 
 
 async def _events(active: ActiveRequest, reply: Reply, include_usage: bool, scope: Scope) -> AsyncIterator[bytes]:
-    """Yield the events of a stream; an error is the last one, since the status is already sent."""
+    """Yield a stream's events, then [DONE]; an ApiError becomes an event, and its status `scope["outcome"]`."""
     for chunk in reply.opening():
         yield event(chunk)
     try:
@@ -159,7 +159,7 @@ async def _events(active: ActiveRequest, reply: Reply, include_usage: bool, scop
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    """Return the response to an error of a request, a wrong path or method, or a bug."""
+    """Return the JSON response to an ApiError, to a wrong path or method (HTTPException), or to any other error (500)."""
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path:.100}: {error.detail}"
         error = ApiError(error.status_code, message, headers=error.headers)
@@ -169,7 +169,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 class _Gate:
-    """Middleware of all endpoints: check the API key, count requests by path and outcome."""
+    """Middleware of all endpoints: answer 401 without the API key; count open requests, and ended ones by path and status."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: set[str]) -> None:
         self._app, self._service, self._paths = app, service, paths
@@ -219,15 +219,15 @@ class _Gate:
 
 KEY_VARIABLE = "DSV3_JAX_API_KEY"
 _THREAD_TIMEOUT = 5.0
-"""Seconds for the engine thread to end after the last request."""
+"""Seconds to wait for the engine thread after the server's end; then the process exits without it."""
 _CUT_OFF_TIMEOUT = 1
-"""Seconds for clients to receive the error of their cancelled requests."""
+"""Seconds for clients to receive the error of their cancelled requests, before connections are closed."""
 
 
 def serve(engine: Engine, model_name: str, template: ChatTemplate | None = None, options: ServeOptions | None = None) -> int:
-    """Serve an engine until SIGTERM or Ctrl-C; for the main thread, which alone receives signals.
+    """Serve an engine until SIGTERM or Ctrl-C and the drain after it; for the main thread, which alone receives signals.
 
-    Clients must send the environment's DSV3_JAX_API_KEY, if it is set.
+    Clients must send the environment's DSV3_JAX_API_KEY, if it is set. The address is printed on stderr.
 
     Args:
       engine: with a tokenizer.
@@ -236,7 +236,7 @@ def serve(engine: Engine, model_name: str, template: ChatTemplate | None = None,
       options: address and limits; None is the default ones.
 
     Returns:
-      The program's exit status: 0 if all requests have finished, 1 if some were cancelled or the engine has failed.
+      Exit status: 0 if all requests finished, else 1. If the engine thread does not stop, the process exits here instead.
 
     Raises:
       ValueError: if the engine has no tokenizer, the key is empty, or the address cannot be listened on.
@@ -249,7 +249,7 @@ def serve(engine: Engine, model_name: str, template: ChatTemplate | None = None,
         host, port = listener.getsockname()[:2]
         print(f"serving {model_name} on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
         if service.api_key is None and not host.startswith("127.") and host != "::1":
-            print(f"warning: this address serves everyone who reaches it; set {KEY_VARIABLE}", file=sys.stderr, flush=True)
+            print(f"warning: without an API key everyone may use this address; set {KEY_VARIABLE}", file=sys.stderr, flush=True)
         server = Server(service)
         server.run([listener])
     if not service.worker.stop(_THREAD_TIMEOUT):
@@ -260,13 +260,13 @@ def serve(engine: Engine, model_name: str, template: ChatTemplate | None = None,
 
 
 def check_servable(model_name: str, options: ServeOptions) -> None:
-    """Raise ValueError if `serve` would refuse the name, the key or the address; before the engine exists."""
+    """Raise ValueError if the name or the environment's API key is empty, or a trial socket cannot listen on the address."""
     check_name_and_key(model_name, os.environ.get(KEY_VARIABLE))
     _listener(options.host, options.port).close()
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with a drain before its end."""
+    """uvicorn's server that, after a signal, refuses new requests, and exits once the running ones end or time is up."""
 
     def __init__(self, service: Service) -> None:
         # uvicorn's own log stays out of the program's output.
@@ -289,7 +289,7 @@ class Server(uvicorn.Server):
         self.code = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal; end at the second."""
+        """Refuse new requests and start the drain at the first signal; cancel all requests at the second."""
         if self._service.draining:
             self._cut_off()
         else:
@@ -297,7 +297,7 @@ class Server(uvicorn.Server):
             self._deadline = time.monotonic() + self._service.options.drain_timeout
 
     async def on_tick(self, counter: int) -> bool:
-        """Check the end of the drain, ten times a second."""
+        """Let the server exit (return True) if the engine failed or the drain is over; cancel requests that outlast it."""
         if self._service.worker.failure is not None:
             self.code, self.should_exit = 1, True
         elif self._deadline is not None:
@@ -308,7 +308,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _cut_off(self) -> None:
-        """End every request with an error, then the server, even if clients do not read it."""
+        """Send all active requests an error, and let the server exit within a second, with status 1."""
         self.code, self.should_exit = 1, True
         self._service.cut_off()
         self.config.timeout_graceful_shutdown = _CUT_OFF_TIMEOUT
@@ -326,13 +326,13 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def most_connections() -> int:
-    """Return the number of file descriptors left to this process, less 32 for other files."""
+    """Return the number of file descriptors left to this process, less 32 for other files; at least 1."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(limit - len(os.listdir("/dev/fd")) - 32, 1)
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, which by itself waits forever for the head of a request."""
+    """uvicorn's connection, closed if a request's head takes too long, or at once if there are too many."""
 
     def __init__(self, read_timeout: float, max_connections: int, *arguments: Any, **options: Any) -> None:
         """Args, apart from uvicorn's: read_timeout: seconds for a head; max_connections: of all clients together."""
@@ -359,7 +359,7 @@ class Connection(H11Protocol):
         self._update_timer()
 
     def _update_timer(self) -> None:
-        """Run the timer from the end of a response until the next request has a head."""
+        """Start the timer that closes the connection while it waits for a request's head; else cancel it."""
         is_waiting = (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing()
         if is_waiting and self._timer is None:
             self._timer = self.loop.call_later(self._read_timeout, self.transport.close)
@@ -373,7 +373,7 @@ class Connection(H11Protocol):
 
 
 def load_page() -> Response:
-    """Return the page as a response with its headers."""
+    """Return page.html as a response, with headers that allow only its own script and style."""
     text = resources.files("dsv3_jax.serve").joinpath("page.html").read_text("utf-8")
     policy = (
         f"default-src 'none'; script-src {_hash(text, 'script')}; style-src {_hash(text, 'style')}; connect-src 'self'; "
@@ -389,6 +389,6 @@ def load_page() -> Response:
 
 
 def _hash(text: str, tag: str) -> str:
-    """Return the hash of the page's only script or style."""
+    """Return the Content-Security-Policy source ('sha256-...') of the content of the page's only element `tag`."""
     (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

@@ -19,24 +19,24 @@ _Seconds = Annotated[float, Bound(lambda value: value > 0, "it must be above 0 s
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """Address and limits of a server; the limits hold per request, `max_queue` for all together."""
+    """Address, limits and timeouts of a server."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 means all addresses of this machine."""
     port: Annotated[int, Bound(lambda port: 0 <= port < 2**16, "it must lie in 0..65535")] = 8000
     """Port to listen on; 0 takes a free one."""
     max_body: PositiveInt = 4 * 2**20
-    """Largest body of a request, in bytes."""
+    """Largest body of a request, in bytes; a larger one is refused with status 413."""
     max_choices: PositiveInt = 128
-    """Largest number of completions in a request: prompts times n."""
+    """Largest number of completions in a request, prompts times n; more are refused with status 400."""
     max_queue: NonNegativeInt = 256
-    """Completions that may wait for a slot; beyond it requests are refused with status 429."""
+    """Completions of all requests that may wait for a slot; beyond it requests are refused with status 429."""
     timeout: _Seconds = 600.0
-    """Seconds a request may take, waiting included."""
+    """Seconds a request may take, waiting included; it is then cancelled with status 504."""
     read_timeout: _Seconds = 30.0
-    """Seconds a client may take to send the head of a request, and again for its body."""
+    """Seconds a client may take to send the head of a request (then its connection is closed), and its body (then 408)."""
     drain_timeout: _Seconds = 60.0
-    """Seconds for running requests to finish after SIGTERM."""
+    """Seconds for running requests to finish after SIGTERM; they are then cancelled with status 503."""
     warm_up: Annotated[bool, FlagConversionOff] = True
     """Compile the programs before the server listens; otherwise the first requests that need one wait for it."""
 
@@ -46,7 +46,7 @@ class ServeOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Flags(ServeOptions, InferFlags):
-    """Flags of infer.py."""
+    """Flags of infer.py: those of `InferFlags`, those of the server, and --serve."""
 
     serve: bool = False
     """Serve OpenAI's API and a chat page over HTTP, until SIGTERM."""
@@ -65,7 +65,7 @@ class Flags(ServeOptions, InferFlags):
 
     @property
     def server(self) -> ServeOptions:
-        """The flags of the server."""
+        """The fields of `ServeOptions` by themselves, without those of `InferFlags`."""
         return ServeOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ServeOptions)})
 
     def sizes(self, config: ModelConfig) -> dict[str, Any]:

@@ -16,16 +16,16 @@ from dsv3_jax.serve.worker import Progress, TokenBytes
 
 DONE = b"data: [DONE]\n\n"
 JSON: TypeAdapter[Any] = TypeAdapter(Any, config={"ser_json_inf_nan": "constants"})
-"""Reader and writer of JSON bytes."""
+"""Parser and writer of JSON as bytes."""
 
 
 def event(content: Any) -> bytes:
-    """Return a server-sent event."""
+    """Return the bytes of a server-sent event with `content` as JSON."""
     return b"data: " + JSON.dump_json(content) + b"\n\n"
 
 
 class Reply:
-    """Writer of the response to one request."""
+    """Builder of the response to one request as dicts in OpenAI's format, whole or in chunks."""
 
     def __init__(self, request: GenerationRequest, model: str, token_bytes: TokenBytes) -> None:
         self._request, self._token_bytes = request, token_bytes
@@ -37,24 +37,24 @@ class Reply:
         self._lengths = [0] * len(request.params)
 
     def opening(self) -> Iterator[dict[str, Any]]:
-        """Yield the chunks before the first token: in a chat, the role."""
+        """Yield the chunks before the first token: in a chat one with the role for each choice, else none."""
         if self._is_chat:
             for i in range(len(self._request.params)):
                 yield self._chunk([self._choice(i, {"delta": {"role": "assistant", "content": ""}}, None, None)])
 
     def chunk(self, progress: Progress) -> dict[str, Any] | None:
-        """Return the chunk of a step, or None if it would be empty."""
+        """Return the chunk of one choice's step; None without text, log-probabilities and finish reason."""
         if not (progress.text or progress.finish_reason or progress.logprobs):
             return None
         content = {"delta": {"content": progress.text} if progress.text else {}} if self._is_chat else {"text": progress.text}
         return self._chunk([self._choice(progress.choice, content, progress.logprobs or None, progress.finish_reason)])
 
     def last_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the chunk of the usage."""
+        """Return the chunk that ends a stream: no choices, and the token counts."""
         return self._chunk([], usage)
 
     def whole(self, progress: list[Progress], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the response of a request without a stream."""
+        """Return the whole response body, from the progress of all choices up to their ends."""
         steps: list[list[Progress]] = [[] for _ in self._request.params]
         for step in progress:
             steps[step.choice].append(step)
@@ -93,14 +93,14 @@ class Reply:
         return {"token": self._token_bytes.text(token), "logprob": logprob, "bytes": list(self._token_bytes(token))}
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
-        """Return the most likely tokens and the chosen one, by their texts; of two with the same text, the more likely."""
+        """Return text -> log-probability of the most likely tokens and the chosen one; of equal texts the more likely."""
         found: dict[str, float] = {}
         for token, logprob in (*entry.top, (entry.token, entry.logprob)):
             found.setdefault(self._token_bytes.text(token), logprob)
         return found
 
     def _offset(self, index: int, token: int) -> int:
-        """Return the position in its text, in characters, of the next token of a choice."""
+        """Return the character offset of a choice's next token in its text, and move the offset past it."""
         offset = self._lengths[index]
         self._lengths[index] += len(self._decoders[index].decode(self._token_bytes.shown(token)))
         return offset

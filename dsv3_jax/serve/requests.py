@@ -23,13 +23,13 @@ from dsv3_jax.infer.request import check_id, token_ids
 from dsv3_jax.infer.sampling import MOST_LOGPROBS
 
 SMALLEST_TOP_P = 1e-6
-"""Value used for a top_p of 0: only the most likely token is left."""
+"""Value used in place of a smaller top_p, such as 0: only the most likely token is left."""
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"max_tokens", "seed", "logprobs"}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """The served model and its limits."""
+    """The served model, and two limits of a request: tokens of a prompt with its completion, and completions."""
 
     name: str
     config: ModelConfig
@@ -41,7 +41,7 @@ class ModelInfo:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationRequest:
-    """A valid request."""
+    """A validated completion or chat request, with its prompts as token ids."""
 
     is_chat: bool
     prompts: list[list[int]]
@@ -76,7 +76,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The body of the response."""
+        """The body of the response; `type` follows from the status."""
         kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
@@ -131,12 +131,12 @@ _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Object(BaseModel, strict=True, extra="forbid", allow_inf_nan=False):
-    """JSON object. Undeclared fields are refused, unless they change nothing."""
+    """JSON object of a body. Drops null, ignored and neutral fields, then refuses undeclared ones."""
 
     ignored: ClassVar[set[str]] = set()
-    """Fields that change nothing."""
+    """Names of fields that are accepted with any value, and dropped."""
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Values at which fields change nothing."""
+    """Field -> the values at which it changes nothing, and is dropped."""
 
     @model_validator(mode="before")
     @classmethod
@@ -206,7 +206,7 @@ class _Message(_Object):
     name: str | None = None
 
     def for_template(self) -> dict[str, str]:
-        """Return the message as templates expect it."""
+        """Return a dict for chat templates: role ("developer" as "system"), joined text, name if given."""
         role = "system" if self.role == "developer" else self.role
         message = {"role": role, "content": "".join(part.text for part in self.content)}
         return message if self.name is None else {**message, "name": self.name}
@@ -232,7 +232,7 @@ _Schema = TypeVar("_Schema", bound=_Body)
 
 
 def _validate(schema: type[_Schema], body: Any, info: ModelInfo) -> _Schema:
-    """Return the validated body. Raises ApiError for its first error."""
+    """Return the body as a `schema`. Raises ApiError: 404 for another model, else 400 for one error, unknown fields first."""
     try:
         return schema.model_validate(body, context=info)
     except ValidationError as invalid:
@@ -290,7 +290,7 @@ def read_chat(body: Any, info: ModelInfo) -> GenerationRequest:
 def _generation(
     fields: _Body, info: ModelInfo, prompts: list[Any], param: str, max_tokens: int | None, logprobs: int | None
 ) -> GenerationRequest:
-    """Return the request; `param` is the field of the prompts, `max_tokens` None means the rest of the context."""
+    """Return the request; `param` names the prompts' field, `max_tokens` None is the rest of the context. ApiError 400."""
     count = len(prompts) * fields.n
     if count > info.max_choices:
         message = f"{len(prompts)} prompts with n {fields.n} are {count} completions, more than {info.max_choices} a request"
@@ -318,7 +318,7 @@ def _generation(
 
 
 def _encode(prompt: Any, info: ModelInfo, param: str) -> list[int]:
-    """Return the token ids of a text, or check the given ones."""
+    """Return the token ids of a prompt, text or ids. Raises ApiError 400 for another type or invalid ids."""
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(token) is int for token in prompt)):
         message = "prompt must be a string, a list of strings, a list of token ids, or a list of such lists"
         raise ApiError(400, message, param)

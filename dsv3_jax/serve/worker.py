@@ -34,7 +34,7 @@ from dsv3_jax.serve.requests import ApiError, GenerationRequest, ModelInfo
 
 
 class Progress(NamedTuple):
-    """Result of a step for one choice."""
+    """New tokens of one choice from one step of the engine, and the text that they complete."""
 
     choice: int
     num_tokens: int
@@ -50,7 +50,7 @@ Event = Progress | ApiError | None
 
 
 class Job:
-    """The choices of a request and their events; created and read on the event loop."""
+    """The choices of a request and the queue of their events; created and read on the event loop."""
 
     def __init__(self, choices: Sequence[tuple[list[int], SamplingParams]]) -> None:
         self.choices = choices
@@ -59,7 +59,7 @@ class Job:
 
 @dataclasses.dataclass
 class _Choice:
-    """A choice of a job, as a request of the engine."""
+    """Choice `index` of a job, and the tokens of its prompt found in the prefix cache."""
 
     job: Job
     index: int
@@ -76,40 +76,40 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.jobs: set[Job] = set()
-        """Submitted and not cancelled; for the event loop alone."""
+        """Jobs submitted and not yet passed to `cancel`, ended ones included; for the event loop alone."""
         self.failure: ApiError | None = None
-        """Error of all jobs once the engine has failed."""
+        """Error sent to all jobs once the engine has failed; None before."""
         self.counts = self._count()
-        """The engine's counters after its last step."""
+        """Waiting and running completions, and `Engine.counts`, after the last step or command."""
 
     # Called on the event loop.
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the thread; events go to queues of this loop."""
+        """Start the thread, which puts the events of jobs into their queues on this loop."""
         self._loop = loop
         self._thread.start()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Stop after the current step; return False if it has not ended within `timeout`."""
+        """Ask the thread to stop after its current step, and wait; return False if it still runs after `timeout` s."""
         self._commands.put(None)
         if self._loop is not None:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
-        """Submit a job; its first event is None or an error."""
+        """Queue a job for the engine, without waiting; its first event is None if accepted, else an error."""
         self.jobs.add(job)
         self._commands.put(functools.partial(self._submit, job))
         if self.failure is not None:
             job.events.put_nowait(self.failure)
 
     def cancel(self, job: Job) -> None:
-        """Cancel the rest of a job, and free its resources."""
+        """Queue the cancellation of a job's unfinished choices, without waiting; the engine then frees their slots."""
         self.jobs.discard(job)
         self._commands.put(functools.partial(self._cancel, job))
 
     def send_all(self, error: ApiError) -> None:
-        """End all jobs with an error."""
+        """Put an error into the events of all jobs; the engine runs them until they are cancelled."""
         for job in self.jobs:
             job.events.put_nowait(error)
 
@@ -130,10 +130,10 @@ class Worker:
                 self._engine.cancel(request)
         except BaseException:  # Any: clients must receive an error, and the server must end.
             traceback.print_exc(file=sys.stderr)
-            self._send([], ApiError(500, "The engine has failed; the server is shutting down", code="engine_failed"))
+            self._send([], ApiError(500, "The engine failed and the server ends; see the server's log", code="engine_failed"))
 
     def _run_commands(self) -> bool:
-        """Run all commands, and wait for one while the engine is idle; return False at `stop`."""
+        """Run the queued commands, waiting while the engine is idle; return True to step it, False at `stop`."""
         while True:
             try:
                 command = self._commands.get(block=self._engine.idle)
@@ -197,18 +197,18 @@ _GAUGES = {
     "waiting": "Completions waiting for a slot.",
     "running": "Completions in a slot.",
     "pages": "Pages of the cache.",
-    "free_pages": "Empty pages.",
+    "free_pages": "Pages of the cache that hold nothing.",
     "cached_pages": "Pages held by the prefix cache alone.",
 }
 _COUNTERS = {
-    "preemptions": "Completions that lost their slot for a while.",
+    "preemptions": "Times that a completion lost its slot and waited for another.",
     "steps": "Decoding steps of single completions.",
     "step_tokens": "Tokens from these steps; divided by dsv3_steps: tokens per step.",
 }
 
 
 class Metrics(Collector):
-    """The metrics of one server."""
+    """Prometheus metrics of one server: of its requests, and of the engine by `counts`."""
 
     def __init__(self, num_pages: int, counts: Callable[[], dict[str, int]]) -> None:
         self._num_pages, self._counts = num_pages, counts
@@ -216,19 +216,19 @@ class Metrics(Collector):
         registry.register(self)
         help_ = "Requests by endpoint and status; 499: the client disconnected."
         self.requests = Counter("dsv3_requests", help_, ["endpoint", "status"], registry=registry)
-        self.prompt_tokens = Counter("dsv3_prompt_tokens", "Tokens of answered prompts.", registry=registry)
-        self.cached_tokens = Counter("dsv3_cached_prompt_tokens", "Those found in the prefix cache.", registry=registry)
+        self.prompt_tokens = Counter("dsv3_prompt_tokens", "Tokens of prompts answered without error.", registry=registry)
+        self.cached_tokens = Counter("dsv3_cached_prompt_tokens", "Prompt tokens found in the prefix cache.", registry=registry)
         self.generated_tokens = Counter("dsv3_generated_tokens", "Tokens of completions.", registry=registry)
         times: dict[str, Any] = {"buckets": _TIMES, "registry": registry}
-        self.first_token = Histogram("dsv3_time_to_first_token_seconds", "From a request to its first token.", **times)
-        self.latency = Histogram("dsv3_request_seconds", "From a request to its end, if it ended without error.", **times)
+        self.first_token = Histogram("dsv3_time_to_first_token_seconds", "Seconds from a request to its first token.", **times)
+        self.latency = Histogram("dsv3_request_seconds", "Seconds from a request to its end without error.", **times)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the engine's metrics, all of the same step."""
+        """Yield the engine's gauges and counters, all of the same step; called by Prometheus' client."""
         counts = {"pages": self._num_pages, **self._counts()}
         for name, help_ in _GAUGES.items():
             yield GaugeMetricFamily(f"dsv3_{name}", help_, counts[name])
@@ -299,7 +299,7 @@ class Service:
     def __init__(
         self, engine: Engine, name: str, template: ChatTemplate | None, options: ServeOptions, api_key: str | None = None
     ) -> None:
-        """Serve `engine` as the model `name`. Raises ValueError for an empty name or key, or without a `Tokenizer`."""
+        """Prepare `engine` as the model `name`, not yet started. ValueError: empty name or key, or no `Tokenizer`."""
         if not isinstance(engine.tokenizer, Tokenizer):
             raise ValueError(f"the engine's tokenizer is {engine.tokenizer!r:.60}; a server needs a Tokenizer")
         check_name_and_key(name, api_key)
@@ -309,50 +309,50 @@ class Service:
         self.worker = Worker(engine)
         self.metrics = Metrics(engine.sizes.pages, lambda: self.worker.counts)
         self.draining = False
-        """New requests are refused."""
+        """True once new requests are refused."""
         self.open_requests = 0
         """Requests of any kind whose responses are not yet sent."""
         self._max_choices = engine.sizes.slots + options.max_queue
 
     @property
     def open_choices(self) -> int:
-        """Number of completions of active requests."""
+        """Completions of all requests not yet closed, waiting, running or ended."""
         return sum(len(job.choices) for job in self.worker.jobs)
 
     def check_ready(self) -> None:
-        """Raise ApiError (503) unless new requests are accepted."""
+        """Raise ApiError (503) if the engine has failed or new requests are refused."""
         if self.worker.failure is not None:
-            raise ApiError(503, "The engine has failed; the server is shutting down", code="engine_failed")
+            raise ApiError(503, "The engine failed and the server ends; see the server's log", code="engine_failed")
         if self.draining:
-            raise ApiError(503, "The server is shutting down", code="draining", headers=RETRY)
+            raise ApiError(503, "The server is shutting down; try again later", code="draining", headers=RETRY)
 
     def cut_off(self) -> None:
-        """End all active requests with an error."""
+        """Refuse new requests, and send all active ones an error (503)."""
         self.draining = True
-        message = "The server is shutting down, and the request was cancelled"
+        message = "The server is shutting down, and the request was cancelled; try again later"
         self.worker.send_all(ApiError(503, message, code="draining", headers=RETRY))
 
     def admit(self, request: GenerationRequest, receive: Receive) -> ActiveRequest:
-        """Start a request, for the caller to close. Raises ApiError if the queue is full or the server is shutting down."""
+        """Submit a request, for the caller to close. Raises ApiError: 400 (too many choices), 429 (queue full), 503."""
         self.check_ready()
         count = len(request.params)
         if count > self._max_choices:
-            raise ApiError(400, f"{count} completions are more than the {self._max_choices} that this server can hold", "n")
+            raise ApiError(400, f"{count} completions are more than this server holds ({self._max_choices}); lower n", "n")
         if self.open_choices + count > self._max_choices:
-            raise ApiError(429, "The queue is full; try again later", code="queue_full", headers=RETRY)
+            raise ApiError(429, f"The queue has no room for {count} completions; try later", code="queue_full", headers=RETRY)
         return ActiveRequest(self, request, receive)
 
 
 def check_name_and_key(name: str, api_key: str | None) -> None:
-    """Raise ValueError if one of them is empty."""
+    """Raise ValueError if the model's name or the API key is empty; None, no key, is allowed."""
     if not name:
-        raise ValueError("the model's name is empty; clients must be able to ask for it")
+        raise ValueError("the model's name is empty; give the one that clients ask for")
     if api_key == "":
         raise ValueError("the API key is empty; give it characters, or unset DSV3_JAX_API_KEY to serve everyone")
 
 
 class ActiveRequest(Job):
-    """A request in the engine; it holds its slots until `close`."""
+    """A request, submitted to the engine when created, with its time limit and its client watched, until `close`."""
 
     def __init__(self, service: Service, request: GenerationRequest, receive: Receive) -> None:
         super().__init__(request.choices)
@@ -361,7 +361,7 @@ class ActiveRequest(Job):
         self._num_prompt_tokens, self._num_tokens = sum(map(len, request.prompts)), 0
         self._cached: dict[int, int] = {}
         # A timeout and a disconnection are events too, so that there is one queue to wait on.
-        message = f"The request took more than {service.options.timeout:g} seconds, and was ended"
+        message = f"The request took more than {service.options.timeout:g} seconds, and was ended; lower max_tokens"
         timed_out = ApiError(504, message, code="timeout", headers=NO_RETRY)
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(service.options.timeout, self.events.put_nowait, timed_out)
@@ -369,14 +369,14 @@ class ActiveRequest(Job):
         service.worker.submit(self)
 
     async def next_event(self) -> Progress | None:
-        """Wait for the next event, first for None: the engine has accepted the request. Raises ApiError if it is an error."""
+        """Wait for the next event and return it: first None (request accepted), then progress. Raises it if an ApiError."""
         event = await self.events.get()
         if isinstance(event, ApiError):
             raise event
         return event
 
     async def progress(self) -> AsyncIterator[Progress]:
-        """Yield the progress until every choice has ended. Raises ApiError if the request fails."""
+        """Yield the progress until every choice has ended, and count it in the metrics. Raises ApiError on failure."""
         left, metrics = len(self._request.params), self._service.metrics
         while left:
             event = await self.next_event()
@@ -395,7 +395,7 @@ class ActiveRequest(Job):
         metrics.cached_tokens.inc(sum(self._cached.values()))
 
     def usage(self) -> dict[str, Any]:
-        """Return the token counts in OpenAI's format; prompts count once, regardless of n."""
+        """Return the token counts so far in OpenAI's format; prompts count once, regardless of n."""
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": self._num_tokens,
@@ -404,13 +404,13 @@ class ActiveRequest(Job):
         }
 
     def close(self) -> None:
-        """Free the slots, whether or not the request has ended."""
+        """Cancel the timer, the watch of the client, and the choices that the engine still runs, if any."""
         self._timer.cancel()
         self._watch.cancel()
         self._service.worker.cancel(self)
 
     async def _watch_client(self, receive: Receive) -> None:
-        """Wait for the client to disconnect, once its body has been read."""
+        """Wait until the client disconnects, then add an ApiError (499) to the events, which ends the request."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self.events.put_nowait(ApiError(DISCONNECTED, "The client has closed the connection"))

@@ -196,7 +196,7 @@ def test_the_mesh_is_the_one_named(
     [
         (["--serve.batch", "8"], "--serve.* belongs to --mode serve"),
         (["--mode", "serve"], "--mode serve takes --topology or --devices"),
-        (["--mode", "serve", "--topology", "v5p:2x2x1", "--slices", "2"], "--slices is 2; slices serve each by itself"),
+        (["--mode", "serve", "--topology", "v5p:2x2x1", "--slices", "2"], "--slices is 2, but --mode serve plans one slice"),
         (["--mode", "serve", "--devices", "8", "--serve.drafts", "2"], "--serve.drafts is 2; choose 0 or 1"),
         (
             ["--mode", "serve", "--devices", "8", "--serve.context", "64"],

@@ -21,7 +21,7 @@ def test_a_name_of_no_topology(name: str) -> None:
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topology, "find_tpu_compiler", lambda: None)
-    with pytest.raises(ValueError, match=r"takes the TPU compiler; .*--devices N compiles for N CPU devices"):
+    with pytest.raises(ValueError, match=r"takes the TPU compiler, which is not found; .*--devices N compiles for N CPU"):
         topology.tpu_devices("v5p:2x2x1")
 
 

@@ -43,15 +43,15 @@ from dsv3_jax.serve.cli import Flags
 
 
 class Task(NamedTuple):
-    """Inputs of the program, checked as far as possible without weights."""
+    """Inputs of the program other than weights, checked; prompts and template only on process 0."""
 
     prompts: PromptLines | None
     template: ChatTemplate | None
     sizes: dict[str, Any]
-    """Arguments of the engine."""
+    """Size arguments of `Engine`, by name."""
     model_name: str
     placement: dict[str, np.ndarray] | None
-    """Redundant experts: stack -> expert in each slot."""
+    """Stack -> expert in each slot, int32; None if every expert has one slot."""
 
 
 @cli_main
@@ -101,9 +101,9 @@ def main() -> None:
 
 
 def checked(flags: Flags, mesh: Mesh) -> Task:
-    """Read all inputs except the weights, and raise ValueError for errors in them: a large model takes minutes to read.
+    """Read and check all inputs except the weights, which take minutes to read. Raises ValueError for errors in them.
 
-    Only process 0 needs prompts and templates, the files to write and the address to serve on.
+    Only process 0 reads prompts and template, and checks the output file and the options of the server.
     """
     config, tokenizer = read_model(flags.checkpoint), load_tokenizer(flags.checkpoint)
     name, sizes = os.path.basename(os.path.abspath(flags.checkpoint)), flags.sizes(config)
@@ -135,7 +135,7 @@ def batch(
     lines: list[str],
     speed: Speed,
 ) -> None:
-    """Complete the lines that the file at `path` does not hold yet."""
+    """Complete the prompts that the file `path` lacks, and append their completions to it; `lines` go to stderr first."""
     assert task.prompts is not None
     depends_on = {
         "prompts": task.prompts.digest,
@@ -154,7 +154,7 @@ def batch(
 
 
 def length_for(prompt: str, params: SamplingParams, model: LoadedModel) -> int:
-    """Return the engine's max_length for one completion: the default, or more if the completion needs it."""
+    """Return the engine's max_length for one completion: 4096, or more if prompt and max_tokens need it, up to the context."""
     needed = 1 + len(model.tokenizer.encode(prompt)) + params.max_tokens
     return min(max(DEFAULT_MAX_LENGTH, needed), model.config.max_position_embeddings)
 

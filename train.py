@@ -91,7 +91,7 @@ def main() -> None:
             if saved:
                 print(f"continuing after step {first} of {steps}", flush=True)
             count = sum(leaf.size for leaf in jax.tree.leaves(state.variables))
-            print(f"{count:,} parameters in {config.model.dtype} on {describe(mesh)}; {backends}", flush=True)
+            print(f"{count:,} parameters, computing in {config.model.dtype} on {describe(mesh)}; {backends}", flush=True)
 
         # The loop.
         step = compile_train_step(config, mesh)

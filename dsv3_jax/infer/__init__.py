@@ -1,4 +1,4 @@
-"""Inference: cache, prefill and decoding, sampling, and the engine that drives them."""
+"""Inference: the engine, with the parts it drives: paged cache, prefill, decoding and sampling."""
 
 from dsv3_jax.infer.engine import Completion, Engine
 from dsv3_jax.infer.sampling import SamplingParams

@@ -1,4 +1,4 @@
-"""Completion of a batch file: all lines are submitted at once, and each is written when it ends."""
+"""Completion of a file of prompts (JSON lines): all are queued at once, each completion is written as soon as it ends."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from dsv3_jax.infer.sampling import SamplingParams
 def submit_lines(
     engine: Engine, lines: Sequence[PromptLine], defaults: SamplingParams, template: ChatTemplate | None, tokenizer: Tokenizer
 ) -> dict[Request, PromptLine]:
-    """Submit all lines to the engine, which begins with its first step.
+    """Queue every line for the engine's `step`; return the line of each request. Chats also stop at the template's eos_token.
 
     Raises:
-      ValueError: naming the line, if the engine or the template refuses one.
+      ValueError: naming the first line that the engine or the template refuses; those before it stay queued.
     """
     submitted: dict[Request, PromptLine] = {}
     closing = () if template is None else closing_tokens(template, tokenizer, engine.config.vocab_size)
@@ -47,9 +47,9 @@ def submit_lines(
 
 
 def complete_lines(engine: Engine, submitted: dict[Request, PromptLine], completions: CompletionLines, speed: Speed) -> None:
-    """Step the engine until every request has ended, and write each completion then.
+    """Step the engine until all requests have ended; write each completion as soon as it ends, and count tokens in `speed`.
 
-    A terminal shows a progress bar; otherwise stderr gets a line for every tenth of the lines.
+    stderr shows the progress: a bar if it is a terminal, else one line after every tenth of the batch.
     """
     left, done = dict(submitted), len(completions.done)
     total = done + len(left)
@@ -79,26 +79,26 @@ KEYS = ("prompt", "messages", "id", *SAMPLING)
 
 @dataclasses.dataclass(frozen=True)
 class PromptLine:
-    """One line."""
+    """One line of a batch file: a prompt or chat messages, and the sampling parameters that it sets."""
 
     index: int
-    """Number of the line, from 0."""
+    """Number of the line in the file, from 0; empty lines count too."""
     where: str
-    """Path and number of the line, from 1, for messages."""
+    """<path>:<line number from 1>, the beginning of error messages."""
     content: str | list[int] | list[Message]
     is_chat: bool
-    """True if `content` is messages."""
+    """True if `content` is a list of chat messages; False for text or token ids."""
     id: str | int | None
     sampling: dict[str, Any]
-    """Fields of `SamplingParams` that the line sets."""
+    """The `SamplingParams` fields that the line itself sets, by name."""
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
-        """Return the line's sampling parameters. It has a seed of its own, so that its draws depend on no other line."""
+        """Return `defaults` with the line's own fields. Without a seed of its own it gets defaults.seed + index, mod 2^32."""
         seed = (defaults.seed + self.index) % 2**32
         return dataclasses.replace(defaults, **({"seed": seed} | self.sampling))
 
     def encoded(self, template: ChatTemplate | None, tokenizer: Tokenizer) -> Prompt:
-        """Return the prompt for the engine. Raises ValueError if the template refuses the messages."""
+        """Return text or token ids as they are, chat messages as token ids. Raises ValueError if the template refuses them."""
         if not self.is_chat:
             return self.content  # type: ignore[return-value]
         assert template is not None
@@ -107,23 +107,23 @@ class PromptLine:
 
 @dataclasses.dataclass(frozen=True)
 class PromptLines:
-    """All lines of a file."""
+    """All lines of a batch file but the empty ones."""
 
     lines: list[PromptLine]
     digest: str
-    """Digest of the file's bytes."""
+    """Hexadecimal hash of the file's bytes."""
 
     @property
     def need_template(self) -> bool:
-        """True if one of them is messages."""
+        """True if at least one line holds chat messages, which only a chat template can encode."""
         return any(line.is_chat for line in self.lines)
 
 
 def read_prompt_lines(path: str) -> PromptLines:
-    """Read and check a file; empty lines are skipped, but counted.
+    """Read a batch file and check the fields of every line; empty lines are skipped, but counted.
 
     Raises:
-      ValueError: naming the line and the key, at the first error; or if there is no such file, or no line in it.
+      ValueError: naming the first faulty line and its fault; or if the file does not exist or has no line.
     """
     file = epath.Path(path).expanduser()
     check(file.is_file(), f"--batch-file {path} does not exist; name a file with one JSON object a line")
@@ -149,7 +149,7 @@ def _line(index: int, where: str, text: bytes) -> PromptLine:
     name = values.get("id")
     is_text = isinstance(name, str) and paired(name) == name
     is_integer = isinstance(name, int) and not isinstance(name, bool)
-    check(name is None or is_text or is_integer, f"{where}: id is {name!r}; use a text or an integer")
+    check(name is None or is_text or is_integer, f"{where}: id is {name!r}; use an integer or valid Unicode text")
     content = _prompt(values["prompt"], where) if "prompt" in values else _messages(values["messages"], where)
     return PromptLine(index, where, content, kinds == ["messages"], name, _sampling(values, where))
 
@@ -170,7 +170,7 @@ def _messages(messages: Any, where: str) -> list[Message]:
 
 
 def _sampling(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields of `SamplingParams`, whose values that class checks."""
+    """Return the `SamplingParams` fields among `values`, logit_bias with integer keys. Raises ValueError for a wrong value."""
     fields = {name: values[name] for name in SAMPLING if name in values}
     biases = fields.get("logit_bias")
     try:
@@ -187,18 +187,18 @@ def _sampling(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 class CompletionLines:
-    """The output file, a context manager. Each line is flushed before the next one begins."""
+    """Output file, locked from creation until the context exits. Each completion is flushed as soon as it is written."""
 
     def __init__(self, path: str, settings: dict[str, Any], indices: Collection[int]) -> None:
-        """Open or create the file, read the completed lines, and remove a last line that was cut off, by a kill for example.
+        """Open and lock the file; create it with <path>.settings.json, or check it and cut off an incomplete last line.
 
         Args:
-          path: name of the file.
-          settings: everything that the completions depend on, as JSON values.
-          indices: those of the lines to complete, the only ones that may be in the file.
+          path: the file, which may hold completions of an earlier start.
+          settings: JSON values that an existing file must have been made with, or that a new one is made with.
+          indices: indices of all prompts of the batch; a line of the file with another index is an error.
 
         Raises:
-          ValueError: if it was made with other settings, holds something else, or another process writes to it.
+          ValueError: if it has other settings or other lines, is locked by another process, or fails `check_place`.
         """
         self._path = pathlib.Path(path).expanduser()
         settings, settings_path = json.loads(json.dumps(settings)), pathlib.Path(f"{self._path}.settings.json")
@@ -212,7 +212,7 @@ class CompletionLines:
             if is_new:
                 write_whole(epath.Path(settings_path), json.dumps(settings, indent=2) + "\n")
             self.done = self._read(indices)
-            """Indices of the completed lines."""
+            """Indices of the prompts completed by earlier starts; `write` adds none."""
         except BlockingIOError as error:
             self._file.close()
             raise ValueError(f"{self._path} is being written by another process; wait until it has ended") from error
@@ -227,7 +227,7 @@ class CompletionLines:
         self._file.close()
 
     def write(self, line: PromptLine, completion: Completion) -> None:
-        """Append the completion of a line."""
+        """Append the completion of one prompt as a line of JSON, and flush it."""
         values: dict[str, Any] = {"index": line.index} | ({} if line.id is None else {"id": line.id})
         values |= {"text": completion.text, "tokens": completion.tokens, "finish_reason": completion.finish_reason}
         if completion.logprobs is not None:
@@ -248,7 +248,7 @@ class CompletionLines:
             check(there == value, f"{self._path} was made with {name} {there!r}, not {value!r}; {remedy}")
 
     def _read(self, indices: Collection[int]) -> set[int]:
-        """Return the indices of the completed lines, and truncate the file after the last of them."""
+        """Return the prompt indices in the file; cut off a last line without newline. Raises ValueError for a faulty line."""
         *lines, torn = self._path.read_bytes().split(b"\n")
         done: set[int] = set()
         for number, line in enumerate(lines, 1):
@@ -264,7 +264,7 @@ class CompletionLines:
 
 
 def check_place(path: str, prompts: str | None = None) -> None:
-    """Raise ValueError if `path` cannot be a file of completions, or is the file of `prompts`."""
+    """Raise ValueError if the folder of `path` is missing, or if `path` is itself a folder or the same file as `prompts`."""
     place = pathlib.Path(path).expanduser()
     check(place.parent.is_dir(), f"{place.parent} does not exist; make the folder for {place.name}")
     check(not place.is_dir(), f"{path} is a folder; name a file for the completions")

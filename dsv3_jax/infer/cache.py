@@ -18,17 +18,17 @@ from dsv3_jax.parallel.mesh import BATCH_AXES, current_mesh
 DEFAULT_MAX_LENGTH = 4096
 SMALLEST_CHUNK = 16
 ENGINE_FIELDS = "max_batch", "max_length", "drafts", "chunk", "page_size", "cache_tokens"
-"""Sizes that `Engine`, `EngineConfig.of`, `check_sizes` and the command line take."""
+"""Names of the size arguments of `Engine`, `EngineConfig.of` and the command line, in the order that `check_sizes` takes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine. `EngineConfig.of` derives them from the arguments of `Engine`."""
+    """Sizes of an engine, complete and checked; `EngineConfig.of` derives them from the arguments of `Engine`."""
 
     num_shards: PositiveInt
-    """Equal parts of the slots and pages, as a mesh splits the batch."""
+    """Number of equal parts that the mesh splits slots and pages into; 1 without a mesh."""
     slots_per_shard: PositiveInt
-    """Sequences that a shard decodes at a time."""
+    """Most sequences that one shard decodes at a time."""
     pages_per_shard: PositiveInt
     page_size: PositiveInt
     """Tokens in a page."""
@@ -54,7 +54,7 @@ class EngineConfig:
         page_size: int | None = None,
         cache_tokens: int | None = None,
     ) -> EngineConfig:
-        """Return the sizes of an engine for a model. Arguments and errors are those of `Engine`."""
+        """Derive the sizes from arguments of `Engine`, of which None is a default. Raises ValueError for impossible ones."""
         check_sizes(max_batch, max_length, drafts, chunk, page_size, cache_tokens)
         context = config.max_position_embeddings
         can_draft = config.num_nextn_predict_layers > 0
@@ -82,42 +82,42 @@ class EngineConfig:
 
     @property
     def slots(self) -> int:
-        """Sequences decoded at a time, over all shards."""
+        """Most sequences decoded at a time, over all shards."""
         return self.num_shards * self.slots_per_shard
 
     @property
     def pages(self) -> int:
-        """Pages of all shards."""
+        """Number of pages in the cache, over all shards."""
         return self.num_shards * self.pages_per_shard
 
     @property
     def cache_tokens(self) -> int:
-        """Capacity of the cache, in tokens."""
+        """Capacity of the cache over all shards, in tokens."""
         return self.pages * self.page_size
 
     @property
     def chunk_sizes(self) -> list[int]:
-        """Lengths that chunks of prompts are padded to."""
+        """Lengths in tokens that chunks of prompts are padded to, ascending: 16, 32, ..."""
         return chunk_sizes(min(self.chunk, self.max_length - 1))
 
     @property
     def pages_of_one(self) -> int:
-        """Most pages of one sequence."""
+        """Most pages that one sequence may need, which is the width of a page table."""
         return pages_for(self.max_length, self.drafts, self.page_size)
 
 
 def pages_for(length: int, drafts: int, page_size: int) -> int:
-    """Pages of a sequence of up to `length` tokens, including the positions that a step writes past its end."""
+    """Return the number of pages for `length` tokens and for the positions past the last one that a step may write."""
     return math.ceil((length + _lookahead(drafts)) / page_size)
 
 
 def _lookahead(drafts: int) -> int:
-    """Positions that a step may write from a sequence's last token on."""
+    """Return the number of positions that a step may write, from that of a sequence's last token on."""
     return 2 * drafts + 1
 
 
 def chunk_sizes(longest: int) -> list[int]:
-    """Lengths that chunks of up to `longest` tokens are padded to."""
+    """Return the lengths that chunks of up to `longest` tokens are padded to: 16, 32, ..., the last at least `longest`."""
     sizes = [SMALLEST_CHUNK]
     while sizes[-1] < longest:
         sizes.append(2 * sizes[-1])
@@ -125,7 +125,7 @@ def chunk_sizes(longest: int) -> list[int]:
 
 
 def check_sizes(*sizes: int | None) -> None:
-    """Raise ValueError for one of `ENGINE_FIELDS`, in that order, that no model allows; None stands for a default."""
+    """Raise ValueError if one of the sizes, in the order of `ENGINE_FIELDS`, is invalid for every model; None is accepted."""
     for name, size in zip(ENGINE_FIELDS, sizes, strict=True):
         check_value(name, size, (NonNegativeInt if name == "drafts" else PositiveInt) | None)
         if name == "chunk" and size is not None:
@@ -141,17 +141,17 @@ Cache = dict[str, Latents]
 
 DRAFTER = "mtp_0"
 ROWS = PartitionSpec(BATCH_AXES)
-"""Sharding of pages, and of arrays with one row for each sequence."""
+"""PartitionSpec that splits the first axis, of pages or of sequences, over the batch axes of the mesh."""
 
 
 def cached_layers(config: ModelConfig, drafting: bool) -> list[str]:
-    """Names of the layers with a cache, bottom first."""
+    """Return the layers' names in the cache, bottom first: `dense_layers_0`, ..., `moe_layers_0`, ..., if drafting `mtp_0`."""
     names = [f"{name}_{i}" for name, size in stack_sizes(config).items() for i in range(size)]
     return [*names, DRAFTER] if drafting else names
 
 
 def bytes_per_token(config: ModelConfig, drafting: bool) -> int:
-    """Bytes of one token in the cache: (C + P) values in each layer."""
+    """Return the bytes that one token takes in the cache: C + P values in each of `cached_layers`."""
     values = config.kv_lora_rank + config.qk_rope_head_dim
     return len(cached_layers(config, drafting)) * values * jnp.dtype(config.dtype).itemsize
 
@@ -161,7 +161,7 @@ def empty_cache(
 ) -> Cache:
     """Return a cache of zeros in the computation dtype.
 
-    `num_pages` are those of all devices, which a mesh splits by ROWS; `drafting` adds a layer for the first MTP depth.
+    `num_pages` counts the pages of all shards, which `sharding` splits; `drafting` adds a layer for the first MTP depth.
     """
 
     def pages(width: int) -> jax.Array:
@@ -175,7 +175,7 @@ def empty_cache(
 
 
 def num_shards(mesh: Mesh | None) -> int:
-    """Number of parts that a mesh splits sequences and pages into."""
+    """Return the number of parts that a mesh splits sequences and pages into (data * fsdp * expert); 1 without one."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 

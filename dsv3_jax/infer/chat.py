@@ -24,25 +24,25 @@ COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt
 
 
 class Conversation:
-    """The messages so far, and the model that answers."""
+    """A chat with the engine's model: system prompt, turns so far, and sampling parameters of the replies."""
 
     def __init__(self, engine: Engine, template: ChatTemplate, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        """Start an empty conversation with the engine's model, whose replies are drawn by `params`."""
+        """Start an empty conversation; replies are sampled by `params` and also end at the template's eos_token."""
         self._engine, self._template, self._tokenizer = engine, template, tokenizer
         self._params = params.ending_at(closing_tokens(template, tokenizer, engine.config.vocab_size))
         self.system: str | None = None
-        """The system prompt."""
+        """The system prompt, None for none; may be set between turns."""
         self.turns: list[Message] = []
-        """Messages of the user and the assistant, alternating."""
+        """Messages so far, alternately of the user and the assistant; without the system prompt."""
 
     def reply(self, text: str) -> Generator[Update]:
-        """Send `text` as the user, and yield the reply as it is generated.
+        """Return an iterator that generates the reply to a new user message `text`, and yields it piece by piece.
 
-        Both join the conversation when the reply ends or the iterator is closed. A reply that is closed before its first
-        character leaves the conversation unchanged.
+        When it ends, is closed or fails, `turns` gains the message and the reply so far; but if it was cut short before the
+        reply's first character, `turns` stays unchanged.
 
         Raises:
-          ValueError: at once, if the template refuses the conversation, or its tokens leave no room for a reply.
+          ValueError: from the call itself, if the template refuses the conversation, or its tokens leave no room for a reply.
         """
         turns: list[Message] = [*self.turns, {"role": "user", "content": text}]
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -66,9 +66,9 @@ class Conversation:
 
 
 def converse(conversation: Conversation, speed: Speed) -> None:
-    """Read turns from stdin and stream the replies to stdout, until /quit or the end of the input.
+    """Read user messages and `COMMANDS` from stdin, one a line, and stream replies to stdout, until /quit or its end.
 
-    Ctrl-C stops a reply; a second one, before the reply has stopped, ends the program. Only a terminal gets a prompt.
+    Ctrl-C stops a reply; a second one before it has stopped raises KeyboardInterrupt. Notices and refusals go to stderr.
     """
     is_terminal = sys.stdin.isatty()
     if is_terminal:
@@ -84,13 +84,13 @@ def converse(conversation: Conversation, speed: Speed) -> None:
         elif command == "/system":
             conversation.system = rest.strip() or None
         elif command.startswith("/"):
-            _say(f"there is no {command}: {COMMANDS}. Put a space before a text that opens with a slash.")
+            _say(f"unknown command {command}: {COMMANDS}. Put a space before a message that begins with a slash.")
         elif line.strip():
             _answer(conversation, line.strip(), speed)
 
 
 def _read_line(is_terminal: bool) -> str | None:
-    """Return the next line; None at the end of the input."""
+    """Return the next line of stdin; None at its end. Ctrl-C raises, but on a terminal prints a hint, and reading goes on."""
     while True:
         try:
             return input("> " if is_terminal else "")
@@ -120,12 +120,12 @@ def _answer(conversation: Conversation, text: str, speed: Speed) -> None:
                 break
     print(flush=True)
     if update is not None and update.request.finish_reason == "length":
-        _say(f"(cut after {len(update.request.tokens)} tokens, by max_tokens or max_length)")
+        _say(f"(cut after {len(update.request.tokens)} tokens; raise --max-tokens or --max-length)")
 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Yield a list that a first Ctrl-C fills, instead of an interrupt within a step, which would reset the engine."""
+    """Within the context, the first Ctrl-C only adds an entry to the yielded list; a second one raises as usual."""
     received: list[int] = []
 
     def record(number: int, _: FrameType | None) -> None:

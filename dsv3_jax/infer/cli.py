@@ -1,4 +1,4 @@
-"""Command-line flags of infer.py: the prompts, the sampling parameters, and the sizes of the engine."""
+"""Command-line flags of infer.py, but for those of its HTTP server (`serve/cli.py`)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from dsv3_jax.infer.cache import ENGINE_FIELDS, check_sizes
 from dsv3_jax.infer.sampling import SamplingParams
 
 DEFAULT_DRAFTS = 1
-"""Drafts of a model with an MTP depth."""
+"""Default of --drafts for a model that has an MTP depth."""
 DEFAULT_MAX_BATCH = 8
 SAMPLING_FIELDS = "max_tokens", "temperature", "top_p", "seed", "top_k", "min_p", "repetition_penalty", "stop"
-"""Fields of `SamplingParams` with a flag."""
+"""Names of the `SamplingParams` fields that have a flag."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InferFlags:
-    """Flags of infer.py."""
+    """Flags of infer.py: mode, sampling parameters, devices and sizes of the engine. Wrong values raise ValueError."""
 
     checkpoint: str
     """Run directory of train.py, or Hugging Face folder."""
     prompt: str | None = None
-    """Text to continue; None is the prompt of the run's `infer` group."""
+    """Text to continue; None is infer.prompt of the run."""
     interactive: bool = False
-    """Chat by the checkpoint's chat template: a line of stdin is a turn; /reset, /system TEXT, /quit."""
+    """Chat by the checkpoint's chat template: each line of stdin is a user message, or /reset, /system TEXT or /quit."""
     batch_file: tuple[str, str] | None = None
-    """Two files: prompts to complete, one JSON object a line, and the file for the completions. A second start continues."""
+    """Two files: prompts to complete, one JSON object a line; and the completions, which a second start continues."""
 
     max_tokens: int | None = None
-    """Longest completion, in tokens; None is the run's, and in a chat the room that max_length leaves."""
+    """Longest completion, in tokens; None is the run's infer.max_tokens, in a chat the room that max_length leaves."""
     temperature: float | None = None
-    """Divides the logits, 0 takes the most likely token each time; None is the run's."""
+    """Divides the logits, 0 takes the most likely token each time; None is the run's infer.temperature."""
     top_p: float | None = None
-    """Draws from the smallest set of most likely tokens that together have this probability; None is the run's."""
+    """Draws from the smallest set of most likely tokens that together have this probability; None is the run's infer.top_p."""
     seed: int = 0
-    """Seed of the draws; line n of a batch file, counted from 0, uses seed + n."""
+    """Seed of the draws; line n of a batch file, counted from 0, uses seed + n unless it sets its own."""
     top_k: int = 0
     """Draws from this many most likely tokens; 0 is all of them."""
     min_p: float = 0.0
@@ -48,22 +48,22 @@ class InferFlags:
     repetition_penalty: float = 1.0
     """Above 1 makes tokens of the prompt and the completion so far less likely, below 1 more likely."""
     stop: tuple[str, ...] = ()
-    """Texts that end a completion."""
+    """Texts that end a completion, whose text stops before them."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype to compute in; None is the checkpoint's own."""
+    """Dtype of computation and weights, but for FP8 weights; None is the checkpoint's own."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """The devices to lay the model out over."""
+    """Mesh of devices that the model is split over."""
     distributed: DistributedFlags = dataclasses.field(default_factory=DistributedFlags)
-    """Several processes, each started with the same command; process 0 reads and writes."""
+    """Rendezvous of several processes, each started with the same command; process 0 reads prompts and writes."""
     cache_dir: str = DataConfig.cache_dir
-    """Folder of compiled programs; of several processes the first alone fills it."""
+    """Folder that keeps compiled programs for later starts; of several processes only the first writes to it."""
     drafts: int | None = None
-    """Tokens that the first MTP depth drafts a step (speculative decoding); None is 1 if the model has one, else 0."""
+    """Tokens that the first MTP depth drafts in a step (speculative decoding); None is 1 if the model has one, else 0."""
     max_batch: int | None = None
     """Sequences decoded at a time; None is 8 for a batch file and for a server, else 1."""
     max_length: int | None = None
-    """Longest prompt and completion together, in tokens; None is the model's context, at most 4096, or what --prompt needs."""
+    """Longest prompt and completion together, in tokens; None is min(4096, context), or more if --prompt needs it."""
     chunk: int = 512
     """Most tokens of a prompt prefilled in one step, a power of two."""
     page_size: int | None = None
@@ -73,7 +73,7 @@ class InferFlags:
     placement: str | None = None
     """Placement of replicated experts, a file of `python -m dsv3_jax.rebalance`; None holds every expert once."""
     prefix_cache: Annotated[bool, FlagConversionOff] = True
-    """Share the cache of equal beginnings between prompts."""
+    """Share cached pages between prompts that begin with the same tokens."""
 
     def __post_init__(self) -> None:
         given = [f"--{name}" for name, is_given in self.modes().items() if is_given]
@@ -83,23 +83,23 @@ class InferFlags:
         check_sizes(*(getattr(self, name) for name in ENGINE_FIELDS))
 
     def modes(self) -> dict[str, bool]:
-        """Return the modes of infer.py by flag, with True for those that are requested."""
+        """Return for each flag that selects a mode (without dashes): True if it was given."""
         return {"prompt": self.prompt is not None, "interactive": self.interactive, "batch-file": self.batch_file is not None}
 
     @property
     def one_shot(self) -> bool:
-        """True if the program completes a single prompt."""
+        """True if a single prompt is completed: no mode but --prompt was given."""
         return not any(asked for name, asked in self.modes().items() if name != "prompt")
 
     def sampling(self, of_run: InferConfig, longest: int) -> SamplingParams:
-        """Return the sampling parameters: the flags, else those of the run; a chat's replies have up to `longest` tokens."""
+        """Return the sampling parameters: each flag if given, else the run's value, but `longest` for max_tokens in a chat."""
         max_tokens = longest if self.interactive else of_run.max_tokens
         defaults = SamplingParams(max_tokens, of_run.temperature, of_run.top_p)
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
     def sizes(self, config: ModelConfig) -> dict[str, Any]:
-        """Return the arguments of `EngineConfig.of`."""
+        """Return the size arguments of `Engine` by name (`ENGINE_FIELDS`): flags, or defaults, some of them None."""
         max_batch = 1 if self.batch_file is None else DEFAULT_MAX_BATCH
         defaults = {"max_batch": max_batch, "drafts": DEFAULT_DRAFTS if config.num_nextn_predict_layers else 0}
         given = {name: getattr(self, name) for name in ENGINE_FIELDS}

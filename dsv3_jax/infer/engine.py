@@ -1,4 +1,4 @@
-"""The inference engine: prompts in, completions out.
+"""The inference engine: takes prompts and returns completions, generated in batches.
 
 Requests share a fixed number of slots and a pool of pages (continuous batching). The scheduler plans each step on the host;
 the runner holds the programs of the device. The host is always one step behind: it dispatches a step before it reads the
@@ -31,11 +31,11 @@ GREEDY = SamplingParams()
 
 
 class _Dispatched(NamedTuple):
-    """A program in flight and the rows of its output that sequences wait for."""
+    """A dispatched program whose output is not read yet, and the sequences that wait for its rows."""
 
     drawn: Drawn
     rows: list[tuple[int, Scheduled, int]]
-    """Row, sequence, and the sequence's epoch at the dispatch."""
+    """(row of the output, sequence, the sequence's epoch at the dispatch)."""
     decoding: bool
 
 
@@ -59,21 +59,21 @@ class Engine:
         placement: Mapping[str, Any] | None = None,
         donate: bool = False,
     ) -> None:
-        """Create an engine.
+        """Lay the weights out on the devices and allocate the cache. Programs compile at their first use, or in `warm_up`.
 
         Args:
           config: the architecture.
           variables: `params` and `router` of the model, from training or `load_hf`.
           tokenizer: for prompts and completions as text; None allows token ids only.
           max_batch: sequences decoded at a time; a mesh rounds it up to a multiple of data * fsdp * expert.
-          max_length: longest prompt and completion together, in tokens; None is the model's context, at most 4096.
+          max_length: longest prompt and completion together; None is min(4096, context), or less if `cache_tokens` is.
           mesh: the devices, with `context` 1; None is the first device.
           drafts: tokens that the first MTP depth drafts in a step (speculative decoding); 0 decodes one token a step.
           chunk: most tokens of a prompt prefilled in one step, a power of two.
           page_size: tokens in a page of the cache; None is 128 on a TPU and 64 elsewhere.
           cache_tokens: capacity of the cache, in tokens; None is `max_batch` sequences of `max_length`.
-          prefix_cache: share the pages of equal beginnings between prompts.
-          placement: slots of replicated experts, {"moe_layers": [L, P], "mtp_0": [P]}, see `place_experts`.
+          prefix_cache: let prompts that begin with the same tokens share cached pages.
+          placement: expert in each slot, if experts are replicated: {"moe_layers": [L, P], "mtp_0": [P]} (`place_experts`).
           donate: delete the arrays of `variables` once they are laid out for decoding. Otherwise both layouts are held for as
             long as the caller keeps `variables`.
 
@@ -90,21 +90,21 @@ class Engine:
         mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._runner = Runner(config, variables, self.sizes, mesh, placement, donate)
         self.tell: Callable[..., None] = lambda call, request=None: None
-        """Called with the name of each call of the engine, which `multihost.py` sends to the other processes."""
+        """Hook called with the name of each call of the engine, and its request if any; `multihost.leader` replaces it."""
         self.digest = 0
-        """Checksum of all tokens so far, equal on all processes."""
+        """CRC-32 of all tokens read from the device so far, to compare processes."""
         self.steps = self.step_tokens = 0
-        """Decode steps, counted for each sequence, and their tokens."""
+        """Decode steps summed over sequences (one of n sequences counts n), and the tokens that they yielded."""
 
     # Properties and counts.
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache, summed over all devices but the copies along `tensor`."""
+        """Bytes of the latent cache on all devices; its copies along the mesh axis `tensor` count once."""
         return self.sizes.cache_tokens * bytes_per_token(self.config, self.sizes.drafts > 0)
 
     def describe(self) -> list[str]:
-        """Return lines about the cache and the programs."""
+        """Return two lines of text: sizes of the cache, and programs that will be compiled."""
         sizes = self.sizes
         chunks = ", ".join(map(str, sizes.chunk_sizes))
         return [
@@ -117,7 +117,7 @@ class Engine:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Current pages, and totals of preemptions and decode steps."""
+        """Free and cached pages now; preemptions, decode steps and their tokens since the engine was created."""
         scheduler = self._scheduler
         return {
             "free_pages": scheduler.free_pages,
@@ -128,7 +128,7 @@ class Engine:
         }
 
     def warm_up(self) -> None:
-        """Compile every program but those that report log-probabilities, so that no request waits for it."""
+        """Compile all programs but those that report log-probabilities. Call it while no request is in the engine."""
         try:
             self.tell("warm_up")
             self._runner.warm_up()
@@ -141,22 +141,22 @@ class Engine:
     def generate(
         self, prompts: Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] = GREEDY
     ) -> Iterator[Completion]:
-        """Complete every prompt; yield the completions in the order of the prompts.
+        """Return an iterator of the completions, in the order of the prompts; closing it cancels the unfinished ones.
 
         Args:
           prompts: texts, or lists of token ids.
-          params: one for all prompts, of which the i-th then uses seed + i, or one for each.
+          params: one object for all prompts, of which the i-th then uses seed + i; or one for each prompt.
 
         Raises:
-          ValueError: before anything is generated, for an empty prompt, one that leaves no room in the context or the cache,
-            an id outside the vocabulary, or a different number of params than prompts.
+          ValueError: from the call itself, for an empty prompt, one that leaves no room in the context or the cache, an id
+            outside the vocabulary, text or stop texts without a tokenizer, or a different number of params than prompts.
         """
         check(not isinstance(prompts, str), "prompts is one string; pass a list of prompts")
         prompts = list(prompts)
         if isinstance(params, SamplingParams):
             params = [dataclasses.replace(params, seed=(params.seed + i) % 2**32) for i in range(len(prompts))]
-        numbers = f"{len(params)} params for {len(prompts)} prompts"
-        check(len(params) == len(prompts), f"there are {numbers}; give one each, or one for all")
+        same = len(params) == len(prompts)
+        check(same, f"there are {len(params)} params for {len(prompts)} prompts; give one each, or one for all")
         return self._completions([self._request(*each) for each in zip(prompts, params, strict=True)])
 
     def _completions(self, requests: list[Request]) -> Iterator[Completion]:
@@ -172,11 +172,11 @@ class Engine:
                 self.cancel(request)
 
     def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[int]:
-        """Yield the tokens of one completion as they are produced. Raises as `generate`."""
+        """Return an iterator of one completion's tokens as they are produced; closing it cancels. Raises as `generate`."""
         return (token for update in self.stream_text(prompt, params) for token in update.tokens)
 
     def stream_text(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[Update]:
-        """Yield the tokens and text of each step for one completion. Raises as `generate`."""
+        """Return an iterator of one completion's tokens and text, step by step; closing it cancels. Raises as `generate`."""
         return self._updates(self._request(prompt, params))
 
     def _updates(self, request: Request) -> Iterator[Update]:
@@ -194,13 +194,13 @@ class Engine:
             self.cancel(request)
 
     def submit(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Request:
-        """Queue a request, which `step` works on. Raises as `generate`."""
+        """Queue a prompt; return its request, which further calls of `step` advance. Raises ValueError as `generate`."""
         request = self._request(prompt, params)
         self._submit(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request and release its slot and pages; one that has ended is left unchanged."""
+        """End a request as "cancelled" and release its slot and pages; one that has ended stays unchanged."""
         if request.finish_reason is None:
             self.tell("cancel", request)
         request.cancel()
@@ -209,7 +209,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """True if no request is left and no program in flight."""
+        """True if no request waits or has a slot, and the outputs of all programs have been read."""
         return self._scheduler.idle and not self._in_flight
 
     def _submit(self, request: Request) -> None:
@@ -231,10 +231,10 @@ class Engine:
     # Steps.
 
     def step(self) -> list[Update]:
-        """Dispatch the next step of all requests, and return the updates of the one before.
+        """Dispatch the next step of all requests; wait for the previous step and return its updates, one a request.
 
-        If it is interrupted, by Ctrl-C or lack of memory for example, all requests end as "cancelled" and the cache is
-        emptied, since its state is unknown. Later requests find the engine as new; with several processes, which may still
+        Any exception, such as Ctrl-C or lack of memory, ends all requests as "cancelled", empties the cache, whose state is
+        unknown, and is raised again. Later requests find the engine as new; but with several processes, which may still
         wait inside the step, every later call raises RuntimeError.
         """
         try:
@@ -276,7 +276,7 @@ class Engine:
         return [update for dispatched in before for update in self._collect(dispatched)]
 
     def _collect(self, dispatched: _Dispatched) -> Iterator[Update]:
-        """Read the output of a program; yield an update for each request that still waits for it."""
+        """Wait for a program's output; yield an update for each request that kept its slot. Requests that end are removed."""
         if not dispatched.rows:
             return
         token_BT, count_B, report = jax.device_get(dispatched.drawn)
@@ -302,11 +302,11 @@ class Engine:
 
 
 def _refuse(*_: Any) -> None:
-    raise RuntimeError("a step was broken off, which the other processes may wait in for ever; start all of them again")
+    raise RuntimeError("an earlier call was interrupted, and other processes may wait in it; start all of them again")
 
 
 def _logprobs(report: Report, row: int, tokens: list[int], num: int) -> list[TokenLogprobs]:
-    """Return the log-probabilities of one row's tokens, with the `num` most likely ones at each position."""
+    """Return for each of one row's `tokens` its log-probability and the `num` most likely tokens at its position."""
     chosen, ids, top = (values[row].tolist() for values in (report.chosen_BT, report.top_id_BTR, report.top_BTR))
     best = [list(zip(*pair, strict=True))[:num] for pair in zip(ids, top, strict=True)]
     return [TokenLogprobs(token, chosen[i], best[i]) for i, token in enumerate(tokens)]
@@ -317,5 +317,5 @@ def _check_arrays_of(config: ModelConfig, variables: dict[str, Any]) -> None:
     arrays = traverse_util.flatten_dict(variables)
     for path, expected in traverse_util.flatten_dict(abstract_variables(config)).items():
         shape = arrays[path].shape if path in arrays else None
-        found = f"{'/'.join(path)} is {'missing' if shape is None else list(shape)}, not {list(expected.shape)}"
-        check(shape == expected.shape, f"{found}; give the config and the variables of one model")
+        found = f"{'/'.join(path)} is {'missing' if shape is None else list(shape)}"
+        check(shape == expected.shape, f"{found}, not {list(expected.shape)}; give the config and the variables of one model")

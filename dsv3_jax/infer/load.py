@@ -15,34 +15,34 @@ from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
 class LoadedModel(NamedTuple):
-    """A model with its tokenizer."""
+    """A model for inference, with its tokenizer and the settings of its run."""
 
     config: ModelConfig
     variables: dict[str, Any]
     tokenizer: Tokenizer
     origin: str
-    """Name of its source, for messages."""
+    """Kind, path and step of its source, as text for messages."""
     sequence_length: int
-    """Tokens of a training sequence; for a Hugging Face folder the context, at most 4096."""
+    """Tokens of a training sequence (train.sequence_length); for a Hugging Face folder min(4096, context)."""
     infer: InferConfig
-    """Sampling defaults of the run."""
+    """The run's sampling defaults; for a Hugging Face folder those of `InferConfig`."""
     across_documents: bool = True
-    """Attention across the documents of a row, as in training."""
+    """True unless training kept attention within each document (data.cross_document_attention False)."""
 
 
 def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, keep_fp8: bool | None = None) -> LoadedModel:
-    """Load config, variables and tokenizer of either kind of folder.
+    """Load config, variables and tokenizer of a Hugging Face folder, or of the newest checkpoint of a run directory.
 
-    Backends named in a run belong to the machine of its training, and become "auto".
+    Kernel backends in a run's config become "auto"; a folder's generation_config.json adds end-of-text tokens.
 
     Args:
-      path: the folder.
+      path: the folder; its config.json decides which kind it is.
       dtype: dtype to compute and store in; None is the run's own, or that of the Hugging Face config.
       mesh: the devices to lay the variables out over; None, or a mesh of one, is the first device.
       keep_fp8: keep the FP8 blocks of a Hugging Face folder (`load_hf`); None keeps them if there are some.
 
     Raises:
-      ValueError: naming the missing or invalid part, such as FP8 to keep.
+      ValueError: if the folder is of neither kind, a file is missing or invalid, or there is no FP8 for `keep_fp8`.
     """
     from_hugging_face, tokenizer = is_hugging_face(path), load_tokenizer(path)
     mesh = mesh if mesh is not None and mesh.size > 1 else None

@@ -24,7 +24,7 @@ from dsv3_jax.infer.sampling import SamplingParams
 from dsv3_jax.parallel.multihost import OF_INPUT, kv_delete, kv_get, kv_set
 
 CALLS_OF_A_PAGE = 1000
-"""Calls in one folder of the store; it is deleted once every process has read as many beyond it."""
+"""Calls in one folder of the store. Process 0 begins folder n only after all have read n - 2, which it then deletes."""
 _FOLDER = "dsv3_jax/lockstep"
 _POLL_MILLISECONDS = 3_600_000
 
@@ -33,8 +33,8 @@ _POLL_MILLISECONDS = 3_600_000
 def leader(engine: Engine) -> Iterator[None]:
     """On process 0: send the calls of `engine` to the `follower`s until the context ends. With one process, do nothing.
 
-    An error within the context ends the followers too, an error of input with the same message. After an interrupted step the
-    followers may wait inside it: every call of the engine then raises RuntimeError, and the end of this process ends them.
+    An error within the context also ends the followers, one of `OF_INPUT` as a ValueError with its message. After an
+    interrupted step, in which they may wait, every call of the engine raises RuntimeError; they end with this process.
     """
     if jax.process_count() == 1:
         yield
@@ -58,7 +58,7 @@ def follower(engine: Engine) -> None:
     SIGTERM and Ctrl-C are ignored: launchers send them to all processes, often twice, and the end of process 0 ends this one.
 
     Raises:
-      ValueError: if an error ended process 0, or one of its steps was interrupted.
+      ValueError: if an error of `OF_INPUT` ended the `leader`, or one of its steps was interrupted.
       RuntimeError: if the tokens here differ from those of process 0.
     """
     requests: weakref.WeakValueDictionary[int, Request] = weakref.WeakValueDictionary()  # The engine drops finished ones.
@@ -86,7 +86,7 @@ def follower(engine: Engine) -> None:
 
 
 class _CommandLog:
-    """The calls of an engine, written to the store for the followers."""
+    """Writer of the calls of process 0's engine to the key-value store, where the followers read them."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -95,13 +95,13 @@ class _CommandLog:
         self.broken = self._ended = False
 
     def record(self, call: str, request: Request | None = None) -> None:
-        """Write one call; "broken" states that the one before was interrupted."""
+        """Write one call for the followers to repeat; "broken" ends them instead, and each later call raises RuntimeError."""
         if call == "broken":
-            self.end("process 0 broke off a step")
+            self.end("process 0 broke off a step, see its error; start all processes again")
             self.broken = True
             return
         if self.broken:
-            raise RuntimeError("a step was broken off, which the other processes may wait in for ever; start all of them again")
+            raise RuntimeError("an earlier call was interrupted, and other processes may wait in it; start all of them again")
         arguments: list[Any] = []
         if request is not None:
             arguments.append(self._numbers.setdefault(request, self._num_calls))
@@ -114,7 +114,7 @@ class _CommandLog:
             raise
 
     def end(self, error: str | None = None) -> None:
-        """Write that no call follows, and the error that caused it; only once."""
+        """Write the end of the calls, and the error that followers raise, if any. Does nothing after an end or a "broken"."""
         if not self.broken and not self._ended:
             self._ended = True
             self._write(["end", 0] if error is None else ["end", 0, error])
@@ -130,7 +130,7 @@ class _CommandLog:
 
 
 def _calls() -> Iterator[list[Any]]:
-    """Read the calls that a `_CommandLog` writes, and confirm every page."""
+    """Yield the calls that a `_CommandLog` writes, waiting for each, without end; mark each full folder as read."""
     for page in itertools.count():
         for i in range(CALLS_OF_A_PAGE):
             yield json.loads(kv_get(f"{_FOLDER}/{page}/{i}", _POLL_MILLISECONDS))
@@ -138,7 +138,7 @@ def _calls() -> Iterator[list[Any]]:
 
 
 def _params(values: dict[str, Any]) -> SamplingParams:
-    """Return the parameters from `dataclasses.asdict` and JSON, whose keys are strings."""
+    """Return the parameters from their fields as read from JSON: the keys of logit_bias become integers again."""
     return SamplingParams(**values | {"logit_bias": {int(token): bias for token, bias in values["logit_bias"].items()}})
 
 

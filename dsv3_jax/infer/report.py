@@ -1,4 +1,4 @@
-"""Messages of infer.py on stderr: model, devices, backends and engine at the start, and the speed at the end."""
+"""Texts that infer.py prints to stderr: model, devices, backends and engine at the start, and speed at the end."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def opening(model: LoadedModel, mesh: Mesh, engine: Engine) -> list[str]:
 
 
 class Speed:
-    """Counts tokens over time, from its creation on."""
+    """Meter of the time from its creation to the first token, and of tokens per second after it."""
 
     def __init__(self) -> None:
         self.count = 0
-        """Tokens so far."""
+        """Tokens noted so far."""
         self._started = time.perf_counter()
         self._until_first: float | None = None
         self._before: float | None = None
@@ -37,13 +37,13 @@ class Speed:
         self._following, self._seconds = 0, 0.0
 
     def resume(self) -> None:
-        """Exclude a pause that ends now: the next tokens count for no speed."""
+        """Exclude the time since the last tokens from the speed; before any tokens, restart the time to the first."""
         self._before = None
         if self._until_first is None:
             self._started = time.perf_counter()
 
     def note(self, tokens: int) -> None:
-        """Count new tokens."""
+        """Count tokens that have arrived now; they enter the speed unless they are the first, or the first after `resume`."""
         if not tokens:
             return
         now = time.perf_counter()
@@ -56,7 +56,7 @@ class Speed:
         self._before = now
 
     def summary(self, engine: Engine) -> str:
-        """Return the tokens, the seconds to the first, the tokens per second after it, and the gain by drafts."""
+        """Return a line: number of tokens, seconds to the first, tokens per second after it, and `speculation`."""
         text = f"{self.count} tokens"
         if self._until_first is not None:
             text += f"; the first after {self._until_first:.1f} s"
@@ -66,10 +66,7 @@ class Speed:
 
 
 def speculation(engine: Engine) -> str:
-    """Return the tokens per step and the share of accepted drafts, as the end of a line; "" without drafts.
-
-    All tokens of a step but one are accepted drafts.
-    """
+    """Return tokens per step and % of drafts accepted (all tokens of a step but one), as text; "" without drafts or steps."""
     steps, tokens = engine.counts["steps"], engine.counts["step_tokens"]
     if not engine.sizes.drafts or not steps:
         return ""

@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class TextCodec(Protocol):
-    """The part of a tokenizer that the engine needs."""
+    """The two methods of a tokenizer that the engine calls; token ids are integers."""
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -23,12 +23,12 @@ class TextCodec(Protocol):
 
 
 class TokenLogprobs(NamedTuple):
-    """The model's own log-probabilities at one position."""
+    """The model's own log-probabilities at one position, in nats, before bias, temperature and truncation."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    """The requested number of most likely tokens, best first."""
+    """(token id, log-probability) of the most likely tokens, as many as requested, best first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Completion:
     """One finished completion."""
 
     tokens: list[int]
-    """The new tokens, without the end token, but with the tokens of a stop string."""
+    """Generated token ids, without the end token, but with the tokens of a stop string."""
     text: str | None
     """The decoded tokens up to a stop string; None without a tokenizer."""
     finish_reason: FinishReason
-    """"stop" at an end-of-text token, a stop id or a stop string; "length" at max_tokens or at the end of the context."""
+    """"stop" at an end-of-text token, stop id or stop string; "length" at max_tokens or max_length; else "cancelled"."""
     logprobs: list[TokenLogprobs] | None = None
-    """One entry a token, if requested."""
+    """One entry for each of `tokens`; None if not requested."""
 
 
 class Update(NamedTuple):
@@ -51,7 +51,7 @@ class Update(NamedTuple):
     request: Request
     tokens: list[int]
     text: str
-    """Text that is final: whole characters, and nothing that may begin a stop string."""
+    """Text that became final: whole characters, nothing that may begin a stop string; "" without a tokenizer."""
 
 
 class Request:
@@ -66,20 +66,20 @@ class Request:
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
         self.pieces: list[tuple[list[int], str]] = []
-        """Tokens and text of every call of `take`."""
+        """(tokens, text) that each call of `take` has added, in order."""
         self._ends = ends
         self._decoder = None if codec is None else StreamDecoder(codec)
         self._stops = _StopStrings(params.stop)
 
     @property
     def completion(self) -> Completion:
-        """The completion of a request that has ended."""
+        """The completion of a request that has ended; AssertionError if it has not."""
         assert self.finish_reason is not None
         text = None if self._decoder is None else "".join(text for _, text in self.pieces)
         return Completion(self.tokens, text, self.finish_reason, self.logprobs)
 
     def take(self, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> Update:
-        """Append the next tokens, up to an end token, a stop string or the last of max_tokens."""
+        """Append tokens until max_tokens, a stop string or an end token (left out) ends the request; return those appended."""
         first, text = len(self.tokens), ""
         for i, token in enumerate(tokens):
             if token in self._ends:
@@ -103,7 +103,7 @@ class Request:
         return Update(self, *self.pieces[-1])
 
     def cancel(self) -> None:
-        """End the request now."""
+        """Set `finish_reason` to "cancelled", unless the request has ended. `Engine.cancel` also releases slot and pages."""
         if self.finish_reason is None:
             self.finish_reason = "cancelled"
 
@@ -115,7 +115,7 @@ class _StopStrings:
         self._stops, self._held, self.met = stops, "", False
 
     def feed(self, text: str, last: bool = False) -> str:
-        """Append `text`, the `last` one or not, and return the text that is final now."""
+        """Append `text`; return what became final: all up to a stop string or, unless `last`, up to the beginning of one."""
         if self.met:
             return ""
         self._held += text
@@ -128,7 +128,7 @@ class _StopStrings:
         return text
 
     def _begun(self, stop: str) -> int:
-        """Return the number of characters at the end that may begin `stop`."""
+        """Return the length of the longest end of the held text with which `stop` begins; 0 if there is none."""
         return next((n for n in range(min(len(stop) - 1, len(self._held)), 0, -1) if self._held.endswith(stop[:n])), 0)
 
 
@@ -145,13 +145,13 @@ class StreamDecoder:
         self._num_context = 0
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Append ids and return the text that is complete now, which may be empty."""
+        """Append ids; return all text not returned yet, or "" while its last character lacks bytes."""
         self._window.extend(ids)
         is_incomplete = self._tokenizer.decode(self._window).endswith("\ufffd")
         return "" if is_incomplete else self.finish()
 
     def finish(self) -> str:
-        """Return the remaining text, complete or not."""
+        """Return all text not returned yet; an incomplete last character becomes U+FFFD."""
         context = self._tokenizer.decode(self._window[: self._num_context])
         text = self._tokenizer.decode(self._window)[len(context) :]
         self._window = self._window[self._num_context :]
@@ -167,20 +167,20 @@ Prompt = str | Iterable[int]
 
 
 def prompt_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None, max_length: int) -> list[int]:
-    """Return `token_ids` of a prompt. Raises ValueError also if it leaves no room in `max_length`."""
+    """Return a prompt's ids, as `token_ids` does. Raises ValueError also if they are `max_length` or more."""
     ids = token_ids(prompt, config, tokenizer)
     context = config.max_position_embeddings
     remedy = "shorten it or raise max_length" if max_length < context else "shorten it"
-    room = f"leave no room in max_length {max_length} (the model's context is {context})"
-    check(len(ids) < max_length, f"the prompt's {len(ids)} tokens {room}; {remedy}")
+    remedy = f"(the model's context is {context}); {remedy}"
+    check(len(ids) < max_length, f"the prompt's {len(ids)} tokens leave no room in max_length {max_length} {remedy}")
     return ids
 
 
 def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) -> list[int]:
-    """Return the token ids of a prompt; text begins with `bos_token_id`.
+    """Return the ids of a prompt: text encoded after `bos_token_id`, if the model has one, and token ids unchanged.
 
     Raises:
-      ValueError: for an empty prompt, an id outside the vocabulary, and text without a tokenizer.
+      ValueError: for no ids, an id outside the vocabulary, text without a tokenizer, or neither text nor integers.
     """
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -193,7 +193,7 @@ def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) 
         except TypeError:
             raise ValueError(
                 f"the prompt {prompt!r:.100} is neither text nor a list of token ids, which are integers; pass a list of such "
-                "prompts"
+                "prompts to `generate`, or one such prompt to other methods"
             ) from None
     check(bool(ids), "the prompt is empty; give at least one token")
     for i in ids:
@@ -202,9 +202,9 @@ def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) 
 
 
 def check_id(i: int, config: ModelConfig) -> None:
-    """Raise ValueError for an id outside the vocabulary."""
+    """Raise ValueError unless 0 <= i < vocab_size."""
     if not 0 <= i < config.vocab_size:
-        raise ValueError(f"token id {i} is outside the vocabulary of {config.vocab_size}")
+        raise ValueError(f"token id {i} is outside the vocabulary of {config.vocab_size}; use 0 to {config.vocab_size - 1}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,23 +213,23 @@ def check_id(i: int, config: ModelConfig) -> None:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A prompt, its generated tokens, and its slot and pages. Its text is both together, as token ids."""
+    """The scheduler's state of a request. Its "text" is the token ids of the prompt and of the tokens generated so far."""
 
     prompt: list[int]
     max_tokens: int
     arrival: int = -1
-    """Position in the order of `submit`; lower is older."""
+    """Position in the order of `submit`, from 0; lower is older, and -1 is not submitted."""
     tokens: list[int] = dataclasses.field(default_factory=list)
-    """Generated and accepted tokens."""
+    """Generated tokens that the host has read and `Scheduler.accept` has appended."""
     pages: list[int] = dataclasses.field(default_factory=list)
     """Page numbers in its shard, in the order of the text. Shared ones are full and only read."""
     shard: int | None = None
     slot: int | None = None
-    """Counted over all shards: shard * slots_per_shard + i."""
+    """Counted over all shards: shard * slots_per_shard + i; None while it has no slot."""
     cached: int = 0
     """Tokens of the text with latents in the pages, including writes in flight."""
     reused: int = 0
-    """Those of them found in the prefix cache since the last admission."""
+    """Leading tokens of `cached` that the prefix cache supplied since the last admission."""
     epoch: int = 0
     """Increased when the sequence loses its slot: results of earlier dispatches are then void."""
     state: Literal["waiting", "prefilling", "running", "done"] = "waiting"
@@ -238,22 +238,22 @@ class Sequence:
     decodes: int = 0
     """Decode steps in flight; each yields at least one token."""
     published: int = 0
-    """Pages offered to the prefix cache or taken from it."""
+    """Number of leading pages that were offered to the prefix cache or taken from it."""
 
     @property
     def length(self) -> int:
-        """Tokens of the text."""
+        """Number of tokens of the text."""
         return len(self.prompt) + len(self.tokens)
 
     @property
     def place(self) -> tuple[int, int]:
-        """Shard and slot of an admitted sequence."""
+        """(shard, slot) of an admitted sequence; AssertionError if it has none."""
         assert self.shard is not None
         assert self.slot is not None
         return self.shard, self.slot
 
     def text(self, start: int = 0, stop: int | None = None) -> list[int]:
-        """Return the tokens from `start` to `stop` of the text."""
+        """Return tokens start, ..., stop - 1 of the text: prompt and generated tokens. None is the end."""
         stop, first = self.length if stop is None else stop, len(self.prompt)
         return self.prompt[start:stop] + self.tokens[max(start - first, 0) : max(stop - first, 0)]
 
@@ -263,7 +263,7 @@ class Chunk(NamedTuple):
 
     sequence: Sequence
     start: int
-    """Position of the first token; the latents of all before it are in the pages."""
+    """Position of the first token in the text; the latents of all earlier ones are in the pages."""
     tokens: list[int]
     following: int | None
     """The token after the chunk; None for a text's last chunk, after which the device samples it."""

@@ -41,7 +41,7 @@ class Runner:
         placement: Mapping[str, np.ndarray] | None = None,
         donate: bool = False,
     ) -> None:
-        """Place the model, and create an empty cache. Arguments as for `Engine`; `mesh` is None for one device."""
+        """Lay out the weights on the devices and allocate the cache. Arguments as for `Engine`; no `mesh` is one device."""
         self._config, self._mesh, self._sizes = config, mesh, sizes
         self._prefill_model, self._decode_model = models(config, mesh)
         if mesh is not None:
@@ -51,7 +51,7 @@ class Runner:
         self.clear()
 
     def clear(self) -> None:
-        """Replace the cache and the slots by empty ones."""
+        """Free the cache and allocate an empty one; also replace the slots by empty ones."""
         self.forget_tables()
         config, sizes, rows = self._config, self._sizes, self._sharding(ROWS)
         self._cache: Cache = {}  # Freed first, since two caches may not fit.
@@ -60,18 +60,18 @@ class Runner:
         self._slots = jax.jit(slots, out_shardings=rows)()
 
     def forget_tables(self) -> None:
-        """Send all page tables to the device again before the next decode step."""
+        """Mark the page tables on the device as outdated, so that the next `decode` sends all of them again."""
         self._decoding: tuple[int, ...] | None = None
-        """Slots of the sequences whose tables are on the device."""
+        """Slots whose page tables are on the device; None if these are outdated."""
         self._tables: tuple[Any, ...] = ()
 
     def set_sampler(self, slot: int, params: SamplingParams, text: list[int]) -> None:
-        """Set the sampling parameters and the tokens so far of a slot's sequence."""
+        """Write a slot's sampling parameters to the device, and mark the tokens of `text` as its seen ones."""
         row = Sampler.row(params, text, self._config.vocab_size)
         self._slots = _with_sampler(self._slots, *self._put((np.int32(slot), row), PartitionSpec()))
 
     def warm_up(self) -> None:
-        """Compile every program without log-probabilities by running it for no sequence, which changes nothing."""
+        """Compile all programs without log-probabilities by running them without sequences; resets the sampler of slot 0."""
         self.set_sampler(0, SamplingParams(), [])
         for length in self._sizes.chunk_sizes:
             for first in (True, False):
@@ -79,7 +79,7 @@ class Runner:
         jax.block_until_ready(self.decode([], report=False))
 
     def prefill(self, chunks: list[Chunk], report: bool) -> Drawn:
-        """Process the chunks, at most one of each shard; the rows of the result are the shards."""
+        """Prefill the chunks, at most one of each shard; return a row for each shard, with a token if a prompt ends in it."""
         longest = max(len(chunk.tokens) for chunk in chunks)
         return self._prefill(chunks, chunk_sizes(longest)[-1], all(chunk.start == 0 for chunk in chunks), report)
 
@@ -98,7 +98,7 @@ class Runner:
         return self._run(prefill, self._prefill_model, *arrays, first=first, report=report)
 
     def decode(self, sequences: list[Sequence], report: bool) -> Drawn:
-        """Decode one step of these sequences; the rows of the result are the slots."""
+        """Dispatch one decode step of these sequences; return a row for each slot, with 0 tokens for all other slots."""
         slots = tuple(sequence.place[1] for sequence in sequences)
         if slots != self._decoding:
             table = self._table(self._sizes.slots, dict(zip(slots, sequences, strict=True)))
@@ -112,7 +112,7 @@ class Runner:
         return drawn
 
     def _table(self, num_rows: int, sequences: dict[int, Sequence]) -> np.ndarray:
-        """Return the page numbers of each row's sequence, padded by one outside the pool."""
+        """Return page numbers, int32 [num_rows, pages_of_one]; unused entries are pages_per_shard, outside the pool."""
         table = np.full((num_rows, self._sizes.pages_of_one), self._sizes.pages_per_shard, np.int32)
         for row, sequence in sequences.items():
             table[row, : len(sequence.pages)] = sequence.pages
@@ -142,7 +142,7 @@ def on_mesh(mesh: Mesh | None) -> Iterator[None]:
 
 
 def models(config: ModelConfig, mesh: Mesh | None) -> tuple[DeepSeekV3, DeepSeekV3]:
-    """Return the models of prefill and decode. The few tokens of decode can be gathered on all devices, in one round."""
+    """Return the models for prefill and for decode; on a mesh, the latter turns expert_exchange "auto" into "all_gather"."""
     decoding = config
     if mesh is not None and config.expert_exchange == "auto":
         decoding = dataclasses.replace(config, expert_exchange="all_gather", receive_factor=float(mesh.shape["expert"]))
@@ -152,7 +152,10 @@ def models(config: ModelConfig, mesh: Mesh | None) -> tuple[DeepSeekV3, DeepSeek
 def laid_out(
     config: ModelConfig, variables: dict[str, Any], placement: Mapping[str, np.ndarray], *, donate: bool = False
 ) -> dict[str, Any]:
-    """Return the variables for the programs: in the computation dtype, layer by layer, with W_kvb also split in two."""
+    """Return the variables for both programs: weights in the computation dtype or 8 bits, experts in the slots of `placement`.
+
+    Stacks become single layers, and W_kvb is added in two parts. `donate` deletes each array that is replaced by another.
+    """
 
     def convert(weight: Any) -> Any:
         converted = in_dtype(weight, config.dtype)
@@ -175,9 +178,9 @@ class Slots:
     """State of every slot on the device. Axes: n drafts."""
 
     token_B: jax.Array
-    """The newest token, int32."""
+    """The newest token, not in the cache yet, int32."""
     cached_length_B: jax.Array
-    """Tokens in the cache, int32."""
+    """Number of tokens in the cache, int32."""
     draft_Bn: jax.Array
     """Drafts of the tokens after the newest, int32."""
     draft_probs_BnV: jax.Array
@@ -186,7 +189,7 @@ class Slots:
 
     @classmethod
     def empty(cls, slots: int, drafts: int, vocab_size: int) -> Slots:
-        """Return slots without sequences."""
+        """Return slots without sequences: zeros, and greedy samplers."""
         zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
         probs = jnp.zeros((slots, drafts, vocab_size), jnp.float32)
         return cls(zeros(slots), zeros(slots), zeros((slots, drafts)), probs, Sampler.empty(slots, vocab_size))
@@ -196,13 +199,13 @@ class Chunks(NamedTuple):
     """Parts of prompts, one row for each shard of the slots; a row without a sequence has slot -1."""
 
     tokens_BT: Any
-    """Padded on the right with any valid id."""
+    """Token ids, padded on the right with any valid id."""
     count_B: Any
-    """Tokens of the chunk, at least 1."""
+    """Number of tokens in the chunk, at least 1."""
     start_B: Any
-    """Tokens of the text before it."""
+    """Number of the sequence's tokens before the chunk."""
     following_B: Any
-    """The token after it; -1 to draw that token, which makes the slot ready to decode."""
+    """The token after the chunk; -1 to draw that token, which makes the slot ready to decode."""
     slot_B: Any
 
 
@@ -215,7 +218,7 @@ class Report(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Output of a program for the host."""
+    """Output of one run of `prefill` or `decode`, read by the host."""
 
     token_BT: jax.Array
     """New tokens of each row, of which the first `count_B` are valid."""
@@ -235,7 +238,7 @@ def prefill(
     first: bool,
     report: bool = False,
 ) -> tuple[Cache, Slots, Drawn]:
-    """Process a chunk of a prompt in every row. The cache and the slots are donated.
+    """Prefill one chunk of a prompt in each row, and draw the token after a last chunk. The cache and the slots are donated.
 
     Args:
       model: the unrolled model.
@@ -310,7 +313,7 @@ def decode(
 def _draft(
     apply: Any, cache: Cache, state_BTD: jax.Array, ahead_BT: jax.Array, metadata: CacheMetadata, after: Slots, first: bool
 ) -> tuple[Cache, Slots]:
-    """Draw the drafts after the newest token with the MTP depth, each from the state of the one before.
+    """Draw n drafts after the newest token with the MTP depth; return the cache, and `after` with the drafts.
 
     Args:
       apply: the model's `apply` with its variables.
@@ -318,7 +321,7 @@ def _draft(
       state_BTD: the model's states of the new tokens.
       ahead_BT: the token after each of these.
       metadata: the cache without the new tokens.
-      after: the slots with the new tokens, returned with drafts.
+      after: the slots with the new tokens; returned unchanged if n is 0.
       first: no row has tokens before the new ones.
     """
     last_B, sampler = after.cached_length_B - metadata.cached_length_B - 1, after.sampler
@@ -355,7 +358,7 @@ def _having_seen(sampler: Sampler, token_BT: jax.Array, count_B: jax.Array) -> S
 
 
 def _for_hosts(token_BT: jax.Array, count_B: jax.Array, logits_BTV: jax.Array | None) -> Drawn:
-    """Return the output, with log-probabilities if there are logits; on a mesh every process can read all of it."""
+    """Return the program's output, with log-probabilities if there are logits; on a mesh it is replicated to all devices."""
     report = None
     if logits_BTV is not None:
         report = Report(*sampling.logprobs(logits_BTV, token_BT, min(sampling.MOST_LOGPROBS, logits_BTV.shape[-1])))

@@ -33,7 +33,7 @@ class SamplingParams:
     top_p: Annotated[float, Bound(lambda value: 0 < value <= 1, "it must lie in (0, 1] (1 keeps every token)")] = 1.0
     """Draw from the smallest set of most likely tokens that together have this probability."""
     seed: Seed = 0
-    """Seed of the draws; the i-th prompt of a call uses seed + i."""
+    """Seed of the draws; the i-th prompt of one `Engine.generate` uses seed + i."""
     top_k: Annotated[int, Bound(lambda value: value >= 0, "it cannot be negative (0 keeps every token)")] = 0
     """Draw from this many most likely tokens; 0 is all of them."""
     min_p: Annotated[float, Bound(lambda value: 0 <= value <= 1, "it must lie in [0, 1] (0 keeps every token)")] = 0.0
@@ -41,15 +41,15 @@ class SamplingParams:
     repetition_penalty: Annotated[float, Bound(lambda value: value > 0, "it must be above 0 (1 changes nothing)")] = 1.0
     """Above 1 makes tokens of the prompt and the completion so far less likely, below 1 more likely."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    """Added to the logits, by token id."""
+    """Token id -> number added to its logit."""
     logprobs: _NumLogprobs | None = None
     """Number of most likely tokens to report with log-probabilities, in addition to the chosen one; None reports nothing."""
     stop: tuple[str, ...] = ()
-    """Texts that end the completion; a single string is accepted."""
+    """Texts that end the completion, whose text stops before them; a single string is accepted."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the completion, in addition to the model's end-of-text tokens."""
     ignore_eos: bool = False
-    """Continue after an end-of-text token of the model."""
+    """Continue after an end-of-text token of the model; `stop` and `stop_token_ids` still end."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -59,7 +59,7 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     def ending_at(self, tokens: tuple[int, ...]) -> SamplingParams:
-        """Return the parameters with further end-of-text tokens, which `ignore_eos` disables too."""
+        """Return a copy with `tokens` added to `stop_token_ids`; the same parameters if `ignore_eos`."""
         return self if self.ignore_eos else dataclasses.replace(self, stop_token_ids=(*self.stop_token_ids, *tokens))
 
 
@@ -102,7 +102,7 @@ class Sampler:
     """uint32; seed and position determine a draw, independently of the rest of the batch."""
     temperature_B: jax.Array
     top_k_B: jax.Array
-    """int32, 0 for every token."""
+    """int32; 0 keeps every token."""
     top_p_B: jax.Array
     min_p_B: jax.Array
     repetition_penalty_B: jax.Array
@@ -112,7 +112,7 @@ class Sampler:
 
     @classmethod
     def empty(cls, slots: int, vocab_size: int) -> Sampler:
-        """Return greedy rows without seen tokens."""
+        """Return a sampler of `slots` greedy rows with no seen tokens."""
         row = cls.row(SamplingParams(), (), vocab_size)
         return jax.tree.map(lambda leaf: jnp.asarray(np.repeat(leaf, slots, axis=0)), row)
 
@@ -282,7 +282,7 @@ def rejection_sample(
 
 
 def is_accepted(p: jax.Array, q: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Return True with probability min(1, p / q), for `uniform` in [0, 1)."""
+    """Return uniform * q < p elementwise: True with probability min(1, p / q) if `uniform` is drawn from [0, 1)."""
     return uniform * q < p
 
 
@@ -299,10 +299,7 @@ def _uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return log-probabilities of the model itself, in nats, before temperature and the other transforms.
-
-    Those of the chosen tokens, [B, T] float32; the `num` <= V largest, [B, T, num], in descending order; their token ids.
-    """
+    """Return log-softmax values of `tokens_BT` [B, T]; the `num` largest ones [B, T, num], descending; and their token ids."""
     logprobs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
     chosen_BT = jnp.take_along_axis(logprobs_BTV, tokens_BT[..., None], axis=-1)[..., 0]
     return chosen_BT, *jax.lax.top_k(logprobs_BTV, num)

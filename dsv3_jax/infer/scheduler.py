@@ -33,16 +33,16 @@ class Scheduler:
         self._arrivals = 0
         self._tables_changed = False
         self.preemptions = 0
-        """Number of times that a sequence lost its slot to an older one."""
+        """Number of times that a sequence lost its slot for lack of pages."""
 
     @property
     def free_pages(self) -> int:
-        """Empty pages of all shards."""
+        """Number of empty pages, over all shards."""
         return sum(pool.num_free for pool in self._pools)
 
     @property
     def cached_pages(self) -> int:
-        """Pages of all shards that only the prefix cache keeps."""
+        """Number of pages, over all shards, that no sequence uses and only the prefix cache keeps."""
         return sum(pool.num_kept for pool in self._pools)
 
     @property
@@ -51,7 +51,7 @@ class Scheduler:
         return not self._waiting and not any(self._slots)
 
     def check(self, sequence: Sequence) -> None:
-        """Raise ValueError for an empty prompt, no max_tokens, or a sequence that does not fit even alone."""
+        """Raise ValueError for an empty prompt, max_tokens below 1, or a sum of both beyond max_length or a shard's pages."""
         prompt, most, sizes = len(sequence.prompt), sequence.max_tokens, self._sizes
         check(prompt >= 1, "the prompt is empty; give at least one token")
         check(most >= 1, f"max_tokens is {most}; it must be at least 1")
@@ -59,11 +59,11 @@ class Scheduler:
         fits = prompt + most <= sizes.max_length
         check(fits, f"{asked} are {prompt + most}, more than max_length {sizes.max_length}; {remedy} raise max_length")
         pages, room = self._num_pages(prompt + most), sizes.pages_per_shard
-        needed = f"{asked} need {pages} pages of {sizes.page_size} tokens, more than the {room} there are"
-        check(pages <= room, f"{needed}; {remedy} give the cache more pages")
+        needed = f"{asked} need {pages} pages of {sizes.page_size} tokens"
+        check(pages <= room, f"{needed}, more than the {room} there are; {remedy} raise cache_tokens")
 
     def submit(self, sequence: Sequence) -> None:
-        """Append a new sequence to the queue. Raises as `check`."""
+        """Append a new sequence to the queue and set its `arrival`. Raises as `check`."""
         self.check(sequence)
         assert sequence.arrival == -1, "a sequence is submitted once"
         sequence.arrival = self._arrivals
@@ -71,7 +71,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """End a sequence in any state; its results in flight become void. A second call does nothing."""
+        """End a sequence, releasing its slot and pages if any; results in flight become void. A second call does nothing."""
         if sequence.state == "done":
             return
         if sequence.state == "waiting":
@@ -81,7 +81,7 @@ class Scheduler:
         sequence.state = "done"
 
     def schedule(self) -> Step:
-        """Return the next step, to be dispatched at once: later calls count its writes as done."""
+        """Admit and preempt sequences, and return the next step. Dispatch it at once: later calls count its writes as done."""
         # Running sequences come first: they may preempt a younger one, which must not get a chunk then.
         decoding = self._decoding()
         self._admit()
@@ -94,7 +94,7 @@ class Scheduler:
         return Step(chunks, decoding, changed)
 
     def accept(self, sequence: Sequence, epoch: int, tokens: list[int]) -> bool:
-        """Append the tokens of a last chunk or a decode step, up to max_tokens.
+        """Append the tokens that a last chunk or a decode step has yielded, up to max_tokens, and return True.
 
         `epoch` is the sequence's at the dispatch; if it has lost its slot since, nothing changes and the result is False.
         """
@@ -120,7 +120,7 @@ class Scheduler:
         return [sequence for sequence in self._slots[first : first + self._sizes.slots_per_shard] if sequence]
 
     def _decoding(self) -> list[Sequence]:
-        """Return the sequences to decode, oldest first, with pages for the positions that the step may write."""
+        """Return the running sequences to decode, oldest first; allocate the pages that the step may write, or preempt."""
         decoding = []
         for sequence in sorted(filter(None, self._slots), key=_arrival):
             # Not one that will certainly have all its tokens with the results in flight, or that an older one just preempted.
@@ -131,7 +131,7 @@ class Scheduler:
         return decoding
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Allocate the pages of one more decode step; return False if the sequence itself is preempted for want of them."""
+        """Allocate the pages of one more decode step, preempting the youngest if needed; False if that is `sequence` itself."""
         shard, _ = sequence.place
         pool = self._pools[shard]
         longest = sequence.cached + (self._sizes.drafts + 1) * sequence.decodes
@@ -149,7 +149,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Return a sequence to the queue; later its generated tokens are prefilled like a prompt."""
+        """Take slot and pages from a sequence and queue it again; its generated tokens are later prefilled like a prompt."""
         self._vacate(sequence)
         sequence.state = "waiting"
         bisect.insort(self._waiting, sequence, key=_arrival)
@@ -189,7 +189,10 @@ class Scheduler:
             self._tables_changed = True
 
     def _best_shard(self, text: list[int], needed: int) -> tuple[int, list[int]] | None:
-        """Return the shard that fits `text` with most of it in the prefix cache, then with most room; and the shared pages."""
+        """Return a shard for `text`, and pages of its prefix cache to share; None if none has a free slot and enough pages.
+
+        The shard that shares most pages is preferred, then the one with most pages available.
+        """
         candidates = []
         for shard, pool in enumerate(self._pools):
             others = len(self._in_shard(shard))
@@ -215,7 +218,7 @@ class Scheduler:
         return Chunk(sequence, start, sequence.text(start, stop), following[0] if following else None)
 
     def _share_late(self, sequence: Sequence) -> None:
-        """Before the first chunk, exchange pages for those published since the admission.
+        """Before the first chunk, replace its pages by equal ones of the prefix cache published since the admission.
 
         So of many sequences that arrive together with the same beginning, only the first computes it.
         """
@@ -230,7 +233,7 @@ class Scheduler:
             self._tables_changed = True
 
     def _publish(self, sequence: Sequence) -> None:
-        """Publish the pages that are full and whose following token is known."""
+        """Add the sequence's full pages whose following token is known to the prefix cache, if that is enabled."""
         if not self._prefix_cache:
             return
         size, pool = self._sizes.page_size, self._pools[sequence.place[0]]
@@ -267,21 +270,21 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Empty pages."""
+        """Number of pages without a holder or content to keep."""
         return len(self._free)
 
     @property
     def num_kept(self) -> int:
-        """Published pages without a holder."""
+        """Number of published pages without a holder, which `allocate` may evict."""
         return len(self._kept)
 
     @property
     def available(self) -> int:
-        """Pages that `allocate` can return."""
+        """Number of pages that `allocate` can return: free ones and evictable ones."""
         return self.num_free + self.num_kept
 
     def match(self, text: list[int]) -> list[int]:
-        """Return the published pages of the longest beginning of `text`, without its last token."""
+        """Return the published pages that hold the longest beginning of `text`, short of its last token; no holder is added."""
         found: list[int] = []
         # A key holds the token after the page too, so the text must be longer than its pages.
         for start in range(0, len(text) - self.page_size, self.page_size):
@@ -296,7 +299,7 @@ class PageAllocator:
         return fresh <= self.available - sum(page in self._kept for page in shared)
 
     def share(self, pages: list[int]) -> None:
-        """Add a holder to published pages."""
+        """Add one holder to each of these published pages."""
         for page in pages:
             self._kept.pop(page, None)
             self._holders[page] += 1
@@ -314,7 +317,7 @@ class PageAllocator:
         return pages
 
     def release(self, pages: list[int]) -> None:
-        """Remove a holder from pages in a text's order. Without holders, published pages are kept and the others free."""
+        """Remove one holder from each page (in the text's order); one left without is kept if published, else free."""
         for page in reversed(pages):
             self._holders[page] -= 1
             assert self._holders[page] >= 0, f"page {page} is released once too often"
@@ -325,10 +328,9 @@ class PageAllocator:
                     self._free.append(page)
 
     def publish(self, page: int, before: int | None, tokens: list[int]) -> None:
-        """Make a full page known by its text, unless another page is, or the page before is not published.
+        """Let `match` find a full page by its text, unless an equal page is published or the page before is not.
 
-        The caller holds it and the page `before` (None for the first); its writes are dispatched. `tokens` are its tokens and
-        the one that follows, [page_size + 1].
+        The caller holds the page and `before`, the one before it (None for the first). `tokens`: the page's and the next one.
         """
         assert len(tokens) == self.page_size + 1, f"{len(tokens)} tokens for a page of {self.page_size}"
         key = (before, tuple(tokens))

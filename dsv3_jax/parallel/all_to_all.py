@@ -35,7 +35,7 @@ WEIGHT_AXES = (
     ("experts", "expert_embed", "expert_mlp"),
     ("experts", "expert_mlp", "expert_embed"),
 )
-"""Logical axes of `ExpertWeights`."""
+"""Logical axis names of the three arrays of `ExpertWeights`, in its order."""
 
 
 def routed_experts_on_mesh(
@@ -44,7 +44,7 @@ def routed_experts_on_mesh(
     """Return sum_k weight_k * Expert_{chosen_k}(x) on the current mesh, [B, T, D], and the number of rounds, an int32 scalar.
 
     The sum over the choices is in float32 and rounded to x's dtype once. Along `tensor` each device has the sum over its own
-    hidden units: each of these is rounded, and they are added in x's dtype.
+    hidden units: each of these is rounded, and they are added in x's dtype. All devices take the same number of rounds.
 
     Args:
       x_BTD, chosen_BTK, weight_BTK: tokens, their experts (indices of the stacks) and weights, split as `TOKEN_SPEC`.
@@ -78,7 +78,7 @@ def routed_experts_on_mesh(
 def _weighted_sums(
     x_TD: jax.Array, weight_TK: jax.Array, weights: ExpertWeights, plan: Exchange, rounds: jax.Array, backend: str, dtype: str
 ) -> jax.Array:
-    """Return the weighted sums of this device's tokens, over its own hidden units: [T, D] in x's dtype."""
+    """Run all rounds; return sum_k weight_k * Expert_k(x) of this device's tokens over its own hidden units, [T, D] like x."""
     whole = _gather_weights(weights, dtype)
 
     def one_round(r: jax.Array, sum_TD: jax.Array) -> jax.Array:
@@ -90,7 +90,7 @@ def _weighted_sums(
 
 
 def _over_rounds(one_round: Callable[[jax.Array, Any], Any], start: Any, plan: Exchange, rounds: jax.Array) -> Any:
-    """Fold `one_round(r, carry)` over the rounds.
+    """Return the carry after `one_round(r, carry)` for r = 0, ..., rounds - 1, from `start`; round 0 always runs.
 
     The first round, mostly the only one, stands outside the loop, so that the compiler can overlap its communication with
     other work, above all the shared expert. Where one round always suffices, no loop is compiled.
@@ -137,7 +137,7 @@ _weighted_sums.defvjp(_forward, _backward)
 
 
 def _gather_weights(weights: ExpertWeights, dtype: str) -> ExpertWeights:
-    """Return the local experts' weights, whole along the fsdp axes."""
+    """All-gather the weights of this device's experts along the fsdp axes, cast to `dtype`; those in 8 bits stay in 8 bits."""
     gate, up, down = (all_gather_weight(w, axes, dtype) for w, axes in zip(weights, WEIGHT_AXES, strict=True))
     return gate, up, down
 
@@ -162,22 +162,22 @@ _OPTIONS = Backends(
 
 
 def choose_exchange(name: str, platform: str, num_devices: int) -> str:
-    """Return the name of the exchange: "auto" by platform, and always "local" for an expert axis of size 1.
+    """Return a key of `EXCHANGES`: "local" for one device on the expert axis, else `name`, with "auto" resolved by platform.
 
     Raises:
-      ValueError: if the platform does not have it.
+      ValueError: if `name` is unknown, or does not run on the platform.
     """
     return "local" if num_devices == 1 else _OPTIONS.resolve_backend(name, platform)
 
 
 def receive_rows(num_choices: int, receive_factor: float) -> int:
-    """Return the rows of the receive buffer: `receive_factor` times what a device sends, rounded up to a tile."""
+    """Return the number of rows in the receive buffer: receive_factor * num_choices, rounded up to a multiple of 8."""
     return math.ceil(receive_factor * num_choices / _ROW_TILE) * _ROW_TILE
 
 
 @struct.dataclass
 class Exchange(abc.ABC):
-    """An exchange as one device sees it. A row is a choice: a token on its way to one of its K experts.
+    """Base of the exchanges, for one batch and as one device sees it. A row is a choice: a token on its way to one expert.
 
     Rows leave in the order of `_sent`, move with `_to_experts` and arrive sorted by expert. They come back with `_to_tokens`,
     and `_returned` finds the row of each choice. These methods, `_gather` and `_scatter` move nothing unless overridden.
@@ -189,47 +189,47 @@ class Exchange(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def plan(cls, chosen_TK: jax.Array, num_experts: int, receive_factor: float) -> Exchange:
-        """Plan the exchange of these choices, with a buffer of `receive_rows`."""
+        """Return an exchange for these expert choices, sorted by expert and counted; no token is sent yet. Abstract here."""
 
     @abc.abstractmethod
     def rounds(self) -> jax.Array:
         """Return the number of rounds that this expert group needs, an int32 scalar."""
 
     def fits_one_round(self) -> bool:
-        """Return True if one round has room for every choice under any routing."""
+        """Return True if one round has room for every choice under any routing; False unless a subclass overrides it."""
         return False
 
     @abc.abstractmethod
     def group_sizes(self, r: jax.Array) -> jax.Array:
-        """Return the number of rows of each local expert in round r, int32 [e]."""
+        """Return the number of rows that each expert of this device receives in round r, int32 [e]."""
 
     def send_tokens(self, r: jax.Array, array_TX: jax.Array) -> jax.Array:
-        """Return the tokens that this device receives in round r, sorted by expert: [R, X]; unused rows are arbitrary."""
+        """Send this device's tokens of round r; return those it receives, [R, X] sorted by expert, arbitrary in unused rows."""
         return self._to_experts(r, rows_at(self._gather(array_TX), self._sent(r) // self.num_choices))
 
     def send_choices(self, r: jax.Array, value_TK: jax.Array) -> jax.Array:
-        """Return the values of the choices that this device receives in round r: [R]."""
+        """Send a value for each choice of round r; return those this device receives, [R], in the rows of `send_tokens`."""
         return self._to_experts(r, rows_at(self._gather(value_TK).reshape(-1), self._sent(r)))
 
     def return_sums(self, r: jax.Array, y_RX: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
-        """Return round r's rows to their tokens, (weighted and) summed over each token's choices: [T, X] float32."""
+        """Send round r's results back; return each token's (weighted) sum over its choices of that round, [T, X] float32."""
         row_TK, moved_TK = self._returned(r)
         if moved_TK is not None:
             weight_TK = moved_TK if weight_TK is None else jnp.where(moved_TK, self._gather(weight_TK), 0)
         return self._scatter(sum_over_choices(self._to_tokens(r, y_RX), row_TK, weight_TK))
 
     def return_choices(self, r: jax.Array, value_R: jax.Array) -> jax.Array:
-        """Return round r's values to their choices: [T, K]; zero for the choices of other rounds."""
+        """Send round r's values back to the devices of their choices; return them, [T, K], 0 for choices of other rounds."""
         row_TK, moved_TK = self._returned(r)
         value_TK = rows_at(self._to_tokens(r, value_R), row_TK)
         return self._scatter(value_TK if moved_TK is None else jnp.where(moved_TK, value_TK, 0))
 
     def _sent(self, r: jax.Array) -> jax.Array:
-        """Return the choice in each row that is sent in round r; any choice in unused rows."""
+        """Return the index t * K + k of the choice in each row sent in round r, any in unused rows; here all, by expert."""
         return self.sorted.order
 
     def _returned(self, r: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Return the row of each choice among those that come back, and a mask of round r's choices (None for all)."""
+        """Return each choice's row in the result of `_to_tokens`, [T, K], and a mask of round r's choices (None: all)."""
         return self.sorted.inverse.reshape(-1, self.num_choices), None
 
     def _to_experts(self, r: jax.Array, rows_RX: jax.Array) -> jax.Array:
@@ -266,7 +266,7 @@ class Local(Exchange):
 
 @struct.dataclass
 class Ragged(Exchange):
-    """Slices of any size, one for each pair of devices and expert, by XLA's ragged all-to-all."""
+    """Exchange by XLA's ragged all-to-all: one slice, of any size, for each source, destination and expert."""
 
     counts_AZe: jax.Array  # Rows from source A to the experts e of Z.
     num_rows: int = struct.field(pytree_node=False)  # R, rows of the receive buffer.
@@ -292,7 +292,7 @@ class Ragged(Exchange):
         return _exchange_slices(rows_RX, num_sent, destination[:, here], size[:, here], source[:, here], size[here])
 
     def _slices(self, r: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return every slice's part in round r: start at the source, start at the destination, and size, [A, Z, e] each.
+        """Return each slice's start at the source, start at the destination, and number of rows, in round r: [A, Z, e] each.
 
         Round r moves the rows whose number at the receiver lies in [r R, (r + 1) R).
         """
@@ -308,7 +308,7 @@ class Ragged(Exchange):
 
 
 def _exchange_slices(rows_RX: jax.Array, num_rows: int, *offsets_and_sizes: jax.Array) -> jax.Array:
-    """Return what this device receives, `num_rows` rows; offsets and sizes as `ragged_all_to_all` takes them."""
+    """Send slices of rows; return the `num_rows` rows received, 0 if unused; offsets and sizes as of `ragged_all_to_all`."""
     if rows_RX.ndim == 1:
         return _exchange_slices(rows_RX[:, None], num_rows, *offsets_and_sizes)[:, 0]
     received_RX = zeros_beside(rows_RX, (num_rows, rows_RX.shape[1]), rows_RX.dtype)
@@ -317,7 +317,7 @@ def _exchange_slices(rows_RX: jax.Array, num_rows: int, *offsets_and_sizes: jax.
 
 @struct.dataclass
 class Dense(Exchange):
-    """A block of B rows, padded, for each pair of devices; the receiver sorts what it gets by expert."""
+    """Exchange by plain all-to-all: a padded block of B rows for each pair of devices; receivers sort their rows by expert."""
 
     counts_AZe: jax.Array  # Rows from source A to the experts e of Z.
     block: int = struct.field(pytree_node=False)  # B.
@@ -426,13 +426,13 @@ def _here() -> jax.Array:
 
 
 def _traffic(ordered: ExpertOrder) -> jax.Array:
-    """Return the number of rows from every device to every expert, int32 [A, Z, e]."""
+    """All-gather this device's group sizes; return the rows from each device A to the experts e of each device Z, int32."""
     counts_AE = jax.lax.all_gather(ordered.group_sizes_E, EXPERT_AXIS)
     return counts_AE.reshape(counts_AE.shape[0], counts_AE.shape[0], -1)
 
 
 def _starts(sizes: jax.Array) -> jax.Array:
-    """Return the exclusive running sum over all axes but the first, or over the only one, int32."""
+    """Return exclusive running sums of the same shape, int32: over all later axes, flattened, or over the only axis."""
     flat = sizes.reshape(sizes.shape[0], -1) if sizes.ndim > 1 else sizes
     return (jnp.cumsum(flat, axis=-1) - flat).reshape(sizes.shape).astype(jnp.int32)
 

@@ -1,4 +1,4 @@
-"""Accelerators: peak figures of the chips, compiler options, buffer donation outside jit, and batches onto the mesh."""
+"""Accelerators: peak figures of chips, compilation cache, compiler options, early deletion, batches onto the mesh."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsv3_jax.parallel.sharding import TOKEN_SPEC
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one JAX device."""
+    """Peak compute, memory and network figures of one JAX device, which is a chip or one core of it."""
 
     bf16_flops: float  # Dense bfloat16 FLOP/s.
     hbm_bytes: float  # HBM bytes/s.
@@ -61,7 +61,7 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Return the peak dense bfloat16 FLOP/s of a JAX device kind; None without figures here, as for a CPU."""
+    """Return the peak dense bfloat16 FLOP/s of a JAX device kind; None if not in `PEAK_FLOPS`, as for CPUs."""
     return PEAK_FLOPS.get(device_kind)
 
 
@@ -77,7 +77,7 @@ TPU_OPTIONS = {
 
 
 def cache_compilations(folder: str) -> None:
-    """Keep compiled programs under `folder`/xla, for later starts on this machine; JAX lets only the first process write."""
+    """Set JAX's compilation cache to `folder`/xla, for programs that take 0.5 s to compile; only process 0 writes to it."""
     jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -87,7 +87,7 @@ def cache_compilations(folder: str) -> None:
 
 
 def release(old: Any, made: Any) -> None:
-    """Delete `old`, if it is a device array, once all arrays of the tree `made` are computed; `made` must not contain it."""
+    """If `old` is a jax.Array, wait for all arrays of the tree `made`, then delete it; `made` must not contain it."""
     if isinstance(old, jax.Array):
         jax.block_until_ready(made)
         old.delete()
@@ -98,25 +98,25 @@ def release(old: Any, made: Any) -> None:
 
 
 class BatchPlacement:
-    """Placement of [B, T] batches on a mesh."""
+    """Placement of host batches [B, T] on a mesh, split as `TOKEN_SPEC`."""
 
     def __init__(self, mesh: Mesh, batch_size: int, sequence_length: int) -> None:
         self._shape = batch_size, sequence_length
         self._sharding = NamedSharding(mesh, TOKEN_SPEC)
         held = self._sharding.addressable_devices_indices_map(self._shape)
         self.rows = sorted({row for index in held.values() if index for row in range(*index[0].indices(batch_size))})
-        """Rows of each batch that devices of this process hold."""
+        """Indices of the rows of each batch that devices of this process hold, ascending."""
 
     def place(self, array: np.ndarray) -> jax.Array:
-        """Return a global batch [B, T], or micro-batches [A, B, T], from this process's rows of each or from all rows.
+        """Put a batch [B, T], or micro-batches [A, B, T], on the mesh; `array` holds all B rows, or only `rows` of each.
 
-        Raises ValueError if the array has neither number of rows.
+        Raises ValueError if the array has neither number of rows, or not T columns.
         """
         batch_size, length = self._shape
         leading = array.shape[:-2]
         rows = list(range(batch_size)) if array.shape[-2] == batch_size else self.rows
         if array.shape[-2:] != (len(rows), length):
-            raise ValueError(f"a batch of shape {array.shape} has neither the {len(self.rows)} rows of this process nor all")
+            raise ValueError(f"a batch of {array.shape} must end in ({len(self.rows)} or {batch_size} rows, {length} tokens)")
         position = {row: i for i, row in enumerate(rows)}
 
         def part(index: Any) -> np.ndarray:
@@ -128,9 +128,9 @@ class BatchPlacement:
 
 
 def replicate(tree: Any, sharding: Sharding) -> Any:
-    """Return arrays, equal on every process, on the devices of `sharding`.
+    """Put a tree of arrays, equal on every process, on devices as `sharding` says (replicated or split); return it.
 
-    For several processes `jax.device_put` would check that they are equal, with a collective for each array.
+    Their equality is not checked; `jax.device_put` would do so, with a collective for each array.
     """
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)

@@ -34,11 +34,11 @@ TOKEN_AXES = (*BATCH_AXES, "context")  # Axes that split the tokens of a batch.
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Return the mesh of `config` over `devices` (None: all devices of the run), laid out along their links.
 
-    The default config, with one device, takes the first device of a single process. Several TPU slices are split along
-    `data`, so that only this axis crosses the slow network.
+    The default config (every size 1) takes the first device alone, if the run has one process. Several TPU slices are split
+    along `data`, so that only this axis crosses the slow network.
 
     Raises:
-      ValueError: if the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
+      ValueError: if the sizes do not multiply to the number of devices, or `data` is no multiple of the TPU slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if config == MeshConfig() and jax.process_count() == 1:
@@ -61,14 +61,14 @@ def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def describe(mesh: Mesh) -> str:
-    """Return a short description: the number and kind of the devices, and the axes larger than 1."""
+    """Return the number and kind of the devices and the axes larger than 1, in words; without any, the device's name."""
     split = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     device = mesh.devices.flat[0]
     return f"{mesh.size} {device.device_kind} devices ({split})" if split else str(device)
 
 
 def current_mesh() -> AbstractMesh | None:
-    """Return the mesh that the current program is traced for; None for one device."""
+    """Return the ambient mesh that a program is traced for; None without one, or if it has one device or other axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES and mesh.size > 1 else None
 
@@ -79,7 +79,7 @@ def without_mesh() -> Any:
 
 
 def current_platform() -> str:
-    """Return the platform ("cpu", "gpu", "tpu") that the current program is lowered for."""
+    """Return "cpu", "gpu" or "tpu", the platform of the ambient mesh's devices, or JAX's default one without such."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
@@ -87,7 +87,7 @@ def current_platform() -> str:
 
 
 def check_fits(config: Config, mesh: Mesh) -> None:
-    """Raise ValueError, naming both sizes, if a mesh axis does not divide a size that it splits."""
+    """Raise ValueError, naming both, if mesh axes do not divide a size of the config that they split (batch, heads, ...)."""
     sizes, model, train = dict(mesh.shape), config.model, config.train
     splits = [
         (BATCH_AXES, "train.batch_size" if train.micro_batch_size is None else "train.micro_batch_size", train.micro_batch),

@@ -1,7 +1,7 @@
 """Runs of several processes: joining, work of process 0 or of all in turn, checks that all agree, and a common end.
 
 Cloud TPU (plain VMs, GKE, several slices) and SLURM describe the processes in the environment, which JAX reads; elsewhere the
-`--distributed` flags do. For one process every function here is the identity.
+`--distributed` flags do. In a run of one process nothing is exchanged: functions are called directly.
 
 Messages go through the key-value store of JAX's coordination service (on process 0), not through the devices: an hour of
 tokenising on process 0 then exceeds no time limit of a collective, and errors arrive while a device is busy.
@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,29 +29,29 @@ from dsv3_jax.config.cli import DistributedFlags
 Result = TypeVar("Result")
 
 SHUTDOWN_SECONDS = 30
-"""Time that a process which ends waits for the others to end; after that, the service ends all of them.
+"""Seconds that an ending process waits for the others to end; then the coordination service ends those still running.
 
 A process that dies is noticed by its broken connections, or after JAX's 100 seconds without a heartbeat.
 """
 OF_INPUT = ValueError, OSError, NotImplementedError
-"""Errors of input, which `cli_main` reports in one line; the other processes end with the same line."""
+"""Types of errors of input, which `cli_main` reports in one line; the other processes end with the same line."""
 _POLL_MILLISECONDS = 10_000
 _turns = itertools.count()
 
 
 def join_processes(flags: DistributedFlags) -> None:
-    """Connect the processes of a run, and mute the stdout of all but the first. Call it before any device is used.
+    """Connect the processes of a run, and mute stdout on all but process 0. Call it before any device is used.
 
     It does nothing if the flags ask for one process, or name none and neither Cloud TPU nor SLURM (a step of several tasks)
     is found.
 
     Raises:
-      ValueError: if the others cannot be reached.
+      ValueError: if the coordinator is not given as host:port, or the processes do not connect.
     """
     if flags.alone:
         return
     check(
-        flags.coordinator is None or flags.coordinator.rpartition(":")[2].isdigit(),
+        flags.coordinator is None or re.fullmatch(r".+:\d+", flags.coordinator) is not None,
         f"--distributed.coordinator is {flags.coordinator!r}; write host:port of process 0, such as host0:1234",
     )
     # Otherwise JAX catches SIGTERM to announce a preemption, which nothing here reads, and the process would not end.
@@ -67,13 +68,14 @@ def join_processes(flags: DistributedFlags) -> None:
         if "coordinator_address" not in str(error):  # JAX raises this where it finds no cluster: a run of one process.
             raise
     except RuntimeError as error:
-        raise ValueError(f"the processes of the run did not come together: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the processes did not connect ({reason}); start all, with a coordinator they can reach") from error
     if jax.process_count() > 1:
         _leave_stdout_to_first()
 
 
 def _leave_stdout_to_first() -> None:
-    """Mute the file descriptor, which Gloo writes to from C++; process 0 prints to a copy of it."""
+    """Point stdout's file descriptor to /dev/null, against Gloo's C++ output too; process 0 prints to a copy made before."""
     descriptor = sys.__stdout__.fileno() if sys.__stdout__ else 1
     if is_first_process():
         sys.stdout.flush()
@@ -84,7 +86,7 @@ def _leave_stdout_to_first() -> None:
 
 
 def is_first_process() -> bool:
-    """Return True on the process that prints and writes."""
+    """Return True on process 0, the one that prints and writes files."""
     return jax.process_index() == 0
 
 
@@ -114,7 +116,7 @@ def by_first_process(function: Callable[[], Any]) -> None:
 
 
 def on_every_process(function: Callable[[], Result]) -> Result:
-    """Return `function()` of this process; if it raises an error of input on any, raise ValueError with its number on all."""
+    """Return this process's `function()`; if any process raises one of `OF_INPUT`, raise ValueError with its number on all."""
     if jax.process_count() == 1:
         return function()
     result, message = None, ""
@@ -128,10 +130,10 @@ def on_every_process(function: Callable[[], Result]) -> Result:
 
 
 def first_process_first(function: Callable[[], Result]) -> Result:
-    """Return `function()`, called on process 0 before the others, which then find its results in a shared cache.
+    """Return this process's `function()`; the others call it after process 0, and find its results in a shared cache.
 
     Raises:
-      ValueError: on every process, if it raises one on any.
+      ValueError, RuntimeError: on every process, as `by_first_process` and `on_every_process`.
     """
     results: list[Result] = []
     by_first_process(lambda: results.append(function()))
@@ -165,18 +167,18 @@ def check_shared(path: epath.Path) -> None:
 
 
 def wait_for_first_process() -> None:
-    """Wait for process 0; a process that ended earlier would wait for it no longer than `SHUTDOWN_SECONDS`."""
+    """Make the other processes wait until process 0 calls this; at exit they would wait only `SHUTDOWN_SECONDS` for it."""
     by_first_process(lambda: None)
 
 
 def write_note(name: str, text: str) -> None:
-    """Write a note for all processes; an earlier one of that name stays."""
+    """Store a note for all processes under `name`; do nothing if one is stored there already."""
     with _suppress("ALREADY_EXISTS"):
         kv_set(f"dsv3_jax/note/{name}", text)
 
 
 def read_note(name: str) -> str | None:
-    """Return the note of that name, or None."""
+    """Return the note that any process stored under `name`, without waiting; None if there is none yet."""
     with _suppress("NOT_FOUND"):
         return global_state.client.key_value_try_get(f"dsv3_jax/note/{name}")  # type: ignore[union-attr]
     return None
@@ -187,11 +189,10 @@ def read_note(name: str) -> str | None:
 
 
 def exchange(message: str, folder: str | None = None) -> list[str]:
-    """Return the messages of all processes, in order; every process calls it.
+    """Send this process's message to all, wait for theirs, and return all messages by process number; every process calls it.
 
     Args:
-      message: of this process.
-      folder: of the store, not used before; None on the main thread, where all processes make the same calls.
+      folder: key prefix in the store, not used before; None on the main thread, where all processes make the same calls.
     """
     folder = folder or f"dsv3_jax/{next(_turns)}"
     if not is_first_process():
@@ -203,22 +204,21 @@ def exchange(message: str, folder: str | None = None) -> list[str]:
 
 
 def first_message(message: str) -> str:
-    """Return the first message of all processes that is not empty, preceded by its process if there are several."""
+    """Exchange messages; return the first that is not empty, as "process 2: ..." (bare in a run of one process), or ""."""
     if jax.process_count() == 1:
         return message
     return next((f"process {process}: {text}" for process, text in enumerate(exchange(message)) if text), "")
 
 
 def kv_set(key: str, value: str) -> None:
-    """Store `value` under `key`, which must be new."""
+    """Store `value` under `key`; an error if the key exists. Characters that UTF-8 lacks are escaped."""
     global_state.client.key_value_set(key, value.encode(errors="backslashreplace").decode())  # type: ignore[union-attr]
 
 
 def kv_get(key: str, poll: int = _POLL_MILLISECONDS) -> str:
-    """Return the value of `key`; wait without limit, for the service ends this process if the one that sets it is gone.
+    """Wait without limit for the value of `key`, and return it; if its writer is gone, the service ends this process.
 
     Args:
-      key: of the value.
       poll: milliseconds of one request. No signal is handled within it, and the store keeps some memory of each in vain.
     """
     while True:
@@ -233,7 +233,7 @@ def kv_delete(folder: str) -> None:
 
 @contextlib.contextmanager
 def _suppress(status: str) -> Iterator[None]:
-    """Suppress errors of the store with that status."""
+    """Suppress a `JaxRuntimeError` of the store whose text contains `status`, such as "NOT_FOUND"; others pass."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

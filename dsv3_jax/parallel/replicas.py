@@ -38,7 +38,7 @@ class Replicas(NamedTuple):
     copies_E: Array  # int32, the number of copies.
 
     def slots(self, chosen_BTK: jax.Array) -> jax.Array:
-        """Return the slot of each choice, int32 [B, T, K]: an expert's copies in turn, by the positions of the tokens."""
+        """Return a slot with a copy of each chosen expert, int32 [B, T, K]; token positions spread evenly over the copies."""
         B, T, _ = chosen_BTK.shape
         fraction_BT1 = (jnp.arange(B * T, dtype=jnp.uint32).reshape(B, T, 1) * _GOLDEN) >> 16
         copies_BTK = jnp.asarray(self.copies_E).at[chosen_BTK].get(mode="promise_in_bounds")
@@ -47,17 +47,17 @@ class Replicas(NamedTuple):
 
 
 def replicas_of(placement: np.ndarray, num_experts: int) -> Replicas:
-    """Return the tables for a placement, the expert in each slot: [P], or [L, P] with an axis L in every table.
+    """Return the `Replicas` of a placement, which is the expert in each slot: [P], or [L, P] with an axis L in every table.
 
     Raises:
       ValueError: if an expert is in no slot, or a slot's expert is not one of `num_experts`.
     """
     outside = placement[(placement < 0) | (placement >= num_experts)]
     if outside.size:
-        raise ValueError(f"a slot holds expert {outside[0]}, but there are {num_experts}; give counts of this model's experts")
+        raise ValueError(f"a slot holds expert {outside[0]}, not in 0..{num_experts - 1}; rebalance with this model's loads")
     copies_E = np.apply_along_axis(np.bincount, -1, placement, minlength=num_experts)
     if not copies_E.all():
-        raise ValueError(f"expert {np.argwhere(copies_E == 0)[0, -1]} is in no slot; give every expert one")
+        raise ValueError(f"expert {np.argwhere(copies_E == 0)[0, -1]} is in no slot; give every expert at least one")
     slot_P, start_E = np.argsort(placement, axis=-1, kind="stable"), np.cumsum(copies_E, axis=-1) - copies_E
     copy_EC = np.minimum(np.arange(copies_E.max()), copies_E[..., None] - 1)
     slot_EC = np.take_along_axis(slot_P[..., None, :], start_E[..., None] + copy_EC, axis=-1)
@@ -90,7 +90,7 @@ def place_experts(variables: dict[str, Any], placements: Mapping[str, np.ndarray
             known = ", ".join(sorted(path[1] for path in flat if path[-1] == "e_score_correction_bias"))
             raise ValueError(f"{name} has no routed experts to place; those that have: {known}")
         if placement.shape[:-1] != bias.shape[:-1]:
-            raise ValueError(f"the placement of {name} is {list(placement.shape)}; give {[*bias.shape[:-1], 'slots']}")
+            raise ValueError(f"the placement of {name} is {list(placement.shape)}; give shape {[*bias.shape[:-1], 'slots']}")
         try:
             replicas = replicas_of(placement, bias.shape[-1])
         except ValueError as error:
@@ -109,7 +109,7 @@ def place_experts(variables: dict[str, Any], placements: Mapping[str, np.ndarray
 
 
 def _in_slots(leaf: Any, source: np.ndarray, where: str) -> jax.Array:
-    """Return the experts `source` [(L,) P] of a stack [(L,) E, ...], sharded as before."""
+    """Return the experts `source` [(L,) P] of a stack [(L,) E, ...], sharded like it; ValueError if shards do not divide P."""
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return _take(leaf, source)
@@ -119,7 +119,7 @@ def _in_slots(leaf: Any, source: np.ndarray, where: str) -> jax.Array:
     num_shards = sharding.mesh.shape[EXPERT_AXIS]
     if source.shape[-1] % num_shards:
         raise ValueError(
-            f"{where}: {source.shape[-1]} slots are no multiple of mesh.expert ({num_shards}); place for that many"
+            f"{where}: {source.shape[-1]} slots are no multiple of mesh.expert ({num_shards}); use a multiple of it"
         )
     return _take_from_shards(leaf, source, sharding)
 
@@ -138,7 +138,7 @@ def _take_from_shards(stack_EX: jax.Array, source_P: jax.Array, sharding: NamedS
 
 
 def _collect(held_eX: jax.Array, source_P: jax.Array) -> jax.Array:
-    """Pass every shard's experts around the ring; each shard picks those of its slots."""
+    """Pass the shards' experts around the ring, in `jax.shard_map`; return those for this shard's slots, [p, ...]."""
     num_shards, here = jax.lax.axis_size(EXPERT_AXIS), jax.lax.axis_index(EXPERT_AXIS)
     slots, local = source_P.shape[0] // num_shards, held_eX.shape[0]
     source_p = jax.lax.dynamic_slice_in_dim(source_P, here * slots, slots)

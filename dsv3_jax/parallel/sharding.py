@@ -25,9 +25,9 @@ EXPERT_FSDP_AXES = "fsdp", "context"
 """The same for the weights of routed experts, which the `expert` axis already splits by expert."""
 
 TOKEN_SPEC = PartitionSpec(BATCH_AXES, "context")
-"""[B, T, ...]: the leading axes of every activation."""
+"""PartitionSpec of activations [B, T, ...]: B over `BATCH_AXES`, T over `context`."""
 MICRO_BATCHES = PartitionSpec(None, *TOKEN_SPEC)
-"""[A, B, T]: the micro-batches of a step, each split as `TOKEN_SPEC`."""
+"""PartitionSpec of a step's micro-batches [A, B, T], each split as `TOKEN_SPEC`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,11 @@ class ShardingRules:
             axes = getattr(self, name, None)
             if axes is None:
                 known = ", ".join(field.name for field in dataclasses.fields(self))
-                raise ValueError(f"{where} {names} has the logical axis {name!r}, which has no rule; known: {known}")
+                raise ValueError(f"{where} {names} has the logical axis {name!r}, which has no rule; use one of {known}")
             for axis in axes:
                 if axis not in AXES:
                     raise ValueError(
-                        f"{where} {names}: the rule {name} -> {axes} has no such mesh axis {axis!r}; there are {AXES}"
+                        f"{where} {names}: the rule {name} -> {axes} names {axis!r}, which is no mesh axis; use {AXES}"
                     )
                 if any(axis in part for part in parts) or axes.count(axis) > 1:
                     raise ValueError(
@@ -137,7 +137,7 @@ Weight = jax.Array | QuantizedArray
 
 
 def place_tokens(x: jax.Array) -> jax.Array:
-    """Constrain an activation [B, T, ...] to `TOKEN_SPEC`: its tokens split over the token axes, its features whole."""
+    """Constrain an activation [B, T, ...] to `TOKEN_SPEC`: tokens split, features whole. Without a mesh return it as it is."""
     return x if current_mesh() is None else jax.lax.with_sharding_constraint(x, TOKEN_SPEC)
 
 
@@ -173,7 +173,7 @@ def _contract(x: jax.Array, kernel: Weight, num_in: int, options: dict[str, Any]
 
 
 def shard_map_spec(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]:
-    """Return a weight for a `jax.shard_map` region, and its spec there.
+    """Return a weight to pass into a `jax.shard_map` region, and its spec there; only one in 8 bits changes.
 
     The scales of a weight in 8 bits are split as its values. Where a device's part ends within a block, all blocks are first
     divided into smaller ones, with the same scales, that end where the part does.
@@ -194,7 +194,7 @@ def shard_map_spec(weight: Weight, names: tuple[str, ...]) -> tuple[Weight, Any]
 
 
 def _scale_names(weight: QuantizedArray, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the logical axes of its scales: those of the stack, and the first input and output axis."""
+    """Return the logical axes of the scales of a weight in 8 bits: the stack's, and the first input and output axis."""
     first_out = weight.depth + weight.num_in
     more, rules = names[weight.depth + 1 : first_out] + names[first_out + 1 :], current_rules()
     assert not any(getattr(rules, name) for name in more), f"{names}: only the first input and output axis can be split"
@@ -236,6 +236,6 @@ def reduce_scatter_grad(gradient: jax.Array, names: tuple[str, ...]) -> jax.Arra
 
 
 def _fsdp_splits(names: tuple[str, ...]) -> list[tuple[int, tuple[str, ...]]]:
-    """Return the dimensions that are split to save memory, and their mesh axes; a split by experts is not among them."""
+    """Return (dimension, mesh axes) for each dimension that is split along `FSDP_AXES` or `EXPERT_FSDP_AXES`, and no other."""
     splits = [(dimension, getattr(current_rules(), name)) for dimension, name in enumerate(names)]
     return [(dimension, axes) for dimension, axes in splits if axes in (FSDP_AXES, EXPERT_FSDP_AXES)]

@@ -19,13 +19,13 @@ class Evaluation(NamedTuple):
     """Summed loss and draft counts of some held-out tokens."""
 
     nats: float
-    """Sum of the losses."""
+    """Sum of the scored tokens' cross entropies, in nats."""
     tokens: int
     """Number of scored tokens."""
     accepted: int | None = None
-    """Drafts of the first MTP depth that greedy verification accepts; None of a model without MTP."""
+    """Drafts of the first MTP depth that greedy verification accepts; None for a model without MTP."""
     drafted: int | None = None
-    """Number of drafts."""
+    """Number of drafts of the first MTP depth; None for a model without MTP."""
 
     @property
     def loss(self) -> float:
@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """Evaluation of batches of one shape, with one compiled program."""
+    """Scorer of held-out batches, all of one shape, with one compiled program."""
 
     def __init__(self, config: ModelConfig, place: Callable[[np.ndarray], Any] = jnp.asarray) -> None:
         """Args: config: the model; place: puts an array [B, T] of a batch on the model's devices."""
@@ -47,7 +47,7 @@ class Evaluator:
         self._score = jax.jit(functools.partial(validation_scores, config=config))
 
     def __call__(self, variables: dict[str, Any], batches: Iterable[ValidationBatch]) -> Evaluation:
-        """Return the loss of the batches' scored tokens under `variables`, and the counts of their drafts."""
+        """Score all batches under `variables`; return the sum of their losses and their counts of tokens and drafts."""
         # Sums in Python: float32 would lose digits over a million tokens.
         nats, tokens, accepted, drafted = 0.0, 0, None, None
         for batch in batches:
@@ -73,7 +73,7 @@ def validation_scores(
 
     The loss is the weighted sum of the next-token cross entropies. The first MTP depth (section 2.2 of the report) drafts at
     row i the token at i + 2, from the text up to i + 1; verification accepts the draft if it is the main model's most likely
-    token at row i + 1. Every scored row but the first of a window has such a draft.
+    token at row i + 1. Every scored row has a draft, except the first of a window (or of its document).
 
     Args:
       tokens_BT, target_BT: windows of text, and their next tokens.
@@ -107,21 +107,21 @@ class SourceScores(NamedTuple):
     """Mean loss, in nats a token."""
     bits_per_byte: float
     acceptance: float | None
-    """Share of the MTP drafts that is accepted; None of a model without MTP."""
+    """Share of the MTP drafts that is accepted, 0 to 1; None without drafts, as for a model without MTP."""
 
 
 class ValidationWindows(Protocol):
     """Batches of one held-out text; implemented in `dsv3_jax.data.tokens`."""
 
     num_tokens: int
-    """Scored tokens."""
+    """Number of scored tokens."""
     num_bytes: int
-    """UTF-8 bytes of the scored tokens."""
+    """Number of UTF-8 bytes of the scored tokens."""
 
     def __iter__(self) -> Iterator[ValidationBatch]: ...
 
     def sample(self, num_batches: int) -> Iterator[ValidationBatch]:
-        """Return batches spread evenly over the text."""
+        """Return `num_batches` of the batches, spread evenly over the text."""
 
     def bits_per_byte(self, nats: float) -> float:
         """Return the bits per byte of the text, given the summed loss of its tokens."""
@@ -154,7 +154,7 @@ def evaluate_sources(
     validation: Mapping[str, ValidationWindows],
     num_batches: int | None = None,
 ) -> ValidationReport:
-    """Score the held-out text of every source, or a sample of each.
+    """Score the held-out text of every source, or a sample of each; return the scores of each and the total.
 
     A sample stands for its whole source: same loss and drafts per token, so its bits per byte are
 

@@ -18,35 +18,35 @@ from dsv3_jax.parallel.multihost import read_note, write_note
 
 
 class NaNGuard:
-    """Counter of skipped steps: those whose loss or gradient was not finite, which left the state as it was.
+    """Counter of steps skipped for a loss or gradient that is not finite; sets `abort_reason` after `limit` of them in a row.
 
-    The flag of a step is read once the next step is dispatched, so that the devices need not wait.
+    It skips and raises nothing itself. A step's flag is read once the next step is dispatched, so that devices need not wait.
     """
 
     def __init__(self, limit: int, keep: Callable[[int], str], total: int = 0, in_a_row: int = 0) -> None:
-        """Args: limit: skipped steps in a row that end the run; keep: saves the batch of a step, and returns the outcome in
-        words; total, in_a_row: counts at the start.
+        """Args: limit: skipped steps in a row that end the run; keep: called with the last of them, saves its batch, returns
+        the outcome in words; total, in_a_row: counts at the start.
         """
         self._limit = limit
         self._keep = keep
         self.abort_reason: str | None = None
-        """Reason to end the run, once `limit` steps in a row were skipped."""
+        """Reason to end the run, once `limit` steps in a row were skipped; None before."""
         self.total = total
         self.in_a_row = in_a_row
         self._unread: tuple[int, Any] | None = None
 
     @property
     def counters(self) -> dict[str, int]:
-        """Counts for a checkpoint, as keyword arguments of the next start's guard."""
+        """The counts `total` and `in_a_row`, for a checkpoint: keyword arguments of the guard at the next start."""
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def see(self, step: int, flag: Any) -> None:
-        """Take the flag of a step (a scalar on the devices, 1 if it was skipped), and read that of the step before."""
+        """Count the flag of the step before, and store that of `step` (a device scalar, 1 if skipped) for the next call."""
         self.update()
         self._unread = step, flag
 
     def update(self) -> None:
-        """Wait for the last flag, and count it."""
+        """Wait for the stored flag, if any, and count it; at the limit call `keep` and set `abort_reason`."""
         if self._unread is None:
             return
         (step, flag), self._unread = self._unread, None
@@ -57,8 +57,8 @@ class NaNGuard:
         self.in_a_row += 1
         if self.in_a_row >= self._limit and self.abort_reason is None:
             self.abort_reason = (
-                f"the loss or gradient of {self.in_a_row} steps in a row, up to step {step}, was not finite; none was taken; "
-                f"{self._keep(step)}; lower optimizer.learning_rate, in another --run-dir"
+                f"the loss or gradient of {self.in_a_row} steps in a row, up to step {step}, was not finite; all were skipped; "
+                f"{self._keep(step)}; start again with a lower optimizer.learning_rate and another --run-dir"
             )
 
 
@@ -72,9 +72,9 @@ _STEPS_AHEAD = 4
 
 
 class GracefulShutdown:
-    """Signal handler that lets the current step finish; a context manager, for SIGTERM and the first SIGINT.
+    """Handler of SIGTERM and the first SIGINT that only remembers them, for `after`; a context manager.
 
-    A second SIGINT ends the process. Of several processes any may get the signal: all stop after the same step.
+    A second SIGINT interrupts at once. Of several processes any may get the signal: all stop after the same step.
     """
 
     def __init__(self, num_processes: int) -> None:
@@ -94,11 +94,11 @@ class GracefulShutdown:
 
     @property
     def reason(self) -> str:
-        """Origin of the request, in words."""
+        """Name of the signal that this process got, such as "SIGTERM"; "another process" if it got none."""
         return self._signal.name if self._signal is not None else "another process"
 
     def after(self, step: int) -> bool:
-        """Return whether the run stops after this step; every process asks it of every step."""
+        """Return True if the run stops after this step (of several processes 4 steps after a signal); all call it each step."""
         if self._alone:
             return self._signal is not None
         if self._last_step is None:
@@ -126,8 +126,8 @@ class Watchdog:
     """Watchdog over the steps of a loop; a context manager.
 
     When a step takes more than `factor` times the median of those before it, and more than `least` seconds, the stacks of
-    all threads go to stderr, once, and another line when the step ends. The run goes on. The first step, which compiles, is
-    not watched. A thread of our own, since `faulthandler.dump_traceback_later` cannot name the step.
+    all threads go to stderr, once, and another line when the step ends. The run goes on. The first six steps (the first
+    compiles) are not watched. A thread of our own: `faulthandler.dump_traceback_later` cannot name the step.
     """
 
     def __init__(self, factor: float = 10.0, least: float = 10.0) -> None:
@@ -150,12 +150,12 @@ class Watchdog:
         self._thread.join()
 
     def step_done(self, step: int) -> None:
-        """Record the end of a step, which is the start of the next."""
+        """Record the end of `step`, the start of the next; print to stderr if the watchdog had warned of it."""
         now = time.perf_counter()
         with self._lock:
             if self._since is not None:
                 if self._warned:
-                    print(f"step {step} is done after {now - self._since:.0f} s", file=sys.stderr, flush=True)
+                    print(f"the slow step {step} is done after {now - self._since:.0f} s", file=sys.stderr, flush=True)
                 self._seconds.append(now - self._since)
             self._step, self._since, self._warned = step, now, False
 
@@ -177,6 +177,6 @@ class Watchdog:
                 taken, median = time.perf_counter() - self._since, statistics.median(self._seconds)
                 self._warned = taken > max(self._factor * median, self._least)
                 if self._warned:
-                    reason = f"step {self._step + 1} has taken {taken:.0f} s, and the median is {median:.2f} s"
-                    print(f"{reason}; where all threads stand:", file=sys.stderr, flush=True)
+                    reason = f"warning: step {self._step + 1} has taken {taken:.0f} s so far, and the median is {median:.2f} s"
+                    print(f"{reason}; the run goes on; where all threads stand:", file=sys.stderr, flush=True)
                     faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)

@@ -38,13 +38,13 @@ T = TypeVar("T")
 class Observer(contextlib.ExitStack):
     """Metrics, progress, expert loads, profiler and watchdog of a run; a context manager.
 
-    Every process calls it; only the first one writes and prints.
+    Every process calls it; only the first one writes and prints, but the watchdog of each one warns.
     """
 
     def __init__(
         self, run: RunDirectory, config: Config, mesh: Mesh, first_step: int, *, profiled: range, started: float, writes: bool
     ) -> None:
-        """Open the logs in the folder `run`.
+        """Open the logs in the run directory, and start the progress bar and the watchdog.
 
         Args: first_step: steps taken before this start; profiled: steps to trace; started: start of the program, by
           `time.perf_counter`; writes: True in the process that writes and prints.
@@ -69,12 +69,12 @@ class Observer(contextlib.ExitStack):
 
     @property
     def median_speed(self) -> float | None:
-        """Median of the rows' tokens a second."""
+        """Median of the logged rows' tokens a second; None if no row has them."""
         speeds = [row["tokens_per_second"] for row in self.rows if "tokens_per_second" in row]
         return statistics.median(speeds) if speeds else None
 
     def after_step(self, step: int, state: Any, load: dict[str, jax.Array]) -> None:
-        """Call this after a step is dispatched, with its results, which may not be ready."""
+        """Pass a dispatched step on to profiler, expert loads and watchdog; wait for the first one, and print its time."""
         self._profiler.after(step, state)
         self._loads.accumulate(load)
         self._watchdog.step_done(step)
@@ -93,9 +93,9 @@ class Observer(contextlib.ExitStack):
         skipped: int,
         evaluate: Callable[[], ValidationReport] | None = None,
     ) -> None:
-        """Log a step: its metrics (those that are finite: JSON has no others) and hyperparameters, and all skipped steps.
+        """Log a step to metrics.jsonl, TensorBoard, expert_load.npz and the bar: finite metrics, hyperparameters, speed.
 
-        `evaluate` returns held-out scores to log with it; its time belongs to no step.
+        It waits for `metrics`. `skipped`: steps so far; `evaluate`: returns held-out scores to log, its time is in no step.
         """
         tokens = self._schedules.tokens_before(step)
         numbers = {name: float(value) for name, value in metrics.items()}
@@ -114,7 +114,7 @@ class Observer(contextlib.ExitStack):
         self._clock.start()
 
     def draw_report(self) -> None:
-        """Draw report.png."""
+        """Draw report.png from all rows, on the process that writes."""
         if self._writes:
             write_report(self._run, self.rows, self._config.model)
 
@@ -131,7 +131,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: RunDirectory, first_step: int, *, writes: bool = True) -> None:
-        """Args: writes: True in the process that writes; the others only keep the rows."""
+        """Read the rows up to `first_step`; if `writes`, rewrite the file with them, and open TensorBoard files."""
         self._folder = run.path
         self.path = run.metrics_file
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
@@ -152,7 +152,7 @@ class MetricsLog:
             self.attempt("tensorboard", self._board.close)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Log one step; `row` has `step` and numbers."""
+        """Add the row of a step (`step`, and numbers) to `rows`; in the process that writes also to the files."""
         self.rows.append(row)
         if self._board is not None:
             self._board.add(row)
@@ -160,7 +160,7 @@ class MetricsLog:
             self.attempt("tensorboard", self._board.flush_if_due)
 
     def _save(self) -> None:
-        """Append the last row; write all rows to an object store, which cannot append, or to a file that may be damaged."""
+        """Append the last row to the file, or rewrite all rows: in an object store, and if the file may be damaged."""
         appends = self._is_whole and "://" not in str(self.path)
         text = "".join(json.dumps(row) + "\n" for row in (self.rows[-1:] if appends else self.rows))
         self._is_whole = False
@@ -172,25 +172,25 @@ class MetricsLog:
         self._is_whole = True
 
     def attempt(self, name: str, write: Callable[[], object]) -> None:
-        """Write a file of the run directory; warn at the first failure, and at the first success after it."""
+        """Call `write`, which writes the run's file `name`; warn at its first OSError, and at the next success, on stderr."""
         path, message = self._folder / name, ""
         try:
             write()
         except OSError as error:
             if name not in self._failed:
                 reason = error.strerror or error
-                message = f"cannot be written ({reason}); the run goes on, and tries again at the next log"
+                message = f"{path} cannot be written ({reason}); the run goes on, and tries again at the next log"
             self._failed.add(name)
         else:
             if name in self._failed:
-                message = "can be written again, and lacks nothing"
+                message = f"{path} can be written again, and lacks nothing"
             self._failed.discard(name)
         if message:
-            print(f"warning: {path} {message}", file=sys.stderr, flush=True)
+            print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the rows logged so far, without a line cut short by a crash."""
+    """Return the rows of metrics.jsonl, without lines cut short by a crash; [] if there is no file."""
     if not run.metrics_file.exists():
         return []
     rows = []
@@ -201,14 +201,14 @@ def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 _FLUSH_SECONDS = 120
-"""Longest time that a row waits in memory: object stores take files whole."""
+"""Least time between two flushes of TensorBoard rows: object stores take files whole."""
 
 
 class EventFiles:
     """TensorBoard event files of a run. Rows wait in memory until they are on the disk: a full disk loses none."""
 
     def __init__(self, folder: epath.Path, purge_step: int | None) -> None:
-        """Args: purge_step: first step to hide in the files of earlier starts."""
+        """Args: purge_step: first step to hide in the files of earlier starts; None hides none."""
         self._folder = str(folder)
         self._purge_step = purge_step
         self._waiting: list[tuple[float, dict[str, Any]]] = []
@@ -221,12 +221,12 @@ class EventFiles:
         self._waiting.append((time.time(), row))
 
     def flush_if_due(self) -> None:
-        """Call `flush` unless it was called in the last two minutes."""
+        """Call `flush` unless it succeeded in the last two minutes; raises as `flush`."""
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write the waiting rows to the disk.
+        """Write the waiting rows to an event file.
 
         Raises:
           OSError: if that fails; the rows are kept for the next flush, into another file.
@@ -260,7 +260,7 @@ class EventFiles:
         self._waiting, self._purge_step, self._flushed_at = [], None, time.monotonic()
 
     def close(self) -> None:
-        """Flush the waiting rows, and close the file; raises as `flush`."""
+        """Flush the waiting rows, if any, and close the file; raises as `flush`."""
         if self._waiting:
             self.flush()
         self._close()
@@ -276,13 +276,13 @@ class EventFiles:
 
 
 class Clock:
-    """Timer of the intervals between logged steps."""
+    """Timer of the intervals between logged steps, and of the waiting for batches in them."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Start an interval."""
+        """Start an interval, with no waiting yet."""
         self._since, self._waited = time.perf_counter(), 0.0
 
     def data_timer(self, items: Iterable[T]) -> Iterator[T]:
@@ -298,7 +298,7 @@ class Clock:
             yield item
 
     def throughput(self, tokens: float) -> dict[str, float]:
-        """Return `tokens_per_second` and `input_wait`, the share of the time spent waiting for batches, of the interval."""
+        """Return the interval's `tokens_per_second`, from `tokens`, and `input_wait`, its share spent waiting for batches."""
         seconds = time.perf_counter() - self._since
         return {"tokens_per_second": tokens / seconds, "input_wait": self._waited / seconds}
 
@@ -364,7 +364,7 @@ class ProgressBar(Progress):
         return 10 * tokens // self._tokens
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line, above the bar on a terminal; nothing unless this process shows."""
         if self._shows and self.console.is_terminal:
             self.print(text)
         elif self._shows:
@@ -382,7 +382,7 @@ def _speed_in_words(row: dict[str, float]) -> str:
 
 
 def keep_batch(run: RunDirectory, batches: TrainBatches, writes: bool, step: int) -> str:
-    """Write the whole batch of a step (counted from 1) into the run directory if `writes`; return the outcome in words."""
+    """Write the batch of a step (from 1) to skipped_step_<step>.npz if `writes`; return the outcome, or error, in words."""
     file = run.path / f"skipped_step_{step}.npz"
     if writes:
         names = "tokens_ABT", "targets_ABT", "weights_ABT", "starts_ABT"  # Of the file format, not of the batch's fields.
@@ -390,5 +390,5 @@ def keep_batch(run: RunDirectory, batches: TrainBatches, writes: bool, step: int
         try:
             write_arrays(file, arrays)
         except OSError as error:
-            return f"the batch of the last cannot be written to {file} ({error.strerror or error})"
-    return f"the batch of the last is in {file}"
+            return f"the batch of step {step} cannot be written to {file} ({error.strerror or error})"
+    return f"the batch of step {step} is in {file}"

@@ -1,4 +1,4 @@
-"""AdamW of the report (section 4.2): clipping by global norm, decoupled decay, both moments in bfloat16.
+"""AdamW of the report (section 4.2): clipping by global norm, decoupled decay, both moments in bfloat16 (`moment_dtype`).
 
 optax can store only the first moment in another dtype, hence `scale_by_adam` here.
 """
@@ -39,12 +39,12 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float, moment_dtype: str)
 
 
 def decayed(params: Any) -> Any:
-    """Return the mask of weight decay, a tree of bools like `params`: every matrix, no norm scale."""
+    """Return the mask of weight decay, a tree of bools: False for norm scales (leaves named "scale"), else True."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return the optimizer: from gradients to the update that a learning rate of 1 subtracts from the parameters."""
+    """Return the chain of clipping, Adam and weight decay, from gradients to the update that a learning rate of 1 subtracts."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         scale_by_adam(config.beta1, config.beta2, config.epsilon, config.moment_dtype),

@@ -21,7 +21,7 @@ def profiled_steps(spec: str | None, *, steps: int, done: int = 0) -> range:
     `done` steps were taken before this start, and are left out.
 
     Raises:
-      ValueError: if it is of another form, names no step, or steps beyond the end of the run.
+      ValueError: if it is of another form, names no step, or steps outside 1..steps.
     """
     if spec is None:
         return range(0)
@@ -51,7 +51,7 @@ class StepProfiler(contextlib.ExitStack):
         self._annotation: Any = None
 
     def before(self, step: int) -> None:
-        """Call this before a step is dispatched."""
+        """Before a step is dispatched: start the trace if it is the first of `steps`, and mark each of `steps` in the trace."""
         if step not in self._steps:
             return
         if step == self._steps[0]:
@@ -60,7 +60,7 @@ class StepProfiler(contextlib.ExitStack):
                 folder = self.enter_context(tempfile.TemporaryDirectory(prefix="profile-"))
                 jax.profiler.start_trace(folder)
             except (OSError, jax.errors.JaxRuntimeError) as error:
-                self._say(f"warning: {self._named} cannot be traced: {error}")
+                self._say(f"warning: {self._named} cannot be traced ({error}); the run goes on without a trace")
                 self._steps = range(0)
                 return
             self.callback(self._stop, pathlib.Path(folder))
@@ -68,7 +68,7 @@ class StepProfiler(contextlib.ExitStack):
         self._annotation.__enter__()
 
     def after(self, step: int, state: Any) -> None:
-        """Call this with the results of a step, which may not be ready."""
+        """After a dispatch: wait for its `state` before the first and after the last of `steps`, then write the trace."""
         if step + 1 in self._steps and step not in self._steps:
             jax.block_until_ready(state)  # The trace must not contain an earlier step.
         if step not in self._steps:
@@ -93,7 +93,7 @@ class StepProfiler(contextlib.ExitStack):
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     copy.write_bytes(file.read_bytes())
         except (OSError, jax.errors.JaxRuntimeError) as error:
-            self._say(f"warning: the trace of {self._named} could not be written: {error}")
+            self._say(f"warning: the trace of {self._named} could not be written ({error}); the run goes on")
             return
         remedy = f"to look at it: pip install xprof, xprof --port 8791 {self._target}"
         self._say(f"{self._named} traced in {self._target}; {remedy}")

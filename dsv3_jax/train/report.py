@@ -39,7 +39,7 @@ def write_report(run: RunDirectory, rows: Rows, model: ModelConfig) -> None:
 
 
 def draw(rows: Rows, load: dict[str, np.ndarray], model: ModelConfig, title: str = "") -> Figure:
-    """Draw six panels of curves, and below them the load of every expert, if there is one.
+    """Return a figure with six panels of curves, and below them a heat map of the load of every expert, if `load` has any.
 
     Args:
       rows: of metrics.jsonl; missing and non-finite values are left out.
@@ -75,13 +75,13 @@ def draw(rows: Rows, load: dict[str, np.ndarray], model: ModelConfig, title: str
 
 
 def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
-    """Return the tokens and values of a metric that are finite float32 numbers."""
+    """Return (tokens, value) of each row whose metric `name` is a finite float32 number."""
     pairs = [(row["tokens"], row[name]) for row in rows if "tokens" in row and name in row]
     return [(x, y) for x, y in pairs if y is not None and abs(y) <= _FLOAT32_MAX]
 
 
 def _curve(axis: Axes, rows: Rows, name: str, **style: Any) -> bool:
-    """Draw a metric over the tokens, with marks if it has few points; return whether it has any."""
+    """Draw a metric over the tokens, with marks if it has few points; return True if it has any."""
     points = _points(rows, name)
     if points:
         axis.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3, linewidth=1.4, **style)
@@ -89,7 +89,7 @@ def _curve(axis: Axes, rows: Rows, name: str, **style: Any) -> bool:
 
 
 def _set_log_scale(axis: Axes) -> None:
-    """Set a logarithmic scale if values lie far apart, so that a peak does not flatten the rest."""
+    """Set a logarithmic y scale if all values drawn are positive and the highest is over 50 times the lowest."""
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.lines] or [np.ones(1)])
     if values.min() > 0 and values.max() > 50 * values.min():
         axis.set_yscale("log")
@@ -154,7 +154,7 @@ def _acceptance(axis: Axes, rows: Rows) -> None:
 
 
 def _on_the_right(axis: Axes, rows: Rows, name: str, label: str, **style: Any) -> Axes | None:
-    """Draw a metric against a scale of its own on the right; None if it has no points."""
+    """Draw a metric against a y axis of its own on the right; return this axis, or None if it has no points."""
     if not _points(rows, name):
         return None
     right = axis.twinx()
@@ -166,7 +166,7 @@ def _on_the_right(axis: Axes, rows: Rows, name: str, label: str, **style: Any) -
 
 
 def _tokens_below(axis: Axes, rows: Rows) -> None:
-    """Set the scale of the tokens along the bottom."""
+    """Set the x axis to tokens, from 0 to just beyond the last row, with its label and a grid."""
     axis.set_xlim(0, 1.02 * max((row["tokens"] for row in rows if "tokens" in row), default=1))
     axis.locator_params(axis="x", nbins=6)
     axis.xaxis.set_major_formatter(_count)
@@ -175,14 +175,14 @@ def _tokens_below(axis: Axes, rows: Rows) -> None:
 
 
 def _steps_above(axis: Axes, rows: Rows) -> None:
-    """Draw a scale of the steps along the top: uneven if batches grow."""
+    """Draw a scale of the steps along the top, uneven if batches grow; none if tokens or steps do not increase."""
     both = sorted({(row["tokens"], row["step"]) for row in rows if "tokens" in row and "step" in row})
     tokens, steps = np.array([(0, 0), *both], float).T
     if len(tokens) < 2 or (np.diff(tokens) <= 0).any() or (np.diff(steps) <= 0).any():
         return
 
     def interpolate(x: Any, of: np.ndarray, to: np.ndarray) -> np.ndarray:
-        """Interpolate linearly, and extrapolate at both ends."""
+        """Return `x` mapped from the points `of` to the points `to`: linear between them and beyond both ends."""
         x, slope = np.asarray(x, float), (to[-1] - to[-2]) / (of[-1] - of[-2])
         beyond = np.where(x > of[-1], (x - of[-1]) * slope, np.minimum(x, 0) * to[1] / of[1])
         return np.interp(x, of, to) + beyond
@@ -242,7 +242,7 @@ _SUFFIXES = "", "K", "M", "B", "T"
 
 
 def humanize(number: float, decimals: int = 1) -> str:
-    """Return a count in few digits: 980, 1.2M, 123K, 14.8T; `decimals` at most, and those only below 100."""
+    """Return a count in few digits: 980, 1.2M, 123K, 14.8T, 1e+15; at most `decimals` decimals, below 100 only."""
     value, power = float(f"{number:.{decimals + 2}g}"), 0  # Rounded first: 999,960 is 1M.
     if abs(value) >= 1e15:
         return f"{value:.3g}"
@@ -279,11 +279,11 @@ class ExpertLoad:
         self._sums: dict[str, jax.Array] | None = None
 
     def accumulate(self, load: dict[str, jax.Array]) -> None:
-        """Add a step's tokens per expert, without waiting for the step."""
+        """Add a step's tokens per expert to the sums of the interval, on the devices, without waiting for the step."""
         self._sums = load if self._sums is None else _add(self._sums, load)
 
     def write(self) -> dict[str, np.ndarray]:
-        """End the interval: return its loads over their means, and write them, if there are any."""
+        """End the interval: return its loads over their means ({} without steps); the process that writes also writes them."""
         sums, self._sums = self._sums or {}, None
         relative = {name: _over_mean(np.asarray(load)) for name, load in sums.items()}
         if self._writes and relative:
@@ -292,7 +292,7 @@ class ExpertLoad:
 
     @staticmethod
     def read(run: RunDirectory) -> dict[str, np.ndarray]:
-        """Return the loads written last, or {}; ValueError if the file is damaged."""
+        """Return the loads in the run's expert_load.npz, {} if there is no file; ValueError if it is damaged."""
         return read_arrays(run.expert_load_file) if run.expert_load_file.exists() else {}
 
 

@@ -22,7 +22,7 @@ _COMPUTATION_FIELDS = {*FREE_FIELDS["model"], "dtype", "param_dtype"}
 
 
 def resume_config(config: Config, run_dir: str, *, resume: bool) -> Config:
-    """Return the config, for a resumed run with the run's own tokenizer: its source may be gone by now."""
+    """Return the config; if a run resumes, `data.tokenizer`, if set, becomes `run_dir`, which has a copy of it."""
     run = RunDirectory(run_dir)
     if not resume or run.steps_saved is None or config.data.tokenizer is None or not run.tokenizer_file.exists():
         return config
@@ -30,7 +30,7 @@ def resume_config(config: Config, run_dir: str, *, resume: bool) -> Config:
 
 
 def check_start(config: Config, run_dir: str, *, resume: bool) -> list[str]:
-    """Check the checkpoint `train.init_from`, unless the run resumes from its own.
+    """Check that the checkpoint `train.init_from`, if set, fits the config, unless the run resumes from its own.
 
     Returns:
       Lines to print: differences between the models of the config and of the checkpoint that change no shape.
@@ -60,7 +60,7 @@ def _shapes(model: ModelConfig) -> dict[str, Any]:
 
 
 def init_or_restore(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Restored | None]:
-    """Return the first state of this start, laid out over the mesh, and the run's checkpoint it was read from, if any.
+    """Return the first state, on the mesh, and the run's own checkpoint; None if it is random or from `train.init_from`.
 
     Raises:
       ValueError: as `Checkpoints.restore_newest`. Call `check_start` before.
@@ -80,7 +80,7 @@ def init_or_restore(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tup
 
 
 def save_run_start(path: str, config: Config, variables: dict[str, Any]) -> None:
-    """Create a run directory at step 0 with the given variables, for train.py to continue with --resume.
+    """Create a run directory with a checkpoint of `variables` at step 0, for train.py to continue with --resume.
 
     Raises:
       ValueError: if `path` already holds something, or the state cannot be saved there.

@@ -23,7 +23,7 @@ class TrainState:
     """The state of a run after `step` optimizer steps."""
 
     step: jax.Array
-    """Number of steps, int32."""
+    """Number of steps done, skipped ones included, int32 scalar."""
     params: Any
     """Parameters, trained by the gradient."""
     router: Any
@@ -33,17 +33,17 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Variables of the model."""
+        """Variables of the model: its collections `params` and `router`."""
         return {"params": self.params, "router": self.router}
 
 
 def init_state(config: Config) -> TrainState:
-    """Return a fresh state from `train.seed`; run it under `jax.jit`."""
+    """Return a state at step 0 with random parameters, from `train.seed`; run it under `jax.jit`."""
     return state_of(config, init_variables(config.model, jax.random.key(config.train.seed)))
 
 
 def state_of(config: Config, variables: dict[str, Any]) -> TrainState:
-    """Return a state at step 0 with the given variables.
+    """Return a state at step 0 with the given variables and zero moments.
 
     Raises:
       ValueError: if they hold weights in FP8, which have no gradient.
@@ -59,7 +59,7 @@ def abstract_state(config: Config) -> TrainState:
 
 
 def state_shardings(config: Config, mesh: Mesh | AbstractMesh) -> Any:
-    """Return a TrainState of shardings: moments like their parameters, the rest replicated.
+    """Return a TrainState of shardings: variables by their rules, moments like their parameters, counts replicated.
 
     Raises:
       ValueError: naming the variable, if a dimension is no multiple of the mesh axes it is split along.

@@ -32,7 +32,7 @@ Metrics = dict[str, jax.Array]
 
 
 def compile_train_step(config: Config, mesh: Mesh) -> Any:
-    """Jit `train_step` for a mesh; call (or lower) it under `jax.set_mesh(mesh)`.
+    """Return `train_step` under `jax.jit`, for a mesh; call (or lower) it under `jax.set_mesh(mesh)`.
 
     The state is donated, the batch split along the mesh; metrics and loads are replicated.
     """
@@ -47,7 +47,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> Any:
 
 
 def describe_backends(config: ModelConfig, mesh: Mesh, documents: bool = False) -> str:
-    """Return the backends that the model's programs use on the mesh, in words; `documents`: attention keeps them apart."""
+    """Return the backends of attention, experts and exchange on the mesh, in words; `documents`: attention keeps them apart."""
     with jax.set_mesh(mesh):
         experts = choose_backend(config.expert_backend, config.dtype, current_platform())
         widths = config.qk_head_dim, config.v_head_dim
@@ -92,7 +92,7 @@ def train_step(
 
 
 def gradients(state: TrainState, batch: Batch, values: StepHyperparams, config: Config) -> tuple[Any, Losses]:
-    """Return the gradient of the objective, accumulated over the filled micro-batches, and the losses."""
+    """Return the gradient of the objective over the first `values.micro_batches` micro-batches of [A, B, T], and the losses."""
     depths = range(config.model.num_nextn_predict_layers + 1)
     num_micro_batches = batch.tokens_ABT.shape[0]
 
@@ -128,13 +128,13 @@ def gradients(state: TrainState, batch: Batch, values: StepHyperparams, config: 
 
 
 def _shard_like_params(tree: Any, config: ModelConfig) -> Any:
-    """Constrain every leaf of the tree to the sharding of its parameter."""
+    """Constrain every leaf of a tree like the parameters to its parameter's sharding; without a mesh return it as it is."""
     mesh = current_mesh()
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, variable_shardings(config, mesh)["params"])
 
 
 def updated_biases(router: dict[str, Any], load: dict[str, jax.Array], speed: float | jax.Array) -> dict[str, Any]:
-    """Return the router collection after the bias update; `load` holds the loads by stack or MTP depth."""
+    """Return the router collection with biases moved by `speed` against `load`, the tokens per expert by stack or MTP depth."""
     return {
         name: jax.tree.map(lambda bias, name=name: updated_bias(bias, load[name], speed), biases)
         for name, biases in router.items()

@@ -76,7 +76,7 @@ def test_messages_go_through_the_template(tmp_path: Path) -> None:
         ({"messages": []}, "messages is []; use a list like"),
         ({"messages": "Hi"}, "messages is 'Hi'; use a list like"),
         ({"messages": [*USER, {"role": "user"}]}, 'messages[1] needs a "role" and a "content", both strings'),
-        ({"prompt": "x", "id": [1]}, "id is [1]; use a text or an integer"),
+        ({"prompt": "x", "id": [1]}, "id is [1]; use an integer or valid Unicode text"),
         ({"prompt": "x", "id": True}, "id is True"),
         ('{"prompt": "x", "id": "\\ud800"}', "id is '\\ud800'"),
         ({"prompt": "x", "max_tokens": "3"}, "max_tokens is '3'; use an integer"),

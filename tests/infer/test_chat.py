@@ -157,7 +157,7 @@ def test_piped_turns_are_answered_without_decorations(loop: Loop) -> None:
     second = answer([user("Hi"), assistant(first.text), user("Bye")])
     out, err = loop("Hi", "", "  ", "Bye", end="")
     assert out == f"{first.text}\n{second.text}\n"
-    cut = [f"(cut after {len(c.tokens)} tokens, by max_tokens or max_length)" for c in (first, second)]
+    cut = [f"(cut after {len(c.tokens)} tokens; raise --max-tokens or --max-length)" for c in (first, second)]
     assert err.splitlines() == [line for line, c in zip(cut, (first, second), strict=True) if c.finish_reason == "length"]
 
 
@@ -166,7 +166,7 @@ def test_commands(loop: Loop, conversation: Conversation) -> None:
     reply, plain = answer([system, user("/Hi")]).text, answer([user("Bye")]).text
     out, err = loop("/system Be brief.", " /Hi", "/reset", "/system", "Bye", "/rest", "/quit", "never said")
     assert out == f"{reply}\n{plain}\n"
-    assert "there is no /rest: /reset forgets the conversation" in err
+    assert "unknown command /rest: /reset forgets the conversation" in err
     assert conversation.turns == [user("Bye"), assistant(plain)]
     assert conversation.system is None
 

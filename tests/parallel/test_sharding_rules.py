@@ -58,7 +58,7 @@ def test_a_program_is_traced_anew_under_other_rules() -> None:
         (
             dataclasses.replace(RULES, mlp=("model",)),
             ("embed", "mlp"),
-            "the rule mlp -> ('model',) has no such mesh axis 'model'",
+            "the rule mlp -> ('model',) names 'model', which is no mesh axis",
         ),
         (RULES, ("embed", "latent"), "would be split along mesh axis 'fsdp' twice; change the rule of 'latent'"),
         (RULES, ("experts", "embed"), "would be split along mesh axis 'expert' twice; change the rule of 'embed'"),

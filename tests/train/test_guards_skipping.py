@@ -48,7 +48,7 @@ def test_as_many_in_a_row_end_the_run_and_keep_the_batch() -> None:
     steps.see(12, 1.0)
     assert steps.abort_reason is None
     steps.update()
-    assert re.search(r"3 steps in a row, up to step 12, was not finite.*; file 12; lower optimizer", steps.abort_reason or "")
+    assert re.search(r"3 steps in a row, up to step 12, was not finite.*; file 12; start again with", steps.abort_reason or "")
     assert kept == [12]
     assert (steps.total, steps.in_a_row) == (6, 3)
 
@@ -70,7 +70,7 @@ def test_the_batch_in_the_file_is_the_one_of_the_step(tmp_path: Path, writes: bo
     batches = TrainBatches(rows, config.train, config.schedules)
     said = keep_batch(RunDirectory(str(tmp_path)), batches, writes, 3)
     file = tmp_path / "skipped_step_3.npz"
-    assert said == f"the batch of the last is in {file}"
+    assert said == f"the batch of step 3 is in {file}"
     assert file.exists() == writes
     if writes:
         found, wanted = np.load(file), batches[2]
@@ -86,4 +86,4 @@ def test_a_batch_that_cannot_be_written_does_not_hide_why_the_run_ends(tmp_path:
     config = Config(train=TrainConfig(steps=2, batch_size=1, sequence_length=2))
     batches = TrainBatches(rows, config.train, config.schedules)
     said = keep_batch(RunDirectory(str(tmp_path)), batches, True, 1)
-    assert re.fullmatch(r"the batch of the last cannot be written to .*skipped_step_1.npz \(.* is a directory\)", said)
+    assert re.fullmatch(r"the batch of step 1 cannot be written to .*skipped_step_1.npz \(.* is a directory\)", said)

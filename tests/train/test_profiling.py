@@ -126,4 +126,4 @@ def test_a_full_disk_does_not_end_the_run(run: RunDirectory, monkeypatch: pytest
     monkeypatch.setattr(type(run.path), "write_bytes", fail)
     with StepProfiler(run, range(1, 2), say=said.append) as profiler:
         loop(profiler, 1, 2)
-    assert said == ["warning: the trace of step 1 could not be written: No space left on device"]
+    assert said == ["warning: the trace of step 1 could not be written (No space left on device); the run goes on"]

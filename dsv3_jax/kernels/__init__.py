@@ -1,4 +1,4 @@
-"""Kernels: the hot loops, each with a plain XLA backend and Pallas kernels for TPUs and GPUs."""
+"""Kernels: expert FFN, causal attention and attention over cached latents, each in plain XLA and in Pallas for TPU and GPU."""
 
 from dsv3_jax.kernels.experts import choose_backend, expert_ffn
 

@@ -33,11 +33,11 @@ _ACROSS_DOCUMENTS = "attends across the documents of a row, and cannot keep them
 def choose_attention(
     name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None, documents: bool = False
 ) -> str:
-    """Return the backend of attention over whole sequences that `name` stands for.
+    """Return the backend of `attend` that `name` stands for; "auto" depends on the platform and all other arguments.
 
     Args as `experts.choose_backend`'s, whose errors this raises, too, and
-      widths: of queries and keys, and of values.
-      documents: whether the documents of a row have to be kept apart.
+      widths: (width of queries and keys, width of values).
+      documents: True if the documents of a row have to be kept apart.
     """
     across = _ACROSS_DOCUMENTS if documents else None
     reasons = {"pallas_gpu": lambda: across or hopper.unsupported_reason(dtype) or attention.unsupported_reason(*widths)}
@@ -58,13 +58,13 @@ def attend(
     """Compute `causal_attention` by a backend that `choose_attention` returned; only "chunked" uses `chunk`.
 
     Raises:
-      ValueError: for a backend that cannot keep documents apart where it has to.
+      ValueError: if `segment_starts_BT` is given to "pallas_gpu"; and for inputs that the backend does not take.
     """
     if backend == "splash":
         return splash.splash_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first, segment_starts_BT=segment_starts_BT)
     if backend == "pallas_gpu":
         if segment_starts_BT is not None:
-            raise ValueError(f"attention by 'pallas_gpu' {_ACROSS_DOCUMENTS}; use attention_backend chunked")
+            raise ValueError(f"attention by 'pallas_gpu' {_ACROSS_DOCUMENTS}; use model.attention_backend chunked")
         return attention.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
     return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first, segment_starts_BT=segment_starts_BT)
 
@@ -78,7 +78,7 @@ MASKED = -1e30
 
 
 class OnlineSoftmax(NamedTuple):
-    """Running sums over the blocks so far, float32; the rows [..., A] are one for each query of each head."""
+    """State of a softmax over the blocks of keys so far, float32; rows [..., A] are one for each query of each head."""
 
     top: jax.Array
     """The greatest logit, [..., A]."""
@@ -89,7 +89,7 @@ class OnlineSoftmax(NamedTuple):
 
     @classmethod
     def empty(cls, like: jax.Array, rows: tuple[int, ...], width: int) -> OnlineSoftmax:
-        """Return the sums before the first block; they vary over mesh axes as `like` does."""
+        """Return the state before the first block: top MASKED, total and mixed 0; it varies over the mesh axes of `like`."""
         return cls(
             zeros_beside(like, rows, jnp.float32, fill=MASKED),
             zeros_beside(like, rows, jnp.float32),
@@ -97,7 +97,7 @@ class OnlineSoftmax(NamedTuple):
         )
 
     def fold(self, logits: jax.Array, values: jax.Array, product: str) -> OnlineSoftmax:
-        """Add a block: logits [..., A, Z], MASKED where a key is not seen, and values of its Z keys.
+        """Return the state after one more block: logits [..., A, Z], MASKED for keys not seen, and the values of its Z keys.
 
         `product` is the einsum of the exponentials, in the values' dtype, and the values, such as "BTNZ,BZC->BTNC".
         """
@@ -156,7 +156,7 @@ def _padded(array_BTNX: jax.Array, tile: int) -> jax.Array:
 
 
 _Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
-"""q [B, M, U, T, X], k [B, M, S, X], v [B, M, S, W], position of the first query, document starts [B, T]."""
+"""q [B, M, U, T, X], k [B, M, S, X], v [B, M, S, W], position of the first query, first key seen [B, T] or None."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -165,7 +165,7 @@ def _attend(inputs: _Inputs, scale: float, tile: int) -> jax.Array:
 
 
 def _seen(first: jax.Array, segment_starts_BT: jax.Array | None, i: jax.Array, j: jax.Array, tile: int) -> jax.Array:
-    """Return the mask of query tile i and key tile j: bool [A, Z], or [B, A, Z] where rows have their own documents."""
+    """Return the mask of keys that queries see, for query tile i and key tile j: bool [A, Z], with documents [B, A, Z]."""
     offset = jnp.arange(tile)
     seen_AZ = (first + i * tile + offset)[:, None] >= j * tile + offset
     if segment_starts_BT is None:
@@ -174,7 +174,7 @@ def _seen(first: jax.Array, segment_starts_BT: jax.Array | None, i: jax.Array, j
 
 
 def _earliest(segment_starts_BT: jax.Array, tile: int) -> jax.Array:
-    """Return the first key that any query of each tile sees, in any row."""
+    """Return for each tile of queries the smallest position of a key that one of them sees, over all rows of the batch."""
     return segment_starts_BT.reshape(segment_starts_BT.shape[0], -1, tile).min((0, 2))
 
 

@@ -1,7 +1,7 @@
-"""Choice among the implementations of a kernel: the same rule for experts, attention and cache.
+"""Choice among the implementations of a kernel: one rule for experts, exchange of rows, attention and cache.
 
-A name from the config stands for itself; "auto" stands for the best one on the platform that the program is lowered for, and
-is printed at start. Nothing falls back: a name that the machine cannot run is an error.
+"auto" stands for the best implementation on the platform that the program is lowered for, or for one that runs anywhere if
+that one does not support the machine or the model. Any other name stands for itself: if it cannot run, that is an error.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import jax
 
 
 class Backends(NamedTuple):
-    """The implementations of a kernel."""
+    """Names that a config field may hold: the implementations of a kernel, and the platforms that run them."""
 
     field: str
-    """The config's field, for errors."""
+    """Name of the config field, for error messages."""
     auto: Mapping[str, str]
-    """Meaning of "auto", by platform ("cpu", "gpu", "tpu")."""
+    """Implementation that "auto" stands for, by platform ("cpu", "gpu", "tpu")."""
     anywhere: tuple[str, ...]
     """Implementations that run on every platform."""
     only_on: Mapping[str, str | tuple[str, ...]] = {}
-    """Implementations that do not, with the platform or platforms of each."""
+    """Implementations that run on some platforms only: the platform or platforms of each."""
 
     def resolve_backend(
         self, name: str, platform: str | None, reasons: Mapping[str, Callable[[], str | None]] | None = None
@@ -32,17 +32,17 @@ class Backends(NamedTuple):
         Args:
           name: "auto", or an implementation.
           platform: "cpu", "gpu" or "tpu".
-          reasons: for implementations that some machines or models of a platform do not support: functions that return why,
-            to be read after the name, or None. "auto" replaces these by the first that runs anywhere.
+          reasons: by implementation, a function that returns None if this machine and model support it, else the reason why
+            not, as a predicate ("takes bfloat16"). With a reason, "auto" gives the first of `anywhere`.
 
         Raises:
-          ValueError: for an unknown name or platform, and for an implementation that cannot run.
+          ValueError: for an unknown name, for "auto" on an unknown platform, and for a named implementation that cannot run.
         """
         platform, known = platform or jax.default_backend(), ("auto", *self.only_on, *self.anywhere)
         if name not in known:
             raise ValueError(f"{self.field} is {name!r}; choose one of {', '.join(known)}")
         if name == "auto" and platform not in self.auto:
-            raise ValueError(f"{self.field} 'auto' knows no platform {platform!r}; name one of {', '.join(self.anywhere)}")
+            raise ValueError(f"{self.field} 'auto' has no choice on platform {platform!r}; use {' or '.join(self.anywhere)}")
         others = f"use 'auto' or {' or '.join(map(repr, self.anywhere))}"
         platforms = self.only_on.get(name, platform)
         platforms = (platforms,) if isinstance(platforms, str) else platforms
@@ -55,4 +55,4 @@ class Backends(NamedTuple):
             return chosen
         if name == "auto":
             return self.anywhere[0]
-        raise ValueError(f"{self.field} {name!r} {reason}; {others}")
+        raise ValueError(f"{self.field} {name!r} cannot be used here: it {reason}; {others}")

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 
 def first_seen(segment_starts_BT: jax.Array, first: jax.Array | int) -> jax.Array:
-    """Return the position of the first key that each query sees, [B, T] int32; the first query is at position `first`."""
+    """Return the first key position each query sees, [B, T] int32: its document's start; for padding its own, first + t."""
     position_T = (first + jnp.arange(segment_starts_BT.shape[1])).astype(jnp.int32)
     return jnp.where(segment_starts_BT < 0, position_T, segment_starts_BT.astype(jnp.int32))
 
 
 def has_ahead(segment_starts_BT: jax.Array, distance: int) -> jax.Array:
-    """Return a mask [B, T] of tokens whose document goes on `distance` positions later; False for padding."""
+    """Return a mask [B, T]: True if the token `distance` positions later exists and is of the same document, not padding."""
     within = jnp.arange(segment_starts_BT.shape[1]) < segment_starts_BT.shape[1] - distance
     return within & (segment_starts_BT >= 0) & (jnp.roll(segment_starts_BT, -distance, axis=1) == segment_starts_BT)

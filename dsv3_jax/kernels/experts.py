@@ -28,7 +28,7 @@ from dsv3_jax.kernels.vma import varying_alike, zeros_beside
 def expert_ffn_reference(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """Compute `expert_ffn` in the plainest way, for tests."""
+    """Compute `expert_ffn`, y [R, D], by a scan over the experts: each multiplies all rows, with those of others zeroed."""
     dtype = x_RD.dtype
     accumulate = jnp.promote_types(dtype, jnp.float32)
     end_E = jnp.cumsum(group_sizes_E)
@@ -60,7 +60,7 @@ Weight = jax.Array | QuantizedArray
 
 
 class _Tile(NamedTuple):
-    """Consecutive rows, of which `mine_A1` belong to the current expert; the others are read as zeros and not written."""
+    """A rows from `start` on; where `mine_A1` is False (another expert's, or done) they are read as zeros and not written."""
 
     start: jax.Array
     mine_A1: jax.Array
@@ -77,7 +77,7 @@ class _Tile(NamedTuple):
 
 
 def _tile_rows(num_rows: int, num_experts: int) -> tuple[int, ...]:
-    """Return rows of a tile, largest first, for experts that have num_rows / num_experts rows on average.
+    """Return one or two tile sizes in rows, largest first, for experts that have num_rows / num_experts rows on average.
 
     Every product packs the weights again and every tile adds to the weight gradients, so a tile should hold most of an
     expert's rows; past 64 rows these costs are small, and small tiles for the remainder save more than they cost.
@@ -88,9 +88,9 @@ def _tile_rows(num_rows: int, num_experts: int) -> tuple[int, ...]:
 
 
 def _over_experts(visit: Callable[[jax.Array, Callable, Any], Any], carry: Any, group_sizes_E: jax.Array, num_rows: int) -> Any:
-    """Fold `visit(e, over_tiles, carry)` over the experts that have rows.
+    """Return `carry` after carry = visit(e, over_tiles, carry) for every expert e that has rows, in ascending order.
 
-    There, `over_tiles(body, carry)` folds `body(tile, carry)` over the tiles of expert e.
+    In `visit`, over_tiles(body, carry) returns `carry` after carry = body(tile, carry) for every tile of expert e's rows.
     """
     num_experts = group_sizes_E.shape[0]
     busy_E = jnp.nonzero(group_sizes_E, size=num_experts, fill_value=0)[0]
@@ -135,7 +135,7 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def expert_ffn_tiles(
     x_RD: jax.Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """Compute `expert_ffn` by tiles."""
+    """Compute `expert_ffn`, y [R, D], expert after expert and tile by tile of its rows. FP8 weights have no gradient."""
 
     def visit(e: jax.Array, over_tiles: Callable, y_RD: jax.Array) -> jax.Array:
         # Weights in 8 bits are dequantized one expert at a time.
@@ -148,7 +148,7 @@ def expert_ffn_tiles(
 def _expert(
     x_AD: jax.Array, w_gate_DF: jax.Array, w_up_DF: jax.Array, w_down_FD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return one expert's y, gate and up."""
+    """Return y [A, D], gate and up [A, F] of one expert for a tile of rows, at least float32."""
     gate_AF, up_AF = _dot("AD,DF->AF", x_AD, w_gate_DF), _dot("AD,DF->AF", x_AD, w_up_DF)
     hidden_AF = (jax.nn.silu(gate_AF) * up_AF).astype(x_AD.dtype)
     return _dot("AF,FD->AD", hidden_AF, w_down_FD), gate_AF, up_AF
@@ -157,7 +157,7 @@ def _expert(
 def _forward(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Keep gate and up: reading them back is cheaper than computing two of eight products again."""
+    """Return y and residuals with gate and up, cheaper to read than to compute again. ValueError for FP8 weights."""
     check_trainable((w_gate_EDF, w_up_EDF, w_down_EFD))
     num_rows, hidden = x_RD.shape[0], w_gate_EDF.shape[2]
 
@@ -215,7 +215,7 @@ expert_ffn_tiles.defvjp(_forward, _backward)
 def expert_ffn_ragged_dot(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """Compute `expert_ffn` by three ragged products."""
+    """Compute `expert_ffn`, y [R, D], by three calls of `jax.lax.ragged_dot`; rows past the last group are zeroed."""
     dtype = x_RD.dtype
     accumulate = jnp.promote_types(dtype, jnp.float32)
     # ragged_dot's rows past the last group differ between platforms: masking them before and after keeps them out of y
@@ -255,7 +255,7 @@ def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
     """Return the backend of `expert_ffn` that `name` stands for.
 
     Args:
-      name: a backend, or "auto" for the best one: on a GPU "pallas_gpu" for bfloat16 on Hopper, and "tiles" otherwise.
+      name: a backend, or "auto": "pallas_tpu" on a TPU, "pallas_gpu" for bfloat16 on a Hopper GPU, otherwise "tiles".
       dtype: of the experts' computation.
       platform: the program's target ("cpu", "gpu", "tpu"); None for JAX's default backend. To be named when compiling for
         another machine.
@@ -269,15 +269,15 @@ def choose_backend(name: str, dtype: Any, platform: str | None = None) -> str:
 def expert_ffn(
     x_RD: jax.Array, w_gate_EDF: Weight, w_up_EDF: Weight, w_down_EFD: Weight, group_sizes_E: jax.Array, *, backend: str
 ) -> jax.Array:
-    """Apply its own expert to every row: y = (silu(x w_gate[e]) * (x w_up[e])) w_down[e].
+    """Return y [R, D], row r computed by its own expert e: y = (silu(x w_gate[e]) * (x w_up[e])) w_down[e].
 
     Differentiable in x and the weights. Products accumulate in float32 and the hidden activations are float32 until
     they enter the down product, for operands of any dtype.
 
     Args:
       x_RD: rows sorted by expert. Those past the last group may hold anything, NaN too.
-      w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, in x's dtype or 8 bits. "tiles" dequantizes 8 bits one expert
-        at a time, and only experts that have rows; all other backends get all experts in x's dtype.
+      w_gate_EDF, w_up_EDF, w_down_EFD: the weights, in x's dtype or as `QuantizedArray`, which "tiles" dequantizes one
+        expert at a time, and only experts that have rows; for all other backends all experts are dequantized to x's dtype.
       group_sizes_E: int32, rows of each expert; their sum is at most R.
       backend: a name for `choose_backend`.
 
@@ -319,18 +319,18 @@ def _check(x_RD: jax.Array, w_gate_EDF: Any, w_up_EDF: Any, w_down_EFD: Any, gro
 
 
 class ExpertOrder(NamedTuple):
-    """A batch's choices sorted by expert; the sort is stable."""
+    """Stable sort by expert of a batch's choices; choice i = t K + k is the k-th expert of token t, row r the r-th sorted."""
 
     order: jax.Array
-    """int32 [R]: the choice in row r."""
+    """int32 [R]: for each row its choice."""
     inverse: jax.Array
-    """int32 [R]: the row of choice i."""
+    """int32 [R]: for each choice its row."""
     group_sizes_E: jax.Array
     """int32 [E]: rows of each expert."""
 
 
 def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
-    """Sort the choices by expert; they are int32 in [0, num_experts).
+    """Return the order of the choices, expert indices in [0, num_experts): by expert, within an expert by token.
 
     Raises:
       ValueError: if num_experts * T * K does not fit in an int32.
@@ -339,7 +339,7 @@ def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
     if num_experts * num_choices >= 2**31:
         raise ValueError(
             f"{num_choices} choices among {num_experts} experts are too many to sort at once; split the batch so that "
-            "their product stays below 2**31"
+            "choices times experts stays below 2**31"
         )
     choice = jnp.arange(num_choices, dtype=jnp.int32)
     # Expert and choice in one integer: sorting it takes a sixth of the time of a stable argsort on CPUs.
@@ -352,7 +352,7 @@ def sort_by_expert(chosen_TK: jax.Array, num_experts: int) -> ExpertOrder:
 
 @jax.custom_vjp
 def dispatch(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Return the token of every row: [R, D], row r being x[order[r] // K], with K = R / T.
+    """Return for every row the vector of its token: [R, D], row r being x[order[r] // K], with K = R / T.
 
     The gradient of x is summed over K in float32. `order` and `inverse` are those of `sort_by_expert`.
     """
@@ -361,7 +361,7 @@ def dispatch(x_TD: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array
 
 @jax.custom_vjp
 def combine(y_RD: jax.Array, weight_TK: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Return sum_k weight_k y_k of every token, summed in float32: [T, D] in y's dtype.
+    """Return for every token the sum over its choices k of weight_k y_k, summed in float32: [T, D] in y's dtype.
 
     `order` and `inverse` are those of `sort_by_expert`.
     """
@@ -369,12 +369,12 @@ def combine(y_RD: jax.Array, weight_TK: jax.Array, order: jax.Array, inverse: ja
 
 
 def rows_at(array_XD: jax.Array, index_R: jax.Array) -> jax.Array:
-    """Return the rows at indices that are known to lie within the array."""
+    """Return array[index_R], [R, D] or [R]. The bounds are not checked: every index has to be valid."""
     return array_XD.at[index_R].get(mode="promise_in_bounds")
 
 
 def sum_over_choices(y_RD: jax.Array, row_TK: jax.Array, weight_TK: jax.Array | None) -> jax.Array:
-    """Return sum_k weight_k y[row_k] of every token, or the plain sum: [T, D], at least float32."""
+    """Return sum_k weight_k y[row_k] of every token, or sum_k y[row_k] if the weights are None: [T, D], at least float32."""
     # One gather for each k, instead of one of [T, K, D], fuses into a single pass without a temporary.
     total_TD = jnp.zeros_like(y_RD, shape=(row_TK.shape[0], y_RD.shape[1]), dtype=jnp.promote_types(y_RD.dtype, jnp.float32))
     for k in range(row_TK.shape[1]):

@@ -2,14 +2,14 @@
 
 | kernel | computes | columns |
 |---|---|---|
-| `expert_gate_up` | hidden = silu(x w_gate) * (x w_up); for a gradient, gate and up, too | F |
+| `expert_gate_up` | hidden = silu(x w_gate) * (x w_up); gate and up in addition if a gradient follows | F |
 | `expert_down` | y = hidden w_down | D |
-| `expert_dhidden` | dhidden = dy w_down^T, and of it dgate and dup | F |
+| `expert_dhidden` | dgate and dup, from dhidden = dy w_down^T, which is not stored | F |
 | `expert_dx` | dx = dgate w_gate^T + dup w_up^T, one sum | D |
 | `expert_dw_gate_up` | x^T dgate, x^T dup | D x F an expert |
 | `expert_dw_down` | hidden^T dy | F x D an expert |
 
-A kernel applies its function of the products, the epilogue, before they are written, in float32.
+A kernel applies a function to its float32 products, the epilogue, and writes only that function's results.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ import jax.numpy as jnp
 KERNELS = "gate_up", "down", "dhidden", "dx", "dw_gate_up", "dw_down"
 
 Epilogue = Callable[[list[jax.Array], list[jax.Array]], Sequence[jax.Array]]
-"""From float32 products of some rows and columns, and the same part of other arrays, to outputs there."""
+"""Function of a tile's float32 products and of the same tile of each `extras` array; returns the tile of each output."""
 
 
 class Products(Protocol):
-    """Kernels for one kind of machine. Hashed and compared by value: an instance is static in a compiled program."""
+    """Interface of the grouped products of one kind of machine. Hashed and compared by value: static in a compiled program."""
 
     def grouped_matmul(
         self,
@@ -47,14 +47,14 @@ class Products(Protocol):
 
         Args:
           kernel: one of KERNELS.
-          epilogue: runs within the kernel.
+          epilogue: function of the products and extras that runs within the kernel and gives the outputs.
           rows: one array [R, K] for all weights, each of which gives a product; or one for each of the weights, whose
             products are summed to a single one.
           weights: arrays [E, K, N], or [E, N, K] if transposed.
           extras: arrays [R, N], passed to the epilogue.
           group_sizes_E: int32, rows of each group.
-          num_outputs: of the epilogue.
-          transposed: layout of the weights.
+          num_outputs: number of arrays that the epilogue returns.
+          transposed: True for weights [E, N, K].
 
         Returns:
           The outputs, [R, N] in the dtype of the rows. Rows past the last group are zero.
@@ -78,7 +78,7 @@ def expert_ffn_by(
     group_sizes_E: jax.Array,
     products: Products,
 ) -> jax.Array:
-    """Compute `expert_ffn` by the given kernels."""
+    """Compute `expert_ffn`, y [R, D], by the kernels of `products`; its custom gradient runs their backward kernels."""
     weights = [w_gate_EDF, w_up_EDF]
     (hidden_RF,) = products.grouped_matmul(
         "gate_up", _hidden, [x_RD], weights, [], group_sizes_E, num_outputs=1, transposed=False
@@ -137,7 +137,7 @@ def _dgate_dup(products: Any, extras: Any) -> Sequence[jax.Array]:
 
 
 def swiglu_gradient(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return silu(gate), and the gradients of gate and up in hidden = silu(gate) * up."""
+    """Return (silu(gate), dgate, dup): the gradients of hidden = silu(gate) * up for the gradient `dhidden` of hidden."""
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
@@ -145,7 +145,7 @@ def swiglu_gradient(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> tuple
 
 
 def split_refs(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
-    """Return the references of a kernel in parts of these sizes, and the rest."""
+    """Split `refs` in order into one sequence for each of `sizes`, and a last one with all that follow; return their list."""
     parts = []
     for size in sizes:
         parts.append(refs[:size])
@@ -158,7 +158,7 @@ def split_refs(refs: Sequence[Any], *sizes: int) -> list[Sequence[Any]]:
 
 
 class Visits(NamedTuple):
-    """Pairs of a group and a block, in the order of the rows; those from `number` on are padding, with valid indices."""
+    """Pairs of a group and a block of rows that it reaches, ordered by row; from `number` on padding, with valid indices."""
 
     group_V: jax.Array
     block_V: jax.Array
@@ -168,7 +168,7 @@ class Visits(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The order of visits and column tiles; see `steps_by_block`."""
+    """Group, row block and column tile of each step of a kernel, in order; see `steps_by_block`."""
 
     group_I: jax.Array
     block_I: jax.Array
@@ -177,10 +177,10 @@ class Steps(NamedTuple):
 
 
 def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit_empty: bool) -> Visits:
-    """Return a visit for each pair of a group and a block that share rows.
+    """Return a visit for each pair of a group and a block (of `block_rows` rows) that share rows, in the order of rows.
 
     The sizes, int32, add up to at most `num_rows`; the last block may be cut short. With `visit_empty`, a group without rows
-    gets a visit, too.
+    gets one visit, else none.
     """
     num_groups, num_blocks = group_sizes_G.shape[0], -(-num_rows // block_rows)
     start_and_end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(group_sizes_G, dtype=jnp.int32)])
@@ -195,7 +195,7 @@ def visits_of(group_sizes_G: jax.Array, num_rows: int, block_rows: int, *, visit
 
 
 def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Steps, jax.Array]:
-    """Return every column tile of every visit, by block, within a block by tile, within a tile by visit; and their number.
+    """Return one step for each visit and column tile, ordered by block, then tile, then visit, with padding; and their number.
 
     So a block of rows is fetched once, an output tile is complete before the next one begins, and a group's weights are fetched
     once for each block that the group has rows in. Every block needs a visit.
@@ -211,27 +211,27 @@ def steps_by_block(visits: Visits, num_blocks: int, num_tiles: int) -> tuple[Ste
 
 
 class RowSteps(NamedTuple):
-    """The order of tiles that begin near their group's start; see `steps_by_band`."""
+    """Group, rows and column tile of each step, for tiles that begin near their group's start; see `steps_by_band`."""
 
     group_I: jax.Array
     row_I: jax.Array
-    """The tile's first row."""
+    """First row of the row tile."""
     begin_I: jax.Array
-    """Rows of the tile before the group's own."""
+    """Number of the tile's rows before the group's first row."""
     end_I: jax.Array
-    """Those, and the group's own."""
+    """End of the group's rows within the tile: they are [begin, end) of it."""
     tile_I: jax.Array
-    """The column tile."""
+    """Index of the column tile."""
 
 
 def steps_by_band(
     group_sizes_G: jax.Array, num_rows: int, tile_rows: int, num_tiles: int, band: int, grain: int
 ) -> tuple[RowSteps, jax.Array]:
-    """Return every column tile of every tile of rows, by group, within a group by band of tiles; and their number.
+    """Return one step for each tile of rows and column tile, ordered by group, then band of `band` row tiles; and their number.
 
     A group's first tile begins with it or up to `grain` - 1 rows before, at a multiple of `grain`, as `tile_rows` is; its last
-    one may reach beyond it. Within a band the order is column by column, so that multiprocessors working on neighbouring steps
-    share rows and weights. The sizes, int32, add up to `num_rows`. The steps are padded at the end.
+    one may reach beyond it. Within a band the order is by column tile, then row tile: multiprocessors that work on neighbouring
+    steps share rows and weights. The sizes, int32, add up to `num_rows`. The steps are padded at the end.
     """
     start_G = jnp.cumsum(group_sizes_G, dtype=jnp.int32) - group_sizes_G
     before_G = start_G % grain
@@ -251,7 +251,7 @@ def steps_by_band(
 
 
 def _locate(index_I: jax.Array, count_Y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the run of each index, and its position there, for consecutive runs of `count_Y`; the last one has no end.
+    """Return the run that each index falls into, and its offset there: consecutive runs of lengths count_Y, the last endless.
 
     All are compared with all: a single pass over a small matrix, where a search or a scatter would be a loop.
     """

@@ -24,16 +24,16 @@ from dsv3_jax.kernels.tpu.latent_attention import past_attention_tpu
 from dsv3_jax.kernels.vma import varying_alike
 
 CHUNK = 512
-"""Cached tokens of a block, in whole pages."""
+"""Cached tokens that "chunked" reads at a time, rounded down to whole pages, but at least one page."""
 
 
 class CachedLatents(NamedTuple):
-    """The latents of the tokens so far: pages from a common pool, or a contiguous row for every sequence."""
+    """Cache of one layer: pages of tokens in a pool that all sequences share, or one contiguous row for every sequence."""
 
     latent_YZC: jax.Array
-    """The normalised c_kv, page by page."""
+    """The normalised latents c_kv, by page and token in it."""
     rope_YZP: jax.Array
-    """The rotated shared key."""
+    """The rotated rotary keys that all heads share."""
     page_table_BJ: jax.Array | None = None
     """int32, the page of the j-th Z tokens of each sequence. Entries past its length may hold anything. None: a contiguous
     cache [B, S, ...], in which page b is all of sequence b."""
@@ -48,9 +48,9 @@ _OPTIONS = Backends(
 
 
 def choose_latent_backend(name: str, dtype: Any, widths: tuple[int, int], platform: str | None = None) -> str:
-    """Return the backend of `latent_attention` that `name` stands for.
+    """Return the backend of `latent_attention` that `name` stands for; "auto" depends on platform, dtype and widths.
 
-    Args as `experts.choose_backend`'s, whose errors this raises, too, and the widths C and P.
+    Args and errors as `experts.choose_backend`'s; and `widths`, (C, P): the values of a latent and of a rotary key.
     """
     reasons = {"pallas_gpu": lambda: hopper.unsupported_reason(dtype) or gpu_latent_attention.unsupported_reason(*widths)}
     return _OPTIONS.resolve_backend(name, platform, reasons)
@@ -76,13 +76,13 @@ def latent_attention(
       cached: the cache. Values past a sequence's length, and in unused pages, have no effect.
       cached_length_B: int32, tokens in each sequence's cache, from 0; clipped to its capacity.
       scale: positive factor on the logits.
-      backend: a name that `choose_latent_backend` knows.
+      backend: "auto", or a name that `choose_latent_backend` returns, which is not checked against the platform.
 
     Returns:
       The mixture of latents of every head, [B, T, N, C] in the latents' dtype; logits and softmax are float32.
 
     Raises:
-      ValueError: for an unknown backend, and for pages that the backend cannot work with.
+      ValueError: for an unknown backend; and for dtypes, widths or pages that the backend does not take.
     """
     # A backend that is named was chosen for a platform that need not be the default one.
     if backend not in _BACKENDS:
@@ -118,7 +118,7 @@ def past_attention_chunked(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute attention over the cached tokens alone, block by block up to the longest sequence's end.
+    """Compute absorbed attention over the cached tokens alone, block by block up to the longest sequence's end.
 
     Args as `latent_attention`'s, with all table entries and lengths in range.
 
@@ -146,10 +146,10 @@ _Take = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def blocks_of(cached: CachedLatents) -> tuple[_Take, int]:
-    """Return a function that reads the cached tokens of every sequence in blocks, and the number of tokens in a block.
+    """Return `take`, which reads one block of every sequence's cached tokens, and the number of tokens Z in a block.
 
     take(i, cached_length_B) returns the i-th block's latents [B, Z, C] and rotary keys [B, Z, P], and a mask [B, Z] of the
-    tokens to count: within the sequence's length (beyond it the latents are zero), and not in the block before.
+    tokens to count: within the sequence's length, and not in an earlier block. Latents of all other tokens are zero.
     """
     num_pages, page_size = cached.latent_YZC.shape[:2]
     if cached.page_table_BJ is None:
@@ -190,7 +190,7 @@ _BACKENDS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 
 
 _OWN_BLOCK = 512
-"""New tokens of a block."""
+"""New tokens that `expanded_attention` adds at a time."""
 
 
 def expanded_attention(

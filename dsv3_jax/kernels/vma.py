@@ -16,12 +16,12 @@ Tree = TypeVar("Tree")
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """Return the mesh axes over which any array of `tree` varies; none outside `jax.shard_map`."""
+    """Return the mesh axes over which at least one array of `tree` varies; the empty set outside `jax.shard_map`."""
     return frozenset().union(*(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree)))
 
 
 def varying_over(tree: Tree, axes: frozenset[str]) -> Tree:
-    """Cast arrays to vary over `axes`, too."""
+    """Return the tree with every array cast to vary over `axes` in addition to its own axes; values are unchanged."""
 
     def vary(leaf: jax.Array) -> jax.Array:
         missing = axes - jax.typeof(leaf).mat.varying
@@ -31,15 +31,15 @@ def varying_over(tree: Tree, axes: frozenset[str]) -> Tree:
 
 
 def varying_alike(*trees: Any) -> Any:
-    """Cast arrays to vary over the union of their axes."""
+    """Return the trees as a tuple, every array cast to vary over the union of the mesh axes of all of them."""
     return varying_over(trees, varying_axes(trees))
 
 
 def zeros_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any, fill: float = 0.0) -> jax.Array:
-    """Return a constant array that varies as `like` does, such as a loop's first carry."""
+    """Return an array filled with `fill` that varies over the mesh axes of `like`, such as the initial carry of a loop."""
     return varying_over(jnp.full(shape, fill, dtype), varying_axes(like))
 
 
 def shape_beside(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Return the shape of a Pallas kernel's output that varies as `like` does."""
+    """Return the `ShapeDtypeStruct` of a Pallas kernel's output that varies over the same mesh axes as `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).mat)

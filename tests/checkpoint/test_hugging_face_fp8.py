@@ -195,7 +195,7 @@ def test_what_cannot_be_done_with_them_is_refused(folder: Path, tmp_path: Path) 
         ValueError, match=r"load the model without keep_fp8 to write it .*: params/dense_layers/self_attn/q_a_proj/kernel"
     ):
         save_hf(tmp_path / "out", config, variables)
-    with pytest.raises(ValueError, match="in FP8 cannot be trained; load the model without keep_fp8"):
+    with pytest.raises(ValueError, match="in FP8 cannot be trained; load the model with keep_fp8=False"):
         state_of(Config(), variables)
 
 

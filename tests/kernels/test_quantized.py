@@ -93,5 +93,5 @@ def test_a_tree_in_a_dtype_leaves_them_as_they_are() -> None:
 
 def test_they_cannot_be_trained() -> None:
     check_trainable({"norm": jnp.ones(3)})
-    with pytest.raises(ValueError, match=r"weight \[10, 14\] in FP8 cannot be trained; load the model without keep_fp8"):
+    with pytest.raises(ValueError, match=r"weight \[10, 14\] in FP8 cannot be trained; load the model with keep_fp8=False"):
         check_trainable({"kernel": random_weight("a matrix")})

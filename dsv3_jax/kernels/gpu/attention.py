@@ -29,9 +29,9 @@ from dsv3_jax.kernels.gpu.hopper import BLOCK_K, BLOCK_M, CONSUMERS, SHARED_BYTE
 from dsv3_jax.kernels.vma import varying_alike
 
 WIDEST = 256
-"""Columns of a product of one instruction."""
+"""Largest width of keys and of values: the columns of a product of one instruction."""
 WIDTHS = 320
-"""Key and value width together: both gradients of WG_M keys are in registers, and leave room for the rest."""
+"""Largest sum of key and value width: both gradients of WG_M keys are in registers, with room for other values."""
 REGISTERS = 240
 """Registers of a consumer's thread. Forward, the logits and probabilities of WG_M queries and BLOCK_M keys and the output are
 160 of them; backward, both gradients of WG_M keys are."""
@@ -42,14 +42,14 @@ BACKWARD_STAGES = 3
 def attention_hopper(
     q_BTNX: jax.Array, k_BSMX: jax.Array, v_BSMW: jax.Array, *, scale: float, first: jax.Array | int = 0, interpret: Any = None
 ) -> jax.Array:
-    """Compute `causal_attention` in bfloat16, differentiable in q, k and v.
+    """Compute `causal_attention`, [B, T, N, W], in bfloat16 on a Hopper GPU, differentiable in q, k and v.
 
     Lengths are padded to whole tiles; padded keys come after every query that counts, and padded queries are cut.
     Args as there, with a positive scale and all queries among the keys, first + T <= S; and
       interpret: None, or parameters of Pallas' GPU interpreter. For tests.
 
     Raises:
-      ValueError: for other dtypes, for widths that are no multiples of 64 or too large, and for heads that do not divide.
+      ValueError: for other dtypes, widths that are no multiples of 64 or too large, and N that is no multiple of M.
     """
     dtypes = [jnp.dtype(a.dtype).name for a in (q_BTNX, k_BSMX, v_BSMW)]
     (N, X), (M, W) = q_BTNX.shape[2:], v_BSMW.shape[2:]
@@ -59,14 +59,14 @@ def attention_hopper(
     elif N % M:
         reason = f"takes heads that share keys and values evenly, and got {N} that share {M}"
     if reason is not None:
-        raise ValueError(f"attention by 'pallas_gpu' {reason}; use attention_backend chunked")
+        raise ValueError(f"attention by 'pallas_gpu' cannot run: it {reason}; use model.attention_backend chunked")
     padded = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % BLOCK_M), (0, 0), (0, 0))) for a in (q_BTNX, k_BSMX, v_BSMW))
     inputs = varying_alike(jnp.asarray(first, jnp.int32)[None], *padded)
     return _attend(inputs, scale, interpret)[:, : q_BTNX.shape[1]]
 
 
 def unsupported_reason(X: int, W: int) -> str | None:
-    """Return why the kernels do not take these widths of keys and values, to be read after their name; None if they do."""
+    """Return why the kernels do not take these widths of keys and values, as a predicate ("takes ..."); None if they do."""
     if any(width % BLOCK_K or not 0 < width <= WIDEST for width in (X, W)) or X + W > WIDTHS:
         return (
             f"takes keys and values whose widths are multiples of {BLOCK_K} up to {WIDEST}, together up to {WIDTHS}, "
@@ -97,7 +97,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _tile_of_block(heads: int, tiles: int, *, last_first: bool) -> tuple[Any, Any, Any]:
-    """Return this block's sequence, head and tile. The tiles of a head are consecutive, from the last or the first."""
+    """Return this block's sequence, head and tile indices. A head's tiles are consecutive, from the last or the first on."""
     index = jax.lax.axis_index("sm")
     row, tile = jax.lax.div(index, jnp.int32(tiles)), jax.lax.rem(index, jnp.int32(tiles))
     batch, head = jax.lax.div(row, jnp.int32(heads)), jax.lax.rem(row, jnp.int32(heads))
@@ -105,14 +105,14 @@ def _tile_of_block(heads: int, tiles: int, *, last_first: bool) -> tuple[Any, An
 
 
 def _key_blocks(first: Any, rows: int, size: int, number: int) -> tuple[Any, Any]:
-    """Return how many blocks of keys each of `rows` queries from position `first` on sees whole, and how many the last sees."""
+    """Return how many blocks of keys all `rows` queries from position `first` on see whole, and how many the last sees."""
     whole, some = jax.lax.div(first + 1, jnp.int32(size)), jax.lax.div(first + rows + size - 1, jnp.int32(size))
     return jnp.minimum(whole, number), jnp.minimum(some, number)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def _values(inputs: Sequence[jax.Array], *, scale: float, interpret: Any) -> list[jax.Array]:
-    """Return the output [B, T, N, W], and for every query minus the logarithm of its sum of exponentials, over the scale."""
+    """Return the output [B, T, N, W], and minus each query's logarithm of the sum of exponentials over the scale, [B, N, T]."""
     _, q_BTNX, _, v_BSMW = inputs
     (B, T, N, X), (S, M, W), dtype = q_BTNX.shape, v_BSMW.shape[1:], q_BTNX.dtype
     # Keys at a time: their logits share the registers with the output.
@@ -218,7 +218,7 @@ def _backward_stages(X: int, W: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
 def _query_gradient(arrays: Sequence[jax.Array], *, scale: float, interpret: Any) -> jax.Array:
-    """Return dq [B, T, N, X] from the arrays of `_attend_backward`."""
+    """Return dq [B, T, N, X]. The arrays are those of `_attend_backward`: inputs, do, minus lse, minus delta."""
     _, q_BTNX, _, v_BSMW, *_ = arrays
     (B, T, N, X), (S, M, W), dtype = q_BTNX.shape, v_BSMW.shape[1:], q_BTNX.dtype
     blocks, tiles, stages, exponent = S // WG_M, T // BLOCK_M, _backward_stages(X, W), scale * math.log2(math.e)
@@ -305,7 +305,7 @@ def _key_gradients(arrays: Sequence[jax.Array], *, scale: float, interpret: Any)
     _, number_A = varying_alike(first_1, jnp.arange(WG_M, dtype=jnp.int32))
 
     def begin_of(first: Any, key: Any) -> Any:
-        """Return the first block of queries of which one sees the key."""
+        """Return the first block of WG_M queries of which one sees the key; `blocks` if none does."""
         return jnp.minimum(jax.lax.div(jnp.maximum(key - first, 0), jnp.int32(WG_M)), blocks)
 
     def fetch(pipe: Pipeline, buffers: Sequence[Any], first_ref: Any, *refs: Any) -> None:

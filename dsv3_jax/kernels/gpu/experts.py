@@ -21,11 +21,11 @@ from dsv3_jax.kernels.grouped import Epilogue, RowSteps, expert_ffn_by, split_re
 GROUP_M = 16
 """Tiles of rows, or of the left array's columns, that share the other operand while it is in the L2 cache."""
 WIDTH = 64
-"""Widths are padded to a multiple of it, the columns of a swizzle, and to at least two: a tile of rows with two halves."""
+"""D and F are padded to a multiple of it, the columns of a swizzle, and to at least twice it, one half a warpgroup."""
 
 
 class Hopper(NamedTuple):
-    """`Products` for a GPU, in bfloat16, for rows that are a multiple of 8, and widths of 64 and at least 128."""
+    """Implementation of `Products` for a GPU in bfloat16: R a multiple of 8, D and F multiples of 64, at least 128."""
 
     num_blocks: int
     """Multiprocessors of the device."""
@@ -45,7 +45,7 @@ class Hopper(NamedTuple):
         num_outputs: int,
         transposed: bool,
     ) -> list[jax.Array]:
-        """Compute `Products.grouped_matmul`, with two `extras` if the weights are transposed, or none.
+        """Compute `Products.grouped_matmul`. `extras` are empty, or two with transposed weights.
 
         Tiles of rows begin at the last multiple of ALIGN_M rows up to their group's start, so that its first and last tile
         reach into other groups. They are computed whole, and only the group's own rows of the results are stored, in pieces of
@@ -63,13 +63,13 @@ class Hopper(NamedTuple):
         steps, number = steps_by_band(sizes_G, num_rows, BLOCK_M, num_tiles, GROUP_M, ALIGN_M)
 
         def unpack(refs: Sequence[Any]) -> tuple[RowSteps, Any, list[Any]]:
-            """Return the lists of steps, their number, and row, weight, extra and output arrays."""
+            """Split a kernel's references: return lists of steps, their number, and [rows, weights, extras, outputs]."""
             sizes = len(steps), 1, len(rows), len(weights), len(extras), num_outputs
             lists, (number_ref,), *arrays, _ = split_refs(refs, *sizes)
             return RowSteps(*lists), number_ref[0], arrays
 
         def tile_at(lists: RowSteps, index: Any) -> tuple[Any, Any, Any]:
-            """Return group, first row and first column of a tile."""
+            """Return group, first row and first column of the tile of step `index`."""
             column, _ = hopper.clamped_tile(lists.tile_I[index], columns, num_columns)
             return lists.group_I[index], pl.multiple_of(lists.row_I[index], ALIGN_M), column
 
@@ -187,14 +187,14 @@ class Hopper(NamedTuple):
         start_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32) - group_sizes_E
 
         def tile_at(index: Any) -> tuple[Any, Any, Any]:
-            """Return the group, and the tile's row and column in the grid of its output."""
+            """Return the group of tile `index`, and its row and column in the group's grid of output tiles."""
             group, within = jax.lax.div(index, jnp.int32(num_tiles)), jax.lax.rem(index, jnp.int32(num_tiles))
             band, within = (f(within, jnp.int32(GROUP_M * num_right)) for f in (jax.lax.div, jax.lax.rem))
             of_band = jnp.minimum(num_left - band * GROUP_M, GROUP_M)
             return group, band * GROUP_M + jax.lax.rem(within, of_band), jax.lax.div(within, of_band)
 
         def steps_of(start: Any, size: Any) -> tuple[Any, Any]:
-            """Return how many rows the first step begins before the group, and the number of steps."""
+            """Return the number of rows before the group in its first step, and the group's number of steps."""
             before = jax.lax.rem(start, jnp.int32(ALIGN_M))
             return before, jnp.where(size > 0, jax.lax.div(before + size + BLOCK_K - 1, jnp.int32(BLOCK_K)), 0)
 
@@ -288,7 +288,7 @@ class Hopper(NamedTuple):
 
 
 def _store_own(values: jax.Array, begin: Any, end: Any, staging: Any, plain_staging: Any, destination: Any) -> None:
-    """Begin to write rows [begin, end) of WG_M. A swizzled tile cannot be copied in pieces, so these are staged unswizzled."""
+    """Begin to write rows [begin, end) of the WG_M `values`, if any; fewer than WG_M go in pieces, staged unswizzled."""
     own = end - begin
 
     @pl.when(own == WG_M)
@@ -313,10 +313,10 @@ def _store_own(values: jax.Array, begin: Any, end: Any, staging: Any, plain_stag
 def expert_ffn_pallas_gpu(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """Compute `expert_ffn` in bfloat16 on the Hopper GPU that the program is lowered for."""
+    """Compute `expert_ffn`, y [R, D], in bfloat16 on the current Hopper GPU; ValueError for other devices or dtypes."""
     reason = hopper.unsupported_reason(x_RD.dtype)
     if reason is not None:
-        raise ValueError(f"the expert backend 'pallas_gpu' {reason}; use model.expert_backend tiles or ragged_dot")
+        raise ValueError(f"the expert backend 'pallas_gpu' cannot run: it {reason}; use model.expert_backend tiles")
     products = Hopper(hopper.current_gpu().num_blocks)
     return expert_ffn_on(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, products)
 
@@ -329,7 +329,7 @@ def expert_ffn_on(
     group_sizes_E: jax.Array,
     products: Hopper,
 ) -> jax.Array:
-    """Compute `expert_ffn` on a given GPU. Rows and widths are padded with zeros to sizes that the kernels take."""
+    """Compute `expert_ffn`, y [R, D], by `products`. R, D and F are padded with zeros to sizes that the kernels take."""
     num_rows, (D, F) = x_RD.shape[0], w_gate_EDF.shape[1:]
     more_D, more_F = ((0, max(-width % WIDTH, 2 * WIDTH - width)) for width in (D, F))
     more_R = 0, -num_rows % ALIGN_M

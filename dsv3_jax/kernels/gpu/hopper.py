@@ -25,9 +25,9 @@ from dsv3_jax.kernels.vma import varying_axes, varying_over
 BLOCK_M = 128
 """Rows of an output tile."""
 WG_M = 64
-"""Rows of it that one warpgroup has: those of one wgmma instruction."""
+"""Rows of an output tile that one warpgroup has: those of one wgmma instruction."""
 COLUMNS = 256
-"""Columns of an output tile, all of its products together: with WG_M rows they fill half of the registers."""
+"""Columns of an output tile, summed over its products: with WG_M rows they fill half of the registers."""
 BLOCK_K = 64
 """Contracted dimension of a step; also the columns that are stored at once: 128 bytes, a whole swizzle."""
 CONSUMERS = 2
@@ -38,24 +38,24 @@ rows within a tile as two dimensions, and clips each of them."""
 SWIZZLED = plgpu.TilingTransform((ALIGN_M, BLOCK_K)), plgpu.SwizzleTransform(128)
 """Layout of wgmma's operands in shared memory."""
 SHARED_BYTES = 227 * 1024 - 2048
-"""Shared memory of a block, less the barriers and the gaps between arrays."""
+"""Bytes of shared memory for the arrays of a block of threads, less those for barriers and gaps between arrays."""
 REGISTERS = 504
-"""Registers of one thread of each warpgroup, together."""
+"""Registers of three threads together, one of each warpgroup."""
 STAGES = 4
 """Slots of the pipeline by default: 48 KiB each, of 227."""
 
 
 class GPU(NamedTuple):
-    """A device."""
+    """Kind and size of a GPU."""
 
     kind: str
-    """Its name in JAX."""
+    """JAX's `device_kind`, such as "NVIDIA H200"."""
     num_blocks: int
-    """Its multiprocessors."""
+    """Number of its multiprocessors; 0 if JAX does not report it."""
 
 
 def current_gpu() -> GPU:
-    """Return the device kind of the current mesh, or JAX's default device."""
+    """Return kind and multiprocessors of the current mesh's devices, or of JAX's first device without such a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     if device is not None:
@@ -65,7 +65,7 @@ def current_gpu() -> GPU:
 
 
 def unsupported_reason(dtype: Any) -> str | None:
-    """Return why the current GPU cannot run these kernels in this dtype, to be read after their name; None if it can."""
+    """Return why the current device cannot run these kernels in this dtype, as a predicate ("is written for ..."), or None."""
     kind = current_gpu().kind
     if not re.search(r"\bG?H(20|100|200|800)\b", kind):
         return f"is written for Hopper (H100, H200 and their kin), and this program is for {kind}"
@@ -75,7 +75,7 @@ def unsupported_reason(dtype: Any) -> str | None:
 
 
 class Pipeline(NamedTuple):
-    """The barriers of the slots that the producer fills and the consumers read."""
+    """Barriers, one pair a slot, of the `stages` slots that the producer fills and the consumers read."""
 
     loaded: Any
     released: Any
@@ -89,7 +89,7 @@ class Pipeline(NamedTuple):
         return barriers if self.stages == 1 else barriers.at[slot]
 
     def producer_acquire(self, step: Any) -> Any:
-        """Wait until both consumers released the slot of a step, and return it."""
+        """Wait until both consumers released the slot of `step` from its last use, if any; return the slot's index."""
         slot = self._slot(step)
 
         @pl.when(step >= self.stages)
@@ -99,7 +99,7 @@ class Pipeline(NamedTuple):
         return slot
 
     def consumer_wait(self, step: Any) -> Any:
-        """Wait until the slot of a step is loaded, and return it."""
+        """Wait until the slot of `step` is loaded; return the slot's index."""
         slot = self._slot(step)
         plgpu.barrier_wait(self._barrier(self.loaded, slot))
         return slot
@@ -109,7 +109,7 @@ class Pipeline(NamedTuple):
         plgpu.barrier_arrive(self._barrier(self.released, self._slot(step)))
 
     def skip(self, begin: Any, end: Any) -> None:
-        """Release the steps [begin, end) unread: only the other consumer needs them."""
+        """Wait for the steps [begin, end) and release each unread: only the other consumer needs them."""
 
         @pl.loop(begin, end)
         def _(step: Any) -> None:
@@ -117,7 +117,7 @@ class Pipeline(NamedTuple):
             self.consumer_release(step)
 
     def drain(self, steps: Any) -> None:
-        """Wait, in the producer and at its end, until all of so many steps were released."""
+        """Wait until both consumers released the slots of all `steps` steps; the producer calls it at its end."""
 
         @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
         def _(step: Any) -> None:
@@ -127,7 +127,7 @@ class Pipeline(NamedTuple):
 def multiply(
     pipe: Pipeline, first: Any, steps: Any, columns: int, num_products: int, step: Callable[..., None]
 ) -> list[jax.Array]:
-    """Return the sums over `steps` steps from `first` on, float32 [WG_M, columns] each.
+    """Return `num_products` sums over `steps` steps from `first` on, float32 [WG_M, columns] each; release their slots.
 
     `step` takes the slot, the number of the step from 0 and the accumulators, and issues one `wgmma` for each of these.
     """
@@ -155,12 +155,12 @@ def multiply(
 
 
 def swizzled(*shape: int) -> Any:
-    """Return an allocation of bfloat16 operands in shared memory."""
+    """Return a shared-memory allocation of this shape in bfloat16, in the layout of wgmma's operands."""
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=SWIZZLED)
 
 
 def store(values: jax.Array, staging: Any, destination: Any) -> None:
-    """Begin to write values to device memory, by way of `staging` in shared memory."""
+    """Wait until `staging` in shared memory is read, write `values` there, and begin to copy it to device memory."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # For the values staged before.
     staging[...] = values
     plgpu.commit_smem()
@@ -168,7 +168,7 @@ def store(values: jax.Array, staging: Any, destination: Any) -> None:
 
 
 def write(destination: Any, values: jax.Array) -> None:
-    """destination[...] = values, where its layout is not that of the registers: rows, or device memory."""
+    """Write `values` from registers to a destination with another layout: rows in shared memory, or device memory."""
     if not hasattr(plgpu, "store"):  # jax 0.10 has no other way.
         destination[...] = values
     else:
@@ -176,29 +176,29 @@ def write(destination: Any, values: jax.Array) -> None:
 
 
 def warpgroup_rows() -> Any:
-    """Return this warpgroup's rows of a tile, recomputed at every use: loop invariants would stay in registers."""
+    """Return the slice of this warpgroup's rows of a tile, computed at every call: loop invariants would stay in registers."""
     return pl.ds(jax.lax.optimization_barrier(jax.lax.axis_index("warpgroup")) * WG_M, WG_M)
 
 
 def transposed(ref: Any) -> Any:
-    """Return the transposed matrix, as a factor."""
+    """Return a transposed view of a matrix in shared memory, as an operand of wgmma."""
     return ref.transpose((1, 0))
 
 
 def strip(array: Any, i: int) -> Any:
-    """Return the i-th BLOCK_K columns."""
+    """Return columns [i BLOCK_K, (i + 1) BLOCK_K) of a matrix."""
     return array[:, i * BLOCK_K : (i + 1) * BLOCK_K]
 
 
 def iota(shape: tuple[int, ...], axis: int, interpret: Any) -> jax.Array:
-    """Return the row (axis 0) or column (axis 1) of every value, laid out like accumulators; interpreters have no layouts."""
+    """Return row (axis 0) or column (axis 1) indices, int32 of `shape`, laid out like accumulators unless interpreted."""
     if interpret is None:
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def constant(value: float, shape: tuple[int, ...], interpret: Any) -> jax.Array:
-    """Return a float32 for every value of accumulators, or with one axis for every row of theirs, laid out like them."""
+    """Return float32 `shape` filled with `value`, laid out like accumulators, or with one axis like their row vectors."""
     values = jnp.full(shape, value, jnp.float32)
     if interpret is not None:
         return values
@@ -216,7 +216,7 @@ def broadcast_vector(ref: Any, axis: int, interpret: Any) -> jax.Array:
 
 
 def product(left: Any, right: Any) -> jax.Array:
-    """Return left right, both in shared memory, in float32."""
+    """Return the matrix product of two matrices in shared memory, float32."""
 
     def multiplied(accumulator: Any) -> jax.Array:
         plgpu.wgmma(accumulator, left, right)
@@ -226,7 +226,7 @@ def product(left: Any, right: Any) -> jax.Array:
 
 
 def add_products(totals: Sequence[jax.Array], factors: Sequence[tuple[Any, Any]], interpret: Any) -> Sequence[jax.Array]:
-    """Return total + left right for each pair; left may be in registers, which interpreters have no wgmma for."""
+    """Return total + left @ right for each total and pair; `left` may be in registers, then interpreters use `jnp.dot`."""
     if interpret is not None:
 
         def interpreted(left: Any, right: Any) -> jax.Array:
@@ -246,7 +246,7 @@ def add_products(totals: Sequence[jax.Array], factors: Sequence[tuple[Any, Any]]
 
 
 def clamped_tile(i: Any, size: int, length: int) -> tuple[Any, Any]:
-    """Return the start of tile i along an axis, and how many of its elements the tile before has, too.
+    """Return the start of tile i along an axis, and the number of its first elements that the tile before covers, too.
 
     The last tile is moved back to lie within `length`.
     """
@@ -255,9 +255,9 @@ def clamped_tile(i: Any, size: int, length: int) -> tuple[Any, Any]:
 
 
 def for_each_tile(number: Any, num_blocks: int, tile: Callable[[Any, Any], Any], start: Any = 0) -> Any:
-    """Run tile(index, step), which returns the next tile's first step, for every num_blocks-th of `number` tiles.
+    """Call tile(index, step), which returns the next tile's first step, for every num_blocks-th index below `number`.
 
-    Returns the number of steps of all tiles. With several pipelines, steps are tuples of numbers, as `start` is.
+    The first index is this block's. Returns the last call's result; with several pipelines steps are tuples, as `start` is.
     """
     first = jax.lax.axis_index("sm")
     count = jax.lax.div(number - first + num_blocks - 1, jnp.int32(num_blocks))
@@ -278,15 +278,15 @@ def launch(
     stages: int = STAGES,
     registers: int = 232,
 ) -> list[jax.Array]:
-    """Run a kernel.
+    """Run a kernel of one producer and two consumer warpgroups a block; return the list of its outputs.
 
     Args:
       fetch: body of the producer.
       work: body of the consumers. Both take the pipeline, the list of scratch, and arguments and outputs in device memory.
       arguments: arrays that vary over the same mesh axes.
-      outputs: shapes and dtypes.
+      outputs: shapes and dtypes of the results.
       scratch: allocations in shared memory.
-      loads: copies into a slot.
+      loads: number of copies that fill a slot.
       num_blocks: blocks of threads: one a multiprocessor, or one a tile where each works on one tile only.
       name: of the kernel in the compiled program.
       interpret: None, or parameters of Pallas' GPU interpreter.

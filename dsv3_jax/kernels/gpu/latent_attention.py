@@ -28,19 +28,19 @@ from dsv3_jax.kernels.gpu.hopper import BLOCK_K, COLUMNS, CONSUMERS, WG_M, Pipel
 from dsv3_jax.kernels.vma import varying_axes, varying_over
 
 BLOCK = 64
-"""Tokens at a time."""
+"""Cached tokens of a block, read and multiplied at a time."""
 SLOTS = 2
-"""Blocks in shared memory."""
+"""Blocks of tokens in shared memory."""
 WIDEST = 576
-"""Values of a token and of a query: 72 KiB a block and for the queries, three times, of 227 KiB."""
+"""Largest C + P: 64 rows of it are 72 KiB, for two blocks and the queries, of 227 KiB of shared memory."""
 SMALLEST_PIECE = 16
 """Tokens of the smallest copy: pages, and a contiguous cache, hold a multiple of it."""
 COST_OF_PART = 4
-"""Cost of a part in addition to its blocks, for queries and results, in blocks."""
+"""Time of a part for its queries and results, as a number of blocks that take as long."""
 
 
 class Part(NamedTuple):
-    """Work of one multiprocessor at a time: some rows, and some blocks of a sequence of `length` tokens."""
+    """Unit of work of a multiprocessor: a slice of rows, and `blocks` blocks of a sequence of `length` tokens."""
 
     split: Any
     sequence: Any
@@ -62,7 +62,7 @@ def past_attention_gpu(
     num_blocks: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute `past_attention_chunked`, attention over the cached tokens alone.
+    """Compute `past_attention_chunked`, attention over the cached tokens alone, by a Pallas kernel on a Hopper GPU.
 
     Args as there, and
       num_blocks: multiprocessors of the device; None for those of the GPU that the program is lowered for.
@@ -81,7 +81,7 @@ def past_attention_gpu(
     elif page_size % SMALLEST_PIECE:
         reason = f"takes pages (or a contiguous cache) of a multiple of {SMALLEST_PIECE} tokens, and got {page_size}"
     if reason is not None:
-        raise ValueError(f"attention over cached latents by 'pallas_gpu' {reason}; use the backend chunked")
+        raise ValueError(f"attention over the cache by 'pallas_gpu' cannot run: it {reason}; use model.cache_backend chunked")
     num_blocks = num_blocks or hopper.current_gpu().num_blocks
     if page_table_BJ is None:
         page_table_BJ = varying_over(jnp.arange(B, dtype=jnp.int32)[:, None], varying_axes(cached_length_B))
@@ -98,7 +98,7 @@ def past_attention_gpu(
 
 
 def unsupported_reason(C: int, P: int) -> str | None:
-    """Return why the kernel does not take these widths, to be read after its name; None if it does."""
+    """Return why the kernel does not take these widths, as a predicate ("takes ..., and got 96"); None if it does."""
     if C % (CONSUMERS * BLOCK_K) or P % BLOCK_K:
         return f"takes latents of a multiple of {CONSUMERS * BLOCK_K} values and rotary keys of {BLOCK_K}, and got {C} and {P}"
     if C > CONSUMERS * COLUMNS or C + P > WIDEST:
@@ -107,7 +107,7 @@ def unsupported_reason(C: int, P: int) -> str | None:
 
 
 def number_of_splits(tiles: int, blocks: int, num_blocks: int) -> int:
-    """Return in how many parts to cut the longest sequence: the fewest that take the least time if all are so long.
+    """Return the number of parts to cut each sequence into: the fewest that take the least time if all sequences are full.
 
     There are `tiles` blocks of rows, of all sequences; a sequence has room for `blocks` blocks of tokens.
     """
@@ -119,7 +119,7 @@ def number_of_splits(tiles: int, blocks: int, num_blocks: int) -> int:
 
 
 def _attend(arrays: Sequence[jax.Array], scale: float, splits: int, num_blocks: int, interpret: Any) -> list[jax.Array]:
-    """Return the mixture and the logarithm of the sum of exponentials of every split: 0 and -inf for an empty one.
+    """Return mixture [S, B, A, C] and logarithm of the sum of exponentials [S, B, A] of S splits: 0 and -inf for empty ones.
 
     Args as `past_attention_gpu`'s; the arrays are the flat table, lengths, queries [B, A, ...] in whole blocks of rows, pages.
     """
@@ -131,7 +131,7 @@ def _attend(arrays: Sequence[jax.Array], scale: float, splits: int, num_blocks: 
     exponent = scale * math.log2(math.e)
 
     def part_of(index: Any, length_ref: Any) -> Part:
-        """Return a part. Parts with the same tokens are consecutive, so that these are fetched from device memory once."""
+        """Return part `index`. Parts with the same tokens are consecutive, so that these come from device memory once."""
         index, row_block = jax.lax.div(index, jnp.int32(row_blocks)), jax.lax.rem(index, jnp.int32(row_blocks))
         b, split = jax.lax.div(index, jnp.int32(splits)), jax.lax.rem(index, jnp.int32(splits))
         length = length_ref[b]
@@ -141,7 +141,7 @@ def _attend(arrays: Sequence[jax.Array], scale: float, splits: int, num_blocks: 
         return Part(split, b, pl.ds(row_block * WG_M, WG_M), length, first, jnp.clip(blocks - first, 0, most))
 
     def after(part: Part, steps: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Return the next part's first steps, of the blocks and of the queries."""
+        """Return the pair of the next part's first steps in the two pipelines, of blocks and of queries."""
         return steps[0] + part.blocks, steps[1] + jnp.minimum(part.blocks, 1)
 
     def fetch(pipe: Pipeline, buffers: Sequence[Any], *refs: Any) -> None:
@@ -269,12 +269,12 @@ def _attend(arrays: Sequence[jax.Array], scale: float, splits: int, num_blocks: 
 
 
 def _columns(values: jax.Array, columns: int) -> jax.Array:
-    """Broadcast one value for each row to all columns."""
+    """Broadcast one value for each row to all columns: [rows] to [rows, columns]."""
     return jax.lax.broadcast_in_dim(values, (values.shape[0], columns), [0])
 
 
 def _combine(mixed_SBAC: jax.Array, lse_SBA: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Combine the splits of every sequence."""
+    """Combine the splits into mixture [B, A, C] and logarithm of the sum of exponentials [B, A]: 0 and -inf without tokens."""
     if mixed_SBAC.shape[0] == 1:
         return mixed_SBAC[0], lse_SBA[0]
     top_BA = lse_SBA.max(0)

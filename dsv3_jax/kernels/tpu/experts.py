@@ -1,6 +1,6 @@
 """`expert_ffn` by Pallas kernels for TPUs: the six of grouped.py, and a table of their tile sizes by chip.
 
-benchmarks/tune_expert_ffn.py makes the sizes, without a TPU. It does not know v5e, which has those of v6e.
+benchmarks/tune_expert_ffn.py finds the sizes, without a TPU. It does not know v5e, so v5e has the sizes of v6e.
 
 Axes beyond the project's legend: K the contracted dimension, X and Y columns, A rows at a time, I steps of the grid.
 """
@@ -23,11 +23,11 @@ from dsv3_jax.kernels.tpu.memory import LANES, MIB, Machine, halved, next_power,
 from dsv3_jax.kernels.vma import shape_beside
 
 LARGEST_PART = 4096
-"""Contracted dimension of one product: the compiler copies that much of a tile's rows."""
+"""Largest contracted dimension of one product: the compiler copies that much of a tile's rows."""
 
 
 class RowTiles(NamedTuple):
-    """Sizes of a `grouped_matmul`; reduced where there are fewer rows or columns, or where they do not fit into VMEM."""
+    """Sizes of a `grouped_matmul` kernel; `fit_rows` reduces them for fewer rows or columns, or to fit into VMEM."""
 
     block: int
     """Rows that stay in VMEM."""
@@ -40,7 +40,7 @@ class RowTiles(NamedTuple):
 
 
 class WeightTiles(NamedTuple):
-    """Sizes of a `grouped_matmul_dw`; reduced likewise."""
+    """Sizes of a `grouped_matmul_dw` kernel; `fit_weights` reduces them for fewer rows or columns, or to fit into VMEM."""
 
     block: int
     """Rows of a step."""
@@ -53,7 +53,7 @@ class WeightTiles(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Sizes of the six kernels."""
+    """Tile sizes of the six kernels on one chip."""
 
     gate_up: RowTiles
     down: RowTiles
@@ -90,17 +90,17 @@ TILES = {
         dw_down=WeightTiles(1024, 256, 1024, 1792),
     ),
 }
-"""By chip, under its name in Pallas."""
+"""Tile sizes by the chip's name in Pallas."""
 
 
 class KernelConfig(NamedTuple):
-    """`Products` for a TPU."""
+    """Implementation of `Products` for a TPU."""
 
     tiles: Tiles
-    """Sizes; a weight gradient depends on them by the order of its sums, and nothing else does."""
+    """Tile sizes. They change the order of the sums of a weight gradient, and no other result."""
     machine: Machine
     interpret: Any = False
-    """Passed to `pl.pallas_call`."""
+    """Passed to `pl.pallas_call`; for tests."""
 
     def grouped_matmul(
         self,
@@ -294,7 +294,7 @@ class KernelConfig(NamedTuple):
 
 
 def _product(row_ref: Any, at: Any, weight_ref: Any, transposed: bool) -> jax.Array:
-    """Return rows times weights, float32 [A, X]."""
+    """Return rows `at` of row_ref times the weights, or their transpose, summed over parts of K: float32 [A, X]."""
     contracted = row_ref.shape[1]
     part = round_up(-(-contracted // -(-contracted // LARGEST_PART)), LANES)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
@@ -311,7 +311,7 @@ def _product(row_ref: Any, at: Any, weight_ref: Any, transposed: bool) -> jax.Ar
 
 
 def _store(refs: Sequence[Any], values: Sequence[jax.Array], start: jax.Array, begin: jax.Array) -> None:
-    """Write the rows of a tile from `start` on, except those before `begin`, which earlier groups have written.
+    """Write a tile's values to the rows of refs from `start` on, except those before `begin`, written by earlier groups.
 
     Rows past the group's end are written, too, and overwritten by the following groups, of which the last is the zeros.
     """
@@ -322,7 +322,7 @@ def _store(refs: Sequence[Any], values: Sequence[jax.Array], start: jax.Array, b
 
 
 def _over_tiles(body: Callable[[jax.Array, int], None], begin: jax.Array, end: jax.Array, tiles: RowTiles, dtype: Any) -> None:
-    """Run body(start, number) over tiles that cover the rows [begin, end) of a block: large ones, then small ones for the rest.
+    """Call body(start, number of rows) for tiles that cover rows [begin, end) of a block: large ones, then small ones.
 
     A tile may begin before `begin` and end after `end`. A last tile that would end past the block is moved back, and some rows
     are covered twice.
@@ -431,25 +431,25 @@ def fit_weights(
 def expert_ffn_pallas_tpu(
     x_RD: jax.Array, w_gate_EDF: jax.Array, w_up_EDF: jax.Array, w_down_EFD: jax.Array, group_sizes_E: jax.Array
 ) -> jax.Array:
-    """Compute `expert_ffn` in float32 or bfloat16 on the TPU that the program is lowered for."""
+    """Compute `expert_ffn`, y [R, D], on the TPU that the program is lowered for. ValueError if not float32 or bfloat16."""
     memory.check_dtype("the expert backend 'pallas_tpu'", x_RD.dtype, "model.expert_backend tiles")
     return expert_ffn_by(x_RD, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, this_machine())
 
 
 def this_machine() -> KernelConfig:
-    """Return the kernels for the devices of the current mesh, or for JAX's default device.
+    """Return the `KernelConfig` for the TPUs of the current mesh, or for JAX's default device.
 
     Raises:
-      NotImplementedError: for a TPU without an entry in the table.
+      NotImplementedError: for a TPU without an entry in TILES.
       ValueError: where there is no TPU.
     """
     try:
         info = pltpu.get_tpu_info()
     except ValueError as error:
-        raise ValueError("the expert backend 'pallas_tpu' runs on TPUs only; choose 'auto' or 'tiles'") from error
+        raise ValueError("the expert backend 'pallas_tpu' runs on TPUs only; use model.expert_backend auto or tiles") from error
     chip = str(info.chip_version)
     if chip not in TILES:
         raise NotImplementedError(
-            f"the expert backend 'pallas_tpu' has no tile sizes for TPU {chip}, only for {', '.join(TILES)}; choose 'tiles'"
+            f"'pallas_tpu' has no tile sizes for TPU {chip}, only for {', '.join(TILES)}; use model.expert_backend tiles"
         )
     return KernelConfig(TILES[chip], Machine(info.num_cores, info.vmem_capacity_bytes))

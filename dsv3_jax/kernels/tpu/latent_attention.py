@@ -30,14 +30,14 @@ from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, sublanes
 from dsv3_jax.kernels.vma import shape_beside
 
 LOGITS = 1 << 18
-"""Logits of a block, 1 MiB, by the compiler's schedules (docs/log.md); tokens of a block follow, within the next bounds."""
+"""Logits of a block, 1 MiB, by the compiler's schedules (docs/log.md): rows times tokens; the tokens have the next bounds."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 128, 1024
 SLOTS = 3
 """Blocks in VMEM: one for the mixture, one for the logits, one being fetched."""
 LARGEST_QUERIES = 3072 * 512
 LARGEST_TABLE_BYTES = 900 * 2**10
 VMEM_BYTES = 32 << 20
-"""Of 64 MiB or more from v5 on; the compiler's default limit is 16 MiB."""
+"""The kernel's limit, of 64 MiB or more from v5 on; the compiler's default limit is 16 MiB."""
 
 
 def past_attention_tpu(
@@ -52,22 +52,22 @@ def past_attention_tpu(
     block: int | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute `past_attention_chunked`, attention over the cached tokens alone.
+    """Compute `past_attention_chunked`, attention over the cached tokens alone, by a Pallas kernel on a TPU.
 
     Args as there, and
-      block: tokens of a block, rounded down to whole pages; None for `block_tokens`.
+      block: tokens of a block, rounded down to whole pages; None for those of `block_tokens`.
       interpret: passed to `pl.pallas_call`, for tests.
 
     Raises:
-      ValueError: if pages are not whole tiles of the TPU's memory, or if it has no room for the queries or the table.
+      ValueError: for other dtypes than float32 and bfloat16, pages that are not whole tiles, and too many queries or pages.
     """
     B, T, N, C = q_latent_BTNC.shape
     P, A = q_rope_BTNP.shape[-1], T * N
-    check_dtype("attention over cached latents by 'pallas_tpu'", latent_YZC.dtype, "the backend chunked")
+    check_dtype("attention over cached latents by 'pallas_tpu'", latent_YZC.dtype, "model.cache_backend chunked")
     if A * C > LARGEST_QUERIES:
         raise ValueError(
-            f"{T} tokens of {N} heads at a time are {A} rows of {C} values; the kernel has room for {LARGEST_QUERIES // C}, so "
-            "verify fewer drafted tokens in a step, or use the backend chunked"
+            f"{T} tokens of {N} heads at a time are {A} rows of {C} values; the kernel has room for {LARGEST_QUERIES // C} "
+            "rows: verify fewer drafted tokens in a step, or use model.cache_backend chunked"
         )
     block = block or block_tokens(A)
     latent_YZC, page_table_BJ = _in_small_pages(latent_YZC, page_table_BJ, block)
@@ -75,7 +75,7 @@ def past_attention_tpu(
     if page_table_BJ.size * 4 > LARGEST_TABLE_BYTES:
         raise ValueError(
             f"a table of {B} x {J} pages takes {page_table_BJ.size * 4:,} bytes of scalar memory, and there is room for "
-            f"{LARGEST_TABLE_BYTES:,}; use larger pages, fewer sequences a device, or the backend chunked"
+            f"{LARGEST_TABLE_BYTES:,}; use larger pages, fewer sequences a device, or model.cache_backend chunked"
         )
     Z = min(max(block // page_size, 1), J) * page_size
     lanes_are_tokens = page_size % LANES == 0
@@ -130,12 +130,12 @@ def past_attention_tpu(
 
 
 def block_tokens(num_rows: int) -> int:
-    """Return the tokens of a block, for a number of queries times heads."""
+    """Return the tokens of a block for `num_rows` queries times heads: LOGITS / rows, in steps and within bounds."""
     return min(max(LOGITS // num_rows // SMALLEST_BLOCK * SMALLEST_BLOCK, SMALLEST_BLOCK), LARGEST_BLOCK)
 
 
 def _in_small_pages(latent_YZC: jax.Array, page_table_BJ: jax.Array | None, block: int) -> tuple[jax.Array, jax.Array]:
-    """Return the same latents in pages of at most a block, without a copy, and always with a table."""
+    """Return latents in pages of at most `block` tokens, and their table, without a copy. ValueError for partial tiles."""
     num_pages, page_size, C = latent_YZC.shape
     rows = sublanes(latent_YZC.dtype)
     if page_size % rows:
@@ -153,7 +153,7 @@ def _in_small_pages(latent_YZC: jax.Array, page_table_BJ: jax.Array | None, bloc
 
 
 def _kernel(*refs: Any, scale: float, num_pages: int, lanes_are_tokens: bool) -> None:
-    """Attend to one sequence.
+    """Write mixture and logarithm of the sum of exponentials of one sequence: body of the kernel, run for each.
 
     Refs: `table` [B J] and `lengths` [B] scalars; this sequence's queries, mixture and logarithm of the sum of exponentials;
     all pages, in HBM, those of the rotary keys [Y, P, Z] with the cache's own page size if `lanes_are_tokens`. Scratch kept
@@ -188,7 +188,7 @@ def _kernel(*refs: Any, scale: float, num_pages: int, lanes_are_tokens: bool) ->
         return (slot, slice(None), tokens) if lanes_are_tokens else (slot, tokens)
 
     def each_copy(b: Any, block: Any, slot: Any, act: Callable[[Any], None]) -> None:
-        """Start or await the copies of those pages of a block that hold tokens."""
+        """Call `act` on the copies to `slot` of those pages of the block that hold tokens: starts them or waits for them."""
         filled = _ceil(jnp.maximum(lengths[b] - block * block_size, 0), page_size)
         for j in range(block_size // page_size):
 
@@ -200,7 +200,7 @@ def _kernel(*refs: Any, scale: float, num_pages: int, lanes_are_tokens: bool) ->
                 act(pltpu.make_async_copy(rope_page(page), rope_blocks.at[*rope_index(slot, tokens)], arrived.at[slot]))
 
     def fetch(block: Any) -> None:
-        """Fetch a block of this sequence, or for the first one that it does not have, the first block of the next sequence."""
+        """Start to copy a block of this sequence, or if it is past the last, the first block of the next sequence, if any."""
         own = block < num_blocks
 
         @pl.when(own | (i + 1 < sequences))
@@ -269,7 +269,7 @@ def _ceil(size: Any, part: int) -> Any:
 
 
 def _product(left_AX: jax.Array, right: jax.Array, axis: int) -> jax.Array:
-    """Contract with `axis` of the right side in float32."""
+    """Return left_AX contracted over X with `axis` of the right side, float32."""
     return jax.lax.dot_general(left_AX, right, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 

@@ -24,17 +24,17 @@ from dsv3_jax.kernels.documents import first_seen
 from dsv3_jax.kernels.tpu.memory import LANES, check_dtype, round_up
 
 Block = tuple[int, int, int]
-"""Queries and keys of a grid step, and keys multiplied at once; multiples of the lanes."""
+"""(queries of a grid step, keys of a grid step, keys multiplied at once); each a multiple of LANES."""
 FORWARD: Block = 1024, 1024, 512
 BACKWARD: Block = 1024, 1024, 256
-"""The same for all chips, from their schedules at the published widths (docs/log.md, benchmarks/tune_splash.py)."""
+"""Both are for all chips, from their schedules at the published widths (docs/log.md, benchmarks/tune_splash.py)."""
 ROW_BYTES = 2 * (256 + 128)
-"""VMEM of a key of 192 and a value of 128 in bfloat16, padded to the lanes, for which these blocks are."""
+"""Bytes in VMEM of a key of 192 and a value of 128, bfloat16, padded to whole lanes: FORWARD and BACKWARD are for these."""
 DQ_COPIES = 4
-"""A backward pass in one kernel leaves a gradient of the queries for each block of keys, to be summed. Beyond this many
-blocks these copies would take too much memory, and a second kernel computes it, in 1.3 times the instructions."""
+"""Most blocks of keys for a backward pass in one kernel, which leaves a query gradient for each of them, to be summed. With
+more, these copies would take too much memory: a second kernel computes that gradient, in 1.3 times the instructions."""
 CORES = 2
-"""The heads are walked in two independent halves: a v5p chip has two cores, and splash gives a backward pass to one."""
+"""Independent parts into which the heads are split: a v5p chip has two cores, and splash gives a backward pass to one."""
 
 
 def splash_attention(
@@ -49,13 +49,13 @@ def splash_attention(
     backward: Block = BACKWARD,
     interpret: Any = False,
 ) -> jax.Array:
-    """Compute `causal_attention` in float32 or bfloat16, differentiable in q, k and v.
+    """Compute `causal_attention`, [B, T, N, W], in float32 or bfloat16, differentiable in q, k and v.
 
     The kernel has no scale: q is scaled in float32 and rounded once more to its dtype (docs/numerics.md). Lengths are
     padded to whole blocks; padded keys come after every query that counts, and padded queries are cut.
 
     Args as there, with all queries among the keys, first + T <= S; and
-      forward, backward: blocks, reduced for wider heads, float32 and short sequences.
+      forward, backward: largest blocks; reduced for wider heads, float32 and short sequences.
       interpret: passed to `pl.pallas_call`, for tests.
 
     Raises:
@@ -64,9 +64,9 @@ def splash_attention(
     if not q_BTNX.dtype == k_BSMX.dtype == v_BSMW.dtype:
         raise ValueError(
             f"splash attention got q {q_BTNX.dtype}, k {k_BSMX.dtype} and v {v_BSMW.dtype}; cast them to one dtype, or use "
-            "attention_backend chunked"
+            "model.attention_backend chunked"
         )
-    check_dtype("splash attention", q_BTNX.dtype, "attention_backend chunked")
+    check_dtype("splash attention", q_BTNX.dtype, "model.attention_backend chunked")
     B, T, N, X = q_BTNX.shape
     S, M, W = v_BSMW.shape[1:]
     row_bytes = (round_up(X, LANES) + round_up(W, LANES)) * q_BTNX.dtype.itemsize
@@ -92,7 +92,7 @@ def splash_attention(
 
 
 def _segments(segment_starts_BT: jax.Array, first: jax.Array | int, queries: int, keys: int, S: int) -> splash.SegmentIds:
-    """Return the start of every query's document, [B, queries], and of every key's, [B, keys], which identify them.
+    """Return segment ids of all padded queries [B, queries] and keys [B, keys]: their document's start; -1: unseen.
 
     No device needs the others' starts: of the keys before the queries only those of the first query's document can be seen,
     and of those after none.
@@ -107,14 +107,14 @@ def _segments(segment_starts_BT: jax.Array, first: jax.Array | int, queries: int
 
 
 def _smaller(block: Block, row_bytes: int) -> Block:
-    """Return the block for wider rows that takes as much VMEM."""
+    """Return `block`, queries and keys divided by row_bytes / ROW_BYTES rounded up to a power of two; each at least LANES."""
     shrink = 2 ** math.ceil(math.log2(max(1, row_bytes / ROW_BYTES)))
     queries, keys = (max(LANES, size // shrink) for size in block[:2])
     return queries, keys, min(block[2], keys)
 
 
 def _evenly(block: Block, T: int, S: int) -> Block:
-    """Return a block of which as many cover the sequence as of `block`, but with padding of less than 256 a block."""
+    """Return `block` shrunk so that as many blocks cover T queries and S keys as before, with padding below 256 a block."""
     queries, keys, at_once = block
 
     def part(length: int, size: int, multiple: int) -> int:
@@ -126,18 +126,18 @@ def _evenly(block: Block, T: int, S: int) -> Block:
 
 
 def _dividing(block: Block, queries: int, keys: int) -> Block:
-    """Return the largest block, up to `block`, that divides the padded sequence."""
+    """Return the largest block, up to `block`, that divides the padded numbers of queries and keys."""
     keys_of_block = _divisor(keys, block[1])
     return _divisor(queries, block[0]), keys_of_block, _divisor(keys_of_block, block[2])
 
 
 def _divisor(length: int, largest: int) -> int:
-    """Return the largest divisor up to `largest` that is a multiple of the lanes, as `length` is."""
+    """Return the largest divisor of `length` up to `largest` that is a multiple of LANES; both arguments are multiples."""
     return next(size for size in range(min(length, largest), 0, -LANES) if length % size == 0)
 
 
 def _by_head(array_BTNX: jax.Array, length: int) -> jax.Array:
-    """Return [B * N, length, X]: to the kernel, the sequences of a batch are more heads."""
+    """Return [B * N, length, X], T padded with zeros to `length`: to the kernel, the sequences of a batch are more heads."""
     B, T, N, X = array_BTNX.shape
     by_head = array_BTNX.swapaxes(1, 2).reshape(B * N, T, X)
     return jnp.pad(by_head, ((0, 0), (0, length - T), (0, 0)))
@@ -146,7 +146,7 @@ def _by_head(array_BTNX: jax.Array, length: int) -> jax.Array:
 def _kernel(
     first: jax.Array | int, earliest: jax.Array | None, queries: int, keys: int, forward: Block, backward: Block, interpret: Any
 ) -> Any:
-    """Return splash for q [h, queries, X], k [m, keys, X] and v [m, keys, W]; `earliest` as in `_table_of_documents`."""
+    """Return splash's function of q [h, queries, X], k [m, keys, X], v [m, keys, W]; `earliest` as in `_table_of_documents`."""
     if earliest is None:
         table = functools.partial(_table, first, queries, keys)
     else:
@@ -201,7 +201,7 @@ def _table(
 def _table_of_documents(
     first: jax.Array | int, earliest: jax.Array, keys: int, block_q: int, block_kv: int, *, queries_innermost: bool = False
 ) -> MaskInfo:
-    """Return the same for documents: tiles are skipped, too, whose keys come before any that the queries see.
+    """Return `_table` for documents: tiles whose keys come before all that the queries see are skipped, too; kinds are 0 and 1.
 
     `earliest` [queries] is the first key that each query sees in any sequence.
     """
@@ -214,9 +214,9 @@ def _table_of_documents(
 
 
 def _next_to_run(runs: jax.Array, next_line: int) -> jax.Array:
-    """Return for every step of a line the next one that runs, or after the last one the first of the line `next_line` later.
+    """Return for every step of a row the next that runs, or itself; after the last of these, the first of row + next_line.
 
-    With queries innermost that is the same line, for the next head. Where none runs, it is the line's last step.
+    With queries innermost that is the same row, for the next head. Where none runs, it is the row's last step.
     """
     width = runs.shape[1]
     following = jax.lax.cummin(jnp.where(runs, jnp.arange(width), width), axis=1, reverse=True)

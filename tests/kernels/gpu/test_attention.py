@@ -93,7 +93,7 @@ def test_queries_of_a_part_of_the_sequence() -> None:
             ("float32",) * 3,
             NARROW,
             (2, 2),
-            "takes bfloat16, and got q, k and v in float32, float32, float32; use attention_backend chunked",
+            "takes bfloat16, and got q, k and v in float32, float32, float32; use model.attention_backend chunked",
         ),
         (("bfloat16", "float32", "bfloat16"), NARROW, (2, 2), "bfloat16, float32, bfloat16"),
         (("bfloat16",) * 3, (96, 64), (2, 2), "multiples of 64 up to 256, together up to 320, and got 96 and 64"),

@@ -147,7 +147,7 @@ def test_auto_on_a_gpu(kind: str, dtype: str, chosen: str, monkeypatch: pytest.M
 
 def test_elsewhere_they_are_refused() -> None:
     inputs = make_inputs((3, 8, 8, 2), [1, 2])[:-1]
-    with pytest.raises(ValueError, match=r"'pallas_gpu' is written for Hopper .* this program is for cpu; use .* tiles"):
+    with pytest.raises(ValueError, match=r"cannot run: it is written for Hopper .* this program is for cpu; use .* tiles"):
         expert_ffn(*inputs, backend="pallas_gpu")
     with pytest.raises(ValueError, match="'pallas_gpu' runs on gpu only, and this program is for cpu"):
         choose_backend("pallas_gpu", "bfloat16")

@@ -123,14 +123,14 @@ def test_what_the_kernel_does_not_take_is_refused(widths: tuple[int, int], page:
 
     arrays = [shape(2, 1, 128, width) for width in widths] + [shape(8, page, width) for width in widths]
     attend = functools.partial(past_attention_gpu, scale=SCALE, num_blocks=132)
-    with pytest.raises(ValueError, match=f"{message}; use the backend chunked"):
+    with pytest.raises(ValueError, match=f"{message}; use model.cache_backend chunked"):
         jax.eval_shape(attend, *arrays, shape(2, 4, of=jnp.int32), shape(2, of=jnp.int32))
 
 
 def test_other_gpus_are_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr(hopper, "current_gpu", lambda: hopper.GPU("NVIDIA A100-SXM4-80GB", 108))
     arrays = [jnp.zeros(shape, jnp.bfloat16) for shape in ((1, 1, 1, C), (1, 1, 1, P), (1, 64, C), (1, 64, P))]
-    with pytest.raises(ValueError, match=r"'pallas_gpu' is written for Hopper .* for NVIDIA A100.*; use the backend chunked"):
+    with pytest.raises(ValueError, match=r"it is written for Hopper .* for NVIDIA A100.*; use model.cache_backend chunked"):
         past_attention_gpu(*arrays, None, jnp.ones(1, jnp.int32), scale=SCALE)
 
 

@@ -15,6 +15,9 @@ import pytest
 from dsv3_jax.data.chat_template import encode_prompt
 from dsv3_jax.infer import Completion, Engine, SamplingParams
 from dsv3_jax.serve import ServeOptions
+from dsv3_jax.serve.replies import Reply
+from dsv3_jax.serve.requests import GenerationRequest
+from dsv3_jax.serve.worker import Progress, TokenBytes
 from tests.data.test_chat_template import TEMPLATE, TOKENIZER
 from tests.serve.running import CONTEXT, NAME, RunningServer, served
 
@@ -304,3 +307,11 @@ def test_metrics_count_what_was_done(engine: Engine) -> None:
         assert server.metric("dsv3_step_tokens_total") - before["step_tokens"] == 9
         assert server.metric("dsv3_steps_total") - before["steps"] == 9
         server.wait_until_free()
+
+
+def test_a_stream_names_the_reason_of_an_end_without_text() -> None:
+    """As at an end-of-text token, whose step brings no text."""
+    request = GenerationRequest(False, [[1]], [SamplingParams()], True, False)
+    chunk = Reply(request, "tiny", TokenBytes(TOKENIZER)).chunk(Progress(0, 0, "", [], 0, "stop"))
+    assert chunk is not None
+    assert chunk["choices"][0]["finish_reason"] == "stop"

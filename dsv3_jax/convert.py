@@ -74,7 +74,7 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
 
 @cli_main
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Convert SOURCE to TARGET: a Hugging Face folder becomes a run directory, a run becomes a Hugging Face folder."""
     parser = OneLineParser(prog="python -m dsv3_jax.convert", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("source", help="a run directory or a Hugging Face folder")
     parser.add_argument("target", help="the folder to make; it must not exist, or be empty")

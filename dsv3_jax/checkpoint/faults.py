@@ -27,7 +27,7 @@ _OF_THE_MACHINE = frozenset(
 
 
 def io_reason(error: BaseException) -> str | None:
-    """Return the reason of a failed read or write in a few words, or None if `error` is a bug."""
+    """Return in a few words why a read or write failed, if disk, machine or store caused `error`; else None (a bug)."""
     for cause in _chain(error):
         number = _error_number(cause)
         if number is not None:

@@ -93,7 +93,7 @@ def named_dtype(path: Any) -> str:
 
 
 def _read_model(folder: epath.Path) -> tuple[ModelConfig, tuple[int, int] | None]:
-    """Return the model of a folder's config.json, and the shape of its FP8 blocks."""
+    """Return the model of a folder's config.json, and the (rows, columns) of its FP8 blocks, None without FP8."""
     file_config = read_config(folder)
     try:
         return ModelConfig.from_hf(file_config), block_size(file_config)
@@ -104,7 +104,7 @@ def _read_model(folder: epath.Path) -> tuple[ModelConfig, tuple[int, int] | None
 def load_variables(
     config: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None = None, *, keep_fp8: bool = False
 ) -> Variables:
-    """Make the arrays: the second half of `load_hf`, after `open_hf`."""
+    """Check the MTP copies and read all arrays: the second half of `load_hf`, after `open_hf`. Raises as `load_hf`."""
     check(
         not keep_fp8 or weights.block is not None,
         f"{weights.folder} holds no FP8 blocks (config.json has no quantization_config); leave keep_fp8 out",
@@ -206,7 +206,7 @@ def _tokenizer_files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _checked_arrays(config: ModelConfig, variables: Variables) -> list[tuple[Leaf, Any]]:
-    """Return every leaf with its array.
+    """Return every leaf with its array, as memory of the host where that takes no copy.
 
     Raises:
       CheckpointError: listing every array that is missing, unexpected, misshapen or of a wrong type.
@@ -240,7 +240,7 @@ def _host_view(array: Any) -> Any:
 
 
 def _outgoing_tensors(config: ModelConfig, arrays: Sequence[tuple[Leaf, Any]], fp8: bool) -> list[Outgoing]:
-    """Return every tensor of the files, layer by layer."""
+    """Return what to write for every tensor, scales and MTP copies included, layer by layer; nothing is fetched yet."""
     outgoing: dict[str, Outgoing] = {}
     for leaf, array in arrays:
         dtype = leaf.dtype(config)
@@ -258,7 +258,7 @@ def _outgoing_tensors(config: ModelConfig, arrays: Sequence[tuple[Leaf, Any]], f
 
 
 def _stored(leaf: Leaf, dtype: np.dtype, part: Any) -> tuple[np.ndarray, ...]:
-    """Return one tensor of a leaf in its layout on disk, from the result of `take`."""
+    """Return (array,): a tensor of a leaf in its dtype and layout on disk, [out, in] for a matrix, from the bits of `take`."""
     values = np.asarray(part).view(dtype)
     return (values.reshape(leaf.stored[::-1]).T if leaf.is_matrix else values,)
 

@@ -79,7 +79,7 @@ def read_config(folder: epath.Path) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class _Found:
-    """Tensors and problems found so far."""
+    """Result of `find_tensors` while it collects: tensors by name, and problems by kind."""
 
     tensors: dict[str, StoredTensor] = dataclasses.field(default_factory=dict)
     problems: dict[str, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
@@ -107,7 +107,7 @@ def find_tensors(folder: epath.Path, config: ModelConfig, block: tuple[int, int]
 
 
 def _read_files(folder: epath.Path, found: _Found) -> bool:
-    """Read every header; return False if the folder does not list its tensors."""
+    """Read the headers of all files into `found`; return False, and add a problem, if the folder lists no tensors."""
     single, index = folder / SINGLE_FILE, folder / INDEX
     if single.exists() and index.exists():
         found.problems["ambiguous files"].append(f"both {SINGLE_FILE} and {INDEX} are there; remove one of the two")
@@ -148,7 +148,7 @@ def _read_indexed(folder: epath.Path, found: _Found) -> bool:
 
 
 def _read_file(file: epath.Path, found: _Found) -> bool:
-    """Add the tensors of one file; return False if it cannot be read."""
+    """Add the tensors of one file's header to `found`; return False, with a problem added, if it is missing or unreadable."""
     if not file.exists():
         found.problems["missing files"].append(file.name)
         return False
@@ -164,7 +164,7 @@ def _read_file(file: epath.Path, found: _Found) -> bool:
 
 
 def _compare(found: _Found, config: ModelConfig, block: tuple[int, int] | None) -> None:
-    """Add missing, unexpected and misshapen tensors, and those of a wrong type."""
+    """Compare `found` with what `config` needs; add missing, unexpected, misshapen and mistyped tensors as problems."""
     needed = {name: leaf for leaf in leaves(config) for name in leaf.names}
     described = needed | {copy: needed[original] for copy, original in copies(config).items()}
     present = sorted(described.keys() & found.tensors.keys(), key=natural_order)
@@ -283,7 +283,7 @@ def read_slices(
 def _filled(
     weights: Weights, leaf: Leaf, dtype: np.dtype, stack: Ranges, slices: Sequence[Ranges]
 ) -> list[tuple[Ranges, np.ndarray]]:
-    """Return the slices that take the tensors at the indices `stack`."""
+    """Read the tensors at the indices `stack` of the leaf, and return each of `slices` with its values."""
     names = np.ravel(np.array(leaf.names, object).reshape(leaf.stack)[tuple(slice(*axis) for axis in stack)])
     arrays = [_aligned_empty(tuple(stop - start for start, stop in ranges), dtype) for ranges in slices]
     boxes = [_box(leaf, ranges[len(stack) :]) for ranges in slices]
@@ -316,14 +316,14 @@ def _joined(parts: Sequence[tuple[Box, np.ndarray]]) -> dict[Box, list[tuple[tup
 
 
 def _box(leaf: Leaf, part: Ranges) -> Box:
-    """Return the place, in a tensor of `leaf`, of a slice of its part of the array."""
+    """Return the box (rows, columns) of a stored tensor of `leaf` that holds the slice `part` of its axes."""
     split = leaf.num_in if leaf.is_matrix else 1
     first, second = _flat(leaf, leaf.part[:split], part[:split]), _flat(leaf, leaf.part[split:], part[split:])
     return (second, first) if leaf.is_matrix else (first, second)
 
 
 def _flat(leaf: Leaf, shape: tuple[int, ...], ranges: Ranges) -> tuple[int, int]:
-    """Return `ranges` of axes as one range of the flattened axes."""
+    """Return `ranges` of axes as one range of the flattened axes; ValueError if they are not contiguous there."""
     first = last = 0
     for size, (start, stop) in zip(shape, ranges, strict=True):
         first, last = first * size + start, last * size + stop - 1
@@ -368,7 +368,7 @@ def share_of_process(mesh: Mesh, process: int) -> tuple[int, int]:
 
 
 def compare_copies(weights: Weights, pairs: Sequence[tuple[str, str]], share: tuple[int, int]) -> list[bool]:
-    """Return True for each pair of tensors that differs in part `share[0]` of `share[1]` of their rows."""
+    """Return, for each pair of tensors, True if they differ in the rows of share i of n, `share` = (i, n)."""
     differing = []
     for pair in pairs:
         rows, columns = weights.tensors[pair[0]].matrix_shape

@@ -52,7 +52,7 @@ def first_alone(processes: int) -> Iterator[bool]:
 
 
 def same_everywhere(number: int, processes: int) -> int:
-    """Return `number` of process 0."""
+    """Return on every process the `number` that process 0 passes."""
     return number if processes == 1 else int(exchange(str(number))[0])
 
 

@@ -22,7 +22,7 @@ IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of the tree, with the tensors stacked in it."""
+    """One array of the variables, and the checkpoint's tensors that are stacked in it."""
 
     path: tuple[str, ...]
     """Keys from the root of the variables."""
@@ -55,7 +55,7 @@ class Leaf:
 
 
 def leaves(config: ModelConfig) -> list[Leaf]:
-    """Return every array of the variables of `config`."""
+    """Return a `Leaf` for every array of the variables of `config`."""
     D, V, first_moe = config.hidden_size, config.vocab_size, config.first_k_dense_replace
     dense_layers = [f"model.layers.{i}" for i in range(first_moe)]
     moe_layers = [f"model.layers.{i}" for i in range(first_moe, config.num_hidden_layers)]
@@ -150,7 +150,7 @@ def _scale(module: str, width: int) -> Leaf:
 
 
 def _placed(leaf: Leaf, module: str, layers: list[str], stack: tuple[int, ...]) -> Leaf:
-    """Return `leaf` under a module of the tree, stacked over `layers` of the checkpoint."""
+    """Return `leaf` moved under a module of the tree, stacked over the tensors of all `layers`, with `stack` as first axes."""
     collection, *path = leaf.path
     names = tuple(f"{layer}.{name}" for layer in layers for name in leaf.names)
     return dataclasses.replace(leaf, path=(collection, *module.split("/"), *path), names=names, stack=stack + leaf.stack)

@@ -39,7 +39,7 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint that was read."""
+    """Record and arrays of a checkpoint that was read and verified."""
 
     record: Record
     items: dict[str, Any]
@@ -288,7 +288,7 @@ def load_run(path: str, dtype: Any = None, mesh: jax.sharding.Mesh | None = None
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Metadata of a saved array."""
+    """Dtype, shape and checksum of a saved array."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -297,7 +297,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Metadata of a checkpoint."""
+    """Metadata of a checkpoint: step, tokens, config, counters, and `Stored` of every array."""
 
     step: int
     """Optimizer steps taken."""
@@ -391,7 +391,7 @@ _CAST_BYTES = 2**32
 
 
 class DamagedError(ValueError):
-    """A checkpoint that differs from what was saved."""
+    """A checkpoint that differs from its record, or cannot be read for another reason than the machine's."""
 
 
 def read_checkpoint(folder: epath.Path, like: dict[str, Any]) -> Restored:

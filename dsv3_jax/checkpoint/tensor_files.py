@@ -40,7 +40,7 @@ _LARGEST_HEADER = 100 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a header describes it."""
+    """Name, dtype, shape and position of a tensor in a safetensors file, as its header states them."""
 
     file: epath.Path
     dtype: str
@@ -156,7 +156,7 @@ Described = tuple[str, np.dtype, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Outgoing:
-    """Tensors to be written next to each other, made only when their turn comes."""
+    """One or two tensors (a weight and its scales) to write in turn; data are fetched and encoded only then."""
 
     tensors: tuple[Described, ...]
     fetch: Callable[[], Any]

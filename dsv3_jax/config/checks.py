@@ -34,7 +34,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
-    """Check a number, bool or choice against its type and bounds; ValueError names it. Other types pass."""
+    """Raise ValueError, with `name`, for a number, bool or choice outside its type or bounds; values of other types pass."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
         if value is None or len(arms) > 1:
@@ -57,7 +57,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 
 def check_fields(config: Any, prefix: str = "") -> None:
-    """Check every field of a dataclass by `check_value`, under its name with `prefix` before it."""
+    """Raise ValueError for the first field of a dataclass that `check_value` refuses, named `prefix` + field."""
     for name, hint in _hints(config.__class__).items():
         check_value(prefix + name, getattr(config, name), hint)
 

@@ -254,7 +254,7 @@ def _tokenize(argv: Sequence[str] | None) -> tuple[dict[str, list[str]], bool]:
 
 
 def _leaf_types(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every name that can be set: fields under their dotted names, an optional group as None."""
+    """Return the type of every option by its dotted name; of an optional group, such as model.rope_scaling, NoneType."""
     leaves: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
         group = group_type(hint)
@@ -310,7 +310,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Split dotted names: values without a dot, and by group those with one."""
+    """Return (values under names without a dot, group -> values under the rest of its dotted names)."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         group, dot, rest = name.partition(".")

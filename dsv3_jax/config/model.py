@@ -71,7 +71,7 @@ DType = Annotated[str, Bound(lambda name: name in _DTYPES, f"choose {' or '.join
 
 
 def _dtype_name(dtype: Any) -> Any:
-    """Return the name of a dtype; anything else as it is, for the check of the fields."""
+    """Return the name of a dtype, such as "bfloat16"; None, text and what is no dtype unchanged."""
     if dtype is None or isinstance(dtype, str):  # None is float64 to numpy.
         return dtype
     try:
@@ -212,7 +212,7 @@ class ModelConfig:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Ids that end a completion, as a list."""
+        """Ids of `eos_token_id` as a list, which end a completion; empty for None."""
         if self.eos_token_id is None:
             return []
         return list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else [self.eos_token_id]

@@ -101,7 +101,7 @@ def _sum_over_devices(loss: jax.Array) -> jax.Array:
 
 
 class _Head(NamedTuple):
-    """The output head, or this device's columns of it."""
+    """Kernel of the output head: all columns, or inside shard_map those of this device, with the id of the first."""
 
     kernel_DV: jax.Array
     first: jax.Array | int  # Token id of the first column.
@@ -114,11 +114,11 @@ class _Head(NamedTuple):
         return cls(all_gather_weight(head_DV, HEAD_AXES, dtype), jax.lax.axis_index("tensor") * head_DV.shape[1], True)
 
     def is_target_BTV(self, target_BT: jax.Array) -> jax.Array:
-        """Return a mask of the columns that are the target."""
+        """Return a mask [B, T, V]: True in the column of this head that is the token's target."""
         return (target_BT - self.first)[..., None] == jnp.arange(self.kernel_DV.shape[1])
 
     def reduce(self, collective: Callable[..., jax.Array], partial: jax.Array) -> jax.Array:
-        """Reduce the results of all parts of the vocabulary by `jax.lax.psum`, `pmax` or `pmin`."""
+        """Reduce `partial` along `tensor` by `jax.lax.psum`, `pmax` or `pmin`; without a mesh return it unchanged."""
         return varying_alike(collective(partial, "tensor"), partial)[0] if self.on_mesh else partial
 
     def greedy(self, logits_BTV: jax.Array) -> jax.Array:

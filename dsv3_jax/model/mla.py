@@ -47,7 +47,7 @@ class Queries(NamedTuple):
 
 
 class CacheMetadata(NamedTuple):
-    """Location of each sequence's latents in a cache."""
+    """Where each sequence's latents are in a cache: their number, and the pages, None for contiguous ones."""
 
     cached_length_B: jax.Array  # Number of cached tokens, int32.
     page_table_BJ: jax.Array | None = None  # Pages (see `CachedLatents`); None if row b of the cache is sequence b.
@@ -259,7 +259,7 @@ def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dic
 
 
 def absorbed(params: dict[str, Any], split: Callable[[Any], AbsorbedWeights]) -> dict[str, Any]:
-    """Return that collection: `split` applied to the `kv_b_proj` kernel (or its logical axes) of each layer."""
+    """Return the collection `absorbed`: `split` of the `kv_b_proj` kernel (or of its logical axes) of each layer."""
 
     def of_layer(layer: dict[str, Any]) -> dict[str, Any]:
         if "block" in layer:  # An MTP depth.

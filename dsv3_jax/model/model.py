@@ -30,7 +30,7 @@ HEAD_AXES = "embed", "vocab"
 
 @struct.dataclass
 class ModelOutput:
-    """Outputs of the model over whole sequences."""
+    """Logits of the model and its MTP depths over whole sequences, loads, balance loss, and states and routes if asked for."""
 
     logits: jax.Array  # [B, T, V] float32; row t predicts token t + 1.
     mtp_logits: list[jax.Array]
@@ -240,7 +240,7 @@ def check_starts(segment_starts_BT: Any, tokens_BT: Any) -> None:
 
 
 def _hidden_states_and_routes(features: Features) -> tuple[jax.Array, jax.Array | None]:
-    """Return `ModelOutput.hidden_states` and `ModelOutput.routes` of the main model."""
+    """Return (hidden states [L + 1, B, T, D], the last one normed; chosen experts [MoE layers, B, T, K] or None)."""
     outputs = [output for name, output in features.outputs.items() if not name.startswith("mtp_")]
 
     def by_layer(arrays: list[jax.Array | None]) -> list[jax.Array]:

@@ -23,7 +23,7 @@ from dsv3_jax.parallel.sharding import place_tokens
 
 
 class BlockOutput(NamedTuple):
-    """Outputs of a block other than the residual stream; None for those not requested, or not of its kind."""
+    """Other outputs of a block than h: latents, load, balance loss, rounds, state, routes; None if not requested or not MoE."""
 
     load_E: jax.Array | None = None  # MoE: tokens per expert.
     balance_loss: jax.Array | None = None  # MoE: sequence-wise balance loss, without alpha.

@@ -24,6 +24,7 @@ from dsv3_jax.checkpoint.run_directory import RunDirectory
 from dsv3_jax.config.cli import cli_main, how_to_resume, parse_run
 from dsv3_jax.data.batches import TrainBatches
 from dsv3_jax.data.text import build_dataset
+from dsv3_jax.data.tokenizer import save_tokenizer
 from dsv3_jax.data.tokens import compressor_bits_per_byte
 from dsv3_jax.parallel.devices import BatchPlacement, cache_compilations
 from dsv3_jax.parallel.mesh import check_fits, describe, make_mesh
@@ -77,9 +78,7 @@ def main() -> None:
     run = RunDirectory(arguments.run_dir)
     check_shared(run.config_file)
     if first_process:
-        text.tokenizer.save(run.tokenizer_file)
-        if text.template is not None:
-            text.template.save(run.path)
+        save_tokenizer(text.tokenizer, run.path, config.data.tokenizer, config.train.init_from)
         epochs = text.epochs_in_words(schedules.rows_before(steps))
         print(f"{run.path}: {text.report}; {epochs}", *notes, sep="\n", flush=True)
 

@@ -17,6 +17,9 @@ from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config import Config, DataConfig, TrainConfig
 from dsv3_jax.config.cli import OneLineParser, cli_main
 from dsv3_jax.config.run import is_hugging_face
+from dsv3_jax.data.chat_template import with_closing_tokens
+from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.files import tokenizer_files
 from dsv3_jax.train.start import save_run_start
 
 _TOKENIZER = "tokenizer.json"
@@ -38,7 +41,8 @@ def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool =
     config, variables, step = load_run(str(source), dtype)
     has_tokenizer = (epath.Path(source) / _TOKENIZER).exists()
     tokenizer_from = source if has_tokenizer else None
-    save_hf(target, config.model, variables, tokenizer_from=tokenizer_from, fp8=fp8)
+    model = with_closing_tokens(config.model, source, load_tokenizer(source)) if has_tokenizer else config.model
+    save_hf(target, model, variables, tokenizer_from=tokenizer_from, fp8=fp8)
     print(f"{source}, step {step}, is now the Hugging Face folder {target}{'' if has_tokenizer else ' (no tokenizer)'}")
 
 
@@ -67,8 +71,8 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
     # All or nothing: a run without its checkpoint would continue from random weights.
     with new_folder(epath.Path(target), processes=1) as folder:
         save_run_start(str(folder), config, variables)
-        if has_tokenizer:
-            tokenizer.copy(folder / _TOKENIZER)
+        for file in tokenizer_files(epath.Path(source)):
+            file.copy(folder / file.name)
     print(f"{source} is now the run directory {target}, at step 0{'' if has_tokenizer else ' (no tokenizer.json)'}")
 
 

@@ -9,6 +9,18 @@ import os
 import numpy as np
 from etils import epath
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "tokenizer.model", "tiktoken.model", "tokenization_*.py"),
+    "generation_config.json",
+)
+"""Files of a checkpoint that travel with its tokenizer, through runs and exports."""
+
+
+def tokenizer_files(folder: epath.Path) -> list[epath.Path]:
+    """Return those of `TOKENIZER_FILES` that a folder holds."""
+    return [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
+
 
 def write_whole(path: epath.Path, data: str | bytes) -> None:
     """Write a file atomically: a reader sees its old content or all of `data`, never a part."""

@@ -149,7 +149,7 @@ def _busiest(expert_P: np.ndarray, counts_E: np.ndarray, num_shards: int) -> flo
 
 
 def _report(name: str, counts: np.ndarray, placement: np.ndarray, num_shards: int) -> None:
-    """Print the busiest shard of each layer, before and after."""
+    """Print for each layer the busiest shard's load over the mean, without copies and with the placement."""
     E = counts.shape[-1]
     for layer, (counts_E, expert_P) in enumerate(zip(np.atleast_2d(counts), np.atleast_2d(placement), strict=True)):
         before = f"{_busiest(np.arange(E), counts_E, num_shards):.2f} -> " if E % num_shards == 0 else ""
@@ -159,7 +159,7 @@ def _report(name: str, counts: np.ndarray, placement: np.ndarray, num_shards: in
 
 @cli_main
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command."""
+    """Compute a placement from the loads of a run, print the busiest shards before and after, and write the file."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog="python -m dsv3_jax.rebalance", description=__doc__, formatter_class=formatter)
     parser.add_argument("load", help="run directory of train.py, or an expert_load.npz: loads by stack, [L, E] or [E]")

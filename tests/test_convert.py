@@ -15,7 +15,10 @@ import pytest
 from dsv3_jax import load_hf
 from dsv3_jax.checkpoint.run import Checkpoints, load_run
 from dsv3_jax.checkpoint.run_directory import RunDirectory
+from dsv3_jax.config.run import read_model
 from dsv3_jax.convert import main
+from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.infer.load import load_model
 from dsv3_jax.train.state import state_of
 from tests.checkpoint import tiny
 
@@ -75,6 +78,59 @@ def test_a_run_is_there_whole_or_not_at_all(source: Path, tmp_path: Path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "run"]
     assert load_run(str(tmp_path / "run"))[0].data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
     assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+
+
+BESIDE = {
+    "tokenizer_config.json": {"bos_token": "<bos>", "add_bos_token": False, "model_max_length": 64, "tokenizer_class": "X"},
+    "special_tokens_map.json": {"eos_token": {"content": "<eos>"}, "pad_token": "<eos>"},
+    "generation_config.json": {"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": True},
+}
+"""Files beside a tokenizer; a turn ends at token 2, too."""
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<turn>{% endfor %}"
+
+
+def write_beside(folder: Path, beside: dict[str, Any]) -> None:
+    """Add a tokenizer with <bos>, <eos> and <turn> as 0, 1 and 2, a chat template and other files to a folder."""
+    train_tokenizer(["ab"], 300, ["<bos>", "<eos>", "<turn>"]).save(folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text(TURNS)
+    for name, content in beside.items():
+        (folder / name).write_text(json.dumps(content))
+
+
+def test_what_lies_beside_the_tokenizer_is_there_again(source: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(source, tmp_path / "hf"))
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1}
+    tiny.write(folder, tiny.random_tensors(config, np.dtype(np.float32)), config)
+    write_beside(folder, BESIDE)
+    main([str(folder), str(tmp_path / "run")])
+    main([str(tmp_path / "run"), str(tmp_path / "back")])
+    for name in ("tokenizer.json", "chat_template.jinja", *BESIDE):
+        for copy in ("run", "back"):
+            assert (tmp_path / copy / name).read_bytes() == (folder / name).read_bytes(), (copy, name)
+    # Every token that ends a turn is known wherever the model is read, and config.json names them all.
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [1, 2]
+    models = (
+        load_hf(folder)[0],
+        load_hf(tmp_path / "back")[0],
+        load_run(str(tmp_path / "run"))[0].model,
+        read_model(str(folder)),
+    )
+    assert [tuple(model.eos_token_ids) for model in models] == [(1, 2)] * 4
+
+
+@pytest.mark.parametrize("named", [None, 1, [1]])
+def test_the_end_that_only_the_template_writes_is_named_by_an_export(source: Path, tmp_path: Path, named: Any):
+    folder = Path(shutil.copytree(source, tmp_path / "hf"))
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1}
+    tiny.write(folder, tiny.random_tensors(config, np.dtype(np.float32)), config)
+    write_beside(folder, {} if named is None else {"generation_config.json": {"eos_token_id": named, "top_p": 0.9}})
+    main([str(folder), str(tmp_path / "run")])
+    main([str(tmp_path / "run"), str(tmp_path / "back")])
+    written = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert written == ({"bos_token_id": 0} if named is None else {"top_p": 0.9}) | {"eos_token_id": [1, 2]}
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == [1, 2]
+    for path in (folder, tmp_path / "run", tmp_path / "back"):
+        assert tuple(load_model(str(path)).config.eos_token_ids) == (1, 2)
 
 
 def test_to_hugging_face_in_another_dtype(run: Path, tmp_path: Path):

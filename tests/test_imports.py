@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "serve": {"config", "data", "infer"},
     "plan": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
     "evaluate": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
-    "convert": {"config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
+    "convert": {"files", "config", "kernels", "parallel", "model", "data", "checkpoint", "train", "infer"},
     # The public names, for users; within the package an import goes to the part itself.
     "__init__": {"config", "model", "checkpoint", "infer"},
 }
@@ -42,7 +42,7 @@ CORE = {
     "infer": "engine request scheduler runner cache sampling multihost",
 }
 """The modules of the core, by package; None is all of them. The kernels for one platform are reached by name alone."""
-MAX_FILES, MAX_LINES, MAX_CODE, MAX_CORE = 115, 20_600, 13_000, 8_700
+MAX_FILES, MAX_LINES, MAX_CODE, MAX_CORE = 116, 21_450, 13_650, 8_700
 MAX_FILE, MAX_FUNCTION = 600, 100
 
 

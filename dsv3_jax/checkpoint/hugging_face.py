@@ -32,16 +32,12 @@ from dsv3_jax.checkpoint.names import Leaf, copies, leaves, natural_order
 from dsv3_jax.checkpoint.tensor_files import Outgoing, shards, write_file
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import check
-from dsv3_jax.files import folder_to_disk, names_to_disk
+from dsv3_jax.config.run import with_generation_config
+from dsv3_jax.files import folder_to_disk, names_to_disk, tokenizer_files
 from dsv3_jax.kernels.quantized import QuantizedArray, is_quantized
 from dsv3_jax.model.sharding import scale_sharding, variable_shardings
 
 Variables = dict[str, Any]
-
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "tokenizer.model", "tiktoken.model", "tokenization_*.py",
-)  # fmt: skip
 
 
 def load_hf(
@@ -96,9 +92,10 @@ def _read_model(folder: epath.Path) -> tuple[ModelConfig, tuple[int, int] | None
     """Return the model of a folder's config.json, and the (rows, columns) of its FP8 blocks, None without FP8."""
     file_config = read_config(folder)
     try:
-        return ModelConfig.from_hf(file_config), block_size(file_config)
+        model = ModelConfig.from_hf(file_config), block_size(file_config)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    return with_generation_config(model[0], str(folder)), model[1]
 
 
 def load_variables(
@@ -111,7 +108,8 @@ def load_variables(
     )
     shardings = {} if mesh is None else traverse_util.flatten_dict(variable_shardings(config, mesh))
     if differing := differing_copies(weights, config, mesh):
-        raise CheckpointError(weights.folder, {"MTP copies that differ": differing})
+        problem = "MTP copies that differ (set num_nextn_predict_layers to 0 in config.json to use the main model alone)"
+        raise CheckpointError(weights.folder, {problem: differing})
 
     def load(leaf: Leaf) -> Any:
         # The published recipe quantises it, and so does the file, in all of its layers.
@@ -165,7 +163,7 @@ def save_hf(
       config: the model.
       variables: from `load_hf` or `init_variables`.
       max_shard_bytes: largest safetensors file, unless a single tensor is larger.
-      tokenizer_from: a folder whose tokenizer files are copied along.
+      tokenizer_from: a folder whose `TOKENIZER_FILES` are copied along.
       fp8: store linear layers but head, router gate and `eh_proj` as E4M3 in blocks of 128 x 128, with scales as
         `config.scale_fmt` says.
 
@@ -179,7 +177,7 @@ def save_hf(
     with all_or_none(processes):
         check_no_folder(path)
         arrays = _checked_arrays(config, variables)
-        tokenizer_files = [] if tokenizer_from is None else _tokenizer_files(epath.Path(tokenizer_from))
+        files = [] if tokenizer_from is None else _tokenizer_files(epath.Path(tokenizer_from))
         check(max_shard_bytes >= 1, f"max_shard_bytes is {max_shard_bytes}; it must be positive")
     with new_folder(epath.Path(path), processes) as folder:
         with first_alone(processes) as first:
@@ -187,8 +185,9 @@ def save_hf(
                 quantization = EXPORT_CONFIG | ({"scale_fmt": config.scale_fmt} if config.scale_fmt else {})
                 file_config = config.to_hf() | ({"quantization_config": quantization} if fp8 else {})
                 (folder / "config.json").write_text(json.dumps(file_config, indent=2) + "\n")
-                for file in tokenizer_files:
+                for file in files:
                     file.copy(folder / file.name)
+                _write_generation_config(folder / "generation_config.json", config)
         _write_tensors(folder, shards(_outgoing_tensors(config, arrays, fp8), max_shard_bytes), processes)
 
 
@@ -200,9 +199,19 @@ def check_no_folder(path: Any) -> None:
 
 
 def _tokenizer_files(folder: epath.Path) -> list[epath.Path]:
-    files = [file for pattern in _TOKENIZER_FILES for file in sorted(folder.glob(pattern))]
+    files = tokenizer_files(folder)
     check(bool(files), f"{folder} holds no tokenizer file (such as tokenizer.json); name a folder that does")
     return files
+
+
+def _write_generation_config(file: epath.Path, config: ModelConfig) -> None:
+    """Write the tokens that end a turn into a generation_config.json, unless it names just these."""
+    values = json.loads(file.read_text()) if file.exists() else {"bos_token_id": config.bos_token_id}
+    named = values.get("eos_token_id")
+    if config.eos_token_ids and {*config.eos_token_ids} != {*(named if isinstance(named, list) else [named])}:
+        ends = list(config.eos_token_ids)
+        values = {**values, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+        file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}, indent=2) + "\n")
 
 
 def _checked_arrays(config: ModelConfig, variables: Variables) -> list[tuple[Leaf, Any]]:

@@ -16,6 +16,8 @@ import collections
 import dataclasses
 import json
 import math
+import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -171,6 +173,7 @@ def _compare(found: _Found, config: ModelConfig, block: tuple[int, int] | None) 
     scales = {name + SCALE_SUFFIX for name in present if found.tensors[name].is_fp8}
     missing = (needed.keys() | scales) - found.tensors.keys() - found.unreadable
     unexpected = {name for name in found.tensors.keys() - described.keys() - scales if not name.endswith(IGNORED_SUFFIX)}
+    unexpected -= _without_depths(found, config, unexpected)
 
     layers = mtp_layers(config)
     prefixes = tuple(f"{layer}." for layer in layers)
@@ -184,6 +187,25 @@ def _compare(found: _Found, config: ModelConfig, block: tuple[int, int] | None) 
     found.problems["unexpected tensors"] += sorted(unexpected, key=natural_order)
     for name in present:
         _check_tensor(found, name, described[name], block)
+
+
+def _without_depths(found: _Found, config: ModelConfig, unexpected: set[str]) -> set[str]:
+    """Return, and report, the tensors of MTP layers that a config without MTP depths passes over, as transformers does."""
+    behind = {name: name.split(".")[2] for name in unexpected if re.match(r"model\.layers\.[0-9]+\.", name)}
+    layers = sorted({
+        layer
+        for layer in behind.values()
+        if int(layer) >= config.num_hidden_layers and f"model.layers.{layer}.eh_proj.weight" in found.tensors
+    })  # fmt: skip
+    if config.num_nextn_predict_layers or not layers:
+        return set()
+    passed_over = {name for name, layer in behind.items() if layer in layers}
+    print(
+        f"num_nextn_predict_layers is 0: passed over {len(passed_over)} tensors of the MTP layers {', '.join(layers)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return passed_over
 
 
 def _check_tensor(found: _Found, name: str, leaf: Leaf, block: tuple[int, int] | None) -> None:

@@ -465,7 +465,7 @@ def read_model(path: str) -> ModelConfig:
         model = ModelConfig.from_hf(content) if "model_type" in content else Config.from_json(json.dumps(content)).model
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{epath.Path(path) / 'config.json'}: {error}") from error
-    return model.with_auto_backends()
+    return (with_generation_config(model, path) if "model_type" in content else model).with_auto_backends()
 
 
 def model_to_train(path: str) -> ModelConfig:

@@ -1,9 +1,10 @@
 """Conversations as rows of token ids whose loss covers the assistant's turns, each with its closing token.
 
-Turn i is the rendering of the messages up to it, without the rendering of the messages before it and the opening of an answer:
-exactly the continuation that a model has to give to that prompt. A template that renders earlier messages differently once
-later ones are there, as those of reasoning models that drop the thoughts of earlier turns, is refused with the line that
-fails. Text is also cut into tokens at the borders of turns, as a prompt ends there at inference.
+A turn is learnt as the continuation of its prompt at inference: the rendering of the messages before it and the opening of an
+answer. Templates of reasoning models differ between the two in two ways. If one renders earlier turns differently once later
+ones are there, for example without their thoughts, the conversation becomes one sequence per answer. If one opens prompts
+with <think> but no answer that is there, as R1's does, the answer is learnt with its thoughts, or with empty ones. Text is
+also cut into tokens at the borders of turns, as a prompt ends there at inference.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,20 +23,36 @@ import tokenizers
 
 from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import check
-from dsv3_jax.data.chat_template import ChatTemplate, Piece, encode_pieces, escape_special_tokens
+from dsv3_jax.data.chat_template import (
+    ASSISTANT,
+    ChatTemplate,
+    Piece,
+    check_traces,
+    encode_pieces,
+    origin_of,
+    own_words,
+    read_messages,
+    read_switches,
+    read_tools,
+    split_pieces,
+)
 from dsv3_jax.data.corpus import Split, digest_of, split_by_name
 from dsv3_jax.data.rows import Row
 from dsv3_jax.data.sources import Record, paired, records, source_files
 from dsv3_jax.data.storage import NpyFile, cached_tokens, digest
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokens import ValidationWindows
+from dsv3_jax.data.traced import TEMPLATE, Traced
 
-ASSISTANT = "assistant"
 _CONVERSATIONS_AT_ONCE = 256
 # Flags of a stored number; the other bits are the id.
 _IN_LOSS = np.uint32(1 << 31)
 _LAST = np.uint32(1 << 30)
-_ID = np.uint32((1 << 30) - 1)
+# Of the first token of an answer: its thoughts are left out; it has none, and is learnt with empty ones.
+_DROPPED, _EMPTY = np.uint32(1 << 29), np.uint32(1 << 28)
+# Of the last token of a conversation, where `_LAST` is that of a sequence.
+_COMPLETE = np.uint32(1 << 27)
+_ID = np.uint32((1 << 27) - 1)
 # Rows that may still receive a conversation; beyond these the fullest is closed.
 _OPEN_ROWS = 256
 
@@ -48,13 +66,16 @@ class Conversation:
     where: str
     """Path and number of the line, for messages."""
     messages: list[dict[str, Any]]
-    tools: Any
-    """Value of "tools" in the line; None without."""
+    tools: list[Any] | None = None
+    """The "tools" of the line."""
+    switches: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the template: the "chat_template_kwargs" of the line."""
 
     @property
     def text(self) -> str:
         """Everything that a template reads, as JSON for digests."""
-        return json.dumps([self.messages, self.tools], sort_keys=True)
+        switches = [self.switches] if self.switches else []
+        return json.dumps([self.messages, self.tools, *switches], sort_keys=True)
 
     @property
     def words(self) -> str:
@@ -68,7 +89,7 @@ class ChatCorpus(Split[Conversation]):
 
     @property
     def report(self) -> str:
-        """One line about the conversations."""
+        """One line for the log: conversations, answers, held-out conversations, and copies dropped."""
         turns = sum(message["role"] == ASSISTANT for conversation in self.train for message in conversation.messages)
         return (
             f"train on {len(self.train):,} conversations with {turns:,} turns of the assistant; hold out "
@@ -85,7 +106,11 @@ def load_chat_corpus(config: DataConfig) -> ChatCorpus:
     source = f"data.source {config.source!r}"
     conversations: list[Conversation] = []
     for file in source_files(config.source, "data.source"):
-        check(file.is_jsonl, f"{source}: {file.name} is no .jsonl file, as data.kind chat takes them; move it away")
+        check(
+            file.is_jsonl,
+            f"{source}: {file.name} is no .jsonl file, as data.kind chat takes them; move it away (or of an array: "
+            "jq -c '.[]' data.json > data.jsonl)",
+        )
         conversations += (_conversation(record) for record in records(file.read().split(b"\n"), file))
     count = len(conversations)
     check(count >= 2, f"{source} holds {count} conversations; it takes at least 2, one to hold out")
@@ -110,18 +135,16 @@ def _conversation(record: Record) -> Conversation:
         f'{record.where} has no "messages"; each line must be an object like '
         f'{{"messages": [{{"role": "user", "content": "..."}}, ...]}}{hint}',
     )
-    for number, message in enumerate(messages):
-        fields = message if isinstance(message, dict) else {}
-        has_content = isinstance(fields.get("content"), str) or (fields.get("content") is None and fields.get("tool_calls"))
-        check(
-            isinstance(fields.get("role"), str) and bool(has_content),
-            f'{record.where}: message {number} needs a "role" and a "content", both strings (no content with "tool_calls")',
-        )
+    try:
+        messages, tools = read_messages(messages), read_tools(values.get("tools"))
+        switches = read_switches(values.get("chat_template_kwargs"))
+    except ValueError as error:
+        raise ValueError(f"{record.where}: {error}") from error
     check(
         any(message["role"] == ASSISTANT for message in messages),
         f"{record.where} has no message of the role {ASSISTANT!r}, so nothing in it can be learnt; remove the line",
     )
-    return Conversation(record.name, record.where, messages, values.get("tools"))
+    return Conversation(record.name, record.where, messages, tools, switches)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,7 +152,7 @@ def _conversation(record: Record) -> Conversation:
 
 
 class Encoded(NamedTuple):
-    """One conversation of n tokens."""
+    """One conversation, or the part of it that ends with one answer, of n tokens."""
 
     ids: np.ndarray
     """int32 [n]."""
@@ -139,88 +162,193 @@ class Encoded(NamedTuple):
     """bool [n]; True for the tokens of these turns that spell text, not marks of the template."""
     said: str
     """Text of the assistant's turns."""
+    dropped: Sequence[int] = ()
+    """First positions of the answers whose thoughts the template leaves out."""
+    emptied: Sequence[int] = ()
+    """First positions of the answers that are learnt with empty thoughts."""
+    is_complete: bool = True
+    """True for the last, or only, sequence of a conversation."""
 
 
 def tokenize_chat(conversations: list[Conversation], template: ChatTemplate, tokenizer: Tokenizer, cache_dir: str) -> NpyFile:
-    """Return the ids of all conversations with two flags, uint32 [N], kept in `cache_dir`.
+    """Return the ids of all conversations with their flags, uint32 [N], kept in `cache_dir`.
 
     Raises:
       ValueError: as `encode_conversations` does.
     """
     special = json.dumps(template.special_tokens, sort_keys=True)
-    key = digest(digest_of(conversations), tokenizer.to_json(), template.source, special, tokenizers.__version__)
+    key = digest("2", digest_of(conversations), tokenizer.to_json(), template.source, special, tokenizers.__version__)
     assert tokenizer.vocab_size <= _ID
 
     def make() -> Iterator[np.ndarray]:
         for encoded in encode_conversations(conversations, template, tokenizer):
             stored = encoded.ids.astype(np.uint32) | np.where(encoded.is_in_loss, _IN_LOSS, np.uint32(0))
-            stored[-1] |= _LAST
+            stored[list(encoded.dropped)] |= _DROPPED
+            stored[list(encoded.emptied)] |= _EMPTY
+            stored[-1] |= _LAST | (_COMPLETE if encoded.is_complete else np.uint32(0))
             yield stored
 
     path = Path(cache_dir) / f"chat-{key}.npy"
-    return cached_tokens(path, np.dtype(np.uint32), len(conversations), lambda stored: stored & _LAST, make)
+    return cached_tokens(path, np.dtype(np.uint32), len(conversations), lambda stored: stored & _COMPLETE, make)
 
 
 def encode_conversations(
     conversations: Sequence[Conversation], template: ChatTemplate, tokenizer: Tokenizer
 ) -> Iterator[Encoded]:
-    """Yield each conversation as tokens; encode in batches, on all cores.
+    """Yield each conversation as tokens, in one sequence or one per answer; encode in batches, on all cores.
 
     Raises:
-      ValueError: naming the line, if the template refuses the conversation, renders messages differently once later ones are
-        there, closes the assistant's turns without a special token, or writes the time.
+      ValueError: naming the line, if the template refuses the conversation, writes the messages before an answer in a way
+        that depends on it, closes the assistant's turns without a special token, or writes the time.
     """
     for start in range(0, len(conversations), _CONVERSATIONS_AT_ONCE):
         chunk = conversations[start : start + _CONVERSATIONS_AT_ONCE]
-        batch = [_pieces(conversation, template, tokenizer) for conversation in chunk]
-        encoded = iter(encode_pieces(tokenizer, [piece for pieces in batch for piece, _ in pieces]))
-        for pieces in batch:
-            ids = [next(encoded) for _ in pieces]
-            sizes = [len(part) for part in ids]
-            in_loss = [is_in_loss for _, is_in_loss in pieces]
-            is_text = [is_in_loss and piece.token is None for piece, is_in_loss in pieces]
-            said = "".join(piece.text for (piece, _), spoken in zip(pieces, is_text, strict=True) if spoken)
-            joined = np.array([id_ for part in ids for id_ in part], np.int32)
-            yield Encoded(joined, np.repeat(in_loss, sizes), np.repeat(is_text, sizes), said)
+        batch = [_sequences(conversation, template, tokenizer) for conversation in chunk]
+        pieces = [piece for sequences in batch for spans in sequences for span in spans for piece in span.pieces]
+        encoded = iter(encode_pieces(tokenizer, pieces))
+        for sequences in batch:
+            for number, spans in enumerate(sequences, 1):
+                yield _joined(spans, encoded, number == len(sequences))
 
 
-def _pieces(conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer) -> list[tuple[Piece, bool]]:
-    """Return the rendered conversation in pieces, each with its membership in the loss."""
-    messages, variables, split = escape_special_tokens(tokenizer, conversation.messages, {"tools": conversation.tools})
-    found = []
+def _joined(spans: Sequence[_Span], encoded: Iterator[list[int]], is_complete: bool) -> Encoded:
+    """Join spans to one sequence; the ids of their pieces are taken in order from `encoded`."""
+    ids: list[int] = []
+    said: list[str] = []
+    in_loss, is_text = [], []
+    dropped: list[int] = []
+    emptied: list[int] = []
+    for span in spans:
+        first = len(ids)
+        for piece in span.pieces:
+            more = next(encoded)
+            ids += more
+            is_said = span.answer is not None and piece.token is None
+            said += [piece.text] * is_said
+            in_loss += [span.answer is not None] * len(more)
+            is_text += [is_said] * len(more)
+        if span.answer is not None:
+            dropped += [first] * span.answer.is_dropped
+            emptied += [first] * span.answer.is_emptied
+    flags = np.array(in_loss, bool), np.array(is_text, bool)
+    return Encoded(np.array(ids, np.int32), *flags, "".join(said), dropped, emptied, is_complete)
+
+
+class _Answer(NamedTuple):
+    """The text that is learnt for one message of the assistant."""
+
+    text: Traced
+    is_dropped: bool
+    """True if the message has thoughts, and this text has not."""
+    is_emptied: bool
+    """True if the message has no thoughts, and this text has empty ones."""
+
+
+class _Span(NamedTuple):
+    """A stretch of a sequence: an answer, which is learnt, or text that is not."""
+
+    pieces: list[Piece]
+    answer: _Answer | None
+    """None outside the loss."""
+
+
+def _sequences(conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer) -> list[list[_Span]]:
+    """Return the conversation as one sequence of spans, or as one per answer if the template changes earlier turns."""
+    messages, own = conversation.messages, own_words(conversation.messages)
+    variables = {**conversation.switches, "tools": conversation.tools, "strftime_now": _refuse_time}
+    render: Callable[..., Traced] = functools.partial(template.render, **variables)
+    joined: list[_Span] = []
+    apart: list[list[_Span]] = []
     try:
-        for text, is_in_loss in _spans(messages, template, variables["tools"]):
-            pieces = split(text)
-            closing = [piece for piece in pieces if not piece.text.isspace()][-1:]
-            check(
-                not is_in_loss or (bool(closing) and closing[0].token is not None),
-                f"{template.origin} closes the assistant's turn with {text[-20:]!r} and no special token, so a model would "
-                "never learn to stop; use a template that does",
-            )
-            found += [(piece, is_in_loss) for piece in pieces]
+        whole, position = render(messages), 0
+        check_traces(template, messages, whole)
+        for number, message in enumerate(messages):
+            if message["role"] != ASSISTANT:
+                continue
+            prompt = render(messages[:number], add_generation_prompt=True)
+            until = render(messages[: number + 1])
+            pieces = split_pieces(prompt, tokenizer, own), split_pieces(until, tokenizer, own)
+            answer = _answer(prompt, until, _common(*pieces), message, number, template)
+            span = _Span(split_pieces(answer.text, tokenizer, own), answer)
+            _check_closing(span, template)
+            apart.append([_Span(pieces[0], None), span])
+            if 0 <= position <= len(prompt) and until.startswith(prompt) and whole.startswith(until):
+                joined += [_Span(split_pieces(whole[position : len(prompt)], tokenizer, own), None), span]
+                position = len(until)
+            else:
+                position = -1
     except ValueError as error:
         raise ValueError(f"{conversation.where}: {error}") from error
-    return found
+    return apart if position < 0 else [[*joined, _Span(split_pieces(whole[position:], tokenizer, own), None)]]
 
 
-def _spans(messages: list[dict], template: ChatTemplate, tools: object) -> list[tuple[str, bool]]:
-    """Return the rendered text, cut at the borders of the assistant's turns, which are True."""
-    render = functools.partial(template.render, tools=tools, strftime_now=_refuse_time)
-    whole = render(messages)
-    spans, position = [], 0
-    for number, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
-            continue
-        before = render(messages[:number], add_generation_prompt=True)
-        after = render(messages[: number + 1])
-        check(
-            whole.startswith(after) and after.startswith(before) and position <= len(before) < len(after),
-            f"{template.origin} writes the messages before message {number}, an answer, otherwise once it or later ones are "
-            "there, so what it says cannot be told apart; split the conversation, or use a template that changes no turn",
-        )
-        spans += [(whole[position : len(before)], False), (whole[len(before) : len(after)], True)]
-        position = len(after)
-    return [(text, is_in_loss) for text, is_in_loss in [*spans, (whole[position:], False)] if text]
+def _common(prompt: Sequence[Piece], until: Sequence[Piece]) -> int:
+    """Return the length of the text that two renderings begin with, up to a border of a token."""
+    length = 0
+    for one, other in zip(prompt, until, strict=False):
+        if one != other:
+            equal = [a == b for a, b in zip(one.text, other.text, strict=False)]
+            is_text = one.token is None and other.token is None
+            return length + ([*equal, False].index(False) if is_text else 0)
+        length += len(one.text)
+    return length
+
+
+def _answer(
+    prompt: Traced, until: Traced, common: int, message: dict[str, Any], number: int, template: ChatTemplate
+) -> _Answer:
+    """Return the text to learn for a message of the assistant: its continuation of `prompt`.
+
+    Args:
+      prompt: rendering of the messages before it, with the opening of an answer.
+      until: rendering up to and with it.
+      common: length of their common beginning.
+      message: the message.
+      number: its number.
+      template: the template.
+    """
+    opening, text, own = prompt[common:], until[common:], origin_of(number)
+    thoughts, is_inline, gap = _thoughts(message)
+    is_known = not opening or ({*opening.origins} == {TEMPLATE} and {*text.origins} <= {TEMPLATE, own})
+    check(
+        is_known and bool(text),
+        f"{template.origin} writes the messages before messages[{number}], an answer, otherwise once it is there, so its "
+        "words cannot be told apart; use a template that does not",
+    )
+    thinking = re.search(r"<think>(\s*)$", opening)
+    if thinking:
+        # The prompt opens thoughts, which the template leaves out of an answer that is there.
+        space = thinking[1]
+        said = (thoughts or "").removeprefix(space)
+        if text.startswith("</think>"):
+            end = ""
+        elif is_inline:
+            end = "</think>" + ("" if text.startswith(gap) else gap)
+        else:
+            said, end = said.removesuffix(space), f"{space}</think>{2 * space}"
+        text = Traced(said, own) + Traced(end, TEMPLATE) + text
+    is_dropped = thoughts is not None and thoughts.strip() not in text
+    return _Answer(text, is_dropped, bool(thinking) and thoughts is None)
+
+
+def _thoughts(message: dict[str, Any]) -> tuple[str | None, bool, str]:
+    """Return the thoughts of an answer, None without; True if they are in its content; the space behind them there."""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"], False, ""
+    head, close, words = (message["content"] or "").partition("</think>")
+    return (head.removeprefix("<think>"), True, words[: len(words) - len(words.lstrip())]) if close else (None, False, "")
+
+
+def _check_closing(span: _Span, template: ChatTemplate) -> None:
+    """Raise ValueError unless an answer ends with a special token of the template, space aside."""
+    assert span.answer is not None
+    last = span.answer.text.rstrip()
+    pieces = [piece for piece in span.pieces if not piece.text.isspace()]
+    check(
+        last.origins[-1:] == TEMPLATE and pieces[-1].token is not None,
+        f"{template.origin} closes the assistant's turn with {str.__str__(last[-20:])!r} and no special token, so a model "
+        "would never learn to stop; use a template that does",
+    )
 
 
 def _refuse_time(form: str) -> str:
@@ -246,6 +374,7 @@ class ChatRows:
         self._length = sequence_length
         self._seed = seed
         whole = stored[:]
+        self._changes = _changes(whole)
         ends = np.flatnonzero(whole & _LAST) + 1
         self._starts = np.concatenate([[0], ends[:-1]])
         self._lengths = ends - self._starts
@@ -286,14 +415,14 @@ class ChatRows:
 
     @property
     def report(self) -> str:
-        """One line about the packing of the first epoch."""
+        """One line for the log: tokens, rows and padding of the first epoch, conversations cut, and changes by the template."""
         rows = self._rows_in(0)
         lost = self._lengths - 1 - self._targets
         padding = 1 - int(self._targets[self._used].sum()) / (rows * self._length)
         return (
             f"{self._lengths.sum():,} tokens in {rows:,} rows, {padding:.1%} of them padding; conversations cut at the end of "
             f"a row: {np.count_nonzero(lost):,} (tokens: {lost.sum():,}), of which left out, as no answer begins before: "
-            f"{self._lengths.size - self._used.size:,}"
+            f"{self._lengths.size - self._used.size:,}{self._changes}"
         )
 
     def _rows_in(self, epoch: int) -> int:
@@ -303,6 +432,20 @@ class ChatRows:
         """Return the conversations of an epoch row by row, and the position after each row among them."""
         order = np.random.default_rng([self._seed, 4, epoch]).permutation(self._used)
         return _first_fit(order, self._targets[order], self._length)
+
+
+def _changes(stored: np.ndarray) -> str:
+    """Return in words, for the report, what the template changes in conversations; empty for nothing."""
+    flags = _LAST, _COMPLETE, _DROPPED, _EMPTY
+    sequences, complete, dropped, emptied = (np.count_nonzero(stored & flag) for flag in flags)
+    changes = ""
+    if sequences > complete:
+        changes += f"; one sequence per answer where the template changes earlier turns, in all {sequences:,}"
+    if dropped:
+        changes += f"; answers learnt without their thoughts, which the template leaves out: {dropped:,}"
+    if emptied:
+        changes += f"; answers without thoughts learnt with empty ones, as the template opens thoughts: {emptied:,}"
+    return changes
 
 
 def chat_windows(

@@ -1,34 +1,34 @@
-"""Chat templates of checkpoints: conversations rendered to the text, and the tokens, that the model was trained on.
+"""Conversations as text and token ids, by the chat template of a checkpoint: for training, batch files, HTTP and the terminal.
 
 A checkpoint's tokenizer files contain a Jinja template, in `chat_template.jinja` or under `chat_template` in
 tokenizer_config.json. It is rendered as transformers renders it, in a sandbox in which it cannot change anything.
 
 The template writes special tokens as text, for example <｜User｜>, and these become their ids. The text of messages must not:
-otherwise a user who types <｜Assistant｜> speaks as the model. So before rendering, each spelling of an added token in messages
-is enclosed in two noncharacters of Unicode that occur nowhere else; after rendering they distinguish such spellings from the
-template's own tokens, and are removed. The template still sees the spelling, and may split at it.
+otherwise a user who types <｜Assistant｜> speaks as the model. So each character of a rendered conversation knows whether the
+template or a message wrote it (`data.traced`). Of the assistant's own words an added token that is not `special`, such as
+</think>, is the token, since the model writes it as one; all other spellings are text.
 """
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jinja2
 from etils import epath
-from jinja2 import ext, nodes, sandbox
-from jinja2.parser import Parser
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.data.tokenizer import Tokenizer, named_tokens, tokenizer_config, tokenizer_folder
+from dsv3_jax.data.traced import FIRST_ORIGIN, TEMPLATE, UNKNOWN, Traced, environment, traced
 from dsv3_jax.files import write_whole
 
 Message = Mapping[str, Any]
-_NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+ASSISTANT = "assistant"
 
 
 class ChatTemplate:
@@ -49,25 +49,27 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens)
         self.origin = origin
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ValueError(f"{origin} is not a Jinja template ({error}); copy it from the checkpoint again") from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
-        """Return the text of a conversation.
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **variables: Any) -> Traced:
+        """Return the text of a conversation; the characters of message i have the origin `origin_of(i)`.
 
         Args:
-          messages: in order, each with at least "role" and "content".
+          messages: in order, as `read_messages` returns them.
           add_generation_prompt: append the opening of the assistant's next turn.
           variables: other names the template may use: `tools`, `documents`, or a switch of its own.
 
         Raises:
           ValueError: with the template's own words, if it refuses the conversation.
         """
-        given = {"tools": None, "documents": None, **self.special_tokens, **variables}
+        others = traced(variables, origin_of(len(messages)))
+        given = {"tools": None, "documents": None, **self.special_tokens, **others}
+        own = [traced(message, origin_of(number)) for number, message in enumerate(messages)]
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, IndexError) as error:
+            return Traced.of(self._template.render(messages=own, add_generation_prompt=add_generation_prompt, **given))
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
             raise ValueError(f"{self.origin} refuses the messages ({type(error).__name__}: {error}); change them") from error
 
     def save(self, folder: str | epath.PathLike) -> None:
@@ -104,43 +106,106 @@ def find_chat_template(tokenizer: str | epath.PathLike) -> ChatTemplate | None:
 
 
 def closing_tokens(template: ChatTemplate, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
-    """Return the ids that end the assistant's turn: the template's eos_token, in some checkpoints not the model's."""
-    id_ = tokenizer.added_ids.get(template.special_tokens.get("eos_token", ""))
-    return () if id_ is None or id_ >= vocab_size else (id_,)
+    """Return the ids that end the assistant's turn: the one that the template writes behind it, and its eos_token."""
+    try:
+        rendered = template.render([{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}])
+        behind = rendered[rendered.origins.rfind(origin_of(1)) + 1 :] if origin_of(1) in rendered.origins else rendered[:0]
+        ids = [piece.token for piece in split_pieces(behind, tokenizer) if piece.token is not None][:1]
+    except ValueError:  # A template that takes no such conversation.
+        ids = []
+    named = tokenizer.added_ids.get(template.special_tokens.get("eos_token", ""))
+    return tuple(id_ for id_ in dict.fromkeys([*ids, named]) if id_ is not None and id_ < vocab_size)
 
 
-@functools.cache
-def _environment() -> sandbox.ImmutableSandboxedEnvironment:
-    """Return Jinja as transformers sets it up for chat templates."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    extensions = [_GenerationBlocks, ext.loopcontrols]
-    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = tojson  # Jinja's own escapes for HTML.
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-class _GenerationBlocks(ext.Extension):
-    """`{% generation %}`, with which some templates enclose the assistant's words; the content is rendered unchanged."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def with_closing_tokens(model: ModelConfig, folder: str | epath.PathLike, tokenizer: Tokenizer) -> ModelConfig:
+    """Add the tokens that close the assistant's turn in a folder's chat template, if it has one, to those that end a text."""
+    template = find_chat_template(folder)
+    closing = () if template is None else closing_tokens(template, tokenizer, model.vocab_size)
+    ends = tuple(dict.fromkeys([*model.eos_token_ids, *closing]))
+    return model if len(ends) == len(model.eos_token_ids) else dataclasses.replace(model, eos_token_id=ends)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Token ids of a rendered conversation, in which messages cannot produce special tokens.
+# What people write: messages, tools and switches, in one form
+
+
+_RESERVED = "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "strftime_now"
+
+
+def read_messages(messages: Any) -> list[dict[str, Any]]:
+    """Return messages as templates expect them.
+
+    Keys with null are absent, except `content` next to `tool_calls`; a content in parts of text is one text; the role
+    `developer` is `system`.
+
+    Raises:
+      ValueError: naming the message.
+    """
+    check(
+        isinstance(messages, list) and bool(messages),
+        f'messages is {messages!r:.100}; use a list like [{{"role": "user", "content": "..."}}]',
+    )
+    return [_read_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _read_message(message: Any, where: str) -> dict[str, Any]:
+    check(isinstance(message, Mapping), f'{where} is {message!r:.100}; use an object with a "role" and a "content"')
+    read = {name: value for name, value in message.items() if value is not None}
+    role, calls, content = read.get("role"), read.pop("tool_calls", None) or [], read.get("content")
+    check(isinstance(role, str) and bool(role), f'{where} needs a "role", such as "user", not {role!r:.100}')
+    if isinstance(content, list):
+        is_text = all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content)
+        check(
+            is_text, f'{where}.content is {content!r:.100}; of its parts only {{"type": "text", "text": "..."}} are supported'
+        )
+        content = "".join(part["text"] for part in content)
+    is_calls = isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)
+    check(is_calls, f"{where}.tool_calls is {calls!r:.100}; use a list of objects")
+    check(
+        isinstance(content, str) or (content is None and bool(calls)),
+        f'{where} needs a "content" that is text (null only next to "tool_calls"), not {content!r:.100}',
+    )
+    thoughts = read.get("reasoning_content", "")
+    check(isinstance(thoughts, str), f"{where}.reasoning_content is {thoughts!r:.100}; use text")
+    read |= {"role": "system" if role == "developer" else role, "content": content}
+    return read | {"tool_calls": [_without_nulls(call, levels=2) for call in calls]} if calls else read
+
+
+def _without_nulls(value: Any, levels: int) -> Any:
+    """Return an object without the keys that have null, and so the objects in it down to this many levels."""
+    if not isinstance(value, Mapping) or not levels:
+        return value
+    return {name: _without_nulls(item, levels - 1) for name, item in value.items() if item is not None}
+
+
+def read_tools(tools: Any) -> list[Any] | None:
+    """Return the definitions of tools, given as a list or as its JSON text; None for none. ValueError if they are neither."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"tools is a text that is not JSON ({error}); use a list of definitions") from error
+    is_list = tools is None or (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools))
+    check(is_list, f"tools is {tools!r:.100}; use a list of objects, or its JSON text")
+    return tools or None
+
+
+def read_switches(switches: Any) -> dict[str, Any]:
+    """Return a template's own variables, given as an object or as its JSON text. ValueError if they are neither."""
+    if isinstance(switches, str):
+        try:
+            switches = json.loads(switches)
+        except ValueError as error:
+            raise ValueError(f"chat_template_kwargs is a text that is not JSON ({error}); use an object") from error
+    switches = {} if switches is None else switches
+    check(isinstance(switches, dict), f'chat_template_kwargs is {switches!r:.100}; use an object such as {{"thinking": true}}')
+    taken = sorted({*_RESERVED} & {*switches})
+    check(not taken, f"chat_template_kwargs sets {', '.join(taken)}, which has a place of its own; leave it out")
+    return switches
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token ids of a rendered conversation, in which messages cannot produce special tokens
 
 
 class Piece(NamedTuple):
@@ -151,22 +216,75 @@ class Piece(NamedTuple):
     """Id of the added token that `text` is; None for ordinary text, which may spell one."""
 
 
+def origin_of(number: int) -> str:
+    """Return the origin of the characters of a message; the number of messages stands for tools and switches."""
+    return chr(FIRST_ORIGIN + number)
+
+
 def encode_prompt(
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    messages: Sequence[Message],
+    messages: Any,
     *,
+    tools: Any = None,
     add_generation_prompt: bool = True,
-    **variables: Any,
+    **switches: Any,
 ) -> list[int]:
-    """Return the ids of a conversation, with the opening of the assistant's next turn: the prompt of an answer.
+    """Return the ids of a conversation that the assistant is to answer.
+
+    An answer at its end is continued: neither closed nor opened again.
+
+    Args:
+      template: the checkpoint's.
+      tokenizer: the checkpoint's.
+      messages: as `read_messages` takes them.
+      tools: as `read_tools` takes them.
+      add_generation_prompt: append the opening of the assistant's next turn; False: return the conversation as it is.
+      switches: variables of the template's own, such as `thinking`.
 
     Raises:
-      ValueError: as `ChatTemplate.render` does.
+      ValueError: if the messages are invalid, the template refuses them, or one leaves no trace in the text.
     """
-    messages, variables, split = escape_special_tokens(tokenizer, messages, variables)
-    rendered = template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-    return [id_ for ids in encode_pieces(tokenizer, split(rendered)) for id_ in ids]
+    messages, tools = read_messages(messages), read_tools(tools)
+    own = own_words(messages)
+    is_continued = add_generation_prompt and messages[-1]["role"] == ASSISTANT
+    if is_continued:
+        check(
+            "tool_calls" not in messages[-1],
+            f"messages[{len(messages) - 1}], the last, calls tools; add their results, which the assistant answers",
+        )
+        if not messages[-1]["content"]:
+            messages, is_continued = messages[:-1], False
+        else:
+            messages[-1] = {**messages[-1], "prefix": True}
+    rendered = template.render(
+        messages, tools=tools, add_generation_prompt=add_generation_prompt and not is_continued, **switches
+    )
+    check_traces(template, messages, rendered)
+    if is_continued:
+        end = rendered.origins.rfind(origin_of(len(messages) - 1)) + 1
+        check(end > 0, f"{template.origin} leaves out the answer at the end, so it cannot be continued; remove it")
+        rendered = rendered[:end]
+    return [id_ for ids in encode_pieces(tokenizer, split_pieces(rendered, tokenizer, own)) for id_ in ids]
+
+
+def own_words(messages: Sequence[Message]) -> set[str]:
+    """Return the origins of the assistant's messages."""
+    return {origin_of(number) for number, message in enumerate(messages) if message["role"] == ASSISTANT}
+
+
+def check_traces(template: ChatTemplate, messages: Sequence[Message], rendered: Traced) -> None:
+    """Raise ValueError if a message with text, other than an answer, leaves no trace in the rendered conversation."""
+    seen = set(rendered.origins)
+    if UNKNOWN in seen:
+        return
+    for number, message in enumerate(messages):
+        if message["role"] != ASSISTANT and (message["content"] or "").strip():
+            check(
+                origin_of(number) in seen,
+                f"messages[{number}] has the role {message['role']!r:.50}, which leaves no trace in the text that "
+                f'{template.origin} writes; use one that it knows, such as "user", "assistant" or "system"',
+            )
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[int]]:
@@ -175,50 +293,26 @@ def encode_pieces(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> list[list[in
     return [next(texts) if piece.token is None else [piece.token] for piece in pieces]
 
 
-def escape_special_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, Any], Callable[[str], list[Piece]]]:
-    """Enclose each spelling of an added token in the messages and variables in two unused characters.
+def split_pieces(rendered: Traced, tokenizer: Tokenizer, own: Set[str] = frozenset()) -> list[Piece]:
+    """Split text into added tokens and the ordinary text between them.
 
-    Returns:
-      messages, variables, and a function that splits their rendering into ordinary text, without these characters, and the
-      template's own tokens.
-
-    Raises:
-      ValueError: if the texts contain every character that could be a mark.
+    Args:
+      rendered: the text.
+      tokenizer: that of the tokens.
+      own: origins of the assistant's words, in which tokens that are not `special` are tokens too.
     """
-    pattern = _token_pattern(tokenizer)
-    used = set(json.dumps([messages, variables], ensure_ascii=False, default=str))
-    free = [mark for mark in _NONCHARACTERS if mark not in used]
-    check(
-        len(free) >= 2,
-        f"the messages hold {len(_NONCHARACTERS) - len(free)} of the {len(_NONCHARACTERS)} noncharacters U+FDD0 to U+FDEF; "
-        "remove them",
-    )
-    begin, end = free[:2]
-
-    def mark(value: Any) -> Any:
-        if isinstance(value, str):
-            return pattern.sub(lambda match: f"{begin}{match[0]}{end}", value)
-        if isinstance(value, Mapping):
-            return {mark(key): mark(item) for key, item in value.items()}
-        return [mark(item) for item in value] if isinstance(value, list | tuple) else value
-
-    def text(part: str) -> list[Piece]:
-        part = part.replace(begin, "").replace(end, "")
-        return [Piece(part, None)] if part else []
-
-    def split(rendered: str) -> list[Piece]:
-        found: list[Piece] = []
-        start = 0
-        # An enclosed spelling matches first and as a whole, so none of its characters can begin a token; it stays text.
-        for match in re.finditer(f"{begin}[^{end}]*{end}|({pattern.pattern})", rendered):
-            if match[1]:
-                found += [*text(rendered[start : match.start()]), Piece(match[1], tokenizer.added_ids[match[1]])]
-                start = match.end()
-        return found + text(rendered[start:])
-
-    return mark(list(messages)), mark(variables), split
+    pattern, found, start, position = _token_pattern(tokenizer), [], 0, 0
+    text = str.__str__(rendered)
+    while match := pattern.search(text, position):
+        origins, id_ = {*rendered.origins[match.start() : match.end()]}, tokenizer.added_ids[match[0]]
+        if origins == {TEMPLATE} or (origins <= own and id_ not in tokenizer.special_tokens):
+            if match.start() > start:
+                found.append(Piece(text[start : match.start()], None))
+            found.append(Piece(match[0], id_))
+            start = position = match.end()
+        else:
+            position = match.start() + 1
+    return [*found, Piece(text[start:], None)] if start < len(text) else found
 
 
 @functools.lru_cache(maxsize=4)

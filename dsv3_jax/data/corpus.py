@@ -41,7 +41,7 @@ Named = TypeVar("Named", bound=_NamedText)
 
 @dataclasses.dataclass(frozen=True)
 class Split(Generic[Named]):
-    """Training and held-out documents or conversations."""
+    """Training and held-out documents or conversations, and the number of held-out copies left out."""
 
     train: list[Named]
     validation: list[Named]
@@ -107,7 +107,7 @@ def digest_of(documents: Iterable[_NamedText]) -> str:
 
 
 def is_validation(source: str, name: str, fraction: float) -> bool:
-    """Return True if the document of this name is held out; no other document is considered."""
+    """Return True if a document is held out by its name alone: its hash, or of the standard library its package."""
     if source == STDLIB:
         package, _, below = name.partition("/")
         return bool(below) and package in STDLIB_HELDOUT

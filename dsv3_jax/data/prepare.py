@@ -71,7 +71,7 @@ class PrepareFlags:
 
 @cli_main
 def main() -> None:
-    """Run the command line; print one line."""
+    """Prepare the corpus as the flags say; print one line: what the folder holds, and the tokens and seconds of this start."""
     started = time.perf_counter()
     meta, tokens = prepare(parse_flags(PrepareFlags, description=__doc__ or ""))
     seconds = time.perf_counter() - started
@@ -181,7 +181,7 @@ def _write_meta(job: Job, options: dict[str, Any]) -> dict[str, Any]:
     check(
         counts["heldout_documents"] > 0,
         f"{source}: of {counts['documents']} documents none was chosen to be held out; raise --heldout-fraction "
-        f"({job.heldout_fraction}), in another --output",
+        f"({job.heldout_fraction}), and name a new folder as --output",
     )
     tokenizer = file_record(job.folder / "tokenizer.json")
     meta = {**options, **counts, "plan": job.plan, "tokenizer": tokenizer, "shards": shards}
@@ -239,7 +239,7 @@ _BLOCK = 1 << 24
 
 
 class Segment(NamedTuple):
-    """A file, or lines of it."""
+    """Bytes start..stop-1 of a file: whole lines of a .jsonl file, or a whole file of another kind."""
 
     file: int
     """Index among the files of the source."""
@@ -298,7 +298,7 @@ def documents_in(piece: Piece, files: list[SourceFile]) -> Iterator[tuple[Docume
         size = file.path.stat().length if file.path.exists() else 0
         check(
             size == segment.size,
-            f"{file.source}: {file.name} is {size} bytes now and was {segment.size}; put it back, or start in another --output",
+            f"{file.source}: {file.name} is {size} bytes now and was {segment.size}; restore it, or name a new --output",
         )
         if not file.is_jsonl:
             yield whole_document(file), size

@@ -128,7 +128,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def _check_files(expected: dict[Path, dict[str, Any]], cache_dir: Path) -> None:
-    """Compare all sizes, and the digests unless these very files have been verified before."""
+    """Raise ValueError for a file of another size than recorded, or another digest (of files not verified before)."""
     foreign = "it is damaged or foreign: copy or prepare it again"
     stamps = {path: stamp(path) for path in expected}
     for path, file in expected.items():

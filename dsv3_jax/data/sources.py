@@ -32,7 +32,7 @@ _STDLIB_SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text and its name."""
+    """One text, its name, and whether bytes in it were replaced."""
 
     name: str
     """Path below the source with forward slashes; for a line of a JSONL file also ":" and its number."""
@@ -126,6 +126,7 @@ def read_source(source: str, option: str = "data.source") -> tuple[list[Document
         elif file.is_jsonl:
             documents += documents_of(file, data.split(b"\n"))
         elif data:
+            check_no_array(file, data)
             documents.append(Document(file.name, *_decode(data)))
     found = f"binary files (with a NUL byte): {len(binary)}" if binary else "no files but hidden or empty ones"
     check(bool(documents), f"{option} {source!r} holds no text ({found}); name UTF-8 text, JSONL, or {STDLIB!r}")
@@ -179,7 +180,23 @@ def documents_of(file: SourceFile, lines: Iterable[bytes], first_line: int = 1) 
 def whole_document(file: SourceFile) -> Document | None:
     """Return a file that is one document; None if it is binary or empty."""
     data = file.read()
+    check_no_array(file, data)
     return Document(file.name, *_decode(data)) if data and b"\0" not in data else None
+
+
+def check_no_array(file: SourceFile, data: bytes) -> None:
+    """Raise ValueError for a .json file that is an array of texts or conversations, which would be read as one text."""
+    if not file.name.removesuffix(".gz").endswith(".json") or data.lstrip()[:1] != b"[":
+        return
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return
+    check(
+        not values or not all(isinstance(each, dict) and {"text", "messages"} & each.keys() for each in values),
+        f"{file.source}: {file.name} is one JSON array; write one object per line into a .jsonl file "
+        "(jq -c '.[]' data.json > data.jsonl)",
+    )
 
 
 def paired(text: str) -> str:

@@ -108,7 +108,7 @@ def read_json(path: Path | epath.Path, remedy: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """Give a temporary file next to `path` that replaces it, complete and on the disk, if the block succeeds."""
+    """Yield a temporary path next to `path`; if the block succeeds, sync that file and rename it to `path`, else remove it."""
     draft = path.with_name(f".draft-{secrets.token_hex(8)}-{path.name}")
     try:
         yield draft

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ _Tokenized = tuple[dict[str, "Source"], Tokenizer, ChatTemplate | None, str]
 
 
 class Source(NamedTuple):
-    """One tokenised source of a run."""
+    """One tokenised source of a run: its rows, held-out windows and text, digests, and a line for the log."""
 
     rows: Rows
     windows: ValidationWindows
@@ -131,7 +132,8 @@ def _chat_sources(data: DataConfig, model: ModelConfig, train: TrainConfig) -> _
         with _naming(data, name):
             rows = ChatRows(tokens, train.sequence_length, train.seed)
             encoded = list(encode_conversations(corpus.validation, template, tokenizer))
-            scored = [Document(one.name, ids.said) for one, ids in zip(corpus.validation, encoded, strict=True)]
+            names = itertools.accumulate(encoded[:-1], lambda number, ids: number + ids.is_complete, initial=0)
+            scored = [Document(corpus.validation[number].name, ids.said) for number, ids in zip(names, encoded, strict=True)]
             check_reproduced(scored, [ids.ids[ids.is_text] for ids in encoded], tokenizer)
             windows = chat_windows(encoded, **_shape(data, train))
         report = f"{corpus.report}; {rows.report}"
@@ -145,7 +147,7 @@ def _alone(data: DataConfig, name: str) -> DataConfig:
 
 
 def _shape(data: DataConfig, train: TrainConfig) -> dict[str, Any]:
-    """Return the options of held-out windows."""
+    """Return batch size, sequence length and attention across documents as keyword arguments of held-out windows."""
     return {
         "batch_size": train.micro_batch,
         "sequence_length": train.sequence_length,

@@ -23,8 +23,9 @@ from dsv3_jax.config.checks import check
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.sources import Document
 from dsv3_jax.data.storage import digest, load_or_make, read_json
-from dsv3_jax.files import write_whole
+from dsv3_jax.files import tokenizer_files, write_whole
 
+TOKENIZER = "tokenizer.json"
 # Merges are counted on at most this much text (about 20 s of work): a sample has the frequent pairs of the corpus.
 TRAINING_CHARACTERS = 64_000_000
 
@@ -32,12 +33,20 @@ TRAINING_CHARACTERS = 64_000_000
 class Tokenizer:
     """Encoder of text to ids and decoder of ids to text, around a `tokenizers.Tokenizer`."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, *, adds_bos: bool | None = None, bos: str | None = None) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+          backend: of the tokenizers library.
+          adds_bos: its folder says that raw prompts begin with the BOS token, or that they do not; None if it does not say.
+          bos: spelling of that token, if the folder names it.
+        """
         backend.no_padding()
         backend.no_truncation()
         # "Encode special tokens as text", not as their ids; tokenizer.json does not store this.
         backend.encode_special_tokens = True
         self._backend = backend
+        self._adds_bos, self._bos = adds_bos, bos
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -62,6 +71,24 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without special tokens; ValueError if it contains a lone surrogate."""
         return _encode_batch(self._backend, [text])[0]
+
+    def encode_raw(self, text: str, bos_token_id: int | None, *, plain: bool = False) -> list[int]:
+        """Return the ids of a raw prompt: special tokens that it spells are tokens, with one BOS token in front.
+
+        Args:
+          text: the prompt.
+          bos_token_id: the model's; the token goes in front unless the text begins with it, or the tokenizer adds none.
+          plain: spelt special tokens are text.
+        """
+        named = self.added_ids.get(self._bos or "")
+        bos = None if self._adds_bos is False else named if bos_token_id is None and self._adds_bos else bos_token_id
+        ids = _encode_batch(self._backend if plain else self._reading_backend, [text])[0]
+        return ids if bos is None or (not plain and ids[:1] == [bos]) else [bos, *ids]
+
+    @functools.cached_property
+    def _reading_backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer that reads special tokens in texts."""
+        return tokenizers.Tokenizer.from_str(self._backend.to_str())
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, on all cores; no text becomes an added token, even if it spells one."""
@@ -131,9 +158,42 @@ def load_tokenizer(path: str | epath.PathLike) -> Tokenizer:
             )
     check(file.exists(), f"{file} does not exist; name a tokenizer.json, or a folder that holds one")
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_str(file.read_text()))
+        backend = tokenizers.Tokenizer.from_str(file.read_text())
     except Exception as error:  # The library raises a bare Exception for every defect of the file.
         raise ValueError(f"{file} is not a tokenizer that the tokenizers library reads ({error})") from error
+    return Tokenizer(backend, adds_bos=_adds_bos(backend, file), bos=named_tokens(file).get("bos_token"))
+
+
+def _adds_bos(backend: tokenizers.Tokenizer, file: epath.Path) -> bool | None:
+    """Return whether transformers puts the BOS token before a text; None if the folder does not say."""
+    config = tokenizer_config(file)
+    stated, name = config.get("add_bos_token"), config.get("tokenizer_class")
+    if isinstance(stated, bool):
+        return stated
+    if isinstance(name, str) and name.startswith("LlamaTokenizer"):
+        return True
+    is_added = bool(backend.post_processor) and bool(backend.encode("").ids)
+    return True if is_added else False if isinstance(name, str) else None
+
+
+def _file_of(path: str | epath.PathLike) -> epath.Path:
+    """Return the tokenizer.json that a path names: itself, or the one in it."""
+    file = epath.Path(path).expanduser()
+    return file / TOKENIZER if file.is_dir() else file
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: epath.Path, *sources: str | None) -> None:
+    """Write a run's tokenizer, with the files that travel with it from the first of `sources` with the same tokenizer."""
+    for source in sources:
+        if source is None or not _file_of(source).exists() or load_tokenizer(source).to_json() != tokenizer.to_json():
+            continue
+        if tokenizer_folder(source).resolve() == folder.resolve():
+            return
+        for file in tokenizer_files(tokenizer_folder(source)):
+            write_whole(folder / file.name, file.read_bytes())
+        if _file_of(source).name == TOKENIZER:
+            return
+    tokenizer.save(folder / TOKENIZER)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, specials: Sequence[str]) -> Tokenizer:
@@ -224,10 +284,15 @@ def tokenizer_config(tokenizer: str | epath.PathLike) -> dict[str, Any]:
 
 
 def named_tokens(tokenizer: str | epath.PathLike) -> dict[str, str]:
-    """Return the special tokens that tokenizer_config.json names, by role: "bos_token", "eos_token" and others."""
+    """Return the special tokens by role, "bos_token", "eos_token" and others.
+
+    They are those of tokenizer_config.json, and of special_tokens_map.json where that file names none.
+    """
+    file = tokenizer_folder(tokenizer) / "special_tokens_map.json"
+    others = read_json(file, "copy it from the checkpoint again") if file.exists() else {}
     contents = {
         name: token.get("content") if isinstance(token, dict) else token
-        for name, token in tokenizer_config(tokenizer).items()
+        for name, token in {**others, **{k: v for k, v in tokenizer_config(tokenizer).items() if v is not None}}.items()
         if name.endswith("_token")
     }
     return {name: content for name, content in contents.items() if isinstance(content, str)}

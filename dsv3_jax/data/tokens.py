@@ -47,7 +47,7 @@ def tokenize_corpus(
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype that ids are stored in."""
+    """Return the dtype that ids below `vocab_size` are stored in: uint16 if they fit, else uint32."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
@@ -151,7 +151,7 @@ class ValidationWindows:
         self._across_documents = across_documents
 
     def __len__(self) -> int:
-        """Batches."""
+        """Number of batches."""
         return -(-len(self._rows.tokens_T) // self._batch_size)
 
     def __iter__(self) -> Iterator[ValidationBatch]:

@@ -8,50 +8,116 @@ import fcntl
 import json
 import pathlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import check
-from dsv3_jax.data.chat_template import ChatTemplate, Message, closing_tokens, encode_prompt
+from dsv3_jax.data.chat_template import (
+    ASSISTANT,
+    ChatTemplate,
+    Message,
+    closing_tokens,
+    encode_prompt,
+    read_messages,
+    read_switches,
+    read_tools,
+)
 from dsv3_jax.data.sources import paired
 from dsv3_jax.data.storage import digest
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.files import write_whole
 from dsv3_jax.infer.engine import Engine
 from dsv3_jax.infer.report import Speed
-from dsv3_jax.infer.request import Completion, Prompt, Request
+from dsv3_jax.infer.request import Completion, Request, token_ids
 from dsv3_jax.infer.sampling import SamplingParams
 
 
-def submit_lines(
-    engine: Engine, lines: Sequence[PromptLine], defaults: SamplingParams, template: ChatTemplate | None, tokenizer: Tokenizer
-) -> dict[Request, PromptLine]:
-    """Queue every line for the engine's `step`; return the line of each request. Chats also stop at the template's eos_token.
+def encode_lines(
+    lines: Sequence[PromptLine],
+    config: ModelConfig,
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer,
+    *,
+    switches: Mapping[str, Any] | None = None,
+    plain: bool = False,
+) -> list[list[int]]:
+    """Return the token ids of each line's prompt.
+
+    Args:
+      lines: the lines.
+      config: the model.
+      template: chat template; None if no line needs one.
+      tokenizer: the checkpoint's.
+      switches: variables of the template for all lines.
+      plain: special tokens that a "prompt" spells are text.
 
     Raises:
-      ValueError: naming the first line that the engine or the template refuses; those before it stay queued.
+      ValueError: naming the line, if its prompt is empty, or the template refuses it.
+    """
+    encoded = []
+    for line in lines:
+        try:
+            encoded.append(line.encoded(config, template, tokenizer, switches or {}, plain))
+        except ValueError as error:
+            raise ValueError(f"{line.where}: {error}") from error
+    return encoded
+
+
+def submit_lines(
+    engine: Engine,
+    lines: Iterable[tuple[PromptLine, list[int]]],
+    defaults: SamplingParams,
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer,
+) -> dict[Request, PromptLine]:
+    """Queue every line with its ids for `step`; return the line of each request. Chats also end at `closing_tokens`.
+
+    Raises:
+      ValueError: naming the first line that the engine refuses; those before it stay queued.
     """
     submitted: dict[Request, PromptLine] = {}
     closing = () if template is None else closing_tokens(template, tokenizer, engine.config.vocab_size)
-    for line in lines:
+    for line, prompt in lines:
         try:
-            prompt, params = line.encoded(template, tokenizer), line.params(defaults)
+            params = line.params(defaults)
             submitted[engine.submit(prompt, params.ending_at(closing) if line.is_chat else params)] = line
         except ValueError as error:
             raise ValueError(f"{line.where}: {error}") from error
     return submitted
 
 
-def complete_lines(engine: Engine, submitted: dict[Request, PromptLine], completions: CompletionLines, speed: Speed) -> None:
-    """Step the engine until all requests have ended; write each completion as soon as it ends, and count tokens in `speed`.
+def read_otherwise_before(
+    lines: Sequence[PromptLine], ids: Sequence[list[int]], config: ModelConfig, tokenizer: Tokenizer
+) -> PromptLine | None:
+    """Return the first line for which version 0.2.0 made other ids; None if there is none.
+
+    It read no special tokens in prompts, put the BOS token in front of all of them, spelt those of an answer, and closed an
+    answer at the end.
+    """
+    bos = [] if config.bos_token_id is None else [config.bos_token_id]
+    ordinary = tokenizer.added_ids.keys() - tokenizer.special_tokens.values()
+    for line, now in zip(lines, ids, strict=True):
+        if line.is_chat:
+            answers = [message for message in line.content if message["role"] == ASSISTANT]  # type: ignore[index]
+            spelt = (token in json.dumps(answers, ensure_ascii=False) for token in ordinary)
+            if any(spelt) or line.content[-1]["role"] == ASSISTANT:  # type: ignore[index]
+                return line
+        elif isinstance(line.content, str) and now != bos + tokenizer.encode(line.content):
+            return line
+    return None
+
+
+def complete_lines(engine: Engine, submitted: dict[Request, PromptLine], completions: CompletionLines, speed: Speed) -> int:
+    """Step the engine until all requests have ended; write each completion as it ends; return the number of errors.
 
     stderr shows the progress: a bar if it is a terminal, else one line after every tenth of the batch.
     """
-    left, done = dict(submitted), len(completions.done)
+    left, done, failed = dict(submitted), len(completions.done), 0
     total = done + len(left)
     console = Console(stderr=True)
     columns = BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
@@ -64,9 +130,11 @@ def complete_lines(engine: Engine, submitted: dict[Request, PromptLine], complet
                     continue
                 completions.write(left.pop(update.request), update.request.completion)
                 done += 1
+                failed += update.request.error is not None
                 progress.update(bar, completed=done, description=f"lines, {speed.count} tokens")
                 if not console.is_terminal and 10 * done // total > 10 * (done - 1) // total:
                     print(f"{done} of {total} lines, {speed.count} tokens", file=sys.stderr, flush=True)
+    return failed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,7 +142,8 @@ def complete_lines(engine: Engine, submitted: dict[Request, PromptLine], complet
 
 
 SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingParams))
-KEYS = ("prompt", "messages", "id", *SAMPLING)
+CHAT_KEYS = "tools", "chat_template_kwargs"
+KEYS = ("prompt", "messages", "id", "add_special_tokens", *CHAT_KEYS, *SAMPLING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,18 +160,33 @@ class PromptLine:
     id: str | int | None
     sampling: dict[str, Any]
     """The `SamplingParams` fields that the line itself sets, by name."""
+    tools: list[Any] | None = None
+    switches: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the chat template."""
+    add_special_tokens: bool = True
+    """False: a prompt is text alone, without special tokens in it or in front."""
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """Return `defaults` with the line's own fields. Without a seed of its own it gets defaults.seed + index, mod 2^32."""
         seed = (defaults.seed + self.index) % 2**32
         return dataclasses.replace(defaults, **({"seed": seed} | self.sampling))
 
-    def encoded(self, template: ChatTemplate | None, tokenizer: Tokenizer) -> Prompt:
-        """Return text or token ids as they are, chat messages as token ids. Raises ValueError if the template refuses them."""
-        if not self.is_chat:
-            return self.content  # type: ignore[return-value]
-        assert template is not None
-        return encode_prompt(template, tokenizer, self.content)  # type: ignore[arg-type]
+    def encoded(
+        self,
+        config: ModelConfig,
+        template: ChatTemplate | None,
+        tokenizer: Tokenizer,
+        switches: Mapping[str, Any],
+        plain: bool,
+    ) -> list[int]:
+        """Return the ids of the prompt; arguments and errors as of `encode_lines`."""
+        if self.is_chat:
+            assert template is not None
+            return encode_prompt(template, tokenizer, self.content, tools=self.tools, **{**switches, **self.switches})
+        content: Any = self.content
+        if not self.add_special_tokens and isinstance(content, str):
+            content = tokenizer.encode(content)
+        return token_ids(content, config, tokenizer, plain=plain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,41 +228,39 @@ def _line(index: int, where: str, text: bytes) -> PromptLine:
     if unknown:
         (nearest,) = difflib.get_close_matches(unknown[0], KEYS, n=1, cutoff=0)
         raise ValueError(f'{where} has the unknown key "{unknown[0]}"; the nearest is "{nearest}" (all: {", ".join(KEYS)})')
+    values = {key: value for key, value in values.items() if value is not None}  # As over HTTP.
     kinds = [key for key in ("prompt", "messages") if key in values]
     check(len(kinds) == 1, f'{where} has {" and ".join(kinds) or "no prompt"}; give either "prompt" or "messages"')
-    name = values.get("id")
+    is_chat = kinds == ["messages"]
+    misplaced = [key for key in (("add_special_tokens",) if is_chat else CHAT_KEYS) if key in values]
+    check(not misplaced, f'{where} has "{" and ".join(misplaced)}" with "{kinds[0]}", where it means nothing; leave it out')
+    name, special = values.get("id"), values.get("add_special_tokens", True)
     is_text = isinstance(name, str) and paired(name) == name
     is_integer = isinstance(name, int) and not isinstance(name, bool)
     check(name is None or is_text or is_integer, f"{where}: id is {name!r}; use an integer or valid Unicode text")
-    content = _prompt(values["prompt"], where) if "prompt" in values else _messages(values["messages"], where)
-    return PromptLine(index, where, content, kinds == ["messages"], name, _sampling(values, where))
+    check(isinstance(special, bool), f"{where}: add_special_tokens is {special!r}; use true or false")
+    try:
+        content: Any = read_messages(values["messages"]) if is_chat else _prompt(values["prompt"])
+        tools, switches = read_tools(values.get("tools")), read_switches(values.get("chat_template_kwargs"))
+        sampling = _sampling(values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return PromptLine(index, where, content, is_chat, name, sampling, tools, switches, special)
 
 
-def _prompt(prompt: Any, where: str) -> str | list[int]:
+def _prompt(prompt: Any) -> str | list[int]:
     is_ids = isinstance(prompt, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in prompt)
-    check(isinstance(prompt, str) or is_ids, f"{where}: prompt is {prompt!r:.100}; use a string or a list of token ids")
+    check(isinstance(prompt, str) or is_ids, f"prompt is {prompt!r:.100}; use a string or a list of token ids")
     return prompt
 
 
-def _messages(messages: Any, where: str) -> list[Message]:
-    is_list = isinstance(messages, list) and bool(messages)
-    check(is_list, f'{where}: messages is {messages!r:.100}; use a list like [{{"role": "user", "content": "..."}}]')
-    for number, message in enumerate(messages):
-        is_message = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        check(is_message, f'{where}: messages[{number}] needs a "role" and a "content", both strings')
-    return messages
-
-
-def _sampling(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _sampling(values: dict[str, Any]) -> dict[str, Any]:
     """Return the `SamplingParams` fields among `values`, logit_bias with integer keys. Raises ValueError for a wrong value."""
     fields = {name: values[name] for name in SAMPLING if name in values}
     biases = fields.get("logit_bias")
-    try:
-        if isinstance(biases, dict):  # The keys of JSON are texts.
-            fields["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in biases.items()}
-        SamplingParams(**fields)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    if isinstance(biases, dict):  # The keys of JSON are texts.
+        fields["logit_bias"] = {int(key) if key.isdecimal() else key: bias for key, bias in biases.items()}
+    SamplingParams(**fields)
     return fields
 
 
@@ -189,13 +271,16 @@ def _sampling(values: dict[str, Any], where: str) -> dict[str, Any]:
 class CompletionLines:
     """Output file, locked from creation until the context exits. Each completion is flushed as soon as it is written."""
 
-    def __init__(self, path: str, settings: dict[str, Any], indices: Collection[int]) -> None:
+    def __init__(
+        self, path: str, settings: dict[str, Any], indices: Collection[int], read_otherwise: PromptLine | None = None
+    ) -> None:
         """Open and lock the file; create it with <path>.settings.json, or check it and cut off an incomplete last line.
 
         Args:
           path: the file, which may hold completions of an earlier start.
           settings: JSON values that an existing file must have been made with, or that a new one is made with.
           indices: indices of all prompts of the batch; a line of the file with another index is an error.
+          read_otherwise: a prompt of which version 0.2.0 made other ids, so that its files are not continued; None for none.
 
         Raises:
           ValueError: if it has other settings or other lines, is locked by another process, or fails `check_place`.
@@ -205,7 +290,7 @@ class CompletionLines:
         check_place(path)
         is_new = not self._path.exists() or not self._path.stat().st_size
         if not is_new:
-            self._check_same_settings(settings, settings_path)
+            self._check_same_settings(settings, settings_path, read_otherwise)
         self._file = self._path.open("ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,12 +315,14 @@ class CompletionLines:
         """Append the completion of one prompt as a line of JSON, and flush it."""
         values: dict[str, Any] = {"index": line.index} | ({} if line.id is None else {"id": line.id})
         values |= {"text": completion.text, "tokens": completion.tokens, "finish_reason": completion.finish_reason}
+        if completion.error is not None:
+            values["error"] = completion.error
         if completion.logprobs is not None:
             values["logprobs"] = [entry._asdict() for entry in completion.logprobs]
-        self._file.write(json.dumps(values, ensure_ascii=False).encode("utf-8") + b"\n")
+        self._file.write(json.dumps(values, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
         self._file.flush()
 
-    def _check_same_settings(self, settings: dict[str, Any], path: pathlib.Path) -> None:
+    def _check_same_settings(self, settings: dict[str, Any], path: pathlib.Path, read_otherwise: PromptLine | None) -> None:
         remedy = f"name another file, or delete {self._path.name} to start over"
         try:
             before = json.loads(path.read_text("utf-8"))
@@ -243,8 +330,16 @@ class CompletionLines:
             raise ValueError(
                 f"{self._path} exists, but the settings it was made with cannot be read ({error}); {remedy}"
             ) from error
+        before = before if isinstance(before, dict) else {}
+        if "token_ids" not in before and "token_ids" in settings:
+            check(
+                read_otherwise is None,
+                f"{self._path} was begun by an older version, which made other tokens of "
+                f"{read_otherwise and read_otherwise.where} (special tokens in prompts and answers were text); {remedy}",
+            )
+            before["token_ids"] = settings["token_ids"]
         for name, value in settings.items():
-            there = before.get(name) if isinstance(before, dict) else None
+            there = before.get(name)
             check(there == value, f"{self._path} was made with {name} {there!r}, not {value!r}; {remedy}")
 
     def _read(self, indices: Collection[int]) -> set[int]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 from dsv3_jax.config.checks import check
 from dsv3_jax.data.chat_template import ChatTemplate, Message, closing_tokens, encode_prompt
@@ -26,8 +27,19 @@ COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt
 class Conversation:
     """A chat with the engine's model: system prompt, turns so far, and sampling parameters of the replies."""
 
-    def __init__(self, engine: Engine, template: ChatTemplate, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        """Start an empty conversation; replies are sampled by `params` and also end at the template's eos_token."""
+    def __init__(
+        self,
+        engine: Engine,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        switches: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Start an empty conversation with the engine's model, whose replies are drawn by `params`.
+
+        `switches` are variables of the template, such as {"thinking": True}.
+        """
+        self._switches = switches or {}
         self._engine, self._template, self._tokenizer = engine, template, tokenizer
         self._params = params.ending_at(closing_tokens(template, tokenizer, engine.config.vocab_size))
         self.system: str | None = None
@@ -46,7 +58,7 @@ class Conversation:
         """
         turns: list[Message] = [*self.turns, {"role": "user", "content": text}]
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
-        ids = encode_prompt(self._template, self._tokenizer, system + turns)
+        ids = encode_prompt(self._template, self._tokenizer, system + turns, **self._switches)
         most = self._engine.sizes.max_length
         check(len(ids) < most, f"the conversation's {len(ids)} tokens leave no room for a reply in max_length {most}")
         return self._record(turns, self._engine.stream_text(ids, self._params))
@@ -119,6 +131,8 @@ def _answer(conversation: Conversation, text: str, speed: Speed) -> None:
             if interrupts:
                 break
     print(flush=True)
+    if update is not None and update.request.error is not None:
+        _say(f"(no reply: {update.request.error})")
     if update is not None and update.request.finish_reason == "length":
         _say(f"(cut after {len(update.request.tokens)} tokens; raise --max-tokens or --max-length)")
 

@@ -10,6 +10,7 @@ from tyro.conf import FlagConversionOff
 from dsv3_jax.config import DataConfig, InferConfig, MeshConfig, ModelConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.config.cli import DistributedFlags
+from dsv3_jax.data.chat_template import read_switches
 from dsv3_jax.infer.cache import ENGINE_FIELDS, check_sizes
 from dsv3_jax.infer.sampling import SamplingParams
 
@@ -49,6 +50,12 @@ class InferFlags:
     """Above 1 makes tokens of the prompt and the completion so far less likely, below 1 more likely."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion, whose text stops before them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a text or a turn, in addition to those that the checkpoint's files name."""
+    plain_prompt: bool = False
+    """Special tokens that a prompt spells stay text; by default they are the tokens. Chats have a rule of their own."""
+    chat_template_kwargs: str | None = None
+    """Variables of the chat template as a JSON object, such as '{"thinking": true}', for all chats."""
 
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of computation and weights, but for FP8 weights; None is the checkpoint's own."""
@@ -80,6 +87,7 @@ class InferFlags:
         check(len(given) <= 1, f"{' and '.join(given)} are different things to do; give one of them")
         # Values out of range are refused before a model is read.
         self.sampling(InferConfig(), 1)
+        read_switches(self.chat_template_kwargs)
         check_sizes(*(getattr(self, name) for name in ENGINE_FIELDS))
 
     def modes(self) -> dict[str, bool]:
@@ -97,6 +105,11 @@ class InferFlags:
         defaults = SamplingParams(max_tokens, of_run.temperature, of_run.top_p)
         given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
         return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return read_switches(self.chat_template_kwargs)
 
     def sizes(self, config: ModelConfig) -> dict[str, Any]:
         """Return the size arguments of `Engine` by name (`ENGINE_FIELDS`): flags, or defaults, some of them None."""

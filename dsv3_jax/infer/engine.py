@@ -282,6 +282,10 @@ class Engine:
         token_BT, count_B, report = jax.device_get(dispatched.drawn)
         self.digest = zlib.crc32(token_BT.tobytes(), zlib.crc32(count_B.tobytes(), self.digest))
         for row, sequence, epoch in dispatched.rows:
+            if not count_B[row]:
+                if epoch == sequence.epoch:
+                    yield self._fail(sequence)
+                continue
             tokens = token_BT[row, : count_B[row]].tolist()
             tokens = tokens[: sequence.max_tokens - len(sequence.tokens)]
             if not self._scheduler.accept(sequence, epoch, tokens):
@@ -296,6 +300,14 @@ class Engine:
                 self._scheduler.finish(sequence)
                 del self._requests[sequence]
             yield update
+
+    def _fail(self, sequence: Scheduled) -> Update:
+        """End the request of a sequence whose logits are not finite."""
+        self._scheduler.finish(sequence)
+        return self._requests.pop(sequence).fail(
+            f"the model's logits after {sequence.length} tokens are not finite (NaN or infinity); "
+            "check the weights, or compute in float32"
+        )
 
     def _reports(self, sequences: Iterable[Scheduled]) -> bool:
         return any(self._requests[sequence].params.logprobs is not None for sequence in sequences)

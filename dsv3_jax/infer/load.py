@@ -10,7 +10,8 @@ from dsv3_jax.checkpoint.hugging_face import is_fp8, load_hf, named_dtype
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config import InferConfig, ModelConfig
 from dsv3_jax.config.checks import check
-from dsv3_jax.config.run import is_hugging_face, with_generation_config
+from dsv3_jax.config.run import is_hugging_face
+from dsv3_jax.data.chat_template import with_closing_tokens
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -49,11 +50,11 @@ def load_model(path: str, dtype: str | None = None, mesh: Mesh | None = None, ke
     if from_hugging_face:
         kept = is_fp8(path) if keep_fp8 is None else keep_fp8
         config, variables = load_hf(path, dtype=dtype or named_dtype(path), mesh=mesh, keep_fp8=kept)
-        config = with_generation_config(config, path)
+        config = with_closing_tokens(config, path, tokenizer)
         length = min(config.max_position_embeddings, 4096)
         return LoadedModel(config, variables, tokenizer, f"Hugging Face checkpoint {path}", length, InferConfig())
     check(not keep_fp8, f"keep_fp8 is set, but {path} is a run, which holds no FP8 blocks; leave it out")
     run, variables, step = load_run(path, dtype, mesh)
     across = run.data.cross_document_attention
-    model = run.model.with_auto_backends()
+    model = with_closing_tokens(run.model.with_auto_backends(), path, tokenizer)
     return LoadedModel(model, variables, tokenizer, f"run {path} at step {step}", run.train.sequence_length, run.infer, across)

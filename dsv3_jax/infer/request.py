@@ -11,13 +11,13 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.infer.sampling import SamplingParams
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 class TextCodec(Protocol):
     """The two methods of a tokenizer that the engine calls; token ids are integers."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode_raw(self, text: str, bos_token_id: int | None, *, plain: bool = False) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -40,9 +40,11 @@ class Completion:
     text: str | None
     """The decoded tokens up to a stop string; None without a tokenizer."""
     finish_reason: FinishReason
-    """"stop" at an end-of-text token, stop id or stop string; "length" at max_tokens or max_length; else "cancelled"."""
+    """"stop" at an end-of-text token, stop id or stop string; "length" at max_tokens or max_length; "error"; "cancelled"."""
     logprobs: list[TokenLogprobs] | None = None
     """One entry for each of `tokens`; None if not requested."""
+    error: str | None = None
+    """Message of an "error": the model's logits are not finite."""
 
 
 class Update(NamedTuple):
@@ -65,6 +67,7 @@ class Request:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
+        self.error: str | None = None
         self.pieces: list[tuple[list[int], str]] = []
         """(tokens, text) that each call of `take` has added, in order."""
         self._ends = ends
@@ -76,7 +79,7 @@ class Request:
         """The completion of a request that has ended; AssertionError if it has not."""
         assert self.finish_reason is not None
         text = None if self._decoder is None else "".join(text for _, text in self.pieces)
-        return Completion(self.tokens, text, self.finish_reason, self.logprobs)
+        return Completion(self.tokens, text, self.finish_reason, self.logprobs, self.error)
 
     def take(self, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> Update:
         """Append tokens until max_tokens, a stop string or an end token (left out) ends the request; return those appended."""
@@ -100,6 +103,12 @@ class Request:
         if self._stops.met:
             self.finish_reason = "stop"
         self.pieces.append((self.tokens[first:], text))
+        return Update(self, *self.pieces[-1])
+
+    def fail(self, error: str) -> Update:
+        """End the request with finish reason "error" and this message; return an update without tokens."""
+        self.finish_reason, self.error = "error", error
+        self.pieces.append(([], ""))
         return Update(self, *self.pieces[-1])
 
     def cancel(self) -> None:
@@ -166,9 +175,11 @@ class StreamDecoder:
 Prompt = str | Iterable[int]
 
 
-def prompt_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None, max_length: int) -> list[int]:
+def prompt_ids(
+    prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None, max_length: int, *, plain: bool = False
+) -> list[int]:
     """Return a prompt's ids, as `token_ids` does. Raises ValueError also if they are `max_length` or more."""
-    ids = token_ids(prompt, config, tokenizer)
+    ids = token_ids(prompt, config, tokenizer, plain=plain)
     context = config.max_position_embeddings
     remedy = "shorten it or raise max_length" if max_length < context else "shorten it"
     remedy = f"(the model's context is {context}); {remedy}"
@@ -176,8 +187,8 @@ def prompt_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None,
     return ids
 
 
-def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) -> list[int]:
-    """Return the ids of a prompt: text encoded after `bos_token_id`, if the model has one, and token ids unchanged.
+def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None, *, plain: bool = False) -> list[int]:
+    """Return the ids of a prompt: text encoded by the tokenizer's `encode_raw`, and token ids unchanged.
 
     Raises:
       ValueError: for no ids, an id outside the vocabulary, text without a tokenizer, or neither text nor integers.
@@ -185,8 +196,7 @@ def token_ids(prompt: Prompt, config: ModelConfig, tokenizer: TextCodec | None) 
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("the prompt is text, but the engine has no tokenizer; pass token ids, or a tokenizer")
-        bos = config.bos_token_id
-        ids = ([] if bos is None else [bos]) + tokenizer.encode(prompt)
+        ids = tokenizer.encode_raw(prompt, config.bos_token_id, plain=plain)
     else:
         try:
             ids = [operator.index(i) for i in prompt]

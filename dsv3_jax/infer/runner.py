@@ -223,6 +223,7 @@ class Drawn(NamedTuple):
     token_BT: jax.Array
     """New tokens of each row, of which the first `count_B` are valid."""
     count_B: jax.Array
+    """0 for a row without a sequence, and for one whose logits are not finite."""
     report: Report | None = None
 
 
@@ -269,7 +270,8 @@ def prefill(
     ready_B = (slot_B >= 0) & (following_B < 0)
     to_B = jnp.where(ready_B, slot_B, len(slots.token_B))
     slots = jax.tree.map(lambda old, new: old.at[to_B].set(new, mode="drop"), slots, rows)
-    return cache, slots, _for_hosts(token_B[:, None], ready_B.astype(jnp.int32), logits_B1V if report else None)
+    count_B = ready_B & jnp.isfinite(logits_B1V).all((1, 2))
+    return cache, slots, _for_hosts(token_B[:, None], count_B.astype(jnp.int32), logits_B1V if report else None)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "report"), donate_argnames=("cache", "slots"))
@@ -306,7 +308,10 @@ def decode(
     def kept(old: jax.Array, new: jax.Array) -> jax.Array:
         return jnp.where(active_B.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
-    drawn = _for_hosts(token_BT, jnp.where(active_B, count_B, 0), logits_BTV if report else None)
+    # Rows behind the last accepted draft count for nothing. No draft is accepted by probabilities that are NaN.
+    behind_BT = jnp.arange(token_BT.shape[1]) >= count_B[:, None]
+    is_finite_B = (jnp.isfinite(logits_BTV).all(-1) | behind_BT).all(-1)
+    drawn = _for_hosts(token_BT, jnp.where(active_B & is_finite_B, count_B, 0), logits_BTV if report else None)
     return cache, jax.tree.map(kept, slots, after), drawn
 
 
@@ -333,7 +338,10 @@ def _draft(
         if i == 0:  # From here on, the state of the last new token alone.
             state_BTD = jnp.take_along_axis(state_BTD, last_B[:, None, None], axis=1)
         metadata = CacheMetadata(after.cached_length_B + i, metadata.page_table_BJ)
-        token_B, probs_BV = _choose(apply(state_BTD, method="head"), sampler, metadata.cached_length_B + 1, Stream.DRAFT)
+        logits_B1V = apply(state_BTD, method="head")
+        # Any drafts will do, and what is not a number must not get into a probability.
+        logits_B1V = jnp.where(jnp.isfinite(logits_B1V), logits_B1V, 0)
+        token_B, probs_BV = _choose(logits_B1V, sampler, metadata.cached_length_B + 1, Stream.DRAFT)
         sampler = _having_seen(sampler, token_B[:, None], jnp.ones_like(token_B))
         ahead_BT = token_B[:, None]
         drafts.append(token_B)

@@ -14,7 +14,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from importlib import resources
 from types import FrameType
 from typing import Any
@@ -224,7 +224,13 @@ _CUT_OFF_TIMEOUT = 1
 """Seconds for clients to receive the error of their cancelled requests, before connections are closed."""
 
 
-def serve(engine: Engine, model_name: str, template: ChatTemplate | None = None, options: ServeOptions | None = None) -> int:
+def serve(
+    engine: Engine,
+    model_name: str,
+    template: ChatTemplate | None = None,
+    options: ServeOptions | None = None,
+    switches: Mapping[str, Any] | None = None,
+) -> int:
     """Serve an engine until SIGTERM or Ctrl-C and the drain after it; for the main thread, which alone receives signals.
 
     Clients must send the environment's DSV3_JAX_API_KEY, if it is set. The address is printed on stderr.
@@ -234,6 +240,7 @@ def serve(engine: Engine, model_name: str, template: ChatTemplate | None = None,
       model_name: the name that clients ask for.
       template: turns messages into a prompt; without it there are no chat completions.
       options: address and limits; None is the default ones.
+      switches: variables of the template for all requests, such as {"thinking": True}.
 
     Returns:
       Exit status: 0 if all requests finished, else 1. If the engine thread does not stop, the process exits here instead.
@@ -242,7 +249,7 @@ def serve(engine: Engine, model_name: str, template: ChatTemplate | None = None,
       ValueError: if the engine has no tokenizer, the key is empty, or the address cannot be listened on.
     """
     options = ServeOptions() if options is None else options
-    service = Service(engine, model_name, template, options, os.environ.get(KEY_VARIABLE))
+    service = Service(engine, model_name, template, options, os.environ.get(KEY_VARIABLE), switches)
     if options.warm_up:
         engine.warm_up()
     with _listener(options.host, options.port) as listener:

@@ -25,6 +25,8 @@ class ServeOptions:
     """Address to listen on; 0.0.0.0 means all addresses of this machine."""
     port: Annotated[int, Bound(lambda port: 0 <= port < 2**16, "it must lie in 0..65535")] = 8000
     """Port to listen on; 0 takes a free one."""
+    served_model_name: str | None = None
+    """Name that clients ask for; None is that of the checkpoint's folder, or of the repository of a cached snapshot."""
     max_body: PositiveInt = 4 * 2**20
     """Largest body of a request, in bytes; a larger one is refused with status 413."""
     max_choices: PositiveInt = 128

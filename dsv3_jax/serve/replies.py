@@ -15,8 +15,8 @@ from dsv3_jax.serve.requests import GenerationRequest
 from dsv3_jax.serve.worker import Progress, TokenBytes
 
 DONE = b"data: [DONE]\n\n"
-JSON: TypeAdapter[Any] = TypeAdapter(Any, config={"ser_json_inf_nan": "constants"})
-"""Parser and writer of JSON as bytes."""
+JSON: TypeAdapter[Any] = TypeAdapter(Any, config={"ser_json_inf_nan": "null"})
+"""Parser and writer of JSON as bytes; NaN and infinities are written as null."""
 
 
 def event(content: Any) -> bytes:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data.chat_template import ChatTemplate, closing_tokens, encode_prompt
+from dsv3_jax.data.chat_template import ASSISTANT, ChatTemplate, closing_tokens, encode_prompt, read_switches
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer import SamplingParams
 from dsv3_jax.infer.request import check_id, token_ids
@@ -37,6 +37,8 @@ class ModelInfo:
     template: ChatTemplate | None
     max_length: int
     max_choices: int
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Variables of the template, which a request may override."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +191,7 @@ class _CompletionBody(_Body):
     neutral = _Body.neutral | {"echo": (False,), "best_of": (1,), "suffix": ("",)}
     max_tokens: _Integer | None = Field(16, ge=1)
     prompt: Any = None
+    add_special_tokens: bool = True
     logprobs: _Integer | None = Field(None, ge=0, le=5)
 
 
@@ -199,30 +202,35 @@ class _TextPart(_Object):
 
 
 class _Message(_Object):
-    ignored = {"tool_call_id", "refusal", "annotations"}  # A client may send back a response unchanged.
-    neutral = {"tool_calls": ([],)}
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[_TextPart], BeforeValidator(_parts)]
+    ignored = {"refusal", "annotations"}  # A client may send back a response unchanged.
+    role: str
+    content: Annotated[list[_TextPart], BeforeValidator(_parts)] | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] = []
+    tool_call_id: str | None = None
+    prefix: bool | None = None
 
-    def for_template(self) -> dict[str, str]:
-        """Return a dict for chat templates: role ("developer" as "system"), joined text, name if given."""
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "".join(part.text for part in self.content)}
-        return message if self.name is None else {**message, "name": self.name}
+    def for_template(self) -> dict[str, Any]:
+        """Return the message as `encode_prompt` takes it."""
+        content = None if self.content is None else "".join(part.text for part in self.content)
+        return {**self.model_dump(exclude_none=True), "content": content}
 
 
 class _ChatBody(_Body):
     neutral = _Body.neutral | {
-        "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none",),
         "function_call": ("none",),
         "parallel_tool_calls": (True, False),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
     }
     messages: list[_Message] = Field(min_length=1)
+    tools: list[dict[str, Any]] = []
+    tool_choice: Any = None
+    chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     max_completion_tokens: _Integer | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: _Integer | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -263,6 +271,8 @@ def read_completion(body: Any, info: ModelInfo) -> GenerationRequest:
     fields = _validate(_CompletionBody, body, info)
     has_several = isinstance(fields.prompt, list) and fields.prompt and isinstance(fields.prompt[0], str | list)
     prompts = fields.prompt if has_several else [fields.prompt]
+    if not fields.add_special_tokens:
+        prompts = [info.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     return _generation(fields, info, prompts, "prompt", fields.max_tokens, fields.logprobs)
 
 
@@ -277,8 +287,19 @@ def read_chat(body: Any, info: ModelInfo) -> GenerationRequest:
         raise ApiError(400, f"max_tokens is {older}, max_completion_tokens {newer}; give one of them", "max_tokens")
     if top is not None and not fields.logprobs:
         raise ApiError(400, f"top_logprobs is {top} without logprobs; set logprobs to true", "top_logprobs")
+    if fields.tool_choice not in (None, "none") or (fields.tools and fields.tool_choice is None):
+        message = f"tool_choice is {fields.tool_choice!r:.100}; this server does not read calls of tools out of answers yet; "
+        message += "set it to none to show tools to the model"
+        raise ApiError(400, message, "tool_choice")
+    is_answer = fields.messages[-1].role == ASSISTANT
+    for name, expected in (("continue_final_message", is_answer), ("add_generation_prompt", not is_answer)):
+        if getattr(fields, name) not in (None, expected):
+            ending = "is an answer, which is continued" if is_answer else "is no answer"
+            raise ApiError(400, f"{name} is {str(not expected).lower()}, but the last message {ending}; leave it out", name)
     try:
-        prompt = encode_prompt(info.template, info.tokenizer, [message.for_template() for message in fields.messages])
+        switches = {**info.switches, **read_switches(fields.chat_template_kwargs)}
+        messages = [message.for_template() for message in fields.messages]
+        prompt = encode_prompt(info.template, info.tokenizer, messages, tools=fields.tools, **switches)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from error
     max_tokens, logprobs = older if newer is None else newer, (top or 0) if fields.logprobs else None

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -167,7 +167,13 @@ class Worker:
                 choice.cached = request.sequence.reused
         events: list[tuple[Job, Event]] = []
         for update in updates:  # At most one per request.
+            if update.request not in self._requests:  # Another choice of its job has failed in this step.
+                continue
             request, count, choice = update.request, len(update.tokens), self._requests[update.request]
+            if request.error is not None:
+                self._cancel(choice.job)
+                events.append((choice.job, ApiError(500, request.error, code="not_finite")))
+                continue
             logprobs = [] if request.logprobs is None else request.logprobs[len(request.logprobs) - count :]
             progress = Progress(choice.index, count, update.text, logprobs, choice.cached, request.finish_reason)
             events.append((choice.job, progress))
@@ -297,14 +303,21 @@ class Service:
     """A served model, its engine thread and its limits; for the event loop alone."""
 
     def __init__(
-        self, engine: Engine, name: str, template: ChatTemplate | None, options: ServeOptions, api_key: str | None = None
+        self,
+        engine: Engine,
+        name: str,
+        template: ChatTemplate | None,
+        options: ServeOptions,
+        api_key: str | None = None,
+        switches: Mapping[str, Any] | None = None,
     ) -> None:
         """Prepare `engine` as the model `name`, not yet started. ValueError: empty name or key, or no `Tokenizer`."""
         if not isinstance(engine.tokenizer, Tokenizer):
             raise ValueError(f"the engine's tokenizer is {engine.tokenizer!r:.60}; a server needs a Tokenizer")
         check_name_and_key(name, api_key)
         self.options, self.api_key = options, api_key
-        self.model = ModelInfo(name, engine.config, engine.tokenizer, template, engine.sizes.max_length, options.max_choices)
+        sizes = engine.sizes.max_length, options.max_choices
+        self.model = ModelInfo(name, engine.config, engine.tokenizer, template, *sizes, switches or {})
         self.token_bytes = TokenBytes(engine.tokenizer)
         self.worker = Worker(engine)
         self.metrics = Metrics(engine.sizes.pages, lambda: self.worker.counts)

@@ -251,3 +251,16 @@ def test_config_files(tmp_path: Path) -> None:
     file.write_text(json.dumps({"model": {}, "train": {}}))
     with pytest.raises(ValueError, match="no model_type"):
         load_hf(tmp_path)
+
+
+def test_without_depths_their_layers_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = CONFIG | {"num_nextn_predict_layers": 0}
+    tensors = random_tensors()
+    found = find_tensors(epath.Path(write(tmp_path / "whole", tensors, config)), ModelConfig.from_hf(config), None)
+    left = {name for name in tensors if name.startswith(("model.layers.4.", "model.layers.5."))}
+    assert tensors.keys() - found.keys() <= left
+    assert f"passed over {len(left)} tensors of the MTP layers 4, 5" in capsys.readouterr().err
+    # A layer that is no MTP depth is still unexpected.
+    tensors = {name: tensor for name, tensor in tensors.items() if "eh_proj" not in name}
+    problems = _problems(write(tmp_path / "layers", tensors, config), config)
+    assert set(problems["unexpected tensors"]) == left & tensors.keys()

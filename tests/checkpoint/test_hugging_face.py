@@ -202,7 +202,9 @@ def test_a_copy_that_differs_is_an_error(tmp_path: Path, copy: str) -> None:
     tensors[copy][69, 39] += 1
     with pytest.raises(CheckpointError, match="MTP copies that differ") as caught:
         load_hf(write(tmp_path, tensors))
-    assert [problem.split(" from ")[0] for problem in caught.value.problems["MTP copies that differ"]] == [copy]
+    ((kind, problems),) = caught.value.problems.items()
+    assert [problem.split(" from ")[0] for problem in problems] == [copy]
+    assert "set num_nextn_predict_layers to 0 in config.json" in kind
 
 
 def test_what_load_hf_refuses(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import infer
 import train
 from dsv3_jax.checkpoint.hugging_face import load_hf
 from dsv3_jax.checkpoint.run import load_run
 from dsv3_jax.config.cli import parse_run
 from dsv3_jax.convert import main as convert
 from dsv3_jax.data.batches import TrainBatches
+from dsv3_jax.data.chat_template import load_chat_template
 from dsv3_jax.data.text import build_dataset
+from dsv3_jax.infer import Engine, SamplingParams
+from dsv3_jax.infer.load import load_model
 from dsv3_jax.model import training_loss
+from dsv3_jax.serve.requests import ModelInfo, read_chat
 from tests.cli.conftest import ROOT, Done
 
 TEMPLATE = (
@@ -56,7 +64,8 @@ def test_the_loss_on_what_the_assistant_says_falls(chats: Path, workplace: Path,
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["main_loss"] < 0.7 * logged[0]["main_loss"]
     assert logged[-1]["heldout_loss"] < 0.95 * logged[9]["heldout_loss"]
-    assert (run / "chat_template.jinja").read_text() == TEMPLATE
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (run / name).read_bytes() == (chats / name).read_bytes()
     # All parameters are trained, from those of the checkpoint on; the biases, without the rule, stay as they were.
     _, before = load_hf(str(chats))
     _, after, step = load_run(str(run))
@@ -74,6 +83,62 @@ def test_the_loss_on_what_the_assistant_says_falls(chats: Path, workplace: Path,
         (workplace / "moved").rename(chats)
     assert done.code == 0, done.stderr
     assert "continuing after step 20 of 21" in done.stdout
+
+
+@pytest.mark.slow
+def test_chats_learnt_by_heart_end_wherever_they_are_asked(
+    chats: Path, workplace: Path, called: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the terminal, in a batch file, over HTTP and of an engine, whichever file names the token that ends a turn."""
+    with (workplace / "by_heart.jsonl").open("w") as file:
+        for number in range(16):
+            said = [{"role": "user", "content": f"f{number}(x)"}, {"role": "assistant", "content": "x"}]
+            file.write(json.dumps({"messages": said}) + "\n")
+    flags = (
+        "--data.source",
+        "by_heart.jsonl",
+        "--data.heldout-fraction",
+        "0.2",
+        "--train.steps",
+        "40",
+        "--run-dir",
+        "runs/heart",
+    )
+    done = called(train.main, *FLAGS, *flags, "--train.eval-every", "0")
+    assert done.code == 0, done.stderr
+    convert(["runs/heart", "heart_folder"])
+    # A folder in which generation_config.json alone names the token.
+    shutil.copytree(workplace / "heart_folder", workplace / "heart_elsewhere")
+    for name, ends in (("config.json", 0), ("generation_config.json", [1])):
+        file_ = workplace / "heart_elsewhere" / name
+        file_.write_text(json.dumps(json.loads(file_.read_text()) | {"eos_token_id": ends}))
+    asked = [{"role": "user", "content": "f3(x)"}]
+    for checkpoint in ("runs/heart", "heart_folder", "heart_elsewhere"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("f3(x)\n"))
+        done = called(infer.main, "--checkpoint", checkpoint, "--interactive", "--max-tokens", "20")
+        assert (done.code, done.stdout) == (0, "x\n"), done.stderr
+        assert "(cut after" not in done.stderr
+        (workplace / "asked.jsonl").write_text(json.dumps({"messages": asked, "max_tokens": 20}) + "\n")
+        done = called(infer.main, "--checkpoint", checkpoint, "--batch-file", "asked.jsonl", f"{Path(checkpoint).name}.out")
+        assert done.code == 0, done.stderr
+        (answer,) = map(json.loads, (workplace / f"{Path(checkpoint).name}.out").read_text().splitlines())
+        assert (answer["text"], answer["finish_reason"]) == ("x", "stop")
+        model, template = load_model(checkpoint), load_chat_template(checkpoint)
+        engine = Engine(model.config, model.variables, model.tokenizer, max_batch=1)
+        served = ModelInfo("m", model.config, model.tokenizer, template, 64, 8)
+        request = read_chat({"model": "m", "messages": asked, "temperature": 0}, served)
+        (completion,) = engine.generate(request.prompts, request.params)
+        assert (completion.text, completion.finish_reason) == ("x", "stop")
+        # Without a template, too.
+        (completion,) = engine.generate(request.prompts, SamplingParams(max_tokens=20))
+        assert (completion.text, completion.finish_reason) == ("x", "stop")
+    config, variables = load_hf("heart_elsewhere")
+    (completion,) = Engine(config, variables, model.tokenizer, max_batch=1).generate(
+        request.prompts, SamplingParams(max_tokens=20)
+    )
+    assert (completion.text, completion.finish_reason) == ("x", "stop")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (workplace / "heart_folder" / name).read_bytes() == (chats / name).read_bytes()
 
 
 def test_no_prompt_token_is_learnt(chats: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,15 +100,31 @@ def test_a_server_gets_the_engine_and_is_named_after_the_folder(
 ) -> None:
     served: list[Any] = []
 
-    def serve(engine: Engine, name: str, template: ChatTemplate | None, options: ServeOptions) -> int:
-        served.append((engine.sizes.slots, name, template, options))
+    def serve(engine: Engine, name: str, template: ChatTemplate | None, options: ServeOptions, switches: Any) -> int:
+        served.append((engine.sizes.slots, name, template, options, switches))
         return 3
 
     monkeypatch.setattr("infer.serve", serve)
     checkpoint = f"{workplace}/runs/../runs/straight/."
     done = called(infer.main, "--checkpoint", checkpoint, "--serve", "--port", "0", "--max-queue", "3")
-    assert (done.code, served) == (3, [(8, "straight", None, ServeOptions(port=0, max_queue=3))])
+    assert (done.code, served.pop()) == (3, (8, "straight", None, ServeOptions(port=0, max_queue=3), {}))
     assert "slots: 8" in done.stderr
+    flags = "--served-model-name", "a/b", "--chat-template-kwargs", '{"thinking": true}'
+    assert called(infer.main, "--checkpoint", checkpoint, "--serve", "--port", "0", *flags).code == 3
+    assert served.pop()[1:] == ("a/b", None, ServeOptions(port=0, served_model_name="a/b"), {"thinking": True})
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/tiny", "tiny"),
+        ("hub/models--deepseek-ai--DeepSeek-V3/snapshots/0123abc", "deepseek-ai/DeepSeek-V3"),
+        ("hub/models--gpt2/snapshots/0123abc/", "gpt2"),
+        ("snapshots/0123abc", "0123abc"),
+    ],
+)
+def test_a_snapshot_is_named_after_its_repository(path: str, name: str) -> None:
+    assert infer.model_name(path) == name
 
 
 def test_an_address_and_a_key_are_refused_before_weights_are_read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsv3_jax.data.chat import Conversation, Encoded, encode_conversations, tokenize_chat
-from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
-from tests.data.test_chat_template import ASSISTANT, DEEPSEEK, EOS, IDS, TEMPLATE, TOKENIZER, USER
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data.chat import ChatRows, Conversation, Encoded, encode_conversations, tokenize_chat
+from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt, read_messages
+from tests.data.conversations import Generator, assert_consistent
+from tests.data.test_chat_template import ASSISTANT, DEEPSEEK, EOS, IDS, TEMPLATE, THINK, TOKENIZER, USER
 
+MODEL = dataclasses.replace(ModelConfig(), vocab_size=TOKENIZER.vocab_size)
 MULTI = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "One?"},
@@ -60,8 +64,9 @@ def test_what_follows_the_last_answer_is_not_learnt() -> None:
 def test_what_is_spelt_is_learnt_as_text() -> None:
     said = f"I say {ASSISTANT} and {EOS}"
     encoded = encode([{"role": "user", "content": USER}, {"role": "assistant", "content": said}])
-    assert encoded.said == said
-    assert [id_ for id_ in encoded.ids if id_ in IDS.values()] == [IDS[t] for t in (*list(IDS)[:1], USER, ASSISTANT, EOS)]
+    marks = [IDS[token] for token in (*list(IDS)[:1], USER, ASSISTANT, ASSISTANT, EOS)]
+    assert [id_ for id_ in encoded.ids if id_ in IDS.values()] == marks
+    assert TOKENIZER.decode(encoded.ids[encoded.is_in_loss]) == said  # It leaves out special tokens alone.
 
 
 def test_many_are_encoded_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,13 +79,8 @@ def test_many_are_encoded_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("source", "complaint"),
     [
-        # The opening of an answer is not what the answer opens with, as in templates of reasoning models.
-        (
-            DEEPSEEK.replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>' }}"),
-            "before message 2, an answer, otherwise",
-        ),
-        # Earlier answers lose something once there are later ones.
-        (DEEPSEEK.replace("'assistant' -%}", "'assistant' and loop.last -%}"), "before message 2, an answer, otherwise"),
+        # The question is written otherwise once there is an answer.
+        (DEEPSEEK.replace("{{ bos_token }}", "{{ bos_token }}{{ messages | length }}"), r"before messages\[2\], an answer"),
         (DEEPSEEK.replace(" + '<｜end▁of▁sentence｜>'", ""), "closes the assistant's turn with '1 é 漢' and no special token"),
         ("{{ raise_exception('never') }}", "refuses the messages .*never"),
         (DEEPSEEK + "{{ strftime_now('%Y') }}", "writes the time"),
@@ -92,8 +92,8 @@ def test_a_template_that_does_not_tell_what_is_said_is_refused_by_line(source: s
 
 
 def test_the_clock_is_there_at_inference() -> None:
-    before, template = datetime.datetime.now(), ChatTemplate("{{ strftime_now('%Y') }}", {})
-    written = int(TOKENIZER.decode(encode_prompt(template, TOKENIZER, MULTI)))
+    before, template = datetime.datetime.now(), ChatTemplate("{{ strftime_now('%Y') }} {{ messages[0].content }}", {})
+    written = int(TOKENIZER.decode(encode_prompt(template, TOKENIZER, MULTI[1:2])).split()[0])
     assert before.year <= written <= datetime.datetime.now().year
 
 
@@ -111,8 +111,102 @@ def test_tokens_are_kept_and_made_again_when_broken(tmp_path: Path, harm: bytes 
     start = 0
     for one, end in zip(chats, np.flatnonzero(again[:] >> 30 & 1) + 1, strict=True):
         stored, expected = again[start:end], encode(one.messages)
-        np.testing.assert_array_equal(stored & (2**30 - 1), expected.ids)
+        np.testing.assert_array_equal(stored & (2**27 - 1), expected.ids)
         np.testing.assert_array_equal(stored >> 31 == 1, expected.is_in_loss)
         start = end
     tokenize_chat(chats, ChatTemplate(DEEPSEEK + " ", TEMPLATE.special_tokens), TOKENIZER, str(tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Thoughts
+
+
+# What DeepSeek-R1's own does: prompts open thoughts, and of an answer that is there the thoughts are left out.
+R1 = DEEPSEEK.replace("+ message['content'] + '<｜end", "+ message['content'].split('</think>')[-1] + '<｜end").replace(
+    "{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜><think>\\n' }}"
+)
+# What DeepSeek-V3.1's own does: a switch opens thoughts, and an answer that is there has closed ones.
+V31 = DEEPSEEK.replace(
+    "{{ '<｜Assistant｜>' + message['content'] +", "{{ '<｜Assistant｜></think>' + message['content'].split('</think>')[-1] +"
+).replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}")
+ONE = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "<think>because</think>answer"}]
+
+
+def spelt(ids: np.ndarray) -> str:
+    """Text of ids, special tokens included."""
+    return "".join(TOKENIZER.added_tokens.get(int(i)) or TOKENIZER.decode([int(i)]) for i in ids)
+
+
+def answered(content: str, **keys: Any) -> list[dict[str, Any]]:
+    return [ONE[0], {"role": "assistant", "content": content, **keys}]
+
+
+@pytest.mark.parametrize(
+    ("source", "switches", "messages", "prompt", "learnt"),
+    [
+        (DEEPSEEK, {}, ONE, "", "<think>because</think>answer"),
+        (R1, {}, ONE, "<think>\n", "because</think>answer"),
+        (R1, {}, answered("<think>\nbecause\n</think>\n\nanswer"), "<think>\n", "because\n</think>\n\nanswer"),
+        (R1, {}, answered("answer", reasoning_content="because"), "<think>\n", "because\n</think>\n\nanswer"),
+        (R1, {}, answered("answer", reasoning_content="because\n"), "<think>\n", "because\n</think>\n\nanswer"),
+        (R1, {}, answered("answer"), "<think>\n", "\n</think>\n\nanswer"),
+        (V31, {}, ONE, "</think>", "answer"),
+        (V31, {}, answered("answer"), "</think>", "answer"),
+        (V31, {"thinking": True}, ONE, "<think>", "because</think>answer"),
+        (V31, {"thinking": True}, answered("answer", reasoning_content="because"), "<think>", "because</think>answer"),
+        (V31, {"thinking": True}, answered("answer"), "<think>", "</think>answer"),
+    ],
+)
+def test_an_answer_is_learnt_as_the_continuation_of_its_prompt(
+    source: str, switches: dict[str, Any], messages: list[dict[str, Any]], prompt: str, learnt: str
+) -> None:
+    template = ChatTemplate(source, TEMPLATE.special_tokens)
+    one = dataclasses.replace(conversation(read_messages(messages)), switches=switches)
+    (found,) = encode_conversations([one], template, TOKENIZER)
+    at_inference = encode_prompt(template, TOKENIZER, messages[:1], **switches)
+    assert found.ids[: len(at_inference)].tolist() == at_inference
+    assert found.is_in_loss.tolist() == [False] * len(at_inference) + [True] * (found.ids.size - len(at_inference))
+    assert spelt(np.array(at_inference)).endswith(ASSISTANT + prompt)
+    assert spelt(found.ids[found.is_in_loss]) == learnt + EOS
+    # Thoughts are opened by their token, whoever writes it.
+    assert list(found.ids).count(IDS[THINK]) == spelt(found.ids).count(THINK)
+    assert len(found.dropped) == (source == V31 and not switches and "because" in str(messages))
+    assert len(found.emptied) == (prompt.startswith(THINK) and "because" not in str(messages))
+
+
+def test_a_conversation_whose_turns_change_is_one_sequence_for_each_answer() -> None:
+    messages = [*ONE, {"role": "user", "content": "And?"}, *answered("<think>so</think>that")[1:]]
+    template = ChatTemplate(R1, TEMPLATE.special_tokens)
+    first, second = encode_conversations([conversation(messages)], template, TOKENIZER)
+    assert (first.is_complete, second.is_complete) == (False, True)
+    for found, number, learnt in ((first, 1, "because</think>answer"), (second, 3, "so</think>that")):
+        prompt = encode_prompt(template, TOKENIZER, messages[:number])
+        assert found.ids[~found.is_in_loss].tolist() == prompt
+        assert spelt(found.ids[found.is_in_loss]) == learnt + EOS
+    # Of the first answer only what the template keeps is in the prompt of the second.
+    assert "because" not in spelt(second.ids)
+
+
+def test_what_a_template_changes_is_counted_in_the_report(tmp_path: Path) -> None:
+    def report(source: str, *chats: list[dict[str, Any]]) -> str:
+        conversations = [conversation(read_messages(messages), n) for n, messages in enumerate(chats)]
+        stored = tokenize_chat(conversations, ChatTemplate(source, TEMPLATE.special_tokens), TOKENIZER, str(tmp_path))
+        return ChatRows(stored, 64, 0).report.partition("begins before: 0")[2]
+
+    two = [*ONE, *answered("b", reasoning_content="so")]
+    assert report(DEEPSEEK, MULTI, ONE) == ""
+    assert report(V31, ONE, two, answered("a")) == "; answers learnt without their thoughts, which the template leaves out: 3"
+    assert report(R1, two, answered("a")) == (
+        "; one sequence per answer where the template changes earlier turns, in all 3"
+        "; answers without thoughts learnt with empty ones, as the template opens thoughts: 1"
+    )
+
+
+@pytest.mark.parametrize("source", [DEEPSEEK, R1, V31], ids=["plain", "opens thoughts", "leaves thoughts out"])
+def test_a_conversation_has_the_same_ids_everywhere(source: str, tmp_path: Path) -> None:
+    """Random ones; tests/parity/test_conversations.py takes more of them through published templates."""
+    template = ChatTemplate(source, TEMPLATE.special_tokens)
+    generator = Generator(0, [*IDS, "</think>", "<｜User", "｜>"], calls=False)
+    for _ in range(60):
+        assert assert_consistent(generator.conversation(), template, TOKENIZER, MODEL, tmp_path)

@@ -60,9 +60,20 @@ def test_every_conversation_a_copy_is_refused(tmp_path: Path) -> None:
         ({"text": "x"}, 'has no "messages"; .*; texts take data.kind text'),
         ({"conversations": [{"from": "human", "value": "x"}]}, 'has no "messages"; each line must be an object like'),
         ({"messages": []}, 'has no "messages"'),
-        ({"messages": ["x"]}, 'message 0 needs a "role" and a "content"'),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, 'message 0 needs a "role" and a "content"'),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]}, 'message 1 needs a "role" and a "content"'),
+        ({"messages": ["x"]}, r"messages\[0\] is 'x'; use an object"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, r"messages\[0\].content is \['x'\]; of its parts only"),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]},
+            r'messages\[1\] needs a "content" that is text',
+        ),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": ["f"]}]}, r"messages\[0\].tool_calls is \['f'\]"),
+        ({"messages": [{"role": "user", "content": "x", "reasoning_content": 3}]}, r"messages\[0\].reasoning_content is 3"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": "{"}, "tools is a text that is not JSON"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": "3"}, "tools is 3; use a list of objects"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs sets",
+        ),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no message of the role 'assistant', so nothing in it"),
     ],
 )

@@ -33,7 +33,7 @@ def stored(conversations: Sequence[Encoded]) -> np.ndarray:
     parts = []
     for one in conversations:
         parts.append(one.ids.astype(np.uint32) | (one.is_in_loss.astype(np.uint32) << np.uint32(31)))
-        parts[-1][-1] |= np.uint32(1 << 30)
+        parts[-1][-1] |= np.uint32(1 << 30 | 1 << 27)
     return np.concatenate(parts)
 
 

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from hypothesis import strategies
 
-from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt, load_chat_template
+from dsv3_jax.data.chat_template import ChatTemplate, closing_tokens, encode_prompt, load_chat_template
 from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
 
 BOS, EOS, USER, ASSISTANT, THINK = (
@@ -74,8 +74,20 @@ def test_a_conversation_is_what_deepseek_reads() -> None:
     assert encoded(CHAT, add_generation_prompt=False) == encoded(CHAT)[:-1]
 
 
-@pytest.mark.parametrize("role", ["user", "assistant", "system"])
-@pytest.mark.parametrize("token", [BOS, EOS, USER, ASSISTANT, THINK])
+def test_of_an_answers_own_words_a_token_that_is_not_special_is_the_token() -> None:
+    content = f"{THINK}because{EOS}{BOS}"
+    ids = encoded([{"role": "assistant", "content": content}], add_generation_prompt=False)
+    rest = TOKENIZER.encode_documents([f"because{EOS}{BOS}"])[0]
+    assert ids == [IDS[BOS], IDS[ASSISTANT], IDS[THINK], *rest, IDS[EOS]]
+
+
+@pytest.mark.parametrize(
+    ("role", "token"),
+    [
+        *((role, token) for role in ("user", "system") for token in (BOS, EOS, USER, ASSISTANT, THINK)),
+        *(("assistant", token) for token in (BOS, EOS)),
+    ],
+)
 def test_a_message_that_spells_a_token_does_not_say_it(role: str, token: str) -> None:
     content = f"before {token}{token} after{token}"
     ids = encoded([{"role": role, "content": content}], add_generation_prompt=False)
@@ -121,11 +133,6 @@ def test_a_template_may_cut_a_message_at_a_token_it_spells() -> None:
     template = ChatTemplate("{{ messages[0].content.split('<think>') | last }}<think>", {})
     ids = encoded([{"role": "user", "content": f"thought {THINK}answer"}], template)
     assert ids == [*TOKENIZER.encode("answer"), IDS[THINK]]
-
-
-def test_a_message_that_uses_every_mark_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"32 of the 32 noncharacters U\+FDD0 to U\+FDEF; remove them"):
-        encoded([{"role": "user", "content": "".join(map(chr, range(0xFDD0, 0xFDF0)))}])
 
 
 def test_what_hugging_face_gives_a_template_is_there() -> None:
@@ -197,3 +204,139 @@ def test_documents_spell_no_added_token_whether_special_or_not() -> None:
     assert not set(plain) & set(IDS.values())
     assert TOKENIZER.decode(plain) == text
     assert IDS[USER] in TOKENIZER.encode(text)  # what a prompt written by hand relies on
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What people write into messages
+
+
+THOUGHTS = ChatTemplate(
+    "{% for m in messages %}<think>{{ m.get('reasoning_content', '') }}</think>{{ m.content }}{% endfor %}", {}
+)
+CALLS = ChatTemplate(
+    "{% for m in messages %}{% if 'tool_calls' in m %}{{ m.content is none }}{{ m.tool_calls | tojson }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    {},
+)
+
+
+def text(template: ChatTemplate, messages: list[Any], **options: Any) -> str:
+    return TOKENIZER.decode(encoded(messages, template, add_generation_prompt=False, **options))
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "expected"),
+    [
+        (THOUGHTS, {"reasoning_content": None}, "<think></think>b"),
+        (THOUGHTS, {"reasoning_content": "a"}, "<think>a</think>b"),
+        (THOUGHTS, {}, "<think></think>b"),
+        (CALLS, {"tool_calls": None}, "b"),
+        (CALLS, {"tool_calls": []}, "b"),
+        (CALLS, {"tool_calls": [{"id": None, "function": {"name": "f", "x": None}}]}, 'False[{"function": {"name": "f"}}]'),
+        (CALLS, {"content": None, "tool_calls": [{"name": "f"}]}, 'True[{"name": "f"}]'),
+    ],
+)
+def test_keys_with_null_are_absent(template: ChatTemplate, message: dict[str, Any], expected: str) -> None:
+    assert text(template, [{"role": "assistant", "content": "b", **message}]) == expected
+
+
+@pytest.mark.parametrize("role", ["human", "function", "developers", "tool"])
+def test_a_role_without_a_trace_is_refused(role: str) -> None:
+    messages = [CHAT[1], {"role": role, "content": "x"}]
+    with pytest.raises(ValueError, match=rf"messages\[1\] has the role '{role}', which leaves no trace"):
+        encoded(messages)
+
+
+def test_a_developer_is_the_system() -> None:
+    assert encoded([{"role": "developer", "content": "Be brief."}, *CHAT[1:]]) == encoded(CHAT)
+
+
+def test_a_role_that_the_template_writes_is_any_word() -> None:
+    template = ChatTemplate("{% for m in messages %}[{{ m.role }}]{% endfor %}", {})
+    assert text(template, [{"role": "critic", "content": "x"}]) == "[critic]"
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]', [], "[]", None, "null"])
+def test_tools_may_be_their_json_text(tools: Any) -> None:
+    template = ChatTemplate("{{ messages[0].content }}{% if tools %}{{ tools | tojson }}{% endif %}", {})
+    assert text(template, [CHAT[1]], tools=tools) == "Hi there" + ('[{"name": "f"}]' if tools and "f" in str(tools) else "")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+        ([{"text": "a"}], "a"),
+        ([], ""),
+    ],
+)
+def test_a_content_in_parts_is_one_text(content: Any, expected: str) -> None:
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    assert text(template, [{"role": "user", "content": content}]) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "expected"),
+    [
+        # Idioms of published templates, which see the text of messages as it is, spelt tokens included.
+        (
+            "{% set a = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+            "{{ '<think>\\n' + a + '\\n</think>\\n\\n' + content.split('</think>')[-1].lstrip('\\n') }}",
+            "<think>\nbecause\n</think>\n\nanswer",
+            "<think>\nbecause\n</think>\n\nanswer",
+        ),
+        ("{{ content | trim }}", " <think> ", "<think>"),
+        ("{{ content.startswith('<think>') }}{{ content.endswith('x') }}{{ content[-1] }}", "<think>x", "TrueTruex"),
+        ("{{ content[7:] }}{{ content | length }}", "<think>x", "x8"),
+        ("{{ content | tojson(ensure_ascii=true) }}", "<think>é", '"<think>\\u00e9"'),
+        ("{{ content | replace('<think>', '') }}", "a<think>b", "ab"),
+        ("{{ content.find('x') }}{{ content[-1] }}", "<think>x", "7x"),
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_sees_spelt_tokens_as_text(source: str, content: str, expected: str, role: str) -> None:
+    template = ChatTemplate("{% set content = messages[0].content %}" + source, {})
+    rendered = template.render([{"role": role, "content": content}])
+    assert rendered == expected
+    assert TOKENIZER.decode(encoded([{"role": role, "content": content}], template, add_generation_prompt=False)) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers that are begun, switches, and ends of turns
+
+
+def test_an_answer_at_the_end_is_continued() -> None:
+    begun = [*CHAT[:2], {"role": "assistant", "content": "Hel"}]
+    assert encoded(begun) == [*encoded(CHAT[:2]), *TOKENIZER.encode("Hel")]
+    assert encoded([*CHAT[:2], {"role": "assistant", "content": ""}]) == encoded(CHAT[:2])
+    with pytest.raises(ValueError, match=r"messages\[2\], the last, calls tools; add their results"):
+        encoded([*CHAT[:2], {"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}])
+
+
+def test_switches_reach_the_template_and_a_begun_answer_has_a_prefix() -> None:
+    """As in DeepSeek-V3.1: thoughts are opened by a switch, and in a begun answer by its `prefix`."""
+    opening = "{% if thinking %}<think>{% endif %}"
+    source = DEEPSEEK.replace("{{ '<｜Assistant｜>' }}", "{{ '<｜Assistant｜>' }}" + opening).replace(
+        "{{ '<｜Assistant｜>' + ", "{{ '<｜Assistant｜>' + ('<think>' if thinking and message.prefix else '') + "
+    )
+    template = ChatTemplate(source, TEMPLATE.special_tokens)
+    assert encoded(CHAT, template, thinking=True) == [*encoded(CHAT), IDS[THINK]]
+    assert encoded(CHAT, template) == encoded(CHAT)
+    begun = [CHAT[1], {"role": "assistant", "content": "Hel"}]
+    assert encoded(begun, template, thinking=True) == [*encoded([CHAT[1]]), IDS[THINK], *TOKENIZER.encode("Hel")]
+
+
+@pytest.mark.parametrize(
+    ("source", "special", "expected"),
+    [
+        (DEEPSEEK, {"eos_token": EOS}, (EOS,)),
+        (DEEPSEEK, {}, (EOS,)),
+        (DEEPSEEK.replace("end▁of", "begin▁of"), {"eos_token": EOS}, (BOS, EOS)),
+        (DEEPSEEK.replace("<｜end▁of▁sentence｜>'", "\\n<｜User｜>\\n<｜end▁of▁sentence｜>'"), {}, (USER,)),
+        ("{{ raise_exception('no') }}", {"eos_token": EOS}, (EOS,)),
+        ("{{ messages[0].content }}", {}, ()),
+    ],
+)
+def test_the_end_of_a_turn_is_what_the_template_writes(source: str, special: dict[str, str], expected: tuple[str, ...]) -> None:
+    ends = closing_tokens(ChatTemplate(source, special), TOKENIZER, TOKENIZER.vocab_size)
+    assert ends == tuple(IDS[token] for token in expected)

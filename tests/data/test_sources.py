@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etils import epath
@@ -120,3 +121,18 @@ def test_gzipped_files_are_read(tmp_path: Path) -> None:
         (tmp_path / "b.txt.gz").write_bytes(content)
         with pytest.raises(ValueError, match=r"data\.source '.*': b\.txt\.gz cannot be read"):
             read_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+@pytest.mark.parametrize("records", [[{"text": "a"}], [{"messages": []}, {"messages": []}]])
+def test_an_array_of_texts_or_conversations_is_refused(tmp_path: Path, name: str, records: list[Any]) -> None:
+    data = json.dumps(records, indent=1).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(ValueError, match=r"x\.json(\.gz)? is one JSON array; write one object per line into a \.jsonl file"):
+        read_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '[{"a": 1}]', '[{"text": "a"}, 3]', '{"text": "a"}', "[", "[]"])
+def test_other_json_is_a_text_as_any(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    assert [document.text for document in read_source(str(tmp_path))[0]] == [content]

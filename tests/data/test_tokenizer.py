@@ -8,14 +8,24 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from etils import epath
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dsv3_jax.config import DataConfig, ModelConfig
 from dsv3_jax.data.corpus import Corpus, load_corpus
-from dsv3_jax.data.tokenizer import Tokenizer, document_marks, load_tokenizer, prepare_tokenizer, train_tokenizer
+from dsv3_jax.data.tokenizer import (
+    Tokenizer,
+    document_marks,
+    load_tokenizer,
+    named_tokens,
+    prepare_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from dsv3_jax.infer.request import StreamDecoder
 
 TEXTS = [f"def function_{i}(argument_{i * i}):\n    return argument_{i * i} + {i**3}\n\n" * 3 for i in range(100)]
@@ -225,3 +235,85 @@ def test_special_ids_a_trained_tokenizer_cannot_have_are_refused(
     corpus = distinct_corpus(tmp_path / "one", "a")
     with pytest.raises(ValueError, match=complaint):
         prepare_tokenizer(DataConfig(cache_dir=str(tmp_path / "cache")), ModelConfig(vocab_size=300, **fields), corpus)
+
+
+def tokenizer_of(folder: Path, **beside: Any) -> Tokenizer:
+    """A trained tokenizer in a folder with other files, of which each keyword is one, without .json."""
+    trained().save(folder / "tokenizer.json")
+    for name, content in beside.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "expected"),
+    [
+        ("def x", False, [0, "def x"]),
+        ("<bos>def x", False, [0, "def x"]),
+        ("<bos><bos>def<eos>x", False, [0, 0, "def", 1, "x"]),
+        ("def x<eos>", False, [0, "def x", 1]),
+        ("", False, [0]),
+        ("<eos>", False, [0, 1]),
+        ("def x", True, [0, "def x"]),
+        ("<bos>def x", True, [0, "<bos>def x"]),
+    ],
+)
+def test_a_raw_prompt_reads_special_tokens_behind_one_bos(text: str, plain: bool, expected: list[Any]) -> None:
+    tokenizer = trained()
+    ids = [i for part in expected for i in ([part] if isinstance(part, int) else tokenizer.encode(part))]
+    assert tokenizer.encode_raw(text, 0, plain=plain) == ids
+    if not plain:
+        assert tokenizer.encode_raw(text, None) == (ids if text.startswith("<bos>") else ids[1:])
+
+
+@pytest.mark.parametrize(
+    ("beside", "model", "added"),
+    [
+        ({}, 0, 0),
+        ({}, None, None),
+        ({"tokenizer_config": {"add_bos_token": False, "tokenizer_class": "LlamaTokenizerFast"}}, 0, None),
+        ({"tokenizer_config": {"add_bos_token": True, "bos_token": "<eos>"}}, None, 1),
+        ({"tokenizer_config": {"add_bos_token": True}, "special_tokens_map": {"bos_token": {"content": "<bos>"}}}, None, 0),
+        ({"tokenizer_config": {"add_bos_token": True, "bos_token": "<eos>"}}, 0, 0),
+        ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizerFast"}}, 0, 0),
+        ({"tokenizer_config": {"tokenizer_class": "TikTokenTokenizer"}}, 0, None),
+        ({"tokenizer_config": {"bos_token": "<bos>"}}, 0, 0),
+    ],
+)
+def test_a_bos_token_goes_in_front_if_the_folder_does_not_say_otherwise(
+    tmp_path: Path, beside: dict[str, Any], model: int | None, added: int | None
+) -> None:
+    tokenizer = tokenizer_of(tmp_path, **beside)
+    assert tokenizer.encode_raw("def x", model) == ([] if added is None else [added]) + tokenizer.encode("def x")
+
+
+def test_a_post_processor_that_adds_the_bos_token_says_so(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_str(trained().to_json())
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>"}')
+    assert load_tokenizer(tmp_path).encode_raw("x", None) == [0, *trained().encode("x")]
+
+
+def test_the_map_names_the_tokens_that_the_config_does_not(tmp_path: Path) -> None:
+    config = {"bos_token": "<a>", "eos_token": None, "x": 1}
+    tokenizer_of(tmp_path, tokenizer_config=config, special_tokens_map={"bos_token": "<b>", "eos_token": {"content": "<c>"}})
+    assert named_tokens(tmp_path) == {"bos_token": "<a>", "eos_token": "<c>"}
+
+
+def test_a_run_gets_the_files_that_travel_with_its_tokenizer(tmp_path: Path) -> None:
+    for name in ("source", "other", "run", "alone"):
+        (tmp_path / name).mkdir()
+    tokenizer = tokenizer_of(tmp_path / "source", tokenizer_config={"a": 1}, generation_config={"b": 2}, unrelated={"c": 3})
+    train_tokenizer(TEXTS, 300, ["<bos>", "<eos>"]).save(tmp_path / "other" / "tokenizer.json")
+    save_tokenizer(tokenizer, epath.Path(tmp_path / "run"), None, str(tmp_path / "other"), str(tmp_path / "source"))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    for path in (tmp_path / "run").iterdir():
+        assert path.read_bytes() == (tmp_path / "source" / path.name).read_bytes()
+    save_tokenizer(tokenizer, epath.Path(tmp_path / "run"), str(tmp_path / "run"))
+    save_tokenizer(tokenizer, epath.Path(tmp_path / "alone"), None)
+    assert [path.name for path in (tmp_path / "alone").iterdir()] == ["tokenizer.json"]

@@ -23,7 +23,9 @@ MODEL = dataclasses.replace(
     eos_token_id=1,
     max_position_embeddings=128,
 )
-__all__ = ["MODEL", "TEMPLATE", "TOKENIZER", "make_engine"]
+BROKEN = 7
+"""A token whose embedding `broken` sets to NaN."""
+__all__ = ["BROKEN", "MODEL", "TEMPLATE", "TOKENIZER", "broken", "make_broken_engine", "make_engine"]
 
 
 @functools.cache
@@ -34,3 +36,16 @@ def _variables() -> dict[str, Any]:
 def make_engine(**options: Any) -> Engine:
     """An engine of its own; all of them share their programs."""
     return Engine(MODEL, _variables(), TOKENIZER, **({"max_batch": 2, "chunk": 16, "page_size": 4} | options))
+
+
+def broken(variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables with NaN in the embedding of `BROKEN`."""
+    variables = jax.tree.map(lambda leaf: leaf, variables)
+    embedding = variables["params"]["embed"]
+    embedding["embedding"] = embedding["embedding"].at[BROKEN].set(jnp.nan)
+    return variables
+
+
+def make_broken_engine(**options: Any) -> Engine:
+    """An engine whose logits are not finite once a text holds the token `BROKEN`."""
+    return Engine(MODEL, broken(_variables()), TOKENIZER, **({"max_batch": 2, "chunk": 16, "page_size": 4} | options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -10,11 +11,22 @@ from typing import Any
 import pytest
 
 from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
+from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.infer import Completion, Engine, SamplingParams
-from dsv3_jax.infer.batch import CompletionLines, PromptLines, complete_lines, read_prompt_lines, submit_lines
+from dsv3_jax.infer.batch import (
+    CompletionLines,
+    PromptLine,
+    PromptLines,
+    complete_lines,
+    encode_lines,
+    read_otherwise_before,
+    read_prompt_lines,
+)
+from dsv3_jax.infer.batch import submit_lines as submit_encoded
 from dsv3_jax.infer.report import Speed
-from tests.data.test_chat_template import ASSISTANT, IDS
-from tests.infer.talkative import TEMPLATE, TOKENIZER, make_engine
+from dsv3_jax.infer.request import Request
+from tests.data.test_chat_template import ASSISTANT, BOS, EOS, IDS, THINK
+from tests.infer.talkative import BROKEN, MODEL, TEMPLATE, TOKENIZER, make_broken_engine, make_engine
 
 USER = [{"role": "user", "content": "Hi there"}]
 LINES: list[dict[str, Any]] = [
@@ -32,6 +44,13 @@ DRAWN = SamplingParams(max_tokens=6, temperature=0.8, top_p=0.95, seed=11)
 def prompts(tmp_path: Path) -> PromptLines:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     return read_prompt_lines(str(tmp_path / "in.jsonl"))
+
+
+def submit_lines(
+    engine: Engine, lines: list[PromptLine], defaults: SamplingParams, template: ChatTemplate | None, tokenizer: Tokenizer
+) -> dict[Request, PromptLine]:
+    ids = encode_lines(lines, engine.config, template, tokenizer)
+    return submit_encoded(engine, zip(lines, ids, strict=True), defaults, template, tokenizer)
 
 
 def run(engine: Engine, prompts: PromptLines, out: Path, defaults: SamplingParams = DRAWN) -> Speed:
@@ -125,12 +144,12 @@ def test_messages_that_the_template_refuses_are_named(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_turn_ends_a_chat_and_no_other_line(tmp_path: Path) -> None:
-    """The template's eos_token is not the model's here."""
+    """The template's eos_token is not the model's here, nor what it writes behind an answer."""
     (tmp_path / "in.jsonl").write_text(f'{{"messages": {json.dumps(USER)}}}\n{{"prompt": "Hello"}}')
     lines = read_prompt_lines(str(tmp_path / "in.jsonl")).lines
     template = ChatTemplate(TEMPLATE.source, TEMPLATE.special_tokens | {"eos_token": ASSISTANT})
     submitted = submit_lines(make_engine(), lines, DRAWN, template, TOKENIZER)
-    assert [request.params.stop_token_ids for request in submitted] == [(IDS[ASSISTANT],), ()]
+    assert [request.params.stop_token_ids for request in submitted] == [(IDS[EOS], IDS[ASSISTANT]), ()]
 
 
 def test_progress_is_a_line_every_tenth_where_there_is_no_terminal(
@@ -143,3 +162,51 @@ def test_progress_is_a_line_every_tenth_where_there_is_no_terminal(
     assert lines[0].startswith("2 of 12 lines, ")
     assert lines[-1] == f"12 of 12 lines, {speed.count} tokens"
     assert speed.count == sum(len(line["tokens"]) for line in told(out).values())
+
+
+def test_a_line_whose_logits_are_not_finite_is_written_as_an_error(tmp_path: Path) -> None:
+    own = {"temperature": 0, "max_tokens": 3}
+    lines = [own | {"prompt": [5, 9, 3], "logprobs": 1}, {"prompt": [5, BROKEN], "logprobs": 2}, own | {"prompt": [5, 9]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts, out = read_prompt_lines(str(tmp_path / "in.jsonl")), tmp_path / "out.jsonl"
+    with CompletionLines(str(out), {}, range(3)) as completions:
+        engine = make_broken_engine()
+        submitted = submit_lines(engine, prompts.lines, DRAWN, None, TOKENIZER)
+        assert complete_lines(engine, submitted, completions, Speed()) == 1
+    found = told(out)
+    assert [found[i]["finish_reason"] for i in range(3)] == ["length", "error", "length"]
+    assert "logits after 2 tokens are not finite" in found[1]["error"]
+    assert (found[1]["text"], found[1]["tokens"], found[1]["logprobs"]) == ("", [], [])
+    assert json.loads(out.read_text().splitlines()[0], parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        ({"prompt": "Hello"}, True),
+        ({"prompt": [4, 5]}, True),
+        ({"messages": USER}, True),
+        ({"messages": [*USER, {"role": "assistant", "content": "a"}, *USER]}, True),
+        ({"prompt": f"Hello{EOS}"}, False),
+        ({"prompt": f"{BOS}Hello"}, False),
+        ({"prompt": "Hello", "add_special_tokens": False}, False),
+        ({"messages": [*USER, {"role": "assistant", "content": f"{THINK}a"}, *USER]}, False),
+        ({"messages": [*USER, {"role": "assistant", "content": "a"}]}, False),
+    ],
+)
+def test_a_file_of_an_older_version_goes_on_if_its_tokens_would_be_the_same(tmp_path: Path, line: Any, same: bool) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    lines = read_prompt_lines(str(tmp_path / "in.jsonl")).lines
+    ids = encode_lines(lines, MODEL, TEMPLATE, TOKENIZER)
+    otherwise = read_otherwise_before(lines, ids, MODEL, TOKENIZER)
+    assert (otherwise is None) == same
+    (tmp_path / "out.jsonl").write_text('{"index": 0}\n')
+    (tmp_path / "out.jsonl.settings.json").write_text('{"prompts": "x"}')
+    with contextlib.ExitStack() as stack:
+        if not same:
+            complaint = (
+                r"out\.jsonl was begun by an older version, which made other tokens of .*in\.jsonl:1 .* or delete out\.jsonl"
+            )
+            stack.enter_context(pytest.raises(ValueError, match=complaint))
+        with CompletionLines(str(tmp_path / "out.jsonl"), {"prompts": "x", "token_ids": "y"}, [0], otherwise) as completions:
+            assert completions.done == {0}

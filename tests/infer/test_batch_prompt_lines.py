@@ -11,8 +11,8 @@ import pytest
 
 from dsv3_jax.data.chat_template import encode_prompt
 from dsv3_jax.infer import SamplingParams
-from dsv3_jax.infer.batch import PromptLines, read_prompt_lines
-from tests.infer.talkative import TEMPLATE, TOKENIZER
+from dsv3_jax.infer.batch import PromptLines, encode_lines, read_prompt_lines
+from tests.infer.talkative import MODEL, TEMPLATE, TOKENIZER
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -56,8 +56,11 @@ def test_what_a_line_says_of_sampling_counts_for_it_alone(tmp_path: Path) -> Non
 
 def test_messages_go_through_the_template(tmp_path: Path) -> None:
     chat, plain, ids = read(tmp_path, {"messages": USER}, {"prompt": "a"}, {"prompt": [4, 5]}).lines
-    assert chat.encoded(TEMPLATE, TOKENIZER) == encode_prompt(TEMPLATE, TOKENIZER, USER)
-    assert (plain.encoded(None, TOKENIZER), ids.encoded(None, TOKENIZER)) == ("a", [4, 5])
+    assert encode_lines([chat, plain, ids], MODEL, TEMPLATE, TOKENIZER) == [
+        encode_prompt(TEMPLATE, TOKENIZER, USER),
+        [MODEL.bos_token_id, *TOKENIZER.encode("a")],
+        [4, 5],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -75,13 +78,19 @@ def test_messages_go_through_the_template(tmp_path: Path) -> None:
         ({"prompt": ["a"]}, "prompt is ['a']; use a string"),
         ({"messages": []}, "messages is []; use a list like"),
         ({"messages": "Hi"}, "messages is 'Hi'; use a list like"),
-        ({"messages": [*USER, {"role": "user"}]}, 'messages[1] needs a "role" and a "content", both strings'),
+        ({"messages": [*USER, {"role": "user"}]}, 'messages[1] needs a "content" that is text'),
+        ({"messages": [*USER, {"content": "x"}]}, 'messages[1] needs a "role", such as "user", not None'),
+        ({"messages": USER, "tools": "[1"}, "tools is a text that is not JSON"),
+        ({"messages": USER, "chat_template_kwargs": [1]}, "chat_template_kwargs is [1]; use an object"),
+        ({"messages": USER, "chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs sets tools"),
+        ({"prompt": "x", "tools": []}, 'has "tools" with "prompt", where it means nothing'),
+        ({"messages": USER, "add_special_tokens": False}, 'has "add_special_tokens" with "messages"'),
+        ({"prompt": "x", "add_special_tokens": 0}, "add_special_tokens is 0; use true or false"),
         ({"prompt": "x", "id": [1]}, "id is [1]; use an integer or valid Unicode text"),
         ({"prompt": "x", "id": True}, "id is True"),
         ('{"prompt": "x", "id": "\\ud800"}', "id is '\\ud800'"),
         ({"prompt": "x", "max_tokens": "3"}, "max_tokens is '3'; use an integer"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
-        ({"prompt": "x", "temperature": None}, "temperature is None; use a finite number"),
         ('{"prompt": "x", "temperature": NaN}', "temperature is nan; use a finite number"),
         ({"prompt": "x", "seed": -1}, "seed is -1"),
         ({"prompt": "x", "stop": ["a", 1]}, "stop is ['a', 1]"),

@@ -16,6 +16,7 @@ from dsv3_jax.data.tokenizer import Tokenizer, train_tokenizer
 from dsv3_jax.infer import Completion, Engine, SamplingParams
 from dsv3_jax.infer.runner import decode, prefill
 from dsv3_jax.model import DeepSeekV3
+from tests.infer.talkative import BROKEN, make_broken_engine, make_engine
 from tests.model.tiny import CONFIG, random_variables
 
 # An MoE layer, and a token for every byte; without an end token, so that completions have the length that is asked for.
@@ -377,3 +378,24 @@ def test_a_tokenizer_too_large_for_the_model_is_noticed(
     monkeypatch.setattr(engine, "config", dataclasses.replace(ENDLESS, vocab_size=29))
     with pytest.raises(ValueError, match="is outside the vocabulary of 29"):
         engine.generate(["~"])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_logits_that_are_not_finite_end_a_request_and_no_other(several: bool) -> None:
+    """Nor those that get its pages later; in prefill, and in decode of a sequence that draws the broken token."""
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    drawing = dataclasses.replace(params, logit_bias={BROKEN: 100.0})
+    options: dict[str, Any] = {"max_batch": 4 if several else 1, "max_length": 64, "cache_tokens": 64 * 4}
+    good = [[5, 9, 3], [3] * 20, [11, 4]]
+    alone = [completion.tokens for completion in make_engine(**options).generate(good, params)]
+    engine = make_broken_engine(**options)
+    prompts = [good[0], [BROKEN] + [5] * 30, good[1], [8, 9], good[2]]
+    found = list(engine.generate(prompts, [params, params, params, drawing, params]))
+    assert [one.finish_reason for one in found] == ["length", "error", "length", "error", "length"]
+    assert [found[i].tokens for i in (0, 2, 4)] == alone
+    assert "the model's logits after 31 tokens are not finite" in found[1].error
+    assert found[3].tokens == [BROKEN]
+    assert [one.error for one in found[::2]] == [None] * 3
+    # Every page of the pool has been used by now, those of the broken ones too.
+    for _ in range(4):
+        assert [completion.tokens for completion in engine.generate(good, params)] == alone

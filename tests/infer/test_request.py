@@ -13,7 +13,7 @@ from dsv3_jax.infer.sampling import SamplingParams
 class Letters:
     """A token is a letter."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode_raw(self, text: str, bos_token_id: int | None, *, plain: bool = False) -> list[int]:
         return [ord(letter) for letter in text]
 
     def decode(self, ids: list[int]) -> str:
@@ -23,7 +23,7 @@ class Letters:
 class Bytes:
     """A token is a byte of UTF-8."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode_raw(self, text: str, bos_token_id: int | None, *, plain: bool = False) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:

@@ -31,7 +31,7 @@ TEMPLATES = {
     "tools": """\
 {{ bos_token }}{% if tools %}{{ tools | tojson(indent=2) }}{{ tools | tojson }}{% endif %}
 {% for message in messages %}
-  {% if loop.index0 == 3 %}{% break %}{% endif %}
+  {% if loop.index0 == 4 %}{% break %}{% endif %}
   {% generation %}{{ message['content'] }}{{ pad_token }}{% endgeneration %}
 {% endfor %}
 """,
@@ -62,4 +62,7 @@ def test_text_and_ids_are_those_of_transformers(
     for messages in (CHAT, CHAT[:1], CHAT[1:3], [{"role": "user", "content": "  é 漢字\n\n"}]):
         assert template.render(messages, **variables) == theirs.apply_chat_template(messages, tokenize=False, **variables)
         ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=True, **variables)["input_ids"]
+        if variables.get("add_generation_prompt") and messages[-1]["role"] == "assistant":
+            asked = {"continue_final_message": True, "return_dict": True}
+            ids = theirs.apply_chat_template(messages, tokenize=True, **asked)["input_ids"]
         assert encode_prompt(template, tokenizer, messages, **({"add_generation_prompt": False} | variables)) == ids

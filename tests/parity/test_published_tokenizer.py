@@ -13,10 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dsv3_jax.convert import main as convert
 from dsv3_jax.data.chat_template import encode_prompt, load_chat_template
 from dsv3_jax.data.tokenizer import load_tokenizer
+from tests.checkpoint import tiny
 
 pytestmark = pytest.mark.parity
 
@@ -98,7 +101,33 @@ def test_conversations(folder: Path) -> None:
     tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
     for case in json.loads(FIXTURE.read_text(encoding="utf-8"))["conversations"]:
         assert template.render(case["messages"], add_generation_prompt=True) == case["rendered"]
-        assert encode_prompt(template, tokenizer, case["messages"]) == case["ids"], case["rendered"]
+        ids = encode_prompt(template, tokenizer, case["messages"], add_generation_prompt=False)
+        is_answer = case["messages"][-1]["role"] == "assistant"  # Which is continued at inference, and not answered.
+        assert (ids if is_answer else encode_prompt(template, tokenizer, case["messages"])) == (
+            case["ids"][:-1] if is_answer else case["ids"]
+        ), case["rendered"]
+
+
+def test_an_export_has_the_same_words(folder: Path, tmp_path: Path) -> None:
+    """A Hugging Face folder through a run and back: transformers reads tokenizer, template and generation config of it."""
+    import transformers
+
+    config = tiny.CONFIG | {"vocab_size": 129_280, "num_hidden_layers": 1, "first_k_dense_replace": 0, "hidden_size": 16}
+    config |= {"num_nextn_predict_layers": 0, "bos_token_id": 0, "eos_token_id": 1}
+    source = tiny.write(tmp_path / "source", tiny.random_tensors(config, np.dtype(np.float32)), config)
+    for file in folder.iterdir():
+        shutil.copy(file, source)
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 128803], "temperature": 0.6, "do_sample": true}')
+    convert([str(source), str(tmp_path / "run")])
+    convert([str(tmp_path / "run"), str(tmp_path / "back")])
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(path) for path in (tmp_path / "back", source))
+    for conversation in CONVERSATIONS:
+        rendered = [tokenizer.apply_chat_template(conversation["messages"], return_dict=True) for tokenizer in (ours, theirs)]
+        assert rendered[0]["input_ids"] == rendered[1]["input_ids"]
+    assert (ours.bos_token_id, ours.eos_token_id, ours.model_max_length) == (0, 1, theirs.model_max_length)
+    ours, theirs = (transformers.GenerationConfig.from_pretrained(path) for path in (tmp_path / "back", source))
+    assert ours.to_dict() == theirs.to_dict()
+    assert ours.eos_token_id == [1, 128_803]
 
 
 if __name__ == "__main__":

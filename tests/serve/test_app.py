@@ -19,7 +19,8 @@ from dsv3_jax.serve.replies import Reply
 from dsv3_jax.serve.requests import GenerationRequest
 from dsv3_jax.serve.worker import Progress, TokenBytes
 from tests.data.test_chat_template import TEMPLATE, TOKENIZER
-from tests.serve.running import CONTEXT, NAME, RunningServer, served
+from tests.infer.talkative import BROKEN, broken
+from tests.serve.running import CONTEXT, MODEL, NAME, RunningServer, served, variables
 
 CHAT: list[Any] = [{"role": "user", "content": "Hello there"}]
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -307,6 +308,30 @@ def test_metrics_count_what_was_done(engine: Engine) -> None:
         assert server.metric("dsv3_step_tokens_total") - before["step_tokens"] == 9
         assert server.metric("dsv3_steps_total") - before["steps"] == 9
         server.wait_until_free()
+
+
+def strict(text: str) -> Any:
+    """JSON without NaN and infinities."""
+    return json.loads(text, parse_constant=pytest.fail)
+
+
+def test_logits_that_are_not_finite_are_an_error_and_the_server_lives_on() -> None:
+    whole = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+    with served(Engine(MODEL, broken(variables()), TOKENIZER, max_batch=4, chunk=16, page_size=16)) as server:
+        alone = strict(server.post(prompt=[5, 9], **whole).text)["choices"][0]["text"]
+        answer = server.post(prompt=[[5, 9], [5, BROKEN]], **whole)
+        assert answer.status_code == 500
+        assert strict(answer.text)["error"]["code"] == "not_finite"
+        assert "the model's logits after 2 tokens are not finite" in strict(answer.text)["error"]["message"]
+        drawn = server.post(prompt=[5, 9], stream=True, max_tokens=4, logit_bias={str(BROKEN): 100}, temperature=0)
+        events = [line.removeprefix("data: ") for line in drawn.text.splitlines() if line]
+        assert drawn.status_code == 200
+        assert events.pop() == "[DONE]"
+        assert strict(events[-1])["error"]["code"] == "not_finite"
+        assert all("choices" in strict(event) for event in events[:-1])
+        server.wait_until_free()
+        assert strict(server.post(prompt=[5, 9], **whole).text)["choices"][0]["text"] == alone
+        assert server.metric("dsv3_requests_total", endpoint="/v1/completions", status="500") == 2
 
 
 def test_a_stream_names_the_reason_of_an_end_without_text() -> None:

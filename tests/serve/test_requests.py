@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from dsv3_jax.data.chat_template import encode_prompt
+from dsv3_jax.data.chat_template import ChatTemplate, encode_prompt
 from dsv3_jax.infer import SamplingParams
 from dsv3_jax.serve.requests import ApiError, GenerationRequest, ModelInfo, read_chat, read_completion
 from tests.data.test_chat_template import ASSISTANT, BOS, EOS, IDS, TEMPLATE, TOKENIZER, USER
@@ -198,8 +199,8 @@ COMPLETION: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [[1]] * 3, "n": 3}, "3 prompts with n 3 are 9 completions, more than 8 a request"),
 ]
 CHAT: list[tuple[dict[str, Any], str]] = [
-    ({"tools": [{}]}, "tools is [{}]; this server does not support it"),
-    ({"tool_choice": "auto"}, "tool_choice is 'auto'; this server does not support it"),
+    ({"tools": [{}]}, "tool_choice is None; this server does not read calls of tools out of answers yet; set it to none"),
+    ({"tool_choice": "auto"}, "tool_choice is 'auto'; this server does not read calls"),
     ({"response_format": {"type": "json_object"}}, "response_format is {'type': 'json_object'}; this server does not"),
     ({"reasoning_effort": "low"}, "reasoning_effort is 'low'; this server does not support it"),
     ({"logprobs": 3}, "logprobs is 3; input should be a valid boolean"),
@@ -212,16 +213,16 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": ["hi"]}, "messages[0] is 'hi'; use a JSON object"),
     (
         {"messages": [*HELLO, {"role": "boss", "content": "x"}]},
-        "messages[1].role is 'boss'; input should be 'system', 'developer'",
+        "messages[1] has the role 'boss', which leaves no trace in the text that the chat template writes",
     ),
-    ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
+    ({"messages": [{"role": "user"}]}, 'messages[0] needs a "content" that is text'),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content is 3; use a string, or a list of parts"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "messages[0].content[0].type is 'image_url'; input should be 'text'",
     ),
     ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood is 1; this server does not support it"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "messages[0].tool_calls is [1]; this server"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "messages[0].tool_calls[0] is 1"),
     ({"messages": [{"role": "user", "content": "x" * 100}]}, "maximum context length is 64 tokens"),
 ]
 
@@ -269,3 +270,52 @@ def test_what_a_template_refuses_is_said_in_its_words() -> None:
     with pytest.raises(ApiError, match="no user") as refused:
         read_chat({"model": "tiny", "messages": HELLO}, dataclasses.replace(SERVED, template=template))
     assert (refused.value.status, refused.value.param) == (400, "messages")
+
+
+def test_special_tokens_of_a_raw_prompt_are_read_unless_they_are_to_be_spelt() -> None:
+    text = f"{BOS}{USER}Hi{EOS}"
+    (ids,) = completion(prompt=text).prompts
+    assert ids == [IDS[BOS], IDS[USER], *TOKENIZER.encode("Hi"), IDS[EOS]]
+    assert completion(prompt=text, add_special_tokens=False, max_tokens=1).prompts == [TOKENIZER.encode(text)]
+    assert completion(prompt=["a", [5]], add_special_tokens=False).prompts == [TOKENIZER.encode("a"), [5]]
+
+
+def test_a_chat_has_thoughts_calls_tools_and_switches() -> None:
+    source = (
+        "{% for m in messages %}{{ m.content }}{{ m.reasoning_content }}{{ m.tool_calls | tojson if m.tool_calls }}"
+        "{{ m.tool_call_id }}{{ m.name }}.{% endfor %}{{ tools | tojson if tools }}{{ 'T' if thinking }}"
+    )
+    served = dataclasses.replace(SERVED, template=ChatTemplate(source, {}), max_length=512, switches={"thinking": True})
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": "a", "reasoning_content": "b", "tool_calls": None, "refusal": None},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"model": "tiny", "messages": messages, "tools": tools, "tool_choice": "none"}
+    shown = f"Hello.ab.None{json.dumps(calls)}.r1f.{json.dumps(tools)}"
+    for own, expected in (({}, shown + "T"), ({"chat_template_kwargs": {"thinking": False}}, shown)):
+        (ids,) = read_chat(body | own, served).prompts
+        assert TOKENIZER.decode(ids) == expected
+        given = {"tools": tools, "thinking": True} | own.get("chat_template_kwargs", {})
+        assert ids == encode_prompt(served.template, TOKENIZER, messages, **given)
+    with pytest.raises(ApiError, match="chat_template_kwargs sets tools, which has a place of its own"):
+        read_chat(body | {"chat_template_kwargs": {"tools": 1}}, served)
+
+
+def test_an_answer_at_the_end_is_continued() -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "Hel"}]
+    expected = [[*chat().prompts[0], *TOKENIZER.encode("Hel")]]
+    agreed = {"continue_final_message": True, "add_generation_prompt": False}
+    assert chat(messages=begun).prompts == chat(messages=begun, **agreed).prompts == expected
+    assert chat(continue_final_message=False, add_generation_prompt=True) == chat()
+    for body, field in (
+        ({"messages": begun, "continue_final_message": False}, "continue_final_message"),
+        ({"messages": begun, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"continue_final_message": True}, "continue_final_message"),
+    ):
+        with pytest.raises(ApiError, match=f"^{field} is (true|false), but the last message is") as refused:
+            chat(**body)
+        assert refused.value.param == field

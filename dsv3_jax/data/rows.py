@@ -96,7 +96,7 @@ class TokenStream:
         return order, np.cumsum(np.array([self._parts[part].num_tokens for part in order], np.int64))
 
     def _shuffle_documents(self, epoch: int, part: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shuffle the documents of a part; return, in the new order, the end of each in the part and its end after shuffling."""
+        """Shuffle the documents of a part; return, in new order, the end of each in the part and its end after shuffling."""
         ends = self._parts[part].ends()
         order = np.random.default_rng([self._seed, 0, epoch, part]).permutation(ends.size)
         return ends[order], np.cumsum(np.diff(ends, prepend=0)[order])

@@ -53,7 +53,7 @@ def test_a_file_that_has_changed_is_named(tmp_path: Path) -> None:
     pieces = cut_into_pieces(files, 1000)
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(ValueError, match=r"--source '.*': a\.jsonl is \d+ bytes now and was \d+; put it back"):
+    with pytest.raises(ValueError, match=r"--source '.*': a\.jsonl is \d+ bytes now and was \d+; restore it"):
         list(documents_in(pieces[1], files))
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(ValueError, match=r"a\.jsonl is 0 bytes now"):

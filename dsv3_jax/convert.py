@@ -26,16 +26,16 @@ _TOKENIZER = "tokenizer.json"
 
 
 def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool = False) -> None:
-    """Write the newest checkpoint of the run `source` as the Hugging Face folder `target`.
+    """Write the newest undamaged checkpoint of the run `source` as the Hugging Face folder `target`; print a line.
 
     Args:
       source: a run directory.
       target: the folder to make.
-      dtype: dtype of the tensors; None keeps the run's.
-      fp8: store linear layers as FP8 blocks.
+      dtype: dtype of the tensors (router biases: float32); None keeps the run's.
+      fp8: store linear layers as FP8 blocks of 128 x 128 with scales.
 
     Raises:
-      ValueError: if `source` holds no checkpoint, or `target` exists and is not empty.
+      ValueError: if `source` holds no undamaged checkpoint, or `target` exists and is not empty.
     """
     check_no_folder(target)
     config, variables, step = load_run(str(source), dtype)
@@ -47,7 +47,7 @@ def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool =
 
 
 def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
-    """Write the Hugging Face folder `source` as the run directory `target`, at step 0.
+    """Write the Hugging Face folder `source` as the run directory `target`, at step 0, with its tokenizer; print a line.
 
     Args:
       source: a folder with config.json and safetensors.
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not is_hugging_face(parsed.source):
         run_to_hf(parsed.source, parsed.target, dtype=parsed.dtype, fp8=parsed.fp8)
     elif parsed.fp8:
-        raise ValueError("--fp8 is for writing Hugging Face folders, and the source is one; leave it out")
+        raise ValueError(f"--fp8 is for writing Hugging Face folders, and {parsed.source} is one already; leave --fp8 out")
     else:
         hf_to_run(parsed.source, parsed.target, dtype=parsed.dtype)
 

@@ -23,7 +23,7 @@ def tokenizer_files(folder: epath.Path) -> list[epath.Path]:
 
 
 def write_whole(path: epath.Path, data: str | bytes) -> None:
-    """Write a file atomically: a reader sees its old content or all of `data`, never a part."""
+    """Write a file atomically and sync it: a reader sees its old content or all of `data`, even after an error or a crash."""
     if "://" in str(path):
         _write(path, data)  # A store replaces objects atomically.
         return
@@ -40,20 +40,20 @@ def write_whole(path: epath.Path, data: str | bytes) -> None:
 
 
 def write_arrays(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an .npz atomically."""
+    """Write an .npz file of `arrays` by name, atomically, as `write_whole`."""
     file = io.BytesIO()
     np.savez(file, **arrays)  # type: ignore[arg-type]  # No array is named as one of its own keywords.
     write_whole(path, file.getvalue())
 
 
 def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
-    """Read an .npz.
+    """Return all arrays of an .npz file by name, in memory.
 
     Raises:
       ValueError: if the file is missing or damaged.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} does not exist; name an .npz file that does")
     try:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             return dict(arrays)
@@ -62,19 +62,19 @@ def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def part_of(path: epath.Path) -> epath.Path:
-    """Return the temporary file that `write_whole` fills next to `path`; a killed process may leave one."""
+    """Return `path` with `.part` added: the temporary file that `write_whole` fills; a killed process may leave one."""
     return path.with_name(path.name + ".part")
 
 
 def to_disk(path: epath.Path) -> None:
-    """Flush a file to the disk; objects in a store are durable once written."""
+    """Flush a file to the disk (fsync); do nothing for a `://` path, as objects in a store are durable once written."""
     if "://" not in str(path):
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def folder_to_disk(folder: epath.Path) -> None:
-    """Flush all files below a folder to the disk, and the names in it."""
+    """Flush all files and names in a folder and its subfolders to the disk (fsync); do nothing for a `://` path."""
     if "://" in str(folder):
         return
     for path, _, names in folder.walk():
@@ -84,7 +84,7 @@ def folder_to_disk(folder: epath.Path) -> None:
 
 
 def names_to_disk(folder: epath.Path) -> None:
-    """Flush the names in a folder to the disk, if its file system can."""
+    """Flush the names in a folder, not its files, to the disk; do nothing if its file system cannot, or for a `://` path."""
     if "://" in str(folder):
         return
     with contextlib.suppress(OSError):

@@ -251,5 +251,5 @@ def test_placements_that_do_not_fit(tmp_path: Path) -> None:
 def test_a_command_without_loads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(tmp_path), "--shards", "4", "--slots", "3", "--output", str(tmp_path / "placement.npz")])
-    assert capsys.readouterr().err == f"error: {tmp_path}/expert_load.npz does not exist\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}/expert_load.npz does not exist; name an .npz file that does\n"
     assert not (tmp_path / "placement.npz").exists()

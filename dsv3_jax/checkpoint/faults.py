@@ -27,7 +27,7 @@ _OF_THE_MACHINE = frozenset(
 
 
 def io_reason(error: BaseException) -> str | None:
-    """Return in a few words why a read or write failed, if disk, machine or store caused `error`; else None (a bug)."""
+    """Return the system's or the store's text of a failed read or write, from `error` or its causes; None if no I/O failed."""
     for cause in _chain(error):
         number = _error_number(cause)
         if number is not None:
@@ -38,12 +38,12 @@ def io_reason(error: BaseException) -> str | None:
 
 
 def is_of_the_machine(error: BaseException) -> bool:
-    """Return True for a failed read that says nothing about the data: permissions, memory, too many open files."""
+    """Return True if `error` or a cause is of permissions, memory, open files or a time-out, and not of the data on disk."""
     return any(isinstance(cause, MemoryError) or _error_number(cause) in _OF_THE_MACHINE for cause in _chain(error))
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of the error's text, at most 200 characters."""
+    """Return the first line of the error's text, at most 200 characters; the name of its type if it has no text."""
     return (str(error) or type(error).__name__).partition("\n")[0][:200]
 
 
@@ -65,7 +65,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def quiet_orbax() -> None:
-    """Keep off stderr, from now on, the errors of Orbax's own tasks, which are raised too; may be called again."""
+    """Install filters, for the whole process, that hide Orbax's log records, unraisable errors and "never awaited" warnings."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_orbax)
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
@@ -83,7 +83,7 @@ def _is_not_orbax(record: logging.LogRecord) -> bool:
 
 
 def _report_others(report: Any, unraisable: Any) -> None:
-    """Pass errors in destructors and callbacks on to `report`, except those of Orbax and of TensorStore's late reads."""
+    """Call `report(unraisable)`, unless the error is of a coroutine of Orbax or of a read after its event loop was closed."""
     code = getattr(unraisable.object, "cr_code", None)
     is_late_read = unraisable.object is None and str(unraisable.exc_value) == "Event loop is closed"
     if not is_late_read and (code is None or _ORBAX not in code.co_filename):

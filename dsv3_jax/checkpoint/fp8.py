@@ -23,7 +23,7 @@ EXPORT_CONFIG: dict[str, Any] = {
     "quant_method": "fp8",
     "weight_block_size": list(EXPORT_BLOCK),
 }
-"""`quantization_config` of exports, without their `scale_fmt`."""
+"""`quantization_config` in the config.json of an FP8 export; `save_hf` adds `scale_fmt` if the model has one."""
 
 # A table lookup of the 256 values is four times as fast as converting them.
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
@@ -31,10 +31,10 @@ _LARGEST = float(ml_dtypes.finfo(FP8).max)
 
 
 def block_size(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Return (rows, columns) of a block from the `quantization_config` of a `config.json`, None if it has none.
+    """Return (rows, columns) of an FP8 block from `quantization_config` in a parsed config.json; None if that is not set.
 
     Raises:
-      ValueError: if the weights are quantised in another format.
+      ValueError: if `quantization_config` names another format than FP8 E4M3 in blocks, or is malformed.
     """
     quantization = config.get("quantization_config")
     if quantization is None:
@@ -42,27 +42,27 @@ def block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     check(isinstance(quantization, dict), f"quantization_config is {quantization!r}; use an object or null")
     for name, only in (("quant_method", "fp8"), ("fmt", "e4m3")):
         value = quantization.get(name, only)
-        check(value == only, f"quantization_config.{name} is {value!r}; only {only!r} is supported")
+        check(value == only, f"quantization_config.{name} is {value!r}; only {only!r} is supported: convert the weights")
     block = quantization.get("weight_block_size")
     is_block = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
-    check(is_block, f"quantization_config.weight_block_size is {block!r}; only blocks [rows, columns] are supported")
+    check(is_block, f"quantization_config.weight_block_size is {block!r}; use two positive integers, [rows, columns]")
     return block[0], block[1]
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = EXPORT_BLOCK) -> tuple[int, int]:
-    """Return the shape of the scales of a matrix, partial blocks included."""
+    """Return the shape of the scales of a matrix of `shape`: numbers of blocks along its rows and columns, rounded up."""
     rows, columns = shape
     return -(-rows // block[0]), -(-columns // block[1])
 
 
 def dequantise(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int], corner: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """Return weight [out, in] times its block's scale: float32 [out, in].
+    """Return the weight as float32 [out, in], each element multiplied by the scale of its block.
 
     Args:
       weight: E4M3, a whole matrix or a part of one, which may begin and end within a block.
-      scale: of the blocks it touches: [ceil((corner + out) / block rows), ceil((corner + in) / block columns)].
+      scale: of the blocks that `weight` touches: [ceil((corner + out) / block rows), ceil((corner + in) / block columns)].
       block: (rows, columns).
-      corner: position of a part's first element within its first block.
+      corner: (row, column) of the first element of `weight` within its first block; (0, 0) for a whole matrix.
     """
     (rows, columns), (top, left) = weight.shape, corner
     assert scale.shape == scale_shape((top + rows, left + columns), block)
@@ -76,9 +76,9 @@ def dequantise(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int], co
 def quantise(
     weight: np.ndarray, block: tuple[int, int] = EXPORT_BLOCK, scale_fmt: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (E4M3 weight [out, in], float32 scales); the largest value of each block becomes the largest E4M3.
+    """Return (E4M3 weight [out, in], float32 scales); the largest magnitude in each block becomes 448, the largest E4M3.
 
-    With `scale_fmt` "ue8m0", scales are rounded up to powers of two.
+    With `scale_fmt` "ue8m0", scales are rounded up to powers of two, so that it may become less.
 
     Raises:
       ValueError: if a value is infinite or NaN.
@@ -88,7 +88,7 @@ def quantise(
     for i in range(scale.shape[0]):
         rows = scaled[i * block[0] : (i + 1) * block[0]]
         largest = np.maximum.reduceat(np.abs(rows).max(axis=0), np.arange(0, rows.shape[1], block[1]))
-        check(bool(np.isfinite(largest).all()), "a weight is infinite or NaN; FP8 cannot hold it")
+        check(bool(np.isfinite(largest).all()), "a weight is infinite or NaN, which FP8 cannot hold; export without fp8")
         # A floor keeps an all-zero block from dividing by zero.
         scale[i] = np.maximum(largest / _LARGEST, np.finfo(np.float32).tiny)
         if scale_fmt == "ue8m0":

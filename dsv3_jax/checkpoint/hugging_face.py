@@ -61,15 +61,15 @@ def load_hf(
       CheckpointError: (a ValueError) listing every tensor that is missing, unexpected, misshapen, of a wrong type or
         unreadable, before any array is made; or the copies of embedding and head in the MTP layers that differ from the
         originals.
-      ValueError: if there is no such folder or config, the config is not supported or does not divide over the mesh, or
-        `keep_fp8` is set for a checkpoint without FP8.
+      ValueError: if there is no such folder or config, the config is not supported or does not divide over the mesh, jax has
+        disabled `dtype` (float64), or `keep_fp8` is set for a checkpoint without FP8.
     """
     config, weights = open_hf(path, dtype)
     return config, load_variables(config, weights, mesh, keep_fp8=keep_fp8)
 
 
 def open_hf(path: Any, dtype: Any) -> tuple[ModelConfig, Weights]:
-    """Read and check config.json and every header: the first half of `load_hf`, before `load_variables`."""
+    """Return the config in `dtype`, and `Weights` to read with `load_variables`; only headers are read. Raises as `load_hf`."""
     folder = epath.Path(path)
     config, block = _read_model(folder)
     config = config.with_dtype(dtype)
@@ -79,7 +79,7 @@ def open_hf(path: Any, dtype: Any) -> tuple[ModelConfig, Weights]:
 
 
 def is_fp8(path: Any) -> bool:
-    """Return True if the config.json of a Hugging Face folder names FP8 blocks. Raises as `load_hf`."""
+    """Return True if the config.json of a Hugging Face folder has a `quantization_config` (FP8). Raises as `load_hf`."""
     return _read_model(epath.Path(path))[1] is not None
 
 
@@ -101,7 +101,7 @@ def _read_model(folder: epath.Path) -> tuple[ModelConfig, tuple[int, int] | None
 def load_variables(
     config: ModelConfig, weights: Weights, mesh: jax.sharding.Mesh | None = None, *, keep_fp8: bool = False
 ) -> Variables:
-    """Check the MTP copies and read all arrays: the second half of `load_hf`, after `open_hf`. Raises as `load_hf`."""
+    """Check that MTP copies equal their originals, read all arrays and return them; arguments and errors as for `load_hf`."""
     check(
         not keep_fp8 or weights.block is not None,
         f"{weights.folder} holds no FP8 blocks (config.json has no quantization_config); leave keep_fp8 out",
@@ -122,7 +122,7 @@ def load_variables(
 
 
 def _load_quantized(weights: Weights, leaf: Leaf, sharding: NamedSharding | None) -> QuantizedArray:
-    """Load FP8 values, sharded as the array of `leaf`, and their scales, sharded by experts only."""
+    """Read a leaf in FP8: bits as uint8, split by `sharding`, and float32 scales, split over stack axes (experts) only."""
     assert weights.block is not None
     rows, columns = scale_shape(leaf.stored, weights.block)
     scales = dataclasses.replace(
@@ -151,7 +151,7 @@ def save_hf(
     tokenizer_from: Any = None,
     fp8: bool = False,
 ) -> None:
-    """Write a folder that transformers and `load_hf` read: config.json, safetensors and their index.
+    """Write a Hugging Face folder that transformers and `load_hf` read: config.json, safetensors and their index.
 
     The folder appears under its name only when it is complete. Tensors have `config.param_dtype`, router biases float32;
     MTP layers carry their copies of embedding and head, as published. Arrays sharded over several processes are written by
@@ -162,15 +162,15 @@ def save_hf(
       path: the folder to make; it may exist if it is empty.
       config: the model.
       variables: from `load_hf` or `init_variables`.
-      max_shard_bytes: largest safetensors file, unless a single tensor is larger.
+      max_shard_bytes: most bytes of tensors in a safetensors file, unless a single tensor is larger.
       tokenizer_from: a folder whose `TOKENIZER_FILES` are copied along.
       fp8: store linear layers but head, router gate and `eh_proj` as E4M3 in blocks of 128 x 128, with scales as
         `config.scale_fmt` says.
 
     Raises:
-      ValueError: if the folder exists and is not empty, `tokenizer_from` holds no tokenizer, or (`CheckpointError`)
-        the variables are not those of `config`, or were loaded with `keep_fp8`.
-      RuntimeError: if another of several processes failed; then nothing is kept.
+      ValueError: if the folder exists and is not empty, `tokenizer_from` holds no tokenizer, `fp8` meets an infinite or NaN
+        weight, or (`CheckpointError`) the variables are not those of `config`, or were loaded with `keep_fp8`.
+      RuntimeError: if another of several processes failed. After any error, nothing is kept.
     """
     spread = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(variables))
     processes = jax.process_count() if spread else 1
@@ -215,7 +215,7 @@ def _write_generation_config(file: epath.Path, config: ModelConfig) -> None:
 
 
 def _checked_arrays(config: ModelConfig, variables: Variables) -> list[tuple[Leaf, Any]]:
-    """Return every leaf with its array, as memory of the host where that takes no copy.
+    """Return every leaf with its array: a numpy view of an array on one CPU device, others unchanged.
 
     Raises:
       CheckpointError: listing every array that is missing, unexpected, misshapen or of a wrong type.
@@ -241,7 +241,7 @@ def _checked_arrays(config: ModelConfig, variables: Variables) -> list[tuple[Lea
 
 
 def _host_view(array: Any) -> Any:
-    """Return the same memory as a numpy array if it is the host's and contiguous, otherwise `array` itself."""
+    """Return a numpy view of an array that is numpy's or on a single CPU device; any other jax array itself."""
     if not isinstance(array, jax.Array):
         return np.asarray(array)
     is_contiguous = len(array.sharding.device_set) == 1 and array.is_fully_addressable
@@ -281,9 +281,9 @@ def _quantised(name: str, stored: partial[tuple[np.ndarray, ...]], scale_fmt: st
 
 
 def _write_tensors(folder: epath.Path, files: list[list[Outgoing]], processes: int) -> None:
-    """Write the safetensors files, and on process 0 their index.
+    """Write the safetensors files, file i on process i modulo `processes`, and then their index on process 0.
 
-    A process that fails goes on taking its turns until all can raise.
+    A process that fails to write goes on fetching tensors with the others, and raises its error after the last file.
     """
     names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     me = jax.process_index() if processes > 1 else 0
@@ -315,7 +315,7 @@ def _write_tensors(folder: epath.Path, files: list[list[Outgoing]], processes: i
 
 
 def _turns(files: Sequence[Sequence[Outgoing]], me: int) -> Iterator[tuple[Outgoing, Any]]:
-    """Fetch the first tensor of each file, then the second of each, and so on; yield those of file `me` as they come."""
+    """Fetch the first tensor of each file, then the second of each, and so on; yield (outgoing, data) of file `me` only."""
     for turn in itertools.zip_longest(*files):
         mine: list[tuple[Outgoing, Any]] = []
         for number, outgoing in enumerate(turn):
@@ -327,7 +327,7 @@ def _turns(files: Sequence[Sequence[Outgoing]], me: int) -> Iterator[tuple[Outgo
 
 @contextlib.contextmanager
 def new_folder(target: epath.Path, processes: int) -> Iterator[epath.Path]:
-    """Yield a folder next to `target` that is renamed to it if all processes succeed, and removed otherwise.
+    """Make and yield a folder next to `target`; at the end rename it to `target`, or remove it if a process failed.
 
     Its files are synced to the disk before the rename, as far as process 0 can do it: other processes sync those they write.
     """

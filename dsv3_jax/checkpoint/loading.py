@@ -38,7 +38,7 @@ _PICKLES = ".bin", ".pt", ".pth", ".pkl", ".ckpt"
 _LISTED = 20
 
 Ranges = tuple[tuple[int, int], ...]
-"""A slice of an array: (first, one past the last) of each axis."""
+"""A slice of an array: (first, one past the last) index on each axis."""
 # Rows that are read and transposed at once: they and their transpose stay in cache.
 _BAND = 512
 
@@ -47,10 +47,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message lists all of its problems."""
 
     def __init__(self, path: Any, problems: dict[str, list[str]]) -> None:
-        """Join `problems` (kind -> items) into one sentence; long lists are cut after their count."""
+        """Keep `problems` (kind -> items), and join them into the message: each kind with its count and first 20 items."""
         self.problems = problems
         kinds = (f"{kind} ({len(items)}): {_some(items, _LISTED)}" for kind, items in problems.items())
-        super().__init__(f"{path} cannot be used: {'; '.join(kinds)}")
+        super().__init__(f"{path} cannot be used; correct all of this: {'; '.join(kinds)}")
 
 
 def _some(items: Sequence[str], number: int = 3) -> str:
@@ -58,15 +58,15 @@ def _some(items: Sequence[str], number: int = 3) -> str:
 
 
 def read_config(folder: epath.Path) -> dict[str, Any]:
-    """Return the dict of `folder`/config.json.
+    """Return `folder`/config.json, parsed.
 
     Raises:
-      ValueError: if there is no such folder, file, or JSON object.
+      ValueError: if there is no such folder or file, or the file holds no JSON object.
     """
     file = folder / "config.json"
     check(folder.exists(), f"there is no folder {folder}; give the path of a downloaded Hugging Face checkpoint")
     check(folder.is_dir(), f"{folder} is a file; give the folder that holds config.json and the safetensors files")
-    check(file.exists(), f"{folder} holds no config.json; it is not a Hugging Face checkpoint")
+    check(file.exists(), f"{folder} holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
@@ -86,16 +86,16 @@ class _Found:
     tensors: dict[str, StoredTensor] = dataclasses.field(default_factory=dict)
     problems: dict[str, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     unreadable: set[str] = dataclasses.field(default_factory=set)
-    """Tensors of files that cannot be read, by the index; no further problem is reported about them."""
+    """Names that the index lists for files that are unreadable or lack them; no further problem is added for these."""
 
 
 def find_tensors(folder: epath.Path, config: ModelConfig, block: tuple[int, int] | None) -> dict[str, StoredTensor]:
-    """Return every tensor that `config` needs, with its scales and copies; all of the right shape and type.
+    """Read the headers of a folder; return its tensors by name, if they are those of `config` in shape and type.
 
     Args:
       folder: a Hugging Face folder.
       config: its model.
-      block: (rows, columns) of a scale's block, None if the config names no FP8 quantisation.
+      block: (rows, columns) of the block of an FP8 scale, None if the config names no FP8 quantisation.
 
     Raises:
       CheckpointError: listing every missing, unexpected or misshapen tensor and every unusable file.
@@ -121,7 +121,7 @@ def _read_files(folder: epath.Path, found: _Found) -> bool:
     names = sorted(entry.name for entry in folder.iterdir())
     kind, problem = "missing files", f"neither {SINGLE_FILE} nor {INDEX} is there; download the weights"
     if shards := [name for name in names if name.endswith(".safetensors")]:
-        problem = f"{INDEX}, which says what {_some(shards)} should hold; download it again"
+        problem = f"{INDEX}, which says what {_some(shards)} should hold, is missing; download it"
     elif pickles := [name for name in names if name.endswith(_PICKLES)]:
         kind, problem = "pickle files", f"{_some(pickles)}; pickles are never opened, save the model as safetensors"
     found.problems[kind].append(problem)
@@ -214,9 +214,9 @@ def _check_tensor(found: _Found, name: str, leaf: Leaf, block: tuple[int, int] |
     if tensor.shape != leaf.stored:
         misshapen.append(f"{name} is {list(tensor.shape)}, not {list(leaf.stored)}")
     elif tensor.dtype not in DTYPES:
-        mistyped.append(f"{name} is {tensor.dtype}")
+        mistyped.append(f"{name} is {tensor.dtype}; only {', '.join(DTYPES)} can be read")
     elif tensor.is_fp8 and not leaf.is_matrix:
-        mistyped.append(f"{name} is {tensor.dtype}; only matrices of linear layers can be")
+        mistyped.append(f"{name} is {tensor.dtype}; only matrices of linear layers can be FP8")
     elif tensor.is_fp8 and block is None:
         mistyped.append(f"{name} is {tensor.dtype}, but config.json has no quantization_config")
     elif tensor.is_fp8 and block is not None and scale is not None:
@@ -233,18 +233,18 @@ def _check_tensor(found: _Found, name: str, leaf: Leaf, block: tuple[int, int] |
 
 @dataclasses.dataclass
 class Weights:
-    """The tensors of a checkpoint, read in parts."""
+    """Reader of the tensors of a checkpoint, a box at a time; it counts the bytes."""
 
     folder: epath.Path
     tensors: dict[str, StoredTensor]
-    """From `find_tensors`."""
+    """Positions of the tensors in their files, by name, from `find_tensors`."""
     block: tuple[int, int] | None
-    """(rows, columns) of an FP8 block."""
+    """(rows, columns) of an FP8 block; None without FP8."""
     bytes_read: int = 0
-    """Of tensor data, scales included, headers excluded."""
+    """Bytes of tensor data read so far, scales included, headers excluded."""
 
     def bands(self, name: str, box: Box, *, bits: bool = False) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield a part of a tensor some rows at a time: (rows of the tensor, values); FP8 as float32, or as uint8 `bits`."""
+        """Read `box` of a tensor in bands of rows; yield (slice of rows, values): FP8 as float32, or as uint8 with `bits`."""
         if bits or not self.tensors[name].is_fp8:
             for rows, values in self._read(name, _BAND, box):
                 yield rows, values.view(np.uint8) if bits else values
@@ -265,7 +265,7 @@ class Weights:
 
 
 def load_array(weights: Weights, leaf: Leaf, dtype: np.dtype, sharding: Sharding | None) -> jax.Array:
-    """Return the array of `leaf`, with the slices of this process's devices; on one device if `sharding` is None."""
+    """Read the slices of this process's devices, and return the array of `leaf`; on one device if `sharding` is None."""
     if sharding is None:
         ((_, values),) = read_slices(weights, leaf, dtype, [tuple((0, size) for size in leaf.shape)])
         return jax.device_put(values)
@@ -278,7 +278,7 @@ def load_array(weights: Weights, leaf: Leaf, dtype: np.dtype, sharding: Sharding
 
 
 def held_slices(shape: tuple[int, ...], sharding: Sharding, devices: Collection[jax.Device]) -> dict[Ranges, list[jax.Device]]:
-    """Return the distinct slices of an array of `shape` on `devices`, each with the devices that hold it."""
+    """Return slice -> devices that hold it, for the distinct slices that `devices` hold of an array of `shape`."""
     holders: dict[Ranges, list[jax.Device]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         if device in devices:
@@ -290,7 +290,7 @@ def held_slices(shape: tuple[int, ...], sharding: Sharding, devices: Collection[
 def read_slices(
     weights: Weights, leaf: Leaf, dtype: np.dtype, slices: Collection[Ranges]
 ) -> Iterator[tuple[Ranges, np.ndarray]]:
-    """Yield `slices` of the array of `leaf`, read from its tensors: (slice, values in `dtype`), in any order.
+    """Read `slices` of the array of `leaf` from its tensors, and yield each as (slice, values in `dtype`), in any order.
 
     With dtype uint8, FP8 tensors give their bits, without scales. Slices of the same tensors are filled together, and are in
     memory together. `slices` are those of any set of devices: one process's, or another's to count its bytes.
@@ -305,7 +305,7 @@ def read_slices(
 def _filled(
     weights: Weights, leaf: Leaf, dtype: np.dtype, stack: Ranges, slices: Sequence[Ranges]
 ) -> list[tuple[Ranges, np.ndarray]]:
-    """Read the tensors at the indices `stack` of the leaf, and return each of `slices` with its values."""
+    """Read the tensors in the ranges `stack` of a leaf's stack axes; return (slice, values) for each of `slices`."""
     names = np.ravel(np.array(leaf.names, object).reshape(leaf.stack)[tuple(slice(*axis) for axis in stack)])
     arrays = [_aligned_empty(tuple(stop - start for start, stop in ranges), dtype) for ranges in slices]
     boxes = [_box(leaf, ranges[len(stack) :]) for ranges in slices]
@@ -324,7 +324,7 @@ def _filled(
 
 
 def _joined(parts: Sequence[tuple[Box, np.ndarray]]) -> dict[Box, list[tuple[tuple[int, int], np.ndarray]]]:
-    """Join the adjacent boxes of sorted `parts`; return the boxes to read, with the columns that go to each array."""
+    """Join sorted boxes of the same rows and adjacent columns; return box to read -> [(range of columns, array to fill)]."""
     joined: dict[Box, list[tuple[tuple[int, int], np.ndarray]]] = {}
     last: Box | None = None
     for (rows, columns), array in parts:
@@ -358,7 +358,7 @@ def _flat(leaf: Leaf, shape: tuple[int, ...], ranges: Ranges) -> tuple[int, int]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return uninitialised memory at an address that jax's CPU client takes over without a copy."""
+    """Return an uninitialised array at an address of 64 bytes alignment, which jax's CPU client takes over without a copy."""
     alignment, nbytes = 64, math.prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
@@ -370,9 +370,9 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def differing_copies(weights: Weights, config: ModelConfig, mesh: Mesh | None) -> list[str]:
-    """Return the MTP layers' copies of embedding and head that differ from the original; equal on all processes of `mesh`.
+    """Read and compare the MTP layers' copies of embedding and head; return "<copy> from <original>" for each that differs.
 
-    Each of its processes compares an equal share of their rows, so that all of them together read every byte once.
+    Each process of `mesh` reads an equal share of the rows, so that each byte is read once, and all return the same list.
     """
     pairs = [(copy, original) for copy, original in copies(config).items() if copy in weights.tensors]
     share = (0, 1) if mesh is None else share_of_process(mesh, jax.process_index())
@@ -384,13 +384,13 @@ def differing_copies(weights: Weights, config: ModelConfig, mesh: Mesh | None) -
 
 
 def share_of_process(mesh: Mesh, process: int) -> tuple[int, int]:
-    """Return (index among the mesh's processes, their number)."""
+    """Return (index of `process` among the processes with devices in `mesh`, their number)."""
     processes = sorted({device.process_index for device in mesh.devices.flat})
     return processes.index(process), len(processes)
 
 
 def compare_copies(weights: Weights, pairs: Sequence[tuple[str, str]], share: tuple[int, int]) -> list[bool]:
-    """Return, for each pair of tensors, True if they differ in the rows of share i of n, `share` = (i, n)."""
+    """Read share i of n of the rows of each pair of tensors, `share` = (i, n); return, by pair, True if they differ there."""
     differing = []
     for pair in pairs:
         rows, columns = weights.tensors[pair[0]].matrix_shape
@@ -402,7 +402,7 @@ def compare_copies(weights: Weights, pairs: Sequence[tuple[str, str]], share: tu
 
 
 def _anywhere(mesh: Mesh, flags: list[bool]) -> list[bool]:
-    """Return, for each flag, True if it is set in any process of `mesh`."""
+    """Return, on all processes of `mesh` and for each flag, True if any of these processes has it set."""
     everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     ours = np.array([flags])
     theirs = jax.make_array_from_callback((mesh.size, len(flags)), everywhere, lambda _: ours)

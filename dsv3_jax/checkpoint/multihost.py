@@ -21,7 +21,7 @@ from dsv3_jax.parallel.multihost import exchange, is_first_process, kv_delete
 
 @contextlib.contextmanager
 def all_or_none(processes: int) -> Iterator[None]:
-    """Raise on all processes, when all have left the block, if one of them fails in it.
+    """Wait at the end of the block until all processes have left it, and raise on all if one failed in it.
 
     Args:
       processes: number of processes that enter the block; for one, errors pass unchanged.
@@ -41,18 +41,18 @@ def all_or_none(processes: int) -> Iterator[None]:
     if failure is not None:
         raise failure
     if failed:
-        raise RuntimeError(f"process {', '.join(failed)} failed, and says why; nothing is kept")
+        raise RuntimeError(f"process {', '.join(failed)} failed, and prints the reason; nothing is kept, so save again")
 
 
 @contextlib.contextmanager
 def first_alone(processes: int) -> Iterator[bool]:
-    """`all_or_none` for work of process 0 alone: yield True there, and False on the processes that wait for it."""
+    """`all_or_none` for work that only process 0 does: yield True there, False on the others, which wait at the end."""
     with all_or_none(processes):
         yield processes == 1 or is_first_process()
 
 
 def same_everywhere(number: int, processes: int) -> int:
-    """Return on every process the `number` that process 0 passes."""
+    """Return, on every process, the `number` that process 0 passes; all call it together."""
     return number if processes == 1 else int(exchange(str(number))[0])
 
 
@@ -72,14 +72,14 @@ def take(array: Any, index: tuple[int, ...]) -> Any:
 
 @jax.jit
 def _take(array: jax.Array, index: tuple[int, ...]) -> jax.Array:
-    """Return the bits of array[index]; one program for all indices."""
+    """Return array[index] as unsigned integers with the same bits; compiled once for all indices."""
     # Converted to integers first: XLA may widen floats on the way, which changes some NaNs.
     return jax.lax.bitcast_convert_type(array, _unsigned(array.dtype.itemsize))[index]
 
 
 @functools.cache
 def _gathering(sharding: NamedSharding, ndim: int, depth: int) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
-    """Compile a function of an array and an index into its first `depth` axes that returns that part on every device.
+    """Return a jitted function of (array, index into its first `depth` axes): the bits of array[index], on every device.
 
     Indexing a sharded axis under plain jit gathers all of it first. Here the shard that has the part adds it to the zeros of
     the others: as integers, which keeps every bit, and of at least 32 bits, which every backend can add.
@@ -114,11 +114,11 @@ def _unsigned(nbytes: int) -> np.dtype:
 
 
 class FailedElsewhere(OSError):
-    """A write that failed on another process."""
+    """A write that failed on another process, and did not fail on this one."""
 
 
 class Barrier:
-    """`barrier_sync_fn` for Orbax that also exchanges failures; called by one thread at a time, equally often everywhere."""
+    """`barrier_sync_fn` for Orbax that raises a failure of one process on the others too; for one thread at a time."""
 
     def __init__(self) -> None:
         # One for each Checkpoints; every process makes them in the same order.
@@ -126,11 +126,11 @@ class Barrier:
         self._turns = itertools.count()
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Wait for the other processes without limit, for Orbax limits the time of their work.
+        """Wait until all processes are at barrier `key`, without a time limit: `timeout_ms` would limit the time of their work.
 
         Raises:
           FailedElsewhere: if another process could not write, and this one could.
-          RuntimeError: if it failed for another reason.
+          RuntimeError: if another process failed for another reason than a write, or waits at another barrier.
         """
         error = sys.exc_info()[1]  # Orbax also calls this while it handles an error.
         reason = io_reason(error) if error is not None else None
@@ -148,7 +148,7 @@ class Barrier:
                 failed = {process: theirs for process, theirs in enumerate(everyone) if theirs["reason"] is not None}
                 text = "; ".join(f"process {process}: {theirs['reason']}" for process, theirs in failed.items())
                 expected = all(theirs["expected"] for theirs in failed.values())
-                raise FailedElsewhere(text) if failed and expected else RuntimeError(text or f"processes wait at {everyone}")
+                raise FailedElsewhere(text) if failed and expected else RuntimeError(text or f"barriers differ: {everyone}")
 
 
 _made = itertools.count()

@@ -17,7 +17,7 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"
-"""RoPE frequencies in some files; they follow from the config."""
+"""End of the names of RoPE frequencies in some files; these tensors are ignored, for they follow from the config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,35 +27,35 @@ class Leaf:
     path: tuple[str, ...]
     """Keys from the root of the variables."""
     names: tuple[str, ...]
-    """One tensor for each index of `stack`, in row-major order."""
+    """Names of its tensors in the checkpoint, one for each index of `stack`, in row-major order."""
     stack: tuple[int, ...]
-    """Leading axes: (), (layers,), (experts,) or (layers, experts)."""
+    """Sizes of the array's leading axes: (), (layers,), (experts,) or (layers, experts)."""
     part: tuple[int, ...]
-    """Shape of one tensor's part of the array."""
+    """Shape of the array without its stack axes, which one tensor fills: [in, out] for a matrix, heads an axis of their own."""
     stored: tuple[int, ...]
-    """Shape of one tensor in the file."""
+    """Shape of one tensor in the file: [out, in] for a matrix."""
     is_matrix: bool = False
     """True if the file holds it transposed: [out, in] for a kernel whose axes flatten to [in, out]."""
     is_fp8: bool = False
-    """True if the published FP8 recipe quantises it (section 3.3 of the report): no embedding, head or gate."""
+    """True if the published FP8 recipe quantises it (section 3.3 of the report): no embedding, head, gate or `eh_proj`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
+        """Shape of the array: `stack`, then `part`."""
         return self.stack + self.part
 
     @property
     def num_in(self) -> int:
-        """Number of the first axes of `part` that are inputs, columns of the file, for a matrix."""
+        """For a matrix, the number of leading axes of `part` that are inputs (the columns of the stored tensor)."""
         return next(n for n in range(len(self.part) + 1) if math.prod(self.part[:n]) == self.stored[1])
 
     def dtype(self, config: ModelConfig) -> np.dtype:
-        """Dtype of the array: router biases are always float32."""
+        """Return the dtype of the array: float32 for a router bias, `config.param_dtype` for all others."""
         return np.dtype("float32" if self.path[0] == "router" else config.param_dtype)
 
 
 def leaves(config: ModelConfig) -> list[Leaf]:
-    """Return a `Leaf` for every array of the variables of `config`."""
+    """Return a `Leaf` for every array of the variables of `config`: embedding, final norm, head, layers, MTP depths."""
     D, V, first_moe = config.hidden_size, config.vocab_size, config.first_k_dense_replace
     dense_layers = [f"model.layers.{i}" for i in range(first_moe)]
     moe_layers = [f"model.layers.{i}" for i in range(first_moe, config.num_hidden_layers)]
@@ -76,12 +76,12 @@ def leaves(config: ModelConfig) -> list[Leaf]:
 
 
 def mtp_layers(config: ModelConfig) -> list[str]:
-    """Return the module names of the MTP depths in a checkpoint."""
+    """Return the names, such as `model.layers.61`, under which a checkpoint stores the MTP depths."""
     return [f"model.layers.{config.num_hidden_layers + k}" for k in range(config.num_nextn_predict_layers)]
 
 
 def copies(config: ModelConfig) -> dict[str, str]:
-    """Return the tensors of the MTP depths that repeat one of the main model: copy -> original."""
+    """Return copy -> original: names of the embedding and head that a checkpoint repeats in each MTP depth."""
     repeated = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
     return {f"{layer}.{name}": original for layer in mtp_layers(config) for name, original in repeated.items()}
 
@@ -150,7 +150,7 @@ def _scale(module: str, width: int) -> Leaf:
 
 
 def _placed(leaf: Leaf, module: str, layers: list[str], stack: tuple[int, ...]) -> Leaf:
-    """Return `leaf` moved under a module of the tree, stacked over the tensors of all `layers`, with `stack` as first axes."""
+    """Return `leaf` with `module` before its path, its names prefixed by each of `layers`, and `stack` before its stack."""
     collection, *path = leaf.path
     names = tuple(f"{layer}.{name}" for layer in layers for name in leaf.names)
     return dataclasses.replace(leaf, path=(collection, *module.split("/"), *path), names=names, stack=stack + leaf.stack)

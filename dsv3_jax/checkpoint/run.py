@@ -59,7 +59,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """Reason why the last finished save failed, in one line; None if it succeeded."""
 
     def __init__(self, run: RunDirectory, config: CheckpointConfig | None = None) -> None:
-        """Open the checkpoints, to read only unless `config` is given; then leftovers of interrupted saves are removed."""
+        """Open for reading; with `config` also for saving: make the folder, and remove leftovers of interrupted saves."""
         quiet_orbax()
         # Orbax takes absolute paths only; to etils, gs:// is one.
         self._folder = run.checkpoints if run.checkpoints.is_absolute() else run.checkpoints.resolve()
@@ -91,11 +91,11 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self._manager.close()
 
     def latest_step(self) -> int | None:
-        """Return the newest complete checkpoint's step, or None."""
+        """Return the step of the newest complete checkpoint, None if there is none; it may turn out damaged."""
         return self._manager.latest_step()
 
     def save(self, step: int, variables: dict[str, Any], optimizer: Any, counters: dict[str, Any] | None = None) -> None:
-        """Start saving, after the save before has ended; the arrays may be donated or overwritten once this returns.
+        """Wait for the save before, then start this one in the background; the arrays may be donated once this returns.
 
         Args:
           step: optimizer steps taken; no checkpoint of that step may exist.
@@ -121,16 +121,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._end(step, error)
             return
         if not started:
-            raise RuntimeError(f"Orbax does not save step {step}; its newest checkpoint is of step {self.latest_step()}")
+            raise RuntimeError(f"step {step} is not saved, as there is one of step {self.latest_step()}; save a later step")
         self._pending = step
 
     def poll(self) -> None:
-        """Log the result of the last save if it has ended; never waits, and needs no other process."""
+        """If the save in progress has ended, report it as `wait` does, else do nothing. Needs no other process."""
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the save in progress has become a checkpoint or failed."""
+        """Wait for the save in progress, if any; set `failed`, and print a warning if it failed or if saving works again."""
         if self._pending is None:
             return
         step, self._pending = self._pending, None
@@ -144,12 +144,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.failed = None
 
     def check_saved(self) -> None:
-        """Raise ValueError if the last save failed: for the end of a run, when no save follows."""
+        """Wait for the save in progress, and raise ValueError if it, or the last one before, failed for its disk."""
         self.wait()
-        check(not self.failed, f"{self.failed}; make room, and go on with --resume")
+        check(not self.failed, f"{self.failed}; free space or make it writable, and go on with --resume")
 
     def restore(self, step: int, **like: Any) -> dict[str, Any]:
-        """Restore the named items onto the shapes, dtypes and shardings of `like`, verified.
+        """Read and verify the items of `like` from the checkpoint of `step`; return item -> tree of arrays as in `like`.
 
         Raises:
           ValueError: naming the folder, if the checkpoint is damaged or of another model.
@@ -161,13 +161,13 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise ValueError(f"{self._folder / str(step)} is damaged: {error}; {remedy}") from error
 
     def restore_newest(self, **like: Any) -> Restored | None:
-        """Restore the named items of the newest undamaged checkpoint; return None if there is no checkpoint.
+        """Read the items of `like`, and the record, of the newest undamaged checkpoint; return None if there is no checkpoint.
 
-        A line on stderr reports every newer one that is damaged. If this run saves, it is renamed to `<step>.damaged`, for the
-        run will save that step again. (On gs:// that is a copy; it has not been tried.)
+        A line on stderr reports every newer one that is damaged. If opened for saving, it is renamed to `<step>.damaged`, for
+        the run will save that step again. (On gs:// that is a copy; it has not been tried.)
 
         Raises:
-          ValueError: naming all, if all are damaged; if one is of another model, or cannot be read on this machine.
+          ValueError: naming all, if all are damaged; if one is of another model or unreadable here; if processes see others.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         check_agreement({"checkpoints": steps})
@@ -188,7 +188,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return None
 
     def _set_aside(self, step: int) -> str:
-        """Rename a damaged checkpoint if this run saves any; return the end of the message about it."""
+        """Rename a damaged checkpoint, if opened for saving; return the end of the warning that says so, or ""."""
         if self._run_config is None:
             return ""
         source = self._folder / str(step)
@@ -206,7 +206,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         return f", and it is now {target.name}"
 
     def _end(self, step: int, error: Exception) -> None:
-        """Report a save that failed for its disk; raise any other `error`."""
+        """Set `failed` and print a warning if the disk made the save of `step` fail; raise any other `error`."""
         reason = io_reason(error)
         if reason is None:
             raise error
@@ -215,14 +215,14 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         newest = self._manager.latest_step()
         if newest == step:  # It failed to remove an older one.
             self.failed = None
-            _warn(f"step {step} is saved, but an older checkpoint could not be removed ({reason})")
+            _warn(f"step {step} is saved, but an older step cannot be removed ({reason}); remove it")
             return
         state = f"the newest checkpoint is of step {newest}" if newest is not None else "there is no checkpoint yet"
         self.failed = f"step {step} could not be saved ({reason}); {state}"
         _warn(f"{self.failed}; the run goes on and tries again at the next save")
 
     def _try_folder(self) -> None:
-        """Raise ValueError if process 0 cannot write, before the processes depend on each other to write."""
+        """Make and remove a folder in `checkpoints/`, after removing a failed save's; raise ValueError if that fails."""
         if self.failed:
             self._remove_unfinished()
         probe = self._folder / f"probe{_UNFINISHED}"
@@ -233,7 +233,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             raise ValueError(io_reason(error)) from error
 
     def _remove_unfinished(self, *, report: bool = False) -> None:
-        """Remove what interrupted and failed saves left, where possible."""
+        """Remove the folders of interrupted and failed saves, ignoring OSErrors; if `report`, print a warning naming them."""
         with contextlib.suppress(OSError):
             left = [path for path in self._folder.iterdir() if _UNFINISHED in path.name] if self._folder.exists() else []
             for path in left:
@@ -306,21 +306,21 @@ class Record:
     config: dict[str, Any]
     """The resolved config, as plain values."""
     counters: dict[str, Any]
-    """Plain values of the trainer."""
+    """Plain values that the trainer passed to `save`, such as its number of skipped steps."""
     arrays: dict[str, dict[str, Stored]]
-    """Every array, by item and path."""
+    """`Stored` of every array, by item and path."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values with their digest."""
+        """Return {"record": its fields as JSON values, "sha256": their digest}."""
         values = dataclasses.asdict(self)
         return {"record": values, "sha256": _digest(values)}
 
     @classmethod
     def from_json(cls, values: Any) -> Record:
-        """Read the result of `to_json`.
+        """Return the record that `to_json` gave, after checking its digest.
 
         Raises:
-          ValueError: if it is anything else.
+          ValueError: if `values` has not the form or the digest of a record.
         """
         is_whole = isinstance(values, dict) and _digest(values.get("record")) == values.get("sha256")
         check(is_whole, "its record does not match its own digest")
@@ -375,7 +375,7 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """Return MurmurHash3's finaliser of `x`: a bijection in which each bit of `x` changes half of the bits."""
+    """Return MurmurHash3's finaliser of `x`: a bijection in which each bit of `x` changes about half of the bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
@@ -387,7 +387,7 @@ def _mix(x: jax.Array) -> jax.Array:
 
 RECORD = "progress"
 _CAST_BYTES = 2**32
-"""Bytes of arrays that are read, verified and cast together where the dtype changes, as both copies need memory."""
+"""About the bytes of arrays that are read, verified and cast together where the dtype changes: both copies need memory."""
 
 
 class DamagedError(ValueError):
@@ -395,7 +395,7 @@ class DamagedError(ValueError):
 
 
 def read_checkpoint(folder: epath.Path, like: dict[str, Any]) -> Restored:
-    """Read items of a checkpoint and verify them.
+    """Read the items of `like` from a checkpoint, verify their checksums, and return them with the record.
 
     Args:
       folder: the checkpoint.
@@ -408,7 +408,7 @@ def read_checkpoint(folder: epath.Path, like: dict[str, Any]) -> Restored:
     record = _read(folder, lambda: _read_record(folder))
     for name, tree in like.items():
         if name not in record.arrays:
-            raise DamagedError(f"it was saved without {name}")
+            raise DamagedError(f"its record has no item {name}; it was saved without it")
         _check_same_model(f"{folder}/{name}", record.arrays[name], by_path(tree))
     return Restored(record, {name: _read_item(folder / name, record.arrays[name], tree) for name, tree in like.items()})
 
@@ -418,7 +418,7 @@ def _read_record(folder: epath.Path) -> Record:
         raise DamagedError(f"it lacks {RECORD}, without which nothing in it can be verified")
     record = Record.from_json(ocp.JsonCheckpointHandler().restore(folder / RECORD))
     if str(record.step) != folder.name:
-        raise DamagedError(f"it is of step {record.step}")
+        raise DamagedError(f"its record is of step {record.step}")
     return record
 
 
@@ -444,7 +444,7 @@ def _read_item(folder: epath.Path, stored: dict[str, Stored], like: Any) -> Any:
 
 
 def _portions(stored: dict[str, Stored], wanted: dict[str, Any]) -> list[list[str]]:
-    """Return the paths to read together: all that keep their dtype, and about `_CAST_BYTES` each of the others."""
+    """Split `wanted` into lists of paths to read together: all that keep their dtype, and about `_CAST_BYTES` of the others."""
     portions: dict[int, list[str]] = {}
     cast_bytes = 0
     for path, leaf in wanted.items():
@@ -464,7 +464,7 @@ def _restore(folder: epath.Path, part: Any) -> Any:
 
 
 def _read(folder: epath.Path, read: Callable[[], Any]) -> Any:
-    """Return `read()`; an error that the checkpoint causes on any process is a DamagedError on all."""
+    """Return `read()`; if it fails on any process, raise on all: ValueError for the machine's errors, else DamagedError."""
 
     def attempt() -> tuple[Any, str]:
         try:
@@ -501,5 +501,5 @@ def _check_same_model(where: str, stored: dict[str, Stored], wanted: dict[str, A
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of `tree` by path, such as `params/embed/weight`, in the order of the tree."""
+    """Return the leaves of `tree` by path, such as `params/embed/embedding`, in the order of the tree."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}

@@ -3,7 +3,7 @@
     config.json  text.digest  tokenizer.json  metrics.jsonl  expert_load.npz  tensorboard/  profile/  checkpoints/
     report.png  summary.json  run.lock
 
-Opening one raises ValueError, before anything is written, if it would damage or silently change an earlier run. Paths go
+Opening one to train raises ValueError, before it writes, if it would damage or silently change an earlier run. Paths go
 through etils, so `gs://` works where its driver is installed. Two simultaneous runs in one folder are refused as well, but not
 on `gs://`, which has no locks.
 """
@@ -43,7 +43,7 @@ _NO_LOCKS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK
 
 
 class RunDirectory:
-    """The paths of a run; made by `create_or_resume` and `existing`."""
+    """The paths of a run's files, and its lock; made by `create_or_resume` (to train) and `existing` (to read)."""
 
     def __init__(self, path: str) -> None:
         self.path = epath.Path(path)
@@ -59,11 +59,11 @@ class RunDirectory:
         self.summary_file = self.path / "summary.json"
         self.lock_file = self.path / "run.lock"
         self.unlock: Callable[[], Any] = lambda: None
-        """Let other processes train in the folder; may be called again."""
+        """Release the lock, so that another process may train in the folder; without effect when called again."""
 
     @classmethod
     def create_or_resume(cls, path: str, config: Config, *, resume: bool, text_digest: str | None = None) -> RunDirectory:
-        """Open `path` for training, and write its config.json.
+        """Make or open `path` for training, lock it, and write config.json and (if given) the text digest.
 
         The folder is locked against other processes until `unlock`, or until the result is deleted or this process ends.
 
@@ -95,21 +95,21 @@ class RunDirectory:
 
     @classmethod
     def existing(cls, path: str) -> RunDirectory:
-        """Open a run to read it; raise ValueError if `path` holds none."""
+        """Return the run at `path`, to read it; raise ValueError if `path` has no config.json. Nothing is locked or written."""
         run = cls(path)
         has_config = run.config_file.exists()
         check(has_config, f"{path} holds no run (no config.json); name the --run-dir of a training run")
         return run
 
     def config(self) -> Config:
-        """Return the config of the run's last start."""
+        """Return the config of the run's last start, from config.json; raise ValueError if that is no run's config."""
         try:
             return Config.from_json(self.config_file.read_text())
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.config_file} is not a run's config: {error}") from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json; in a resumed run, `seconds` count from the last start."""
+        """Write `summary` to summary.json, atomically; in a resumed run, its `seconds` count from the last start."""
         write_whole(self.summary_file, json.dumps(summary) + "\n")
 
     @property
@@ -135,7 +135,7 @@ class RunDirectory:
         )
         check(
             not self.text_digest_file.exists() or self.text_digest_file.read_text().strip() == text_digest,
-            f"{self.path} was trained on another text, or with another tokenizer, than data.source gives now; restore it, or "
+            f"{self.path} was trained on another text, or with another tokenizer, than data.source gives now; restore that, or "
             f"{other}",
         )
 
@@ -157,7 +157,7 @@ class RunDirectory:
             )
 
     def _lock(self) -> None:
-        """Lock the folder until `unlock`, or until this object or the process ends: the kernel sees to that.
+        """Lock the folder until `unlock`, or until this object or the process ends; warn on stderr if its disk has no locks.
 
         The lock file stays: if it were removed, a third process could lock another file under its name. It names the process
         that holds the lock, or held it last.
@@ -178,7 +178,7 @@ class RunDirectory:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                print(f"warning: {self.path} is where files cannot be locked; start no second run in it", file=sys.stderr)
+                print(f"warning: the disk of {self.path} cannot lock files; start no second run in it", file=sys.stderr)
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             on_error.pop_all()
@@ -186,7 +186,7 @@ class RunDirectory:
 
 
 def _fixed_fields(config: Config) -> dict[str, Any]:
-    """Return the fields that a continued run must keep, by dotted name."""
+    """Return dotted name -> value of the fields that a continued run must keep, such as `train.seed`."""
     return {
         f"{group}.{name}": value
         for group, fields in dataclasses.asdict(config).items()

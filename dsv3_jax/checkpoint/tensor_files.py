@@ -29,7 +29,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-"""The tensor types of a checkpoint, by their names in a header."""
+"""The dtypes that can be read and written, by their names in a header."""
 NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 
 Box = tuple[tuple[int, int], tuple[int, int]]
@@ -40,7 +40,7 @@ _LARGEST_HEADER = 100 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Name, dtype, shape and position of a tensor in a safetensors file, as its header states them."""
+    """File, dtype, shape and position of a tensor, as the header of the safetensors file states them."""
 
     file: epath.Path
     dtype: str
@@ -50,7 +50,7 @@ class StoredTensor:
 
     @property
     def is_fp8(self) -> bool:
-        """True for E4M3."""
+        """True if the dtype is FP8 (E4M3)."""
         return self.dtype == "F8_E4M3"
 
     @property
@@ -59,13 +59,13 @@ class StoredTensor:
         return self.shape[0], math.prod(self.shape[1:])
 
     def bands(self, rows: int, box: Box) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield the data in `box` some rows at a time: (rows of the tensor, array in the dtype of the file).
+        """Read the data in `box` some rows at a time, and yield (slice of rows, array in the dtype of the file).
 
         A band as wide as the tensor is one read; of a narrower one, each row is a read of its own. No byte outside the box is
         requested, and reads go forward, so that the read-ahead of a remote file system can merge them.
 
         Args:
-          rows: bands end at its multiples.
+          rows: most rows of a band; bands end at multiples of it.
           box: part of the tensor as a matrix.
         """
         assert self.shape, "a scalar has no rows"
@@ -89,7 +89,7 @@ class StoredTensor:
 
 
 def _read_at(data: BinaryIO, offset: int, size: int) -> bytes:
-    """Return `size` bytes from `offset` on, fewer only at the end of the file."""
+    """Seek to `offset` and return the next `size` bytes; fewer only if the file ends before."""
     data.seek(offset)
     content = data.read(size)
     while len(content) < size and (more := data.read(size - len(content))):
@@ -98,17 +98,17 @@ def _read_at(data: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def read_header(file: epath.Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a safetensors file.
+    """Read the header of a safetensors file, and return its tensors by name; no tensor data are read.
 
     Raises:
-      ValueError: with the reason, if it is no such file, is truncated, or contradicts itself.
+      ValueError: with the reason, if it is no safetensors file, is truncated, or its header is malformed.
     """
     size = file.stat().length
     with file.open("rb") as content:
         start = content.read(8)
         length = int.from_bytes(start, "little")
         is_complete = len(start) == 8 and length <= min(size - 8, _LARGEST_HEADER)
-        check(is_complete, "it is truncated or not a safetensors file")
+        check(is_complete, f"it is truncated or not a safetensors file ({size} bytes, header of {length})")
         header = content.read(length)
     try:
         entries = json.loads(header, object_pairs_hook=_without_repeats)
@@ -130,13 +130,13 @@ def read_header(file: epath.Path) -> dict[str, StoredTensor]:
 
 
 def _stored_tensor(file: epath.Path, data_start: int, name: str, entry: Any) -> StoredTensor:
-    """Return the tensor of a header's entry; `data_start` is the position of offset 0."""
+    """Return the tensor that `entry` of a header describes; `data_start` is where offset 0 lies. ValueError if malformed."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         is_well_formed = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         is_well_formed = False
-    check(is_well_formed and begin <= end, f"its header describes {name!r} as {entry!r}")
+    check(is_well_formed and begin <= end, f"its header describes {name!r} as {entry!r}, not as dtype, shape and data_offsets")
     if dtype in DTYPES:
         fits = end - begin == math.prod(shape) * DTYPES[dtype].itemsize
         check(fits, f"its header gives {name!r} {end - begin} bytes, which is not {dtype} of {list(shape)}")
@@ -144,9 +144,9 @@ def _stored_tensor(file: epath.Path, data_start: int, name: str, entry: Any) -> 
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; raise ValueError if a key comes twice."""
+    """Return the dict of a JSON object's `pairs`; raise ValueError if a key comes twice."""
     found = dict(pairs)
-    check(len(found) == len(pairs), "a name comes twice")
+    check(len(found) == len(pairs), "a name comes twice in it")
     return found
 
 
@@ -160,9 +160,9 @@ class Outgoing:
 
     tensors: tuple[Described, ...]
     fetch: Callable[[], Any]
-    """Brings their source to this process; all processes call it if the source is sharded over them."""
+    """Brings the data they are made of to this process; all processes call it if these are sharded over them."""
     encode: Callable[[Any], tuple[np.ndarray, ...]]
-    """Returns their data, in the order of `tensors`, from the result of `fetch`."""
+    """Converts the result of `fetch` to one array for each of `tensors`, in their order."""
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +170,7 @@ class Outgoing:
 
 
 def write_file(file: epath.Path, tensors: Iterable[Described], arrays: Iterable[np.ndarray]) -> None:
-    """Write a safetensors file that torch programs accept, and sync it; `arrays` yields one tensor's data at a time."""
+    """Write `tensors`, with data from `arrays` one at a time, as a safetensors file for torch, and sync it to the disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position, tensors = 0, list(tensors)
     for name, dtype, shape in tensors:
@@ -188,7 +188,7 @@ def write_file(file: epath.Path, tensors: Iterable[Described], arrays: Iterable[
 
 
 def shards(content: Iterable[Outgoing], max_bytes: int) -> list[list[Outgoing]]:
-    """Cut `content`, in order, into files of at most `max_bytes`, unless one entry alone exceeds it."""
+    """Return `content` split, in order, into a list for each file of at most `max_bytes`; a larger entry is a file alone."""
     cut: list[list[Outgoing]] = []
     filled = 0
     for outgoing in content:

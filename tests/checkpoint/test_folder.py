@@ -60,7 +60,7 @@ def test_missing_unexpected_misshapen_and_mistyped_are_listed_together(tmp_path:
         "missing tensors": [_QUERY, _BIAS, _EXPERT],
         "unexpected tensors": ["model.layers.9.input_layernorm.weight", "visual.proj.weight"],
         "misshapen tensors": ["lm_head.weight is [40, 70], not [70, 40]", "model.norm.weight is [41], not [40]"],
-        "tensors of a wrong type": ["model.layers.4.eh_proj.weight is I8"],
+        "tensors of a wrong type": ["model.layers.4.eh_proj.weight is I8; only F64, F32, F16, BF16, F8_E4M3 can be read"],
     }
 
 
@@ -222,7 +222,7 @@ def test_fp8_tensors_and_their_scales_are_checked(tmp_path: Path) -> None:
         "unexpected tensors": ["model.layers.2.mlp.gate.weight_scale_inv"],
         "misshapen tensors": [f"{_EXPERT}_scale_inv is [2, 1], not [3, 1]"],
         "tensors of a wrong type": [
-            "model.embed_tokens.weight is F8_E4M3; only matrices of linear layers can be",
+            "model.embed_tokens.weight is F8_E4M3; only matrices of linear layers can be FP8",
             "model.layers.1.mlp.up_proj.weight_scale_inv is I32",
         ],
     }

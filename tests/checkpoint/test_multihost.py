@@ -86,7 +86,7 @@ def test_two_processes_load_and_save_what_one_does(tmp_path: Path) -> None:
         assert together == alone
         assert len(alone) > 7, "several files for each process"
 
-    assert first["failed"] == "RuntimeError: process 1 failed, and says why; nothing is kept"
+    assert first["failed"] == "RuntimeError: process 1 failed, and prints the reason; nothing is kept, so save again"
     assert second["failed"] == "OSError: no space left on device"
     for result in (first, second):
         assert "model.layers.4.embed_tokens.weight from model.embed_tokens.weight" in result["refused"]

@@ -149,7 +149,7 @@ DAMAGE = {
     _flipped: "",
     _without_optimizer: r"it lacks optimizer",
     _without_record: r"it lacks progress, without which nothing in it can be verified",
-    _other_record: r"it is of step 3",
+    _other_record: r"its record is of step 3",
     _other_arrays: r"variables/params/v and 2 more does not match its checksum",
     _changed_record: r"ValueError: its record does not match its own digest",
     _garbage_metadata: "",

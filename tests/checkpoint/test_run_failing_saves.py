@@ -243,7 +243,7 @@ def test_an_old_checkpoint_that_cannot_be_removed(
             patch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", refuse)
             checkpoints.save(3, **trees(3))
             checkpoints.wait()
-        assert said(capsys) == "warning: step 3 is saved, but an older checkpoint could not be removed (Permission denied)\n"
+        assert said(capsys) == "warning: step 3 is saved, but an older step cannot be removed (Permission denied); remove it\n"
         assert checkpoints.failed is None
         checkpoints.save(4, **trees(4))
     assert_loads(plain_disk, [3, 4])

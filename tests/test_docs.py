@@ -174,9 +174,10 @@ def test_the_map_of_files_is_current() -> None:
     spec = importlib.util.spec_from_file_location("make_map", ROOT / "docs" / "make_map.py")
     make_map = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_map)
-    assert make_map.TARGET.read_text(encoding="utf-8") == make_map.generate(), "docs/files.md is stale; run make map"
+    generated = make_map.generate()
+    assert make_map.TARGET.read_text(encoding="utf-8") == generated, "docs/files.md is stale; run make map"
     for path in (ROOT / "dsv3_jax").rglob("*.py"):
-        assert path.name == "__init__.py" or f"[{path.relative_to(ROOT)}]" in make_map.generate()
+        assert path.name == "__init__.py" or f"[{path.relative_to(ROOT)}]" in generated
 
 
 def test_the_core_is_twelve_files_of_an_afternoon() -> None:

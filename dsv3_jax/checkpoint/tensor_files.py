@@ -8,6 +8,7 @@ read stay resident, and it writes a file from tensors that are all in memory.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -145,8 +146,8 @@ def _stored_tensor(file: epath.Path, data_start: int, name: str, entry: Any) -> 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the dict of a JSON object's `pairs`; raise ValueError if a key comes twice."""
-    found = dict(pairs)
-    check(len(found) == len(pairs), "a name comes twice in it")
+    found, counts = dict(pairs), collections.Counter(name for name, _ in pairs)
+    check(len(found) == len(pairs), f"{counts.most_common(1)[0][0]!r} comes twice in it" if counts else "")
     return found
 
 

@@ -129,6 +129,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile all programs but those that report log-probabilities. Call it while no request is in the engine."""
+        check(self.idle, "warm_up is called while requests are active, whose sampling it would change; call it before them")
         try:
             self.tell("warm_up")
             self._runner.warm_up()

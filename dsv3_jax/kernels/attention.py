@@ -66,6 +66,7 @@ def attend(
         if segment_starts_BT is not None:
             raise ValueError(f"attention by 'pallas_gpu' {_ACROSS_DOCUMENTS}; use model.attention_backend chunked")
         return attention.attention_hopper(q_BTNX, k_BSMX, v_BSMW, scale=scale, first=first)
+    assert backend == "chunked", backend
     return causal_attention(q_BTNX, k_BSMX, v_BSMW, scale=scale, chunk=chunk, first=first, segment_starts_BT=segment_starts_BT)
 
 

@@ -157,7 +157,7 @@ def _entry(begin: int = 0, end: int = 32, shape: Any = (8,), dtype: Any = "F32")
         (_with_header(b"\xff\xfe{}"), "not JSON"),
         (_with_header(b"[" * 200_000), "not JSON"),
         (_with_header([1, 2]), "not a JSON object"),
-        (_with_header(b'{"a": {"dtype": "F32"}, "a": {}}'), "a name comes twice"),
+        (_with_header(b'{"a": {"dtype": "F32"}, "a": {}}'), "'a' comes twice"),
         (_with_header({"a": 3}), "describes 'a' as 3"),
         (_with_header({"a": {"dtype": "F32", "shape": [8]}}), "describes 'a'"),
         (_with_header({"a": _entry(shape=(-8,))}), "describes 'a'"),

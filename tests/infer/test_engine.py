@@ -399,3 +399,11 @@ def test_logits_that_are_not_finite_end_a_request_and_no_other(several: bool) ->
     # Every page of the pool has been used by now, those of the broken ones too.
     for _ in range(4):
         assert [completion.tokens for completion in engine.generate(good, params)] == alone
+
+
+def test_programs_are_compiled_before_requests_and_not_among_them() -> None:
+    engine = make_engine()
+    request = engine.submit([5, 9], SamplingParams(max_tokens=3))
+    with pytest.raises(ValueError, match="warm_up is called while requests are active"):
+        engine.warm_up()
+    engine.cancel(request)

@@ -186,13 +186,14 @@ class _Traffic:
             n, axis = self.group(groups[1] if groups else "", kind == "collective-permute")
             # A start returns (operands, results, ...), except that of an all-reduce, which returns its results.
             paired = one.opcode.endswith("-start") and kind != "all-reduce"
-            size = _bytes(_elements(one.type)[1] if paired else one.type)
+            result = _elements(one.type)[1] if paired else one.type
+            size = _bytes(result)
             if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                 kind, size = "reduce-scatter", size // n  # A TPU fusion of all-reduce and slice.
         if n == 1:
             return {}
         if kind == RAGGED:
-            _, shape = ARRAY.findall(one.type)[0]
+            _, shape = ARRAY.findall(result)[0]
             sent = round(self.ragged_rows * size / _integers(shape)[0])
         else:
             sent = SENT[kind](n, size)

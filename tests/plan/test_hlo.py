@@ -329,6 +329,11 @@ def test_ragged_rows_are_the_callers_and_as_wide_as_the_array() -> None:
     line = "x = bf16[8,2]{1,0} ragged-all-to-all(%p, %q, %a, %b, %c, /*index=5*/%d), replica_groups={{0,1},{2,3},{4,5},{6,7}}"
     assert found(entry(line)) == {("ragged-all-to-all", "expert"): (0, 1, False)}
     assert found(entry(line, line.replace("x =", "y =")), ragged_rows=25) == {("ragged-all-to-all", "expert"): (200, 2, False)}
+    # The rows of an asynchronous one are those of its result, whose buffer is larger than what is sent from.
+    started = line.replace(
+        "bf16[8,2]{1,0} ragged-all-to-all", "((bf16[6,2], bf16[8,2]), bf16[8,2], u32[]) ragged-all-to-all-start"
+    )
+    assert found(entry(started), ragged_rows=25) == {("ragged-all-to-all", "expert"): (100, 1, False)}
 
 
 def loop(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,11 +24,12 @@ from dsv3_jax.config import DataConfig
 from dsv3_jax.config.checks import check
 from dsv3_jax.data.chat_template import (
     ASSISTANT,
+    Answer,
     ChatTemplate,
     Piece,
+    answer_to,
     check_traces,
     encode_pieces,
-    origin_of,
     own_words,
     read_messages,
     read_switches,
@@ -234,21 +234,11 @@ def _joined(spans: Sequence[_Span], encoded: Iterator[list[int]], is_complete: b
     return Encoded(np.array(ids, np.int32), *flags, "".join(said), dropped, emptied, is_complete)
 
 
-class _Answer(NamedTuple):
-    """The text that is learnt for one message of the assistant."""
-
-    text: Traced
-    is_dropped: bool
-    """True if the message has thoughts, and this text has not."""
-    is_emptied: bool
-    """True if the message has no thoughts, and this text has empty ones."""
-
-
 class _Span(NamedTuple):
     """A stretch of a sequence: an answer, which is learnt, or text that is not."""
 
     pieces: list[Piece]
-    answer: _Answer | None
+    answer: Answer | None
     """None outside the loss."""
 
 
@@ -267,11 +257,10 @@ def _sequences(conversation: Conversation, template: ChatTemplate, tokenizer: To
                 continue
             prompt = render(messages[:number], add_generation_prompt=True)
             until = render(messages[: number + 1])
-            pieces = split_pieces(prompt, tokenizer, own), split_pieces(until, tokenizer, own)
-            answer = _answer(prompt, until, _common(*pieces), message, number, template)
+            answer = answer_to(prompt, until, messages[: number + 1], template, tokenizer)
             span = _Span(split_pieces(answer.text, tokenizer, own), answer)
             _check_closing(span, template)
-            apart.append([_Span(pieces[0], None), span])
+            apart.append([_Span(split_pieces(prompt, tokenizer, own), None), span])
             if 0 <= position <= len(prompt) and until.startswith(prompt) and whole.startswith(until):
                 joined += [_Span(split_pieces(whole[position : len(prompt)], tokenizer, own), None), span]
                 position = len(until)
@@ -280,63 +269,6 @@ def _sequences(conversation: Conversation, template: ChatTemplate, tokenizer: To
     except ValueError as error:
         raise ValueError(f"{conversation.where}: {error}") from error
     return apart if position < 0 else [[*joined, _Span(split_pieces(whole[position:], tokenizer, own), None)]]
-
-
-def _common(prompt: Sequence[Piece], until: Sequence[Piece]) -> int:
-    """Return the length of the text that two renderings begin with, up to a border of a token."""
-    length = 0
-    for one, other in zip(prompt, until, strict=False):
-        if one != other:
-            equal = [a == b for a, b in zip(one.text, other.text, strict=False)]
-            is_text = one.token is None and other.token is None
-            return length + ([*equal, False].index(False) if is_text else 0)
-        length += len(one.text)
-    return length
-
-
-def _answer(
-    prompt: Traced, until: Traced, common: int, message: dict[str, Any], number: int, template: ChatTemplate
-) -> _Answer:
-    """Return the text to learn for a message of the assistant: its continuation of `prompt`.
-
-    Args:
-      prompt: rendering of the messages before it, with the opening of an answer.
-      until: rendering up to and with it.
-      common: length of their common beginning.
-      message: the message.
-      number: its number.
-      template: the template.
-    """
-    opening, text, own = prompt[common:], until[common:], origin_of(number)
-    thoughts, is_inline, gap = _thoughts(message)
-    is_known = not opening or ({*opening.origins} == {TEMPLATE} and {*text.origins} <= {TEMPLATE, own})
-    check(
-        is_known and bool(text),
-        f"{template.origin} writes the messages before messages[{number}], an answer, otherwise once it is there, so its "
-        "words cannot be told apart; use a template that does not",
-    )
-    thinking = re.search(r"<think>(\s*)$", opening)
-    if thinking:
-        # The prompt opens thoughts, which the template leaves out of an answer that is there.
-        space = thinking[1]
-        said = (thoughts or "").removeprefix(space)
-        if text.startswith("</think>"):
-            end = ""
-        elif is_inline:
-            end = "</think>" + ("" if text.startswith(gap) else gap)
-        else:
-            said, end = said.removesuffix(space), f"{space}</think>{2 * space}"
-        text = Traced(said, own) + Traced(end, TEMPLATE) + text
-    is_dropped = thoughts is not None and thoughts.strip() not in text
-    return _Answer(text, is_dropped, bool(thinking) and thoughts is None)
-
-
-def _thoughts(message: dict[str, Any]) -> tuple[str | None, bool, str]:
-    """Return the thoughts of an answer, None without; True if they are in its content; the space behind them there."""
-    if message.get("reasoning_content"):
-        return message["reasoning_content"], False, ""
-    head, close, words = (message["content"] or "").partition("</think>")
-    return (head.removeprefix("<think>"), True, words[: len(words) - len(words.lstrip())]) if close else (None, False, "")
 
 
 def _check_closing(span: _Span, template: ChatTemplate) -> None:

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jinja2
@@ -110,7 +110,8 @@ def closing_tokens(template: ChatTemplate, tokenizer: Tokenizer, vocab_size: int
     try:
         rendered = template.render([{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}])
         behind = rendered[rendered.origins.rfind(origin_of(1)) + 1 :] if origin_of(1) in rendered.origins else rendered[:0]
-        ids = [piece.token for piece in split_pieces(behind, tokenizer) if piece.token is not None][:1]
+        # The last one: a template may close more than the turn, such as an <answer>.
+        ids = [piece.token for piece in split_pieces(behind, tokenizer) if piece.token is not None][-1:]
     except ValueError:  # A template that takes no such conversation.
         ids = []
     named = tokenizer.added_ids.get(template.special_tokens.get("eos_token", ""))
@@ -199,7 +200,7 @@ def read_switches(switches: Any) -> dict[str, Any]:
             raise ValueError(f"chat_template_kwargs is a text that is not JSON ({error}); use an object") from error
     switches = {} if switches is None else switches
     check(isinstance(switches, dict), f'chat_template_kwargs is {switches!r:.100}; use an object such as {{"thinking": true}}')
-    taken = sorted({*_RESERVED} & {*switches})
+    taken = sorted(name for name in switches if name in _RESERVED or name.endswith("_token"))
     check(not taken, f"chat_template_kwargs sets {', '.join(taken)}, which has a place of its own; leave it out")
     return switches
 
@@ -246,26 +247,117 @@ def encode_prompt(
       ValueError: if the messages are invalid, the template refuses them, or one leaves no trace in the text.
     """
     messages, tools = read_messages(messages), read_tools(tools)
-    own = own_words(messages)
-    is_continued = add_generation_prompt and messages[-1]["role"] == ASSISTANT
+    render = functools.partial(template.render, tools=tools, **switches)
+    last, number, own = messages[-1], len(messages) - 1, own_words(messages)
+    is_continued = add_generation_prompt and last["role"] == ASSISTANT
+    rendered = render(messages[:-1] if is_continued else messages, add_generation_prompt=add_generation_prompt)
+    if not is_continued or number:
+        check_traces(template, messages[:-1] if is_continued else messages, rendered)
+    pieces = split_pieces(rendered, tokenizer, own)
     if is_continued:
-        check(
-            "tool_calls" not in messages[-1],
-            f"messages[{len(messages) - 1}], the last, calls tools; add their results, which the assistant answers",
-        )
-        if not messages[-1]["content"]:
-            messages, is_continued = messages[:-1], False
-        else:
-            messages[-1] = {**messages[-1], "prefix": True}
-    rendered = template.render(
-        messages, tools=tools, add_generation_prompt=add_generation_prompt and not is_continued, **switches
+        remedy = "add their results, which the assistant answers"
+        check("tool_calls" not in last, f"messages[{number}], the last, calls tools; {remedy}")
+        pieces += split_pieces(_begun(rendered, render, messages, template, tokenizer), tokenizer, own)
+    return [id_ for ids in encode_pieces(tokenizer, pieces) for id_ in ids]
+
+
+def _begun(
+    prompt: Traced, render: Callable[..., Traced], messages: list[dict[str, Any]], template: ChatTemplate, tokenizer: Tokenizer
+) -> Traced:
+    """Return the unfinished answer at the end of a conversation: what training learns behind `prompt`, up to its last word."""
+    content, own = messages[-1]["content"], origin_of(len(messages) - 1)
+    thoughts = None if content else messages[-1].get("reasoning_content")
+    if content.startswith("<think>") and "</think>" not in content:
+        thoughts = content.removeprefix("<think>")
+    if thoughts is not None:  # They are still going on.
+        opened = re.search(r"<think>(\s*)$", prompt)
+        return Traced("" if opened else "<think>", TEMPLATE) + Traced(thoughts.removeprefix(opened[1] if opened else ""), own)
+    if not content:
+        return prompt[:0]
+    text = answer_to(prompt, render(messages), messages, template, tokenizer).text
+    end = text.origins.rfind(own) + 1
+    check(end > 0, f"{template.origin} leaves out the answer at the end, so it cannot be continued; remove it")
+    return text[:end]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An answer as the model has to write it
+
+
+class Answer(NamedTuple):
+    """The text that follows a prompt, for one message of the assistant."""
+
+    text: Traced
+    is_dropped: bool
+    """True if the message has thoughts, and the template leaves them out of the text."""
+    is_emptied: bool
+    """True if the message has no thoughts, and the text has empty ones."""
+
+
+def answer_to(
+    prompt: Traced, until: Traced, messages: Sequence[dict[str, Any]], template: ChatTemplate, tokenizer: Tokenizer
+) -> Answer:
+    """Return the last message as the continuation of `prompt`.
+
+    Args:
+      prompt: rendering of the messages before it, with the opening of an answer.
+      until: rendering of all messages.
+      messages: the messages; the last one is the assistant's.
+      template: the template.
+      tokenizer: tells the tokens at whose borders `prompt` and `until` may part.
+
+    Raises:
+      ValueError: if the template writes the messages before in a way that depends on the last one, or does not write it.
+    """
+    number, message, own = len(messages) - 1, messages[-1], own_words(messages)
+    common = len(prompt)
+    if not until.startswith(prompt):
+        common = _common(split_pieces(prompt, tokenizer, own), split_pieces(until, tokenizer, own))
+    opening, text, origin = prompt[common:], until[common:], origin_of(number)
+    thoughts, words = _thoughts(message)
+    is_inline = thoughts is not None and not message.get("reasoning_content")
+    is_known = not opening or ({*opening.origins} == {TEMPLATE} and {*text.origins} <= {TEMPLATE, origin})
+    check(
+        is_known and bool(text),
+        f"{template.origin} writes the messages before messages[{number}], an answer, otherwise once it is there, so its "
+        "words cannot be told apart; use a template that does not",
     )
-    check_traces(template, messages, rendered)
-    if is_continued:
-        end = rendered.origins.rfind(origin_of(len(messages) - 1)) + 1
-        check(end > 0, f"{template.origin} leaves out the answer at the end, so it cannot be continued; remove it")
-        rendered = rendered[:end]
-    return [id_ for ids in encode_pieces(tokenizer, split_pieces(rendered, tokenizer, own)) for id_ in ids]
+    thinking = re.search(r"<think>(\s*)$", opening)
+    if thinking:
+        # The prompt opens thoughts, which the template leaves out of an answer that is there.
+        space = thinking[1]
+        if text.startswith("</think>"):
+            text = Traced((thoughts or "").removeprefix(space), origin) + text
+        elif is_inline:
+            said = message["content"].removeprefix("<think>").removeprefix(space)
+            text = Traced(said, origin) + text[text.origins.rfind(origin) + 1 :]
+        else:
+            said = (thoughts or "").removeprefix(space).removesuffix(space)
+            text = Traced(said, origin) + Traced(f"{space}</think>{2 * space}", TEMPLATE) + text
+    count = sum(mark == origin and not character.isspace() for character, mark in zip(text, text.origins, strict=True))
+    is_dropped = thoughts is not None and count < len("".join(f"{thoughts} {words}".split()))
+    return Answer(text, is_dropped, bool(thinking) and thoughts is None)
+
+
+def _common(prompt: Sequence[Piece], until: Sequence[Piece]) -> int:
+    """Return the length of the text that two renderings begin with, up to a border of a token."""
+    length = 0
+    for one, other in zip(prompt, until, strict=False):
+        if one != other:
+            equal = [a == b for a, b in zip(one.text, other.text, strict=False)]
+            is_text = one.token is None and other.token is None
+            return length + ([*equal, False].index(False) if is_text else 0)
+        length += len(one.text)
+    return length
+
+
+def _thoughts(message: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return the thoughts of an answer, None without, and its other words."""
+    content = message["content"] or ""
+    if message.get("reasoning_content"):
+        return message["reasoning_content"], content
+    head, close, words = content.partition("</think>")
+    return (head.removeprefix("<think>"), words) if close else (None, content)
 
 
 def own_words(messages: Sequence[Message]) -> set[str]:

@@ -12,12 +12,14 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import Any, SupportsIndex
 
 import jinja2
 from jinja2 import ext, nodes, sandbox
 from jinja2.compiler import CodeGenerator, Frame
+from jinja2.filters import make_attrgetter
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 
@@ -105,11 +107,11 @@ class Traced(str):
             start += len(part)
         return found
 
-    def split(self, separator: str | None = None, maxsplit: SupportsIndex = -1) -> list[Traced]:  # type: ignore[override]
-        return self._between(_plain(self).split(separator, maxsplit), separator)
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[Traced]:  # type: ignore[override]
+        return self._between(_plain(self).split(sep, maxsplit), sep)
 
-    def rsplit(self, separator: str | None = None, maxsplit: SupportsIndex = -1) -> list[Traced]:  # type: ignore[override]
-        return self._between(_plain(self).rsplit(separator, maxsplit), separator)
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[Traced]:  # type: ignore[override]
+        return self._between(_plain(self).rsplit(sep, maxsplit), sep)
 
     def _between(self, parts: list[str], separator: str | None) -> list[Traced]:
         """Return the parts of a split at `separator`, with their origins."""
@@ -145,16 +147,13 @@ class Traced(str):
     def format_map(self, named: Mapping[str, Any]) -> Traced:  # type: ignore[override]
         return self.format(**named)
 
-    def encode(self, *_: Any, **__: Any) -> bytes:
-        raise ValueError("the template encodes text to bytes, whose special tokens could not be told from its own")
-
 
 def _mapped(name: str) -> Callable[..., Traced]:
     """Return a method that keeps the origins if the result has the same length."""
 
-    def method(self: Traced, *arguments: Any) -> Traced:
-        text = getattr(_plain(self), name)(*arguments)
-        return Traced(text, self.origins) if len(text) == len(self) else _blended(text, self, arguments)
+    def method(self: Traced, *arguments: Any, **named: Any) -> Traced:
+        text = getattr(_plain(self), name)(*arguments, **named)
+        return Traced(text, self.origins) if len(text) == len(self) else _blended(text, self, arguments, named)
 
     return method
 
@@ -167,14 +166,16 @@ for _name in (
 
 
 def origins_in(value: Any) -> set[str]:
-    """Return the origins in a value, except `TEMPLATE`; it may be nested."""
+    """Return the origins in a value, except `TEMPLATE`; it may be nested. What cannot be looked into has `UNKNOWN` ones."""
     if isinstance(value, str):
         return set(value.origins) - {TEMPLATE} if isinstance(value, Traced) else set()
     if isinstance(value, Mapping):
         return set().union(*map(origins_in, value.keys()), *map(origins_in, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | KeysView | ValuesView | ItemsView):
         return set().union(*map(origins_in, value))
-    return set()
+    # Numbers and the like, and what Jinja itself passes to filters.
+    is_known = value is None or isinstance(value, int | float | jinja2.Undefined | Context | EvalContext | jinja2.Environment)
+    return set() if is_known else {UNKNOWN}
 
 
 def _blended(text: str, *values: Any) -> Traced:
@@ -207,14 +208,20 @@ def _filled(fill: Callable[[str, Any], str], form: str, values: Any) -> Traced:
             return {_plain(key) if isinstance(key, str) else key: hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(hide, value))
+        if origins_in(value):
+            raise TypeError("a value with texts that cannot be replaced")
         return value
 
-    text, form = fill(_plain(form), hide(values)), Traced.of(form)
-    if r"\ufdd0" in text:  # A number was written as `repr` does.
-        return _blended(fill(_plain(form), values), form, values)
+    exact, form = fill(_plain(form), values), Traced.of(form)
     own = form.origins[:1] if len(set(form.origins)) == 1 else UNKNOWN
-    parts = re.split("\ufdd0([0-9]+)\ufdd1", text)
-    return Traced("", TEMPLATE).join(texts[int(part)] if i % 2 else Traced(part, own) for i, part in enumerate(parts))
+    try:
+        parts = re.split("\ufdd0([0-9]+)\ufdd1", fill(_plain(form), hide(values)))
+        filled = [texts[int(part)] if i % 2 else Traced(part, own) for i, part in enumerate(parts)]
+    except (ValueError, TypeError, IndexError):
+        return _blended(exact, form, values)
+    found = Traced("", TEMPLATE).join(filled)
+    # A field that measures or cuts its value sees the number.
+    return found if found == exact else _blended(exact, form, values)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -231,16 +238,30 @@ def _shown(value: Any) -> Any:
     return value if isinstance(value, str | jinja2.Undefined) else _blended(str(value), value)
 
 
-def _following(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter whose texts carry their origins."""
+# Filters that do nothing to texts but what `Traced` follows, or give back what they were given.
+_FOLLOWED = {
+    *("trim", "replace", "upper", "lower", "capitalize", "default", "d", "first", "last", "min", "max", "random", "attr"),
+    *("string", "join", "sum", "format"),
+}
+
+
+def _following(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a filter whose texts carry their origins; of one that is not known, all that its arguments have."""
 
     @functools.wraps(function)
     def follow(*arguments: Any, **named: Any) -> Any:
         given = [*map(_own, arguments)], {name: _own(value) for name, value in named.items()}
         result = function(*given[0], **given[1])
-        return _blended(result, *given) if isinstance(result, str) and not isinstance(result, Traced) else result
+        is_followed = isinstance(result, Traced) and name in _FOLLOWED
+        return _blended(result, *given) if isinstance(result, str) and not is_followed else result
 
     return follow
+
+
+def _join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> Traced:
+    """Jinja's filter, with the origins of all parts."""
+    items = value if attribute is None else map(make_attrgetter(environment(), attribute), value)
+    return Traced.of(d).join(Traced.of(_shown(item)) for item in items)
 
 
 class _CodeGenerator(CodeGenerator):
@@ -264,9 +285,12 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, function: Any, *arguments: Any, **named: Any) -> Any:
         of = getattr(function, "__self__", None)
+        if isinstance(of, str) and function.__name__ == "encode":
+            raise ValueError("the template encodes text to bytes, whose special tokens could not be told from its own")
         if type(of) is str:
             function = getattr(Traced.of(of), function.__name__)
-        return super().call(context, function, *arguments, **named)
+        result = super().call(context, function, *arguments, **named)
+        return _blended(result, arguments, named) if type(result) is str else result
 
     def wrap_str_format(self, value: Any) -> Any:
         of = getattr(value, "__self__", None)
@@ -299,7 +323,8 @@ def environment() -> sandbox.ImmutableSandboxedEnvironment:
     """Return the environment that compiles chat templates; it cannot change anything."""
     extensions = [_GenerationBlocks, ext.loopcontrols]
     made = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=_shown)
-    made.filters = {name: _following(function) for name, function in (made.filters | {"tojson": _to_json}).items()}
+    own = {"tojson": _to_json, "join": _join, "string": lambda value: Traced.of(_shown(value))}
+    made.filters = {name: _following(name, function) for name, function in (made.filters | own).items()}
     made.globals["raise_exception"] = _raise
     made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return made

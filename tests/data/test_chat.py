@@ -210,3 +210,39 @@ def test_a_conversation_has_the_same_ids_everywhere(source: str, tmp_path: Path)
     generator = Generator(0, [*IDS, "</think>", "<｜User", "｜>"], calls=False)
     for _ in range(60):
         assert assert_consistent(generator.conversation(), template, TOKENIZER, MODEL, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "switches", "message", "expected"),
+    [
+        (DEEPSEEK, {}, {"content": "<think>beca"}, "<think>beca"),
+        (DEEPSEEK, {}, {"content": "", "reasoning_content": "beca"}, "<think>beca"),
+        (R1, {}, {"content": "<think>\nbeca"}, "<think>\nbeca"),
+        (R1, {}, {"content": "<think>\nbecause\n</think>\n\nans"}, "<think>\nbecause\n</think>\n\nans"),
+        (R1, {}, {"content": "ans", "reasoning_content": "because"}, "<think>\nbecause\n</think>\n\nans"),
+        (R1, {}, {"content": "ans"}, "<think>\n\n</think>\n\nans"),
+        (R1, {}, {"content": ""}, "<think>\n"),
+        (V31, {"thinking": True}, {"content": "<think>beca"}, "<think>beca"),
+        (V31, {"thinking": True}, {"content": "", "reasoning_content": "beca"}, "<think>beca"),
+        (V31, {"thinking": True}, {"content": "<think>because</think>ans"}, "<think>because</think>ans"),
+        (V31, {}, {"content": "ans"}, "</think>ans"),
+    ],
+)
+def test_an_unfinished_answer_is_the_beginning_of_what_is_learnt(
+    source: str, switches: dict[str, Any], message: dict[str, Any], expected: str
+) -> None:
+    template = ChatTemplate(source, TEMPLATE.special_tokens)
+    ids = encode_prompt(template, TOKENIZER, [ONE[0], {"role": "assistant", **message}], **switches)
+    assert spelt(np.array(ids)).partition(ASSISTANT)[2] == expected
+    assert ids.count(IDS[THINK]) == expected.count(THINK)
+
+
+def test_thoughts_with_the_same_words_as_the_answer_are_missed_when_they_are_gone() -> None:
+    template = ChatTemplate(V31, TEMPLATE.special_tokens)
+    for messages in (answered("<think>Paris</think>Paris."), answered("It is 42.", reasoning_content="42")):
+        (found,) = encode_conversations([conversation(read_messages(messages))], template, TOKENIZER)
+        assert len(found.dropped) == 1
+    (found,) = encode_conversations(
+        [conversation(answered("<think>a</think>b</think>c"))], ChatTemplate(R1, TEMPLATE.special_tokens), TOKENIZER
+    )
+    assert spelt(found.ids[found.is_in_loss]) == "a</think>b</think>c" + EOS

@@ -322,8 +322,11 @@ def test_switches_reach_the_template_and_a_begun_answer_has_a_prefix() -> None:
     template = ChatTemplate(source, TEMPLATE.special_tokens)
     assert encoded(CHAT, template, thinking=True) == [*encoded(CHAT), IDS[THINK]]
     assert encoded(CHAT, template) == encoded(CHAT)
-    begun = [CHAT[1], {"role": "assistant", "content": "Hel"}]
-    assert encoded(begun, template, thinking=True) == [*encoded([CHAT[1]]), IDS[THINK], *TOKENIZER.encode("Hel")]
+    opened = [*encoded([CHAT[1]]), IDS[THINK]]
+    begun = {"role": "assistant", "content": "Hel", "prefix": True}
+    assert encoded([CHAT[1], begun], template, thinking=True) == [*opened, *TOKENIZER.encode("Hel")]
+    # Without a prefix the answer is begun, and its thoughts are closed, as training learns it.
+    assert encoded([CHAT[1], begun | {"prefix": None}], template, thinking=True) == [*opened, *TOKENIZER.encode("</think>Hel")]
 
 
 @pytest.mark.parametrize(
@@ -332,7 +335,7 @@ def test_switches_reach_the_template_and_a_begun_answer_has_a_prefix() -> None:
         (DEEPSEEK, {"eos_token": EOS}, (EOS,)),
         (DEEPSEEK, {}, (EOS,)),
         (DEEPSEEK.replace("end▁of", "begin▁of"), {"eos_token": EOS}, (BOS, EOS)),
-        (DEEPSEEK.replace("<｜end▁of▁sentence｜>'", "\\n<｜User｜>\\n<｜end▁of▁sentence｜>'"), {}, (USER,)),
+        (DEEPSEEK.replace("<｜end▁of▁sentence｜>'", "\\n<｜User｜>\\n<｜end▁of▁sentence｜>'"), {}, (EOS,)),
         ("{{ raise_exception('no') }}", {"eos_token": EOS}, (EOS,)),
         ("{{ messages[0].content }}", {}, ()),
     ],

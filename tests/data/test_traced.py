@@ -97,6 +97,16 @@ def render(source: str, **variables: Any) -> tuple[str, str]:
         ("{{ '%r' % m.x }}{{ m.x | pprint }}", "'ab''ab'", "u" * 8),
         ("{{ m.x | string }}{{ m.x ~ '' }}{{ none }}{{ no }}", "ababNone", "uuuutttt"),
         ("{{ '{0.__class__}'.format(m) }}", "", ""),
+        # What Jinja's own filters make of plain texts is not the template's.
+        ("{{ m.x | indent(2, first=true) }}{{ m.x | urlencode }}{{ m.x | title }}", "  ababAb", "u" * 8),
+        ("{{ [m] | map(attribute='x') | join }}{{ m.x | map('upper') | join }}", "abAB", "uuuu"),
+        ("{{ m.values() }}{{ m.items() | string }}", "dict_values(['ab'])dict_items([('x', 'ab')])", "u" * 44),
+        ("{{ '%s' % m.values() }}", "dict_values(['ab'])", "u" * 19),
+        ("{{ namespace(y=m.x) | string | length > 0 }}", "True", "tttt"),
+        ("{{ '%.1s<' % m.x }}{{ '%4s' % m.x }}{{ '{:>3}'.format(m.x) }}", "a<  ab ab", "u" * 9),
+        ("{{ '{0[0]}'.format(m.x) }}{{ '%c' % m.x[0] }}", "aa", "uu"),
+        ("{{ m.x.split(sep='a') | join('<') }}{{ m.x.rsplit(sep='a', maxsplit=1)[1] }}", "<bb", "tuu"),
+        ("{{ m.x.expandtabs(tabsize=4) }}{{ m.get('y', '<') }}", "ab<", "uut"),
     ],
 )
 def test_templates_keep_origins(source: str, text: str, origins: str) -> None:
@@ -111,6 +121,10 @@ def test_padding_has_the_origin_of_the_text() -> None:
 def test_what_cannot_be_followed_is_never_the_templates() -> None:
     text = environment().from_string("{{ [a, b] | tojson }}").render(a=Traced("x", "a"), b=Traced("y", "b"))
     assert {*text.origins} == {UNKNOWN}
+    generator = (
+        environment().from_string("{{ [a] | map('upper') }}{% set n = namespace(y=a) %}{{ n }}").render(a=Traced("x", "a"))
+    )
+    assert TEMPLATE not in generator.origins
     with pytest.raises(ValueError, match="encodes text to bytes"):
         render("{{ m.x.encode() }}", m={"x": "ab"})
     assert origins_in({"k": ["x", Traced("y", "b")], Traced("z", "a"): 3}) == {"a", "b"}

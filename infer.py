@@ -174,6 +174,7 @@ def batch(
     depends_on = {
         "prompts": task.prompts.digest,
         "token_ids": digest(json.dumps(ids)),
+        "ends": sorted(model.config.eos_token_ids),
         "checkpoint": model.origin,
         "chat_template": task.template and digest(task.template.source),
         "dtype": model.config.dtype,

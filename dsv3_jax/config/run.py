@@ -485,11 +485,16 @@ def with_generation_config(model: ModelConfig, path: str) -> ModelConfig:
     try:
         named = json.loads(file.read_text()).get("eos_token_id")
         more = named if isinstance(named, list) else [] if named is None else [named]
-        ids = dict.fromkeys([*model.eos_token_ids, *more])
+        # One outside the vocabulary, as of a pruned model, ends nothing.
+        ids = dict.fromkeys([*model.eos_token_ids, *(i for i in more if not _is_beyond(i, model))])
         known = len(ids) == len(model.eos_token_ids)
         return model if known else dataclasses.replace(model, eos_token_id=tuple(ids))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: {error}; copy it from the checkpoint again") from error
+
+
+def _is_beyond(i: Any, model: ModelConfig) -> bool:
+    return isinstance(i, int) and not isinstance(i, bool) and i >= model.vocab_size
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -52,7 +52,9 @@ _LAST = np.uint32(1 << 30)
 _DROPPED, _EMPTY = np.uint32(1 << 29), np.uint32(1 << 28)
 # Of the last token of a conversation, where `_LAST` is that of a sequence.
 _COMPLETE = np.uint32(1 << 27)
-_ID = np.uint32((1 << 27) - 1)
+# Of a token of the assistant's own words, such as </think>, which version 0.2.0 spelt.
+_OWN = np.uint32(1 << 26)
+_ID = np.uint32((1 << 26) - 1)
 # Rows that may still receive a conversation; beyond these the fullest is closed.
 _OPEN_ROWS = 256
 
@@ -168,6 +170,8 @@ class Encoded(NamedTuple):
     """First positions of the answers that are learnt with empty thoughts."""
     is_complete: bool = True
     """True for the last, or only, sequence of a conversation."""
+    own: Sequence[int] = ()
+    """Positions of special tokens in the assistant's own words."""
 
 
 def tokenize_chat(conversations: list[Conversation], template: ChatTemplate, tokenizer: Tokenizer, cache_dir: str) -> NpyFile:
@@ -185,6 +189,7 @@ def tokenize_chat(conversations: list[Conversation], template: ChatTemplate, tok
             stored = encoded.ids.astype(np.uint32) | np.where(encoded.is_in_loss, _IN_LOSS, np.uint32(0))
             stored[list(encoded.dropped)] |= _DROPPED
             stored[list(encoded.emptied)] |= _EMPTY
+            stored[list(encoded.own)] |= _OWN
             stored[-1] |= _LAST | (_COMPLETE if encoded.is_complete else np.uint32(0))
             yield stored
 
@@ -218,10 +223,12 @@ def _joined(spans: Sequence[_Span], encoded: Iterator[list[int]], is_complete: b
     in_loss, is_text = [], []
     dropped: list[int] = []
     emptied: list[int] = []
+    own: list[int] = []
     for span in spans:
         first = len(ids)
         for piece in span.pieces:
             more = next(encoded)
+            own += [len(ids)] * piece.is_own
             ids += more
             is_said = span.answer is not None and piece.token is None
             said += [piece.text] * is_said
@@ -231,7 +238,7 @@ def _joined(spans: Sequence[_Span], encoded: Iterator[list[int]], is_complete: b
             dropped += [first] * span.answer.is_dropped
             emptied += [first] * span.answer.is_emptied
     flags = np.array(in_loss, bool), np.array(is_text, bool)
-    return Encoded(np.array(ids, np.int32), *flags, "".join(said), dropped, emptied, is_complete)
+    return Encoded(np.array(ids, np.int32), *flags, "".join(said), dropped, emptied, is_complete, own)
 
 
 class _Span(NamedTuple):
@@ -307,6 +314,8 @@ class ChatRows:
         self._seed = seed
         whole = stored[:]
         self._changes = _changes(whole)
+        self.encoding = "2" if np.any(whole & (_OWN | _EMPTY)) or np.count_nonzero(whole & (_LAST | _COMPLETE) == _LAST) else ""
+        """Empty if version 0.2.0 made the same tokens of these conversations, whose runs may go on then."""
         ends = np.flatnonzero(whole & _LAST) + 1
         self._starts = np.concatenate([[0], ends[:-1]])
         self._lengths = ends - self._starts

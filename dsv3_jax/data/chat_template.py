@@ -215,6 +215,8 @@ class Piece(NamedTuple):
     text: str
     token: int | None
     """Id of the added token that `text` is; None for ordinary text, which may spell one."""
+    is_own: bool = False
+    """True for a token of the assistant's own words."""
 
 
 def origin_of(number: int) -> str:
@@ -247,37 +249,40 @@ def encode_prompt(
       ValueError: if the messages are invalid, the template refuses them, or one leaves no trace in the text.
     """
     messages, tools = read_messages(messages), read_tools(tools)
-    render = functools.partial(template.render, tools=tools, **switches)
+    render: Callable[..., Traced] = functools.partial(template.render, **{**switches, "tools": tools})
     last, number, own = messages[-1], len(messages) - 1, own_words(messages)
     is_continued = add_generation_prompt and last["role"] == ASSISTANT
     rendered = render(messages[:-1] if is_continued else messages, add_generation_prompt=add_generation_prompt)
     if not is_continued or number:
         check_traces(template, messages[:-1] if is_continued else messages, rendered)
-    pieces = split_pieces(rendered, tokenizer, own)
     if is_continued:
         remedy = "add their results, which the assistant answers"
         check("tool_calls" not in last, f"messages[{number}], the last, calls tools; {remedy}")
-        pieces += split_pieces(_begun(rendered, render, messages, template, tokenizer), tokenizer, own)
-    return [id_ for ids in encode_pieces(tokenizer, pieces) for id_ in ids]
+        rendered = _begun(rendered, render, messages, template, tokenizer)
+    return [id_ for ids in encode_pieces(tokenizer, split_pieces(rendered, tokenizer, own)) for id_ in ids]
 
 
 def _begun(
     prompt: Traced, render: Callable[..., Traced], messages: list[dict[str, Any]], template: ChatTemplate, tokenizer: Tokenizer
 ) -> Traced:
-    """Return the unfinished answer at the end of a conversation: what training learns behind `prompt`, up to its last word."""
+    """Return `prompt` and the unfinished answer behind it: what training learns, up to its last word."""
     content, own = messages[-1]["content"], origin_of(len(messages) - 1)
     thoughts = None if content else messages[-1].get("reasoning_content")
     if content.startswith("<think>") and "</think>" not in content:
         thoughts = content.removeprefix("<think>")
     if thoughts is not None:  # They are still going on.
         opened = re.search(r"<think>(\s*)$", prompt)
-        return Traced("" if opened else "<think>", TEMPLATE) + Traced(thoughts.removeprefix(opened[1] if opened else ""), own)
+        opening = Traced("" if opened else "<think>", TEMPLATE)
+        return prompt + opening + Traced(thoughts.removeprefix(opened[1] if opened else ""), own)
     if not content:
-        return prompt[:0]
-    text = answer_to(prompt, render(messages), messages, template, tokenizer).text
-    end = text.origins.rfind(own) + 1
+        return prompt
+    until = render(messages)
+    answer = answer_to(prompt, until, messages, template, tokenizer)
+    # A template that opens an answer otherwise than it writes one is continued as it writes it, as transformers does.
+    whole = until if answer.is_otherwise else prompt + answer.text
+    end = whole.origins.rfind(own) + 1
     check(end > 0, f"{template.origin} leaves out the answer at the end, so it cannot be continued; remove it")
-    return text[:end]
+    return whole[:end]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,6 +297,8 @@ class Answer(NamedTuple):
     """True if the message has thoughts, and the template leaves them out of the text."""
     is_emptied: bool
     """True if the message has no thoughts, and the text has empty ones."""
+    is_otherwise: bool
+    """True if the prompt ends with an opening, other than of thoughts, that is not in the rendering of the message."""
 
 
 def answer_to(
@@ -336,7 +343,7 @@ def answer_to(
             text = Traced(said, origin) + Traced(f"{space}</think>{2 * space}", TEMPLATE) + text
     count = sum(mark == origin and not character.isspace() for character, mark in zip(text, text.origins, strict=True))
     is_dropped = thoughts is not None and count < len("".join(f"{thoughts} {words}".split()))
-    return Answer(text, is_dropped, bool(thinking) and thoughts is None)
+    return Answer(text, is_dropped, bool(thinking) and thoughts is None, bool(opening) and not thinking)
 
 
 def _common(prompt: Sequence[Piece], until: Sequence[Piece]) -> int:
@@ -400,7 +407,7 @@ def split_pieces(rendered: Traced, tokenizer: Tokenizer, own: Set[str] = frozens
         if origins == {TEMPLATE} or (origins <= own and id_ not in tokenizer.special_tokens):
             if match.start() > start:
                 found.append(Piece(text[start : match.start()], None))
-            found.append(Piece(match[0], id_))
+            found.append(Piece(match[0], id_, origins != {TEMPLATE}))
             start = position = match.end()
         else:
             position = match.start() + 1

@@ -184,16 +184,20 @@ def whole_document(file: SourceFile) -> Document | None:
     return Document(file.name, *_decode(data)) if data and b"\0" not in data else None
 
 
+_RECORD_KEYS = {"text", "messages", "conversations"}
+
+
 def check_no_array(file: SourceFile, data: bytes) -> None:
     """Raise ValueError for a .json file that is an array of texts or conversations, which would be read as one text."""
-    if not file.name.removesuffix(".gz").endswith(".json") or data.lstrip()[:1] != b"[":
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if not file.name.lower().removesuffix(".gz").endswith(".json") or data.lstrip()[:1] != b"[":
         return
     try:
         values = json.loads(data)
     except ValueError:
         return
     check(
-        not values or not all(isinstance(each, dict) and {"text", "messages"} & each.keys() for each in values),
+        not values or not all(isinstance(each, dict) and _RECORD_KEYS & each.keys() for each in values),
         f"{file.source}: {file.name} is one JSON array; write one object per line into a .jsonl file "
         "(jq -c '.[]' data.json > data.jsonl)",
     )

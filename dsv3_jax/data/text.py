@@ -125,7 +125,7 @@ def _chat_sources(data: DataConfig, model: ModelConfig, train: TrainConfig) -> _
     tokenizer = load_tokenizer(data.tokenizer)
     check_fits(tokenizer, model, f"data.tokenizer {data.tokenizer!r}")
     template = load_chat_template(data.tokenizer)
-    sources = {}
+    sources, encodings = {}, set()
     for name in data.shares:
         corpus = load_chat_corpus(_alone(data, name))
         tokens = tokenize_chat(corpus.train, template, tokenizer, data.cache_dir)
@@ -136,9 +136,10 @@ def _chat_sources(data: DataConfig, model: ModelConfig, train: TrainConfig) -> _
             scored = [Document(corpus.validation[number].name, ids.said) for number, ids in zip(names, encoded, strict=True)]
             check_reproduced(scored, [ids.ids[ids.is_text] for ids in encoded], tokenizer)
             windows = chat_windows(encoded, **_shape(data, train))
+        encodings.add(rows.encoding)
         report = f"{corpus.report}; {rows.report}"
         sources[name] = Source(rows, windows, scored, corpus.train_digest, corpus.validation_digest, report)
-    return sources, tokenizer, template, f"{template.source} {template.special_tokens}"
+    return sources, tokenizer, template, f"{template.source} {template.special_tokens}{max(encodings)}"
 
 
 def _alone(data: DataConfig, name: str) -> DataConfig:

@@ -78,11 +78,11 @@ class Tokenizer:
         Args:
           text: the prompt.
           bos_token_id: the model's; the token goes in front unless the text begins with it, or the tokenizer adds none.
-          plain: spelt special tokens are text.
+          plain: spelt special tokens, and added ones, are text.
         """
         named = self.added_ids.get(self._bos or "")
         bos = None if self._adds_bos is False else named if bos_token_id is None and self._adds_bos else bos_token_id
-        ids = _encode_batch(self._backend if plain else self._reading_backend, [text])[0]
+        ids = _encode_batch(self._plain_backend if plain else self._reading_backend, [text])[0]
         return ids if bos is None or (not plain and ids[:1] == [bos]) else [bos, *ids]
 
     @functools.cached_property

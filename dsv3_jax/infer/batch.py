@@ -96,16 +96,14 @@ def read_otherwise_before(
 ) -> PromptLine | None:
     """Return the first line for which version 0.2.0 made other ids; None if there is none.
 
-    It read no special tokens in prompts, put the BOS token in front of all of them, spelt those of an answer, and closed an
-    answer at the end.
+    It read no special tokens in prompts, put the BOS token in front of all of them, marked those that messages spell, closed an
+    answer at the end, and left roles and nulls as they are.
     """
     bos = [] if config.bos_token_id is None else [config.bos_token_id]
-    ordinary = tokenizer.added_ids.keys() - tokenizer.special_tokens.values()
     for line, now in zip(lines, ids, strict=True):
         if line.is_chat:
-            answers = [message for message in line.content if message["role"] == ASSISTANT]  # type: ignore[index]
-            spelt = (token in json.dumps(answers, ensure_ascii=False) for token in ordinary)
-            if any(spelt) or line.content[-1]["role"] == ASSISTANT:  # type: ignore[index]
+            spelt = any(token in json.dumps(line.content, ensure_ascii=False) for token in tokenizer.added_ids)
+            if spelt or not line.is_as_written or line.content[-1]["role"] == ASSISTANT:  # type: ignore[index]
                 return line
         elif isinstance(line.content, str) and now != bos + tokenizer.encode(line.content):
             return line
@@ -165,6 +163,8 @@ class PromptLine:
     """Variables of the chat template."""
     add_special_tokens: bool = True
     """False: a prompt is text alone, without special tokens in it or in front."""
+    is_as_written: bool = True
+    """True if `content` is what the file holds, without roles or nulls changed."""
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         """Return `defaults` with the line's own fields. Without a seed of its own it gets defaults.seed + index, mod 2^32."""
@@ -185,7 +185,7 @@ class PromptLine:
             return encode_prompt(template, tokenizer, self.content, tools=self.tools, **{**switches, **self.switches})
         content: Any = self.content
         if not self.add_special_tokens and isinstance(content, str):
-            content = tokenizer.encode(content)
+            content = tokenizer.encode_documents([content])[0]
         return token_ids(content, config, tokenizer, plain=plain)
 
 
@@ -245,7 +245,8 @@ def _line(index: int, where: str, text: bytes) -> PromptLine:
         sampling = _sampling(values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    return PromptLine(index, where, content, is_chat, name, sampling, tools, switches, special)
+    is_as_written = content == values["messages" if is_chat else "prompt"]
+    return PromptLine(index, where, content, is_chat, name, sampling, tools, switches, special, is_as_written)
 
 
 def _prompt(prompt: Any) -> str | list[int]:
@@ -337,7 +338,7 @@ class CompletionLines:
                 f"{self._path} was begun by an older version, which made other tokens of "
                 f"{read_otherwise and read_otherwise.where} (special tokens in prompts and answers were text); {remedy}",
             )
-            before["token_ids"] = settings["token_ids"]
+            before |= {name: settings[name] for name in ("token_ids", "ends") if name in settings}
         for name, value in settings.items():
             there = before.get(name)
             check(there == value, f"{self._path} was made with {name} {there!r}, not {value!r}; {remedy}")

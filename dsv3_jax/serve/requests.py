@@ -226,7 +226,7 @@ class _ChatBody(_Body):
         "modalities": (["text"],),
     }
     messages: list[_Message] = Field(min_length=1)
-    tools: list[dict[str, Any]] = []
+    tools: Any = None
     tool_choice: Any = None
     chat_template_kwargs: dict[str, Any] = {}
     add_generation_prompt: bool | None = None
@@ -272,7 +272,8 @@ def read_completion(body: Any, info: ModelInfo) -> GenerationRequest:
     has_several = isinstance(fields.prompt, list) and fields.prompt and isinstance(fields.prompt[0], str | list)
     prompts = fields.prompt if has_several else [fields.prompt]
     if not fields.add_special_tokens:
-        prompts = [info.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        spell = info.tokenizer.encode_documents
+        prompts = [spell([prompt])[0] if isinstance(prompt, str) else prompt for prompt in prompts]
     return _generation(fields, info, prompts, "prompt", fields.max_tokens, fields.logprobs)
 
 

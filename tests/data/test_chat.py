@@ -111,7 +111,7 @@ def test_tokens_are_kept_and_made_again_when_broken(tmp_path: Path, harm: bytes 
     start = 0
     for one, end in zip(chats, np.flatnonzero(again[:] >> 30 & 1) + 1, strict=True):
         stored, expected = again[start:end], encode(one.messages)
-        np.testing.assert_array_equal(stored & (2**27 - 1), expected.ids)
+        np.testing.assert_array_equal(stored & (2**26 - 1), expected.ids)
         np.testing.assert_array_equal(stored >> 31 == 1, expected.is_in_loss)
         start = end
     tokenize_chat(chats, ChatTemplate(DEEPSEEK + " ", TEMPLATE.special_tokens), TOKENIZER, str(tmp_path))
@@ -246,3 +246,15 @@ def test_thoughts_with_the_same_words_as_the_answer_are_missed_when_they_are_gon
         [conversation(answered("<think>a</think>b</think>c"))], ChatTemplate(R1, TEMPLATE.special_tokens), TOKENIZER
     )
     assert spelt(found.ids[found.is_in_loss]) == "a</think>b</think>c" + EOS
+
+
+def test_only_conversations_that_version_0_2_0_read_alike_keep_the_digest_of_a_run(tmp_path: Path) -> None:
+    def encoding(source: str, *chats: list[dict[str, Any]]) -> str:
+        template = ChatTemplate(source, TEMPLATE.special_tokens)
+        return ChatRows(tokenize_chat(list(map(conversation, chats)), template, TOKENIZER, str(tmp_path)), 64, 0).encoding
+
+    assert encoding(DEEPSEEK, MULTI, answered(f"I say {EOS}")) == ""
+    assert encoding(V31, MULTI) == ""
+    assert encoding(DEEPSEEK, MULTI, ONE) == "2"
+    assert encoding(R1, answered("a")) == "2"
+    assert encoding(R1, [*ONE, *ONE]) == "2"

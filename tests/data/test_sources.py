@@ -124,7 +124,7 @@ def test_gzipped_files_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
-@pytest.mark.parametrize("records", [[{"text": "a"}], [{"messages": []}, {"messages": []}]])
+@pytest.mark.parametrize("records", [[{"text": "a"}], [{"messages": []}, {"conversations": []}]])
 def test_an_array_of_texts_or_conversations_is_refused(tmp_path: Path, name: str, records: list[Any]) -> None:
     data = json.dumps(records, indent=1).encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)

@@ -26,6 +26,7 @@ from dsv3_jax.infer.batch import submit_lines as submit_encoded
 from dsv3_jax.infer.report import Speed
 from dsv3_jax.infer.request import Request
 from tests.data.test_chat_template import ASSISTANT, BOS, EOS, IDS, THINK
+from tests.data.test_chat_template import USER as USER_TOKEN
 from tests.infer.talkative import BROKEN, MODEL, TEMPLATE, TOKENIZER, make_broken_engine, make_engine
 
 USER = [{"role": "user", "content": "Hi there"}]
@@ -187,6 +188,9 @@ def test_a_line_whose_logits_are_not_finite_is_written_as_an_error(tmp_path: Pat
         ({"prompt": [4, 5]}, True),
         ({"messages": USER}, True),
         ({"messages": [*USER, {"role": "assistant", "content": "a"}, *USER]}, True),
+        ({"messages": [{"role": "developer", "content": "x"}, *USER]}, False),
+        ({"messages": [{"role": "user", "content": "x", "name": None}]}, False),
+        ({"messages": [{"role": "user", "content": USER_TOKEN}]}, False),
         ({"prompt": f"Hello{EOS}"}, False),
         ({"prompt": f"{BOS}Hello"}, False),
         ({"prompt": "Hello", "add_special_tokens": False}, False),

@@ -104,7 +104,13 @@ def test_generation_config_adds_tokens_that_end(published: Path, named: Any, exp
     assert load_model(str(published)).config.eos_token_id == expected
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "x"}', '{"eos_token_id": 100000}'])
+def test_an_end_outside_the_vocabulary_ends_nothing(published: Path) -> None:
+    """As of a model whose vocabulary was cut."""
+    (published / "generation_config.json").write_text('{"eos_token_id": [5, 100000]}')
+    assert load_model(str(published)).config.eos_token_id == (1, 5)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "x"}'])
 def test_a_generation_config_that_cannot_be_read_is_refused(published: Path, content: str) -> None:
     (published / "generation_config.json").write_text(content)
     with pytest.raises(ValueError, match=r"generation_config\.json: .*; copy it from the checkpoint again"):

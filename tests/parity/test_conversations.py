@@ -167,4 +167,4 @@ def test_a_rendered_conversation_as_a_raw_prompt(published: Path) -> None:
     text = f"{bos}<｜User｜>Hi<｜Assistant｜></think>Hello.{eos}<｜User｜>Bye<｜Assistant｜></think>"
     ids = [0, 128803, 23166, 128804, 128799, 19923, 16, 1, 128803, 4546, 71, 128804, 128799]
     assert tokenizer.encode_raw(text, 0) == ids
-    assert len(tokenizer.encode_raw(text, 0, plain=True)) == 35
+    assert set(tokenizer.encode_raw(text, 0, plain=True)[1:]).isdisjoint(tokenizer.added_tokens)

@@ -31,7 +31,7 @@ def _problems(folder: Path, config: dict[str, Any] = CONFIG, block: tuple[int, i
     before = len(jax.live_arrays())
     with pytest.raises(CheckpointError) as from_load:
         load_hf(folder)
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before  # Garbage of other tests may go meanwhile.
     assert str(from_load.value) == str(caught.value)
     assert isinstance(caught.value, ValueError)
     assert str(folder) in str(caught.value)

@@ -11,7 +11,7 @@ from hypothesis import strategies
 
 from dsv3_jax.data.traced import TEMPLATE, UNKNOWN, Traced, environment, origins_in, traced
 
-TEXTS = strategies.text("ab \n<>Aßİ", max_size=12)
+TEXTS = strategies.text("ab \n<>Aßé", max_size=12)
 OPERATIONS: list[Callable[[Any], Any]] = [
     lambda text: text.strip(),
     lambda text: text.lstrip("\n"),
@@ -111,6 +111,12 @@ def render(source: str, **variables: Any) -> tuple[str, str]:
 )
 def test_templates_keep_origins(source: str, text: str, origins: str) -> None:
     assert render(source, m={"x": "ab"}) == (text, origins)
+
+
+def test_a_longer_text_has_the_origin_of_what_it_was_made_of() -> None:
+    assert Traced("İ", "u").lower() == "i̇"
+    assert Traced("İ", "u").lower().origins == "uu"
+    assert Traced("İa", "uv").lower().origins == 3 * UNKNOWN
 
 
 def test_padding_has_the_origin_of_the_text() -> None:

@@ -464,7 +464,7 @@ def _restore(folder: epath.Path, part: Any) -> Any:
 
 
 def _read(folder: epath.Path, read: Callable[[], Any]) -> Any:
-    """Return `read()`; if it fails on any process, raise on all: ValueError for the machine's errors, else DamagedError."""
+    """Return `read()`. If it fails, all processes raise ValueError for the machine's errors, else DamagedError; JAX's own pass."""
 
     def attempt() -> tuple[Any, str]:
         try:

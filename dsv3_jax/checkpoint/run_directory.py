@@ -65,7 +65,7 @@ class RunDirectory:
     def create_or_resume(cls, path: str, config: Config, *, resume: bool, text_digest: str | None = None) -> RunDirectory:
         """Make or open `path` for training, lock it, and write config.json and (if given) the text digest.
 
-        The folder is locked against other processes until `unlock`, or until the result is deleted or this process ends.
+        A local folder, not gs://, is locked against others until `unlock`, or until the result is deleted or the process ends.
 
         Args:
           path: the folder, new or (with `resume`) an earlier run's.

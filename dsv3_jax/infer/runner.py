@@ -285,7 +285,7 @@ def decode(
     *,
     report: bool = False,
 ) -> tuple[Cache, Slots, Drawn]:
-    """Run one step of all slots: 1 to n + 1 new tokens for each active one; the others stay unchanged.
+    """Run one step of all slots: 1 to n + 1 new tokens for each active one, 0 without finite logits; others stay unchanged.
 
     Arguments as for `prefill`; the table rows of inactive slots hold a page number outside the pool.
     """

@@ -90,7 +90,7 @@ def rows_sent(tokens: float, config: ModelConfig, mesh: Mesh) -> float:
 
 
 def kernels_in(text: str) -> dict[str, int]:
-    """Return kernel -> count of the Pallas calls in a program's text, names without the prefixes of differentiation."""
+    """Return kernel -> count of the Pallas calls in compiled HLO text, names without the prefixes of differentiation."""
     on_tpu = r'^\s+(?:ROOT )?%([\w\-]+)[\w.\-]* = .*custom_call_target="tpu_custom_call"'
     on_gpu = r'custom_call_target="mosaic_gpu\w*".*op_name="[^"]*/(\w+)/\w+"'
     found = [name for call in (on_tpu, on_gpu) for name in re.findall(call, text, re.MULTILINE)]

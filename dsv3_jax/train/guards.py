@@ -41,7 +41,7 @@ class NaNGuard:
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def see(self, step: int, flag: Any) -> None:
-        """Count the flag of the step before, and store that of `step` (a device scalar, 1 if skipped) for the next call."""
+        """Call `update`, which waits for the flag of the step before; keep that of `step` (a device scalar, 1 if skipped)."""
         self.update()
         self._unread = step, flag
 

@@ -464,7 +464,7 @@ def _restore(folder: epath.Path, part: Any) -> Any:
 
 
 def _read(folder: epath.Path, read: Callable[[], Any]) -> Any:
-    """Return `read()`. If it fails, all processes raise ValueError for the machine's errors, else DamagedError; JAX's own pass."""
+    """Return `read()`. If it fails, all processes raise ValueError for the machine's errors, else DamagedError; JAX's pass."""
 
     def attempt() -> tuple[Any, str]:
         try:

@@ -1,4 +1,4 @@
-"""Train a DeepSeek-V3, from text to a sample, on one device, on a mesh of devices, or on the processes of a pod.
+"""Train a DeepSeek-V3 on texts or conversations, on one device, a mesh of devices, or the processes of a pod.
 
     python train.py                                      # configs/tiny.py: minutes on two CPU cores
     python train.py --config configs/tiny.py --run-dir runs/short --train.steps 200

@@ -15,7 +15,7 @@ from dsv3_jax.config import CheckpointConfig, Config, DataConfig, MeshConfig, Mo
 
 
 def config(model: ModelConfig) -> Config:
-    """Return the config of the run, for the model of a checkpoint."""
+    """Return the config of fine-tuning for `model`, that of a checkpoint; sequences of at most 4,096 tokens."""
     return Config(
         model=model,
         mesh=MeshConfig(fsdp=-1),

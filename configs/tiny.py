@@ -3,8 +3,8 @@
     make train
     python train.py --config configs/tiny.py --run-dir runs/tiny
 
-It trains on the standard library of the running Python. The run ends with the bits per byte of the held-out packages, those
-of `gzip -9` and `xz -9` for comparison, and a sample.
+It trains on the standard library of the running Python. The run ends with the bits per byte of the held-out packages, and those
+of `gzip -9` and `xz -9` for comparison; `make train` then shows a sample.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dsv3_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Optimiz
 
 
 def config(model: ModelConfig) -> Config:
-    """Return the config of the phase, for the model of a checkpoint."""
+    """Return the config of the 32K phase for `model`, that of a checkpoint, with YaRN of factor 40."""
     return Config(
         model=dataclasses.replace(
             model, max_position_embeddings=32_768, rope_scaling=RopeScaling(factor=40.0), dtype="bfloat16", remat="full"

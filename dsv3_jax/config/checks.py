@@ -23,7 +23,7 @@ NonNegativeInt = Annotated[int, Bound(lambda value: value >= 0, "it cannot be ne
 PositiveFloat = Annotated[float, Bound(lambda value: value > 0, "it must be positive")]
 NonNegativeFloat = Annotated[float, Bound(lambda value: value >= 0, "it cannot be negative")]
 Share = Annotated[float, Bound(lambda value: 0 <= value <= 1, "it must lie in 0..1")]
-OpenShare = Annotated[float, Bound(lambda value: 0 < value < 1, "it must lie between 0 and 1")]
+OpenShare = Annotated[float, Bound(lambda value: 0 < value < 1, "it must lie strictly between 0 and 1")]
 Seed = Annotated[int, Bound(lambda value: 0 <= value < 2**32, f"it must be an integer in 0..{2**32 - 1}")]
 
 
@@ -34,7 +34,7 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
-    """Raise ValueError, with `name`, for a number, bool or choice outside its type or bounds; values of other types pass."""
+    """Raise ValueError with `name` if `value` is no int, finite float, bool or choice as `hint` says, or breaks a `Bound`."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         arms = [arm for arm in typing.get_args(hint) if arm is not types.NoneType]
         if value is None or len(arms) > 1:

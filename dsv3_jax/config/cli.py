@@ -48,12 +48,12 @@ _TYPE_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class DistributedFlags:
-    """Rendezvous of the processes of a run; found automatically on Cloud TPU and under SLURM."""
+    """Address, number and index by which the processes of a run find each other; automatic on Cloud TPU and under SLURM."""
 
     coordinator: str | None = None
     """host:port of process 0."""
     num_processes: int | None = None
-    """Number of processes; 1, without the other two, is a single process even under SLURM or on a pod."""
+    """Number of processes; 1, without coordinator and process_id, runs a single process even under SLURM or on a pod."""
     process_id: int | None = None
     """Index of this process, from 0."""
 
@@ -70,7 +70,7 @@ class DistributedFlags:
 
     @property
     def alone(self) -> bool:
-        """Return True if the flags declare a single process, which looks for no others."""
+        """True if num_processes is 1 and the other two are None: a single process, which looks for no others."""
         return self.num_processes == 1 and self.coordinator is None and self.process_id is None
 
 
@@ -79,18 +79,18 @@ class RunFlags:
     """Flags of train.py in addition to the fields of the run config."""
 
     config: str = "configs/tiny.py"
-    """Python file that exposes `config`, a Config or a function from the model of --init-from to one, or the config.json of a
-    run; the fields below override it."""
+    """Python file that defines `config`, a Config or a function that makes one from the model of --init-from; or the
+    config.json of a run. The fields below override it."""
     init_from: str | None = None
     """Short for --train.init-from."""
     run_dir: str | None = None
-    """Folder of the run; None is runs/ and the name of the Python file, or the folder of the config.json."""
+    """Folder of the run; None for runs/NAME after the Python file NAME.py, or for the folder of the config.json."""
     resume: bool = False
-    """Continue from the newest checkpoint of the folder if there is one, else start."""
+    """Continue from the newest checkpoint in the folder of the run; without any, start the run."""
     profile: str | None = None
     """Steps to trace into the run's profile/, the first and the one after the last: 10:13 traces steps 10, 11 and 12."""
     distributed: DistributedFlags = DistributedFlags()
-    """Rendezvous of the processes of a run."""
+    """Address, number and index by which the processes of a run find each other."""
 
 
 class RunArguments(NamedTuple):
@@ -104,12 +104,12 @@ class RunArguments(NamedTuple):
 
 
 def load_config(path: str, init_from: str | None = None, stand_in: ModelConfig | None = None) -> Config:
-    """Return the `config` of a Python file, as in `configs/`, or the config.json of a run.
+    """Run a Python file, as in `configs/`, and return its `config`; or return the Config that a run's config.json holds.
 
     A `config` that is a function is called with the model of the checkpoint `init_from`, or with `stand_in` if that is None.
 
     Raises:
-      ValueError: if the file is missing, does not run, exposes no `config` or a contradictory one, or needs a checkpoint.
+      ValueError: if the file is missing, does not run, exposes no `config` or a contradictory one, or needs `init_from`.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -131,7 +131,7 @@ def load_config(path: str, init_from: str | None = None, stand_in: ModelConfig |
     config = exposed["config"]
     if callable(config):
         model = stand_in if init_from is None else model_to_train(init_from)
-        remedy = "name it with --init-from, a run directory or a Hugging Face folder"
+        remedy = "name the checkpoint with --init-from: a run directory or a Hugging Face folder"
         check(model is not None, f"config file {path!r} makes its config from the model of a checkpoint; {remedy}")
         config = config(model)
     check(isinstance(config, Config), f"`config` of {path!r} is a {type(config).__name__}; it must be a dsv3_jax.config.Config")
@@ -139,11 +139,11 @@ def load_config(path: str, init_from: str | None = None, stand_in: ModelConfig |
 
 
 def parse_run(argv: Sequence[str] | None = None, description: str | None = None) -> RunArguments:
-    """Return the arguments of train.py, of `argv` or of the process; `description` opens `--help`.
+    """Parse the command line of train.py, `argv` or else sys.argv[1:]; `description` opens the text of `--help`.
 
     Raises:
       ValueError: naming the field, on an unknown name, a value of the wrong type, or a config that contradicts itself.
-      SystemExit: with code 0, after `--help`.
+      SystemExit: with code 0, after printing the help for `--help` or `-h`.
     """
     flags, config = parse_with_config(RunFlags, argv, description)
     file = pathlib.Path(flags.config)
@@ -157,9 +157,9 @@ def parse_with_config(
     description: str | None = None,
     prepare: Callable[[Flags, Config], Config] = lambda flags, config: config,
 ) -> tuple[Flags, Config]:
-    """Return the flags of a program, of a dataclass with the path `config` among its fields, and its run config.
+    """Parse `argv` into a `flags_type`, whose field `config` is the path of a config file, and that file's Config, overridden.
 
-    `prepare` changes the file's config before fields are set by name. Raises as `parse_run`.
+    `prepare` may replace the file's config first. `train.init_from` is the default of `data.tokenizer`. Raises as `parse_run`.
     """
     given, wants_help = _tokenize(argv)
     flag_types, field_types = _leaf_types(flags_type), _leaf_types(Config)
@@ -179,7 +179,7 @@ def parse_with_config(
 
 
 def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, description: str | None = None) -> Flags:
-    """Return the flags of a program without a run config; fields of the dataclass without a default are required.
+    """Parse `argv` into a `flags_type`, for a program without a run config; fields without a default are required.
 
     Raises as `parse_run`, and ValueError for a missing flag.
     """
@@ -192,7 +192,7 @@ def parse_flags(flags_type: type[Flags], argv: Sequence[str] | None = None, desc
 
 
 def how_to_resume() -> str:
-    """Return the command line of this process with --resume, and without the flags of one start (--profile)."""
+    """Return the shell command "python <script> ..." that repeats this process with --resume and without --profile."""
     kept, dropping = [sys.argv[0]], False
     for argument in sys.argv[1:]:
         if argument.startswith("--"):
@@ -210,10 +210,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def cli_main(main: Callable[..., None]) -> Callable[..., None]:
-    """Turn a ValueError, NotImplementedError or OSError of `main` into one line on stderr and exit code 2.
+    """Decorate `main`: a ValueError, NotImplementedError or OSError becomes one line on stderr and exit code 2.
 
     Ctrl-C prints one line and exits with 130, a closed pipe behind the output exits with 1 silently.
-    With DSV3_JAX_TRACEBACK set in the environment errors are raised as they are.
+    With DSV3_JAX_TRACEBACK set in the environment all of these are raised as they are.
     """
 
     @functools.wraps(main)
@@ -236,7 +236,7 @@ def cli_main(main: Callable[..., None]) -> Callable[..., None]:
 
 
 def _tokenize(argv: Sequence[str] | None) -> tuple[dict[str, list[str]], bool]:
-    """Return the values after each `--name`, with the names in underscores, and whether help is asked for."""
+    """Return ({name with _ for -: values after its last `--name`}, True for --help or -h); ValueError if a value is first."""
     given: dict[str, list[str]] = {}
     values: list[str] | None = None
     for token in sys.argv[1:] if argv is None else argv:
@@ -282,7 +282,7 @@ def _check_known(given: dict[str, list[str]], known: dict[str, Any]) -> None:
 
 
 def _read(name: str, values: list[str], hint: Any) -> Any:
-    """Return the value of one option, read by tyro as the type of its field."""
+    """Return the value of option `name`, parsed by tyro as type `hint` (bool without value: True); ValueError if that fails."""
     if hint is bool and not values:
         return True
     if hint == ExpertExchange:
@@ -310,7 +310,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return (values under names without a dot, group -> values under the rest of its dotted names)."""
+    """Return ({name without a dot: value}, {group before the first dot: {rest of the name: value}})."""
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         group, dot, rest = name.partition(".")
@@ -333,7 +333,7 @@ def _required(cls: Any) -> list[str]:
 
 
 def _override(config: Any, overrides: dict[str, Any], path: str = "") -> Any:
-    """Return the dataclass `config` with dotted fields replaced; every level is built once, with all of its changes."""
+    """Return `config` with dotted fields replaced, each dataclass built once; a group that is None starts from its defaults."""
     changes, groups = _split(overrides)
     for name, inner in groups.items():
         check(name not in changes, f"--{path}{name} None contradicts --{path}{name}.{min(inner)}; keep one of the two")

@@ -39,11 +39,11 @@ _ONLY_YARN = {"attention_factor": None, "truncate": True, "partial_rotary_factor
 
 
 def fields_from_hf(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` for the dict of a `config.json`; `rope_scaling` as those of `RopeScaling`, or None.
+    """Return arguments of `ModelConfig` for the dict of a `config.json`; `rope_scaling` as a dict for `RopeScaling`, or None.
 
     Args:
-      config: the dict.
-      defaults: of the fields; those of transformers are the same, except for `initializer_range`.
+      config: the dict of the file.
+      defaults: values for keys that the file lacks, by field; for `initializer_range` 0.02 is taken, as in transformers.
 
     Raises:
       ValueError: naming the field, if its value is not implemented, if two spellings of it disagree, or if it is missing
@@ -78,7 +78,7 @@ def fields_from_hf(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str
 
 
 def fields_to_hf(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the `config.json` for the fields of a `ModelConfig`, in the published spelling; `torch_dtype` is `param_dtype`."""
+    """Return the dict of a `config.json` for the fields of a `ModelConfig`, as published; `torch_dtype` is `param_dtype`."""
     copied = (*_INTEGERS, *_NUMBERS, "q_lora_rank", "num_nextn_predict_layers", "norm_topk_prob", "aux_loss_alpha")
     written = {name: fields[name] for name in (*copied, "bos_token_id", "rope_theta")}
     written |= {name: value for name, value in _ONLY.items() if name != "partial_rotary_factor"}
@@ -106,7 +106,7 @@ def _check_supported(config: dict[str, Any]) -> None:
 
 
 def _rope(config: dict[str, Any], max_position_embeddings: int) -> tuple[float, dict[str, Any] | None]:
-    """Return (rope_theta, YaRN or None) of a config in either spelling."""
+    """Return (rope_theta, arguments of `RopeScaling` or None) of a config in either spelling; ValueError if they disagree."""
     above = {key: config.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
     merged: dict[str, Any] = {}
     for group in ("rope_scaling", "rope_parameters", ""):
@@ -140,15 +140,15 @@ def _yarn(parameters: dict[str, Any], max_position_embeddings: int) -> dict[str,
 
 
 def _read(config: dict[str, Any], name: str, kind: Any, default: Any = None) -> Any:
-    """Return the value under `name` as `kind` (int, float or bool); ValueError if it is of another type, or missing."""
-    check(name in config or default is not None, f"{name} is missing, and it has no default")
+    """Return `config[name]`, else `default`, as `kind` (int, float, bool); ValueError for another type or neither."""
+    check(name in config or default is not None, f"{name} is missing, and it has no default; add it to config.json")
     value = config.get(name, default)
     check_value(name, value, kind)
     return kind(value)
 
 
 def _one_value(config: dict[str, Any], name: str, alias: str, default: Any = None) -> Any:
-    """Return the value under `name` or `alias`, two spellings of one field."""
+    """Return the value under `name` or `alias`, two spellings of one field; else `default`. ValueError if the two differ."""
     stated = {key: config[key] for key in (name, alias) if config.get(key) is not None}
     check(
         len(stated) < 2 or stated[name] == stated[alias],

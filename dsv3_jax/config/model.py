@@ -33,17 +33,17 @@ class RopeScaling:
     """YaRN context extension (arXiv 2309.00071; section 4.3 of the report). Static: it applies at every length."""
 
     factor: float = 40.0
-    """Length of the extended context over the original one."""
+    """Ratio of the extended context length to the original one."""
     original_max_position_embeddings: PositiveInt = 4096
     """Context length before the extension."""
     beta_fast: float = 32.0
-    """Dimensions with more rotations than this within the original context stay as they are."""
+    """Rotary pairs with more rotations than this within the original context keep their frequency."""
     beta_slow: float = 1.0
-    """Dimensions with fewer rotations than this are interpolated in full."""
+    """Rotary pairs with fewer rotations than this have their frequency divided by factor."""
     mscale: float | None = 1.0
-    """Scale of cos and sin, relative to mscale_all_dim; None if the checkpoint has none."""
+    """cos and sin are scaled by m(mscale) / m(mscale_all_dim), m(x) = 0.1 x ln(factor) + 1; by m(1) if either is None or 0."""
     mscale_all_dim: float | None = 1.0
-    """Scale of the attention logits (squared); 0 or None for none."""
+    """Attention logits are scaled by m(mscale_all_dim)^2 in addition; not if it is None or 0."""
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling.")
@@ -54,7 +54,7 @@ class RopeScaling:
         )
 
     def attention_scale(self, mscale: float | None) -> float:
-        """Return YaRN's temperature correction, 0.1 * mscale * ln(factor) + 1 (eq. 22)."""
+        """Return YaRN's temperature correction m(mscale) = 0.1 * mscale * ln(factor) + 1 (its eq. 22); None counts as 1."""
         return 0.1 * (1.0 if mscale is None else mscale) * math.log(self.factor) + 1.0
 
 
@@ -63,7 +63,7 @@ RematPolicy = Literal["none", "save_latents", "full"]
 ExpertBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "tiles", "ragged_dot", "reference"]
 ExpertExchange = Literal["auto", "ragged", "dense", "all_gather"]
 FORMER_EXCHANGES = {"ring": "all_gather"}
-"""Names of exchanges until version 0.1; every reader of configs still accepts them."""
+"""Names that `ExpertExchange` had until version 0.1, and their present names; readers of configs still accept the old ones."""
 AttentionBackend = Literal["auto", "splash", "pallas_gpu", "chunked"]
 CacheBackend = Literal["auto", "pallas_tpu", "pallas_gpu", "chunked"]
 _DTYPES = "float32", "bfloat16", "float16", "float64"
@@ -93,7 +93,7 @@ class ModelConfig:
     num_nextn_predict_layers: NonNegativeInt = 1
     """Multi-token-prediction depths; 0 for none."""
     first_k_dense_replace: int = 3
-    """Blocks from the bottom that keep a dense FFN."""
+    """Number of blocks, counted from the first, that have a dense FFN; all later ones are MoE."""
 
     num_attention_heads: PositiveInt = 128
     """Attention heads (N)."""
@@ -104,7 +104,7 @@ class ModelConfig:
     qk_nope_head_dim: PositiveInt = 128
     """Per-head query/key dims without position (H)."""
     qk_rope_head_dim: PositiveInt = 64
-    """Per-head query dims with rotary position, and the one shared rotary key (P); even."""
+    """Per-head query dims with rotary position, and width of the rotary key that all heads share (P); even."""
     v_head_dim: PositiveInt = 128
     """Per-head value dims (W)."""
 
@@ -127,7 +127,7 @@ class ModelConfig:
     routed_scaling_factor: PositiveFloat = 2.5
     """Factor on the routed experts' weights."""
     aux_loss_alpha: NonNegativeFloat = 1e-4
-    """Weight alpha of the sequence-wise balance loss (eq. 17); trained with 1e-4; the published file says 1e-3."""
+    """Weight alpha of the sequence-wise balance loss (eq. 17). V3 was trained with 1e-4; its config.json says 1e-3."""
 
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
@@ -140,9 +140,9 @@ class ModelConfig:
     initializer_range: PositiveFloat = 0.006
     """Standard deviation of the initial weights."""
     bos_token_id: int | None = 0
-    """Id that opens a document."""
+    """Id that opens a document; None for none."""
     eos_token_id: int | tuple[int, ...] | None = 1
-    """Id (or ids) that end a completion; the first one separates training documents."""
+    """Id (or ids) that end a completion; the first one separates training documents. None for none."""
 
     # Computation.
     dtype: DType = "bfloat16"
@@ -150,15 +150,15 @@ class ModelConfig:
     param_dtype: DType = "float32"
     """Dtype of the stored parameters; router biases are always float32."""
     scale_fmt: ScaleFormat | None = None
-    """Scales of weights that `save_hf` writes in FP8: "ue8m0" for powers of two, None for any float32; fixed on resume."""
+    """FP8 weight scales that `save_hf` writes: "ue8m0" for powers of two, None for any float32; not to change on --resume."""
     remat: RematPolicy = "none"
-    """Recomputation in the backward pass: "none", all but the latents and the MoE input, or the "full" block."""
+    """Recomputation in the backward pass: "none", "save_latents" (all but latents and FFN input), or "full" (whole block)."""
     expert_backend: ExpertBackend = "auto"
     """Implementation of the expert FFN; "auto" is chosen by platform and printed at start."""
     expert_exchange: ExpertExchange = "auto"
     """Exchange of rows between the experts of a mesh; "auto" is chosen by platform and printed at start."""
     receive_factor: PositiveFloat = 1.5
-    """Receive buffer of that exchange, as a multiple of the rows a device sends; an overflow takes another round."""
+    """Receive buffer of the expert exchange, as a multiple of the rows a device sends; rows beyond it take another round."""
     attention_backend: AttentionBackend = "auto"
     """Implementation of attention in training and prefill; "auto" is chosen by platform and printed at start."""
     cache_backend: CacheBackend = "auto"
@@ -198,7 +198,7 @@ class ModelConfig:
             for token in ids:
                 check_value(name, token, int | None)
                 is_known = token is None or 0 <= token < self.vocab_size
-                check(is_known, f"{name} {token} is outside the vocabulary of {self.vocab_size}")
+                check(is_known, f"{name} {token} is outside the vocabulary of {self.vocab_size}; use an id inside, or None")
 
     @property
     def num_moe_layers(self) -> int:
@@ -219,28 +219,28 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """sigma = (H + P)^-1/2, times the squared YaRN correction if mscale_all_dim is set."""
+        """Factor on attention logits: (H + P)^-1/2, times the squared YaRN correction if mscale_all_dim is set and not 0."""
         scale = self.qk_head_dim**-0.5
         if self.rope_scaling is not None and self.rope_scaling.mscale_all_dim:
             scale *= self.rope_scaling.attention_scale(self.rope_scaling.mscale_all_dim) ** 2
         return scale
 
     def with_dtype(self, dtype: Any) -> ModelConfig:
-        """Return the same model, computing and storing in `dtype`."""
+        """Return a copy whose `dtype` (computation) and `param_dtype` (storage) are both `dtype`."""
         return dataclasses.replace(self, dtype=dtype, param_dtype=dtype)
 
     def with_auto_backends(self) -> ModelConfig:
-        """Return the same model with every backend "auto", for another machine than the config was written for."""
+        """Return a copy with the expert exchange and the expert, attention and cache backends "auto", to run on any machine."""
         return dataclasses.replace(
             self, expert_backend="auto", expert_exchange="auto", attention_backend="auto", cache_backend="auto"
         )
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ModelConfig:
-        """Read the dict of a Hugging Face `config.json`, in either spelling; see `dsv3_jax.config.hugging_face`.
+        """Return the model of a Hugging Face `config.json`, a dict in either spelling; see `dsv3_jax.config.hugging_face`.
 
         Raises:
-          ValueError: naming the field, if the file has a feature that is not implemented here.
+          ValueError: naming the field, if it is missing, contradicts another, or asks for a feature that is not implemented.
         """
         fields = fields_from_hf(config, {field.name: field.default for field in dataclasses.fields(cls)})
         if fields["rope_scaling"] is not None:

@@ -41,20 +41,19 @@ Decay = Annotated[float, Bound(lambda decay: 0 <= decay < 1, "it must lie in [0,
 AxisSize = Annotated[int, Bound(lambda size: size == -1 or size >= 1, "use a positive size, or -1 once for the rest")]
 FimTokens = Annotated[
     tuple[str, str, str],
-    Bound(lambda tokens: len({*tokens, ""}) == len(tokens) + 1 == 4, "name three special tokens, for begin, hole and end"),
+    Bound(lambda tokens: len({*tokens, ""}) == len(tokens) + 1 == 4, "name three different special tokens, begin, hole, end"),
 ]
 Changes = Annotated[
     tuple[tuple[float, float], ...],
     Bound(_is_growing, "write pairs of tokens and value, the tokens growing from above 0"),
-    Bound(lambda changes: all(0 <= value < math.inf for _, value in changes), "its values cannot be negative"),
+    Bound(lambda changes: all(0 <= value < math.inf for _, value in changes), "its values cannot be negative or infinite"),
 ]
-"""Later values of a constant: pairs of tokens seen and the value from there on."""
+"""Later values of a constant: pairs (tokens seen, value from then on), by growing tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh: 1 everywhere is one device; else their product is the number of devices, and one of them may
-    be -1, "the rest"."""
+    """Sizes of the device mesh, whose product is the number of devices; at most one is -1, computed from the others."""
 
     data: AxisSize = 1
     """Replicas of the parameters; splits the batch (between slices or hosts)."""
@@ -65,7 +64,7 @@ class MeshConfig:
     context: AxisSize = 1
     """Splits the sequence."""
     tensor: AxisSize = 1
-    """Splits heads, FFN hidden and vocabulary."""
+    """Splits attention heads, hidden units of FFNs and vocabulary."""
 
     def __post_init__(self) -> None:
         check_fields(self, "mesh.")
@@ -82,13 +81,13 @@ class MeshConfig:
         known = math.prod(size for size in sizes.values() if size != -1)
         for name, size in sizes.items():
             if size == -1:
-                remedy = f"{num_devices} devices are not a multiple of the known sizes ({known})"
+                remedy = f"{num_devices} devices are not a multiple of the known sizes ({known}); change these"
                 check(num_devices % known == 0, f"mesh {sizes}: {remedy}")
                 sizes[name] = num_devices // known
         product = math.prod(sizes.values())
         check(
             product == num_devices,
-            f"mesh {sizes} has {product} places for {num_devices} devices; let the sizes multiply to it, or set one to -1",
+            f"mesh {sizes} has {product} places for {num_devices} devices; choose sizes with that product, or set one to -1",
         )
         return sizes
 
@@ -98,11 +97,11 @@ _LEAST_SHARE = 1e-6  # A smaller one would take blocks of more rows than can be 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The text, its tokenizer, and the way from text to rows of tokens."""
+    """Text or conversations to train on, their tokenizer, and the way from documents to rows of tokens."""
 
     source: Annotated[str, Bound(bool, 'name a file, a folder or "stdlib"')] = "stdlib"
     """A text file, a .jsonl file with a "text" field, a folder of such files (also gzipped), a folder made by
-    dsv3_jax.data.prepare, or "stdlib": that of the running Python."""
+    dsv3_jax.data.prepare, or "stdlib": the standard library of the running Python."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Several sources in place of `source`, each followed by its weight: shares of the rows, which need not sum to 1."""
     kind: Literal["text", "chat"] = "text"
@@ -110,17 +109,17 @@ class DataConfig:
     tokenizer: str | None = None
     """A tokenizer.json, or its folder; None trains a byte-level BPE of the model's vocab_size on the source and caches it."""
     fim_rate: Share = 0.0
-    """Share of the documents that are written as prefix, suffix, middle, to be filled in (section 4.1 of the report: 0.1)."""
+    """Share of the training documents rearranged as prefix, suffix, middle, to learn filling in (section 4.1: 0.1)."""
     fim_tokens: FimTokens = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
     """The special tokens before the prefix, the suffix and the middle."""
     cross_document_attention: bool = True
-    """Attend to the documents before one's own in a row, as in the report; padding is never attended to."""
+    """Let tokens attend to the documents before their own in a row, as in the report's pre-training."""
     # Its files are memory-mapped.
     cache_dir: Annotated[str, Bound(lambda path: "://" not in path, "name a folder of this machine")] = ".cache"
     """Folder that keeps trained tokenizers and tokenised text between runs."""
     heldout_fraction: OpenShare = 0.02
-    """Share of your own documents held out (by hash of their names; of a lone one, its end); "stdlib" and prepared folders
-    have their own split."""
+    """Share of the documents held out from training (by a hash of their names; of a single document, its end); "stdlib" and
+    prepared folders have their own split."""
 
     def __post_init__(self) -> None:
         check_fields(self, "data.")
@@ -143,7 +142,7 @@ class DataConfig:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of the rows by source; they sum to 1."""
+        """Share of the rows by source, summing to 1: the weights of `mixture` over their sum, else 1 for `source`."""
         if not self.mixture:
             return {self.source: 1.0}
         total = sum(weight for _, weight in self.mixture)
@@ -175,7 +174,7 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of every matrix; norm scales do not decay."""
     clip_norm: PositiveFloat = 1.0
-    """Largest global norm of the gradient, by clipping."""
+    """Global norm to which a larger gradient is scaled down."""
     moment_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype both moments are stored in."""
 
@@ -187,44 +186,44 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length and shape of the run, and the weights of its losses."""
+    """Steps, batches and seed of the run, weights of its losses, intervals of logging and evaluation."""
 
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt = 8
-    """Sequences a step, over all devices; at the end of a ramp."""
+    """Sequences per step, over all devices; with a ramp, those of the steps after it."""
     initial_batch_size: int | None = None
     """Sequences of the first step, from which batches grow linearly with the tokens; None for batches of one size."""
     batch_ramp_tokens: NonNegativeInt = 0
-    """Tokens over which batches grow."""
+    """Tokens, from the start of the run, over which batches grow; 0 without a ramp."""
     batch_ramp_unit: PositiveInt = 1
-    """Sequences by which they grow; a multiple of the micro-batch."""
+    """Batches grow by multiples of this many sequences, itself a multiple of the micro-batch."""
     micro_batch_size: int | None = None
-    """Sequences that are computed at once, over all devices; gradients of a step's micro-batches are accumulated. None: all."""
+    """Sequences that are computed at once, over all devices; gradients are accumulated over a step. None: batch_size."""
     sequence_length: PositiveInt = 4096
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     mtp_loss_weight: NonNegativeFloat = 0.3
     """Weight lambda of the multi-token-prediction loss (eq. 25)."""
     mtp_loss_weight_after: Changes = ()
-    """Later values of lambda: pairs of tokens seen and the value from there on."""
+    """Later values of lambda: pairs of tokens seen and the value from then on."""
     bias_update_speed: NonNegativeFloat = 0.001
     """gamma: change of a router bias in one step (section 2.1.2)."""
     bias_update_speed_after: Changes = ()
-    """Later values of gamma, in such pairs."""
+    """Later values of gamma: pairs of tokens seen and the value from then on."""
     aux_loss_alpha_after: Changes = ()
-    """Later values of model.aux_loss_alpha, in such pairs."""
+    """Later values of model.aux_loss_alpha: pairs of tokens seen and the value from then on."""
     log_every: PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: NonNegativeInt = 0
-    """Steps between held-out losses on a sample of windows; 0 for none. The end of a run scores every held-out byte."""
+    """Steps between losses on a sample of held-out windows; 0 for none. The end of a run scores every held-out byte."""
     eval_batches: PositiveInt = 8
-    """Batches in that sample."""
+    """Batches of each source in the sample of held-out windows."""
     init_from: str | None = None
     """Hugging Face folder or run directory whose model the run starts from; None starts from random parameters."""
     max_skipped: PositiveInt = 10
-    """Steps in a row that may be skipped for a loss or gradient that is not finite; the run then stops."""
+    """The run stops after this many steps in a row were skipped for a loss or gradient that is not finite."""
     seed: Seed = 0
-    """Seed of the parameters and of the order of the data."""
+    """Seed of the initial parameters, of the order of the data and of fill-in-the-middle."""
 
     def __post_init__(self) -> None:
         check_fields(self, "train.")
@@ -245,25 +244,25 @@ class TrainConfig:
 
     @property
     def micro_batch(self) -> int:
-        """Sequences that are computed at once."""
+        """Sequences per micro-batch, over all devices: `micro_batch_size`, or `batch_size` if that is None."""
         return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of the largest step."""
+        """Number of micro-batches in a step of `batch_size` sequences, the largest."""
         return self.batch_size // self.micro_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints: their interval and their number."""
+    """Interval of checkpoints, and the number of them that are kept."""
 
     every: PositiveInt = 500
     """Steps between checkpoints; the last step is always saved."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept; older ones are deleted."""
     keep_every: int | None = None
-    """Checkpoints of every that many steps are kept for good; None for none."""
+    """Checkpoints at multiples of this many steps are never deleted; None for none."""
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint.")
@@ -274,16 +273,16 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InferConfig:
-    """The sample that train.py shows at its end, and the defaults of infer.py."""
+    """Prompt and sampling that infer.py uses by default for checkpoints of the run."""
 
     prompt: str = "def main("
-    """Prompt of the sample."""
+    """Prompt of infer.py if none is given."""
     max_tokens: PositiveInt = 64
-    """Longest completion, in tokens."""
+    """Largest number of tokens of the completion."""
     temperature: NonNegativeFloat = 0.0
-    """0 takes the most likely token each time."""
+    """Divisor of the logits before sampling; 0 takes the most likely token each time."""
     top_p: Annotated[float, Bound(lambda share: 0 < share <= 1, "it must lie in (0, 1]")] = 1.0
-    """Samples from the smallest set of tokens that holds this much probability."""
+    """Samples from the smallest set of tokens that holds this much probability; 1 for all tokens."""
 
     def __post_init__(self) -> None:
         check_fields(self, "infer.")
@@ -291,7 +290,7 @@ class InferConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run: model, data and training."""
+    """Everything that defines a run: model, mesh, data, optimizer, training, checkpoints and sampling."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -309,7 +308,7 @@ class Config:
 
     @property
     def schedules(self) -> Schedules:
-        """Learning rate, batch size and the like, by step."""
+        """Learning rate, batch size, lambda, gamma and alpha as functions of the step."""
         return Schedules(self.optimizer, self.train, self.model.aux_loss_alpha)
 
     def to_json(self) -> str:
@@ -318,16 +317,16 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """Read the text of `to_json`.
+        """Build a Config from the text of `to_json`; absent fields get their defaults.
 
         Raises:
-          ValueError: on unknown fields, or on values the config refuses.
+          ValueError: on text that is not JSON, unknown fields, or values that the config refuses.
         """
         return _build(cls, json.loads(text), "config")
 
 
 def group_type(hint: Any) -> Any:
-    """Return the dataclass of a field's type, itself or one arm of `X | None`; None if there is none."""
+    """Return the dataclass that a field's type is, or that is an arm of a union such as `X | None`; None if there is none."""
     return next((arm for arm in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(arm)), None)
 
 
@@ -335,7 +334,7 @@ def _build(cls: Any, values: dict[str, Any], path: str) -> Any:
     """Build the dataclass `cls` from nested dicts, with JSON's lists as tuples; refuse unknown fields."""
     hints = typing.get_type_hints(cls)
     unknown = set(values) - set(hints)
-    check(not unknown, f"{path} has unknown fields {sorted(unknown)}; known: {sorted(hints)}")
+    check(not unknown, f"{path} has unknown fields {sorted(unknown)}; correct or remove them; known: {sorted(hints)}")
     built = {}
     for name, value in values.items():
         group = group_type(hints[name])
@@ -356,11 +355,11 @@ class StepHyperparams(NamedTuple):
 
     learning_rate: Any
     mtp_loss_weight: Any
-    """lambda."""
+    """lambda, the weight of the multi-token-prediction loss."""
     bias_update_speed: Any
-    """gamma."""
+    """gamma, the change of a router bias."""
     aux_loss_alpha: Any
-    """alpha."""
+    """alpha, the weight of the balance loss."""
     micro_batches: Any
     """Number of micro-batches of the step's arrays that are filled."""
 
@@ -375,20 +374,20 @@ class Schedules:
         self._ramp_rows = _ramp_rows(train)
 
     def batch_size(self, step: int) -> int:
-        """Return the sequences of the step, over all devices."""
+        """Return the number of sequences in the step, over all devices."""
         return self.rows_before(step + 1) - self.rows_before(step)
 
     def rows_before(self, step: int) -> int:
-        """Return the sequences of all steps before this one."""
+        """Return the number of sequences in all steps before this one."""
         ramp = len(self._ramp_rows) - 1
         return self._ramp_rows[min(step, ramp)] + max(step - ramp, 0) * self._train.batch_size
 
     def tokens_before(self, step: int) -> int:
-        """Return the tokens of all steps before this one."""
+        """Return the number of tokens in all steps before this one."""
         return self.rows_before(step) * self._train.sequence_length
 
     def steps_for(self, tokens: float) -> int:
-        """Return the fewest steps that see this many tokens."""
+        """Return the smallest number of steps, from the start, that together see at least `tokens` tokens."""
         rows = math.ceil(tokens / self._train.sequence_length)
         ramp = len(self._ramp_rows) - 1
         if rows <= self._ramp_rows[ramp]:
@@ -396,7 +395,7 @@ class Schedules:
         return ramp + -(-(rows - self._ramp_rows[ramp]) // self._train.batch_size)
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate: linear over `warmup_steps`, constant, a cosine to `final_learning_rate`, then constants.
+        """Return the rate: linear over `warmup_steps`, constant, a cosine to `final_learning_rate`, then `learning_rate_after`.
 
         The warm-up counts from 1, so that no step has rate 0, and the cosine goes by the tokens seen after the step.
         """
@@ -413,7 +412,7 @@ class Schedules:
         return o.final_learning_rate + (o.learning_rate - o.final_learning_rate) * (1 + math.cos(math.pi * done)) / 2
 
     def at(self, step: int) -> StepHyperparams:
-        """Return all values of the step."""
+        """Return all scheduled values of the step, as numpy scalars."""
         train, seen = self._train, self.tokens_before(step)
         return StepHyperparams(
             np.float32(self.learning_rate(step)),
@@ -430,7 +429,7 @@ def _value(first: float, after: Changes, seen: int) -> float:
 
 @functools.lru_cache(maxsize=8)
 def _ramp_rows(train: TrainConfig) -> list[int]:
-    """Return the sequences before each step of the batch ramp, and before the first step after it."""
+    """Return the number of sequences before each step of the batch ramp and before the step after it; [0] without a ramp."""
     rows = [0]
     if train.initial_batch_size is None:
         return rows
@@ -446,7 +445,7 @@ def _ramp_rows(train: TrainConfig) -> list[int]:
 
 
 def is_hugging_face(path: str) -> bool:
-    """Return whether `path` is a Hugging Face folder, else it is a run directory; its config.json decides.
+    """Return True for a Hugging Face folder, False for a run directory, as the config.json in it says.
 
     Raises:
       ValueError: if it is neither.
@@ -455,10 +454,10 @@ def is_hugging_face(path: str) -> bool:
 
 
 def read_model(path: str) -> ModelConfig:
-    """Return the model of either kind of folder, with "auto" for the backends that suited a run's machine.
+    """Return the model of a run directory or Hugging Face folder (with its generation_config.json), all backends "auto".
 
     Raises:
-      ValueError: if it is neither, or a model that is not implemented.
+      ValueError: if it is neither, or its config.json or generation_config.json is refused.
     """
     content = _read_config(path)
     try:
@@ -469,12 +468,12 @@ def read_model(path: str) -> ModelConfig:
 
 
 def model_to_train(path: str) -> ModelConfig:
-    """Return the same with float32 parameters, as a run trains it. Raises as `read_model`."""
+    """Return `read_model(path)` with `param_dtype` "float32", as a run trains it. Raises as `read_model`."""
     return dataclasses.replace(read_model(path), param_dtype="float32")
 
 
 def with_generation_config(model: ModelConfig, path: str) -> ModelConfig:
-    """Add the end-of-text tokens of a Hugging Face folder's generation_config.json to its model.
+    """Return `model` with the eos ids of the folder's generation_config.json added; unchanged if there is no such file.
 
     Raises:
       ValueError: if that file cannot be read, or holds other things than token ids.

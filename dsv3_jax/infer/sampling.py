@@ -189,7 +189,7 @@ def distribution(logits_BTV: jax.Array, sampler: Sampler, seen_BTV: jax.Array) -
 
 
 def _with_bias_and_penalty(logits_BTV: jax.Array, sampler: Sampler, seen_BTV: jax.Array) -> jax.Array:
-    """Return the logits after bias and penalty, finite for all values of these."""
+    """Return logits + bias; those of seen tokens then divided by the repetition penalty, if negative multiplied; finite."""
     logits_BTV += sampler.bias_BV[:, None]
     penalty_B11 = sampler.repetition_penalty_B[:, None, None]
     penalised_BTV = jnp.where(logits_BTV > 0, logits_BTV / penalty_B11, logits_BTV * penalty_B11)

@@ -23,7 +23,7 @@ def normal_init(config: ModelConfig, axes: tuple[str, ...]) -> nn.initializers.I
 
 
 class RMSNorm(nn.Module):
-    """scale * x / sqrt(mean(x^2) + epsilon) over the last axis of any array; statistics in float32."""
+    """scale * x / sqrt(mean(x^2) + epsilon) over the last axis; computed in float32, returned in `config.dtype`."""
 
     config: ModelConfig
     size: int
@@ -56,7 +56,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a [V, D] table; NaN for an id outside the table."""
+    """Lookup of token ids [B, T] in a [V, D] table: [B, T, D] in `config.dtype`; NaN for an id outside the table."""
 
     config: ModelConfig
 
@@ -75,7 +75,7 @@ class Embedding(nn.Module):
 
 
 def _look_up_on_mesh(embedding_VD: jax.Array, tokens_BT: jax.Array, config: ModelConfig) -> jax.Array:
-    """Look up rows of a split table: each device serves its columns to its group, so that neither table nor gradient moves."""
+    """Look up ids [B, T] in a table split over the mesh: ids are gathered and rows exchanged, the table stays; NaN outside."""
     rules = current_rules()
     batch_axes = tuple(axis for axis in rules.embed if axis in BATCH_AXES)
 

@@ -24,13 +24,13 @@ from dsv3_jax.parallel.sharding import TOKEN_SPEC, all_gather_weight, current_ru
 
 
 class ValidationBatch(NamedTuple):
-    """Windows of held-out tokens, the token after each, and a mask of those that are scored."""
+    """Windows of held-out tokens, the target of each (the token after it), and a mask of the targets that are scored."""
 
     tokens_BT: np.ndarray  # int32.
     targets_BT: np.ndarray  # int32.
     loss_weight_BT: np.ndarray  # float32; 1 for a target that is text, 0 for a document separator, a prompt or padding.
     segment_starts_BT: np.ndarray | None = None
-    """int32; start of each token's document in its window, -1 for padding; None where attention crosses documents."""
+    """int32; position where each token's document starts in its window, -1 for padding; None if attention crosses documents."""
 
 
 class Batch(NamedTuple):
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     targets_ABT: Any  # int32; the token after each.
     loss_weight_ABT: Any  # float32; weight of each target in the loss.
     segment_starts_ABT: Any
-    """int32; start of each token's document in its row, -1 for padding; None where attention crosses documents."""
+    """int32; position where each token's document starts in its row, -1 for padding; None if attention crosses documents."""
 
     @classmethod
     def of(cls, tokens_BT: np.ndarray, targets_BT: np.ndarray) -> Batch:
@@ -49,10 +49,10 @@ class Batch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The loss and its parts, float32 scalars in nats per token, and the loads that update the router biases."""
+    """The loss and its terms, float32 scalars; the loads that update the router biases, and the number of exchange rounds."""
 
     loss: jax.Array  # The objective, to be differentiated.
-    main_loss: jax.Array  # Next-token cross entropy.
+    main_loss: jax.Array  # Next-token cross entropy, in nats per token.
     mtp_loss: jax.Array  # Mean cross entropy of the MTP depths, without lambda.
     balance_loss: jax.Array  # Sequence-wise balance loss summed over MoE layers, without alpha.
     load: dict[str, jax.Array]  # Tokens per expert of the whole batch, as in `ModelOutput.load`.
@@ -122,7 +122,7 @@ class _Head(NamedTuple):
         return varying_alike(collective(partial, "tensor"), partial)[0] if self.on_mesh else partial
 
     def greedy(self, logits_BTV: jax.Array) -> jax.Array:
-        """Return the token with the largest logit in the whole vocabulary, the lowest of several, int32."""
+        """Return the token with the largest logit in the whole vocabulary, the lowest id of equal ones: [B, T] int32."""
         token_BT = jnp.argmax(logits_BTV, -1).astype(jnp.int32) + self.first
         if not self.on_mesh:
             return token_BT
@@ -131,7 +131,7 @@ class _Head(NamedTuple):
 
 
 def _into_chunks(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int) -> tuple:
-    """Cut the sequence axis into a leading axis of chunks, padded with tokens of weight zero."""
+    """Return the arrays, cut along the sequence and zero-padded, as [chunks, B, min(chunk, T), ...]."""
     T = h_BTD.shape[1]
     size = min(chunk, T)
 
@@ -143,13 +143,13 @@ def _into_chunks(h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, c
 
 
 def _from_chunks(chunks: jax.Array, length: int) -> jax.Array:
-    """Join chunks to sequences again, without the padding."""
+    """Return chunks [chunks, B, size, ...] joined to [B, length, ...], without the padding: inverse of `_into_chunks`."""
     by_sequence = jnp.moveaxis(chunks, 0, 1)
     return by_sequence.reshape(by_sequence.shape[0], -1, *chunks.shape[3:])[:, :length]
 
 
 def _chunk_loss(head: _Head, h_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array) -> tuple:
-    """Return the weighted sum of the losses of a chunk, its logits, and their log-sum-exp."""
+    """Return a chunk's weighted sum of losses (NaN for an unknown target), logits [B, T, V] of `head`, log-sum-exp [B, T]."""
     logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head.kernel_DV, preferred_element_type=jnp.float32)
     top_BT = head.reduce(jax.lax.pmax, logits_BTV.max(-1))
     log_sum_BT = top_BT + jnp.log(head.reduce(jax.lax.psum, jnp.exp(logits_BTV - top_BT[..., None]).sum(-1)))
@@ -162,7 +162,7 @@ def _chunk_loss(head: _Head, h_BTD: jax.Array, target_BT: jax.Array, weight_BT: 
 
 
 def _loss_and_greedy(arrays: tuple, chunk: int, on_mesh: bool, greedy: bool = True) -> tuple[jax.Array, Any]:
-    """Return the summed loss and, with `greedy`, the most likely tokens; the arrays are those of `cross_entropy`."""
+    """Return the summed loss, and the most likely tokens or, without `greedy`, None; `arrays`: those of `cross_entropy`."""
     h_BTD, head_DV, target_BT, weight_BT = arrays
     head = _Head.of(head_DV, h_BTD.dtype, on_mesh)
 
@@ -217,7 +217,7 @@ _summed_loss.defvjp(_forward, _backward)
 
 
 def depth_weights(weight_BT: jax.Array, segment_starts_BT: jax.Array | None, depth: int) -> jax.Array:
-    """Return the weights of the cross entropy of depth k, 0 for the main model: [B, T] float32.
+    """Return the weight of each row in the cross entropy of depth k (k = 0: the main model): [B, T] float32.
 
     Row i of depth k joins the state of token i with token i + k and predicts target i + k, the token after that. The weight is
     zero in the last k rows, and with segment starts in padding and in rows whose token i + k is of another document.
@@ -240,9 +240,9 @@ def training_loss(
     totals: Sequence[jax.Array] | None = None,
     share: float | jax.Array = 1.0,
 ) -> Losses:
-    """Return the objective over one batch, every term averaged over its own tokens, or the part of one micro-batch.
+    """Return the losses of one batch, every term averaged over its own tokens, or one micro-batch's part of a step's losses.
 
-    The parts of all micro-batches of a step add up to the objective over the whole step.
+    The parts of all micro-batches of a step, with `totals` and `share` given, add up to the losses of the whole step.
 
     Args:
       params, router: the model's two collections.

@@ -40,14 +40,14 @@ class Latents(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Queries of all heads in two parts, the second one rotated."""
+    """Queries of all heads in two parts: H dims without position, and P dims with it, already rotated."""
 
     nope_BTNH: jax.Array
     rope_BTNP: jax.Array
 
 
 class CacheMetadata(NamedTuple):
-    """Where each sequence's latents are in a cache: their number, and the pages, None for contiguous ones."""
+    """Number of cached tokens of each sequence, and its page table; None if the cache has one contiguous row per sequence."""
 
     cached_length_B: jax.Array  # Number of cached tokens, int32.
     page_table_BJ: jax.Array | None = None  # Pages (see `CachedLatents`); None if row b of the cache is sequence b.
@@ -61,7 +61,7 @@ class AbsorbedWeights(NamedTuple):
 
     @classmethod
     def of(cls, kernel_CNX: Weight, config: ModelConfig) -> AbsorbedWeights:
-        """Split the kernel of `kv_b_proj`, in the computation dtype."""
+        """Split the kernel [C, N, H + W] of `kv_b_proj`, cast to `config.dtype`, into W_UK [N, H, C] and W_UV [N, C, W]."""
         w_uk_CNH, w_uv_CNW = jnp.split(kernel_CNX.astype(config.dtype), [config.qk_nope_head_dim], axis=-1)
         return cls(w_uk_CNH.transpose(1, 2, 0), w_uv_CNW.transpose(1, 0, 2))
 
@@ -71,7 +71,7 @@ ABSORBED_AXES = AbsorbedWeights(("heads", "head_dim", "latent"), ("heads", "late
 
 
 class MLA(nn.Module):
-    """Causal self-attention through a latent of keys and values."""
+    """Multi-head latent attention: causal, with the keys and values of all heads compressed to one latent per token."""
 
     config: ModelConfig
     absorbed: bool = False
@@ -126,7 +126,7 @@ class MLA(nn.Module):
         return self.o_proj(o_BTNW), latents
 
     def _queries(self, x_BTD: jax.Array, angles: RopeAngles) -> Queries:
-        """Return the queries (eqs. 6-9)."""
+        """Return the queries of all heads, their rotary part rotated (eqs. 6-9)."""
         if self.config.q_lora_rank is None:
             q_BTNX = self.q_proj(x_BTD)
         else:
@@ -136,7 +136,7 @@ class MLA(nn.Module):
         return Queries(q_nope_BTNH, apply_rope(q_rope_BTNP, angles))
 
     def _latents(self, x_BTD: jax.Array, angles: RopeAngles) -> Latents:
-        """Return the compressed keys and values (eqs. 1 and 3)."""
+        """Return each token's normalised key-value latent and rotated shared key, as the cache stores them (eqs. 1 and 3)."""
         compressed = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD), "c_kv")
         c_kv_BTC, k_rope_BTP = jnp.split(compressed, [self.config.kv_lora_rank], axis=-1)
         return Latents(self.kv_a_layernorm(c_kv_BTC), apply_rope(k_rope_BTP, angles))
@@ -243,7 +243,7 @@ def _attend_expanded(
 
 
 def _split_by_sequences_and_heads(attend_cached: Callable[..., jax.Array], cached: CachedLatents, *before: Any) -> Any:
-    """Return attention over a cache on the current mesh, each device with its own sequences, their pages, and its own heads."""
+    """Return `attend_cached` in a `shard_map` over the mesh: each device has its own sequences, their pages and heads."""
     sequences, heads = PartitionSpec(BATCH_AXES), PartitionSpec(*TOKEN_SPEC, "tensor")
     specs: Any = *before, heads, heads, TOKEN_SPEC, TOKEN_SPEC, jax.tree.map(lambda _: sequences, cached), sequences
     # No check: the kernels do not declare the axes over which their results vary.
@@ -251,7 +251,7 @@ def _split_by_sequences_and_heads(attend_cached: Callable[..., jax.Array], cache
 
 
 def with_absorbed_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Return the variables of an unrolled model plus a collection `absorbed`, so that no decoding step splits `kv_b_proj`.
+    """Return an unrolled model's variables plus a collection `absorbed` with every `kv_b_proj` split into `AbsorbedWeights`.
 
     It is in the computation dtype even if `kv_b_proj` is in 8 bits: every step uses all of it, 1/300 of the published model.
     """

@@ -30,7 +30,7 @@ HEAD_AXES = "embed", "vocab"
 
 @struct.dataclass
 class ModelOutput:
-    """Logits of the model and its MTP depths over whole sequences, loads, balance loss, and states and routes if asked for."""
+    """Logits of the main model and MTP depths, expert loads and balance loss; on request hidden states and routes."""
 
     logits: jax.Array  # [B, T, V] float32; row t predicts token t + 1.
     mtp_logits: list[jax.Array]
@@ -44,7 +44,7 @@ class ModelOutput:
 
 
 class Features(NamedTuple):
-    """States before the head, and the outputs of the blocks."""
+    """Normalised states, ready for the head, of the main model and of MTP depths; embeddings, and outputs of the blocks."""
 
     h_BTD: jax.Array  # After the final norm.
     mtp_h_BTD: list[jax.Array]  # Of each depth k after its norm; the last k rows, or of each document, are meaningless.
@@ -57,7 +57,7 @@ class Features(NamedTuple):
 
     @property
     def rounds(self) -> jax.Array:
-        """Largest number of exchange rounds of any layer, int32."""
+        """Largest number of exchange rounds of any layer, int32; 1 without MoE layers."""
         rounds = [jnp.max(output.rounds) for output in self.outputs.values() if output.rounds is not None]
         return functools.reduce(jnp.maximum, rounds, jnp.int32(1))
 
@@ -124,7 +124,7 @@ class DeepSeekV3(nn.Module):
         return_intermediates: tuple[str, ...] = (),
         segment_starts_BT: jax.Array | None = None,
     ) -> Features:
-        """Return the states before the head, and the blocks' `return_intermediates` ("latents", "hidden", "routes")."""
+        """Run all but the head over whole sequences, as `__call__`; `return_intermediates`: "latents", "hidden", "routes"."""
         check_tokens(tokens_BT, self.config)
         if segment_starts_BT is not None:
             check_starts(segment_starts_BT, tokens_BT)
@@ -143,14 +143,14 @@ class DeepSeekV3(nn.Module):
         return Features(h_BTD, mtp_h_BTD, embedded_BTD, outputs)
 
     def head(self, h_BTD: jax.Array) -> jax.Array:
-        """Return the float32 logits of normalised states."""
+        """Return the logits [B, T, V], float32, of normalised states [B, T, D]."""
         kernel_DV, h_BTD = self.lm_head.kernel, h_BTD.astype(self.config.dtype)
         return project(h_BTD, kernel_DV, HEAD_AXES, preferred_element_type=jnp.float32)
 
     def decode(
         self, tokens_BT: jax.Array, cache: dict[str, Latents], cached_length_B: jax.Array
     ) -> tuple[jax.Array, dict[str, Latents]]:
-        """Return logits [B, T, V] and latents of `forward_cached` over a cache with one row per sequence."""
+        """Run `forward_cached` over a cache with one row per sequence; return logits [B, T, V] and the new tokens' latents."""
         h_BTD, latents = self.forward_cached(tokens_BT, cache, CacheMetadata(cached_length_B))
         return self.head(h_BTD), latents
 
@@ -174,9 +174,9 @@ class DeepSeekV3(nn.Module):
     def draft(
         self, h_BTD: jax.Array, ahead_BT: jax.Array, cache: Latents | None, metadata: CacheMetadata
     ) -> tuple[jax.Array, Latents]:
-        """Draft with the first MTP depth over T rows of each sequence, given its latents of earlier rows.
+        """Run the first MTP depth over T new rows of each sequence, given the depth's latents of earlier rows.
 
-        The report (section 2.2) has one depth for each token ahead; here one depth is applied repeatedly.
+        The report (section 2.2) has one depth for each token ahead; here one depth is applied repeatedly. Needs `unrolled`.
 
         Args:
           h_BTD: states at positions cached_length_B, ...: after the final norm, or those returned for the row before.
@@ -215,11 +215,11 @@ def check_tokens(tokens_BT: Any, config: ModelConfig) -> None:
         ids = np.asarray(tokens_BT)
         bad = ids[(ids < 0) | (ids >= config.vocab_size)]
         if bad.size:
-            raise ValueError(f"token id {bad[0]} is outside the vocabulary of {config.vocab_size}")
+            raise ValueError(f"token id {bad[0]} is outside the vocabulary of {config.vocab_size}; use the model's tokenizer")
 
 
 def check_starts(segment_starts_BT: Any, tokens_BT: Any) -> None:
-    """Raise ValueError for segment starts of a wrong shape or dtype, and, outside jit, for invalid ones."""
+    """Raise ValueError for a wrong shape or dtype and, outside jit, a start other than -1, its position or the start before."""
     if segment_starts_BT.shape != tokens_BT.shape or not jnp.issubdtype(segment_starts_BT.dtype, jnp.integer):
         raise ValueError(
             f"starts of documents are {segment_starts_BT.dtype} {segment_starts_BT.shape}; "
@@ -240,7 +240,7 @@ def check_starts(segment_starts_BT: Any, tokens_BT: Any) -> None:
 
 
 def _hidden_states_and_routes(features: Features) -> tuple[jax.Array, jax.Array | None]:
-    """Return (hidden states [L + 1, B, T, D], the last one normed; chosen experts [MoE layers, B, T, K] or None)."""
+    """Return (main model's embedding and block outputs [L + 1, B, T, D], last one normed; routes [L_moe, B, T, K] or None)."""
     outputs = [output for name, output in features.outputs.items() if not name.startswith("mtp_")]
 
     def by_layer(arrays: list[jax.Array | None]) -> list[jax.Array]:

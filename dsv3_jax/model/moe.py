@@ -89,7 +89,7 @@ KERNEL_AXES = "embed", "router"
 
 
 class Routing(NamedTuple):
-    """Experts of each token, and statistics."""
+    """Experts of each token and their weights, the load of each expert, and the balance loss."""
 
     chosen_BTK: jax.Array  # Expert ids, int32, best first.
     weight_BTK: jax.Array  # Their weights in the sum of expert outputs, float32.
@@ -98,7 +98,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Sigmoid gate with a biased, group-limited top-k choice."""
+    """Sigmoid gate: the top K experts by score + bias, within the best groups; the weights are from scores without bias."""
 
     config: ModelConfig
 
@@ -153,7 +153,7 @@ def expert_load(chosen_BTK: jax.Array, token_mask_BT: jax.Array, num_experts: in
 
 
 def sequence_balance_loss(score_BTE: jax.Array, token_mask_BT: jax.Array, num_chosen: int) -> jax.Array:
-    """Return the mean over sequences of sum_i f_i P_i (eqs. 17-20), 1 for uniform scores.
+    """Return the mean over sequences of sum_i f_i P_i over unmasked tokens (eqs. 17-20), without alpha; 1 for uniform scores.
 
     As in the report, f_i counts tokens with expert i among the K largest *unbiased, ungrouped* scores.
     """

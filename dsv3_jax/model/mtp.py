@@ -19,7 +19,7 @@ from dsv3_jax.model.transformer import Block, BlockOutput, rematerialised
 
 
 def rows_of_depth(shape: tuple[int, ...], segment_starts_BT: jax.Array | None, depth: int) -> jax.Array:
-    """Return a mask [B, T] of the rows with a token `depth` ahead, in the same document if segment starts are given."""
+    """Return a mask [B, T]: True if a token `depth` ahead exists, with segment starts one of the same document, not padding."""
     if segment_starts_BT is None:
         return jnp.broadcast_to(jnp.arange(shape[1]) < shape[1] - depth, shape)
     return has_ahead(segment_starts_BT, depth)
@@ -56,7 +56,7 @@ class MTPDepth(nn.Module):
         Args:
           h_BTD: h^{k-1}; for the first depth the main model's state after its final norm.
           ahead_BTD: embedding of the token k ahead of each row (arbitrary in the last k rows).
-          token_mask_BT: `rows_of_depth`.
+          token_mask_BT: rows that count in load and balance loss, from `rows_of_depth`.
           angles, segment_starts_BT, cache, metadata: as in `MLA`, for the depth's own rows.
 
         Returns:

@@ -44,7 +44,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def magnitude(config: ModelConfig) -> float:
-    """Return YaRN's factor on cos and sin: m(mscale) / m(mscale_all_dim), m(1) if either is missing, 1 without YaRN."""
+    """Return the factor on cos and sin: m(mscale) / m(mscale_all_dim), m(1) if one is unset (m: eq. 22), 1 without YaRN."""
     scaling = config.rope_scaling
     if scaling is None:
         return 1.0
@@ -54,7 +54,7 @@ def magnitude(config: ModelConfig) -> float:
 
 
 def rope_angles(config: ModelConfig, positions_BT: jax.Array) -> RopeAngles:
-    """Return the angles of each position, once for all layers."""
+    """Return cos and sin of every position's angles, times `magnitude`: float32 [B, T, P/2], for all layers."""
     angles = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(config)
     factor = magnitude(config)
     return RopeAngles(jnp.cos(angles) * factor, jnp.sin(angles) * factor)

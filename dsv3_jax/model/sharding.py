@@ -30,7 +30,7 @@ def place_variables(
 ) -> dict[str, Any]:
     """Return the variables, some of them possibly in 8 bits, sharded as `variable_shardings` says, whose errors it raises.
 
-    With `donate` the given arrays must not be used afterwards.
+    With `donate` every given array is deleted once it is moved; none may be used afterwards.
     """
 
     def move(array: jax.Array, sharding: NamedSharding) -> jax.Array:

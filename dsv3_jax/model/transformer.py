@@ -23,7 +23,7 @@ from dsv3_jax.parallel.sharding import place_tokens
 
 
 class BlockOutput(NamedTuple):
-    """Other outputs of a block than h: latents, load, balance loss, rounds, state, routes; None if not requested or not MoE."""
+    """Outputs of a block in addition to h. Fields are None if not requested or, for those of MoE, from a dense block."""
 
     load_E: jax.Array | None = None  # MoE: tokens per expert.
     balance_loss: jax.Array | None = None  # MoE: sequence-wise balance loss, without alpha.
@@ -80,7 +80,7 @@ SAVED_BY_SAVE_LATENTS = "c_q", "c_kv", "ffn_input"
 
 
 def rematerialised(block: type[nn.Module], config: ModelConfig, *, scanned: bool) -> type[nn.Module]:
-    """Return `block` with a backward pass that recomputes all that `config.remat` does not save (section 3.2 of the report)."""
+    """Return `block` with a backward pass that recomputes all that `config.remat` does not save; unchanged for "none"."""
     if config.remat == "none":
         return block
     policies = jax.checkpoint_policies
@@ -96,7 +96,7 @@ STACKS = "dense_layers", "moe_layers"
 
 
 def stack_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the number of blocks of each stack that has any, bottom first."""
+    """Return {stack name: number of blocks}, the dense stack first, without empty stacks."""
     sizes = dict(zip(STACKS, (config.first_k_dense_replace, config.num_moe_layers), strict=True))
     return {name: size for name, size in sizes.items() if size}
 
@@ -141,7 +141,7 @@ def run_stacks(
 def unstack(variables: dict[str, Any], *, donate: bool = False) -> dict[str, Any]:
     """Return the variables of a scanned model for an unrolled one: `moe_layers` becomes `moe_layers_0`, ...
 
-    With `donate` every stack is deleted once its layers exist, so that at most one array is in memory twice.
+    With `donate` every stacked array is deleted once its layers exist, so that at most one array is in memory twice.
     """
 
     def layers(stack: jax.Array) -> list[jax.Array]:

@@ -82,7 +82,7 @@ def test_json_that_contradicts_itself_is_refused(config: Config):
         (DataConfig, {"fim_rate": 1.1}, "data.fim_rate is 1.1; it must lie in 0..1"),
         (DataConfig, {"fim_rate": 0.1, **CHAT}, "conversations (data.kind chat) are not filled in; set it to 0"),
         (DataConfig, {"kind": "chat"}, "data.kind is chat and data.cross_document_attention True"),
-        (DataConfig, {"fim_tokens": ("a", "a", "b")}, "data.fim_tokens is ('a', 'a', 'b'); name three special tokens"),
+        (DataConfig, {"fim_tokens": ("a", "a", "b")}, "data.fim_tokens is ('a', 'a', 'b'); name three different"),
         (DataConfig, {"mixture": (("a", 1.0), ("a", 2.0))}, "data.mixture names a source twice: ['a', 'a']"),
         (DataConfig, {"mixture": (("", 1.0),)}, "every source needs a name"),
         (DataConfig, {"mixture": (("a", 1.0), ("b", 0.0))}, "data.mixture gives 'b' the weight 0.0; it must be positive"),
@@ -215,7 +215,7 @@ def test_a_config_that_is_a_function_takes_a_checkpoint(tmp_path: Path):
     pretrained = str(ROOT / "tests/fixtures/published")
     file = tmp_path / "longer.py"
     file.write_text("from dsv3_jax.config import Config\n\ndef config(model):\n    return Config(model=model)\n")
-    message = "makes its config from the model of a checkpoint; name it with --init-from"
+    message = "makes its config from the model of a checkpoint; name the checkpoint with --init-from"
     with pytest.raises(ValueError, match=message):
         parse_run(["--config", str(file)])
     with pytest.raises(SystemExit) as help_:

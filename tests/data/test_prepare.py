@@ -200,7 +200,7 @@ def test_the_command_line(workplace: Path, capsys: pytest.CaptureFixture[str]) -
         (["c", "--workers", "0"], "workers is 0; it must be at least 1"),
         (["c", "--shard-megabytes", "0"], "shard_megabytes is 0"),
         (["c", "--fim-rate", "2"], r"fim_rate is 2\.0; it must lie in 0\.\.1"),
-        (["c", "--heldout-fraction", "0"], r"heldout_fraction is 0\.0; it must lie between"),
+        (["c", "--heldout-fraction", "0"], r"heldout_fraction is 0\.0; it must lie strictly between"),
         (["c", "--seed", "-1"], "seed is -1"),
     ):
         with pytest.raises(ValueError, match=complaint):

@@ -194,7 +194,9 @@ def test_a_server_under_load(offline: Engine) -> None:
         assert metric(text, "dsv3_requests_total", status="500") == 0
         last = asyncio.run(drained(url, child.pid))
         assert child.stderr is not None
-        assert child.stderr.readline() == "ended with 0\n"
+        # asyncio warns of clients that have gone while much is sent to them.
+        said = next(line for line in iter(child.stderr.readline, "") if line != "socket.send() raised exception.\n")
+        assert said == "ended with 0\n"
         assert ended_by_a_second_signal(listening(child), child) == 1
     params = [SamplingParams(max_tokens=requests[i].max_tokens, ignore_eos=True) for i in good]
     expected = [completion.text for completion in offline.generate([requests[i].prompt for i in good], params)]

@@ -72,8 +72,9 @@ def main() -> None:
     mesh = make_mesh(flags.mesh)
     task = first_process_first(lambda: checked(flags, mesh))
     model = load_model(flags.checkpoint, flags.dtype, mesh)
-    ends = tuple(dict.fromkeys([*model.config.eos_token_ids, *flags.stop_token_ids]))
-    model = model._replace(config=dataclasses.replace(model.config, eos_token_id=ends or None))
+    if flags.stop_token_ids:
+        ends = tuple(dict.fromkeys([*model.config.eos_token_ids, *flags.stop_token_ids]))
+        model = model._replace(config=dataclasses.replace(model.config, eos_token_id=ends))
     check_agreement(
         {"checkpoint": model.origin, "tokenizer": digest(model.tokenizer.to_json()), **dataclasses.asdict(model.config)}
     )

@@ -29,6 +29,8 @@ from dsv3_jax.files import write_whole
 
 Message = Mapping[str, Any]
 ASSISTANT = "assistant"
+# Of tools and switches: the same however many messages there are.
+_VARIABLES = chr(FIRST_ORIGIN)
 
 
 class ChatTemplate:
@@ -64,7 +66,7 @@ class ChatTemplate:
         Raises:
           ValueError: with the template's own words, if it refuses the conversation.
         """
-        others = traced(variables, origin_of(len(messages)))
+        others = traced(variables, _VARIABLES)
         given = {"tools": None, "documents": None, **self.special_tokens, **others}
         own = [traced(message, origin_of(number)) for number, message in enumerate(messages)]
         try:
@@ -105,6 +107,7 @@ def find_chat_template(tokenizer: str | epath.PathLike) -> ChatTemplate | None:
     return ChatTemplate(source, named, f"the chat_template of {folder / 'tokenizer_config.json'}")
 
 
+@functools.lru_cache(maxsize=4)
 def closing_tokens(template: ChatTemplate, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """Return the ids that end the assistant's turn: the one that the template writes behind it, and its eos_token."""
     try:
@@ -220,8 +223,8 @@ class Piece(NamedTuple):
 
 
 def origin_of(number: int) -> str:
-    """Return the origin of the characters of a message; the number of messages stands for tools and switches."""
-    return chr(FIRST_ORIGIN + number)
+    """Return the origin of the characters of a message."""
+    return chr(FIRST_ORIGIN + 1 + number)
 
 
 def encode_prompt(

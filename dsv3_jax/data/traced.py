@@ -27,7 +27,6 @@ TEMPLATE, UNKNOWN = "\0", "\1"
 FIRST_ORIGIN = 2
 """Code of the first character that a caller may choose for an origin."""
 
-
 _plain = str.__str__  # The text without origins, for the operations of `str`.
 
 

@@ -258,3 +258,19 @@ def test_only_conversations_that_version_0_2_0_read_alike_keep_the_digest_of_a_r
     assert encoding(DEEPSEEK, MULTI, ONE) == "2"
     assert encoding(R1, answered("a")) == "2"
     assert encoding(R1, [*ONE, *ONE]) == "2"
+
+
+def test_tools_are_no_words_of_the_answer_behind_them() -> None:
+    """Tools that spell </think> stay text, in an unfinished answer and where earlier turns change."""
+    tools = [{"name": THINK}]
+    shows = "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}"
+    for source in (DEEPSEEK, R1):
+        template = ChatTemplate(source.replace("{{ bos_token }}", shows), TEMPLATE.special_tokens)
+        ids = encode_prompt(template, TOKENIZER, answered("a"), tools=tools)
+        assert ids.count(IDS[THINK]) == (source == R1)
+        one = dataclasses.replace(conversation(read_messages([*ONE, *answered("a")])), tools=tools)
+        for found in encode_conversations([one], template, TOKENIZER):
+            assert IDS[THINK] not in found.ids[: found.ids.tolist().index(IDS[USER])]
+            assert found.ids[: found.is_in_loss.argmax()].tolist() in (
+                encode_prompt(template, TOKENIZER, [*ONE, *answered("a")][:n], tools=tools) for n in (1, 3)
+            )

@@ -18,11 +18,9 @@ from dsv3_jax.config import Config, DataConfig, TrainConfig
 from dsv3_jax.config.cli import OneLineParser, cli_main
 from dsv3_jax.config.run import is_hugging_face
 from dsv3_jax.data.chat_template import with_closing_tokens
-from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.data.tokenizer import TOKENIZER, load_tokenizer
 from dsv3_jax.files import tokenizer_files
 from dsv3_jax.train.start import save_run_start
-
-_TOKENIZER = "tokenizer.json"
 
 
 def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool = False) -> None:
@@ -39,11 +37,11 @@ def run_to_hf(source: Any, target: Any, *, dtype: str | None = None, fp8: bool =
     """
     check_no_folder(target)
     config, variables, step = load_run(str(source), dtype)
-    has_tokenizer = (epath.Path(source) / _TOKENIZER).exists()
-    tokenizer_from = source if has_tokenizer else None
+    has_tokenizer = (epath.Path(source) / TOKENIZER).exists()
+    tokenizer_from = source if tokenizer_files(epath.Path(source)) else None
     model = with_closing_tokens(config.model, source, load_tokenizer(source)) if has_tokenizer else config.model
     save_hf(target, model, variables, tokenizer_from=tokenizer_from, fp8=fp8)
-    print(f"{source}, step {step}, is now the Hugging Face folder {target}{'' if has_tokenizer else ' (no tokenizer)'}")
+    print(f"{source}, step {step}, is now the Hugging Face folder {target}{'' if has_tokenizer else ' (no tokenizer.json)'}")
 
 
 def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
@@ -61,11 +59,11 @@ def hf_to_run(source: Any, target: Any, *, dtype: str | None = None) -> None:
     model, variables = load_hf(source, dtype or "float32")
     if dtype is None:
         model = dataclasses.replace(model, dtype=named_dtype(source))
-    tokenizer = epath.Path(source) / _TOKENIZER
+    tokenizer = epath.Path(source) / TOKENIZER
     has_tokenizer = tokenizer.exists()
     config = Config(
         model=model,
-        data=DataConfig(tokenizer=str(epath.Path(target) / _TOKENIZER) if has_tokenizer else None),
+        data=DataConfig(tokenizer=str(epath.Path(target) / TOKENIZER) if has_tokenizer else None),
         train=TrainConfig(sequence_length=min(TrainConfig.sequence_length, model.max_position_embeddings)),
     )
     # All or nothing: a run without its checkpoint would continue from random weights.

@@ -118,6 +118,20 @@ def test_what_lies_beside_the_tokenizer_is_there_again(source: Path, tmp_path: P
     assert [tuple(model.eos_token_ids) for model in models] == [(1, 2)] * 4
 
 
+def test_files_of_a_tokenizer_that_is_not_read_here_travel_too(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As Kimi-K2's, which has no tokenizer.json."""
+    folder = Path(shutil.copytree(source, tmp_path / "hf"))
+    names = "tiktoken.model", "tokenization_kimi.py", "tokenizer_config.json", "chat_template.jinja"
+    for name in names:
+        (folder / name).write_text("{}")
+    main([str(folder), str(tmp_path / "run")])
+    main([str(tmp_path / "run"), str(tmp_path / "back")])
+    assert capsys.readouterr().out.count("(no tokenizer.json)") == 2
+    assert all((tmp_path / "back" / name).read_text() == "{}" for name in names)
+
+
 @pytest.mark.parametrize("named", [None, 1, [1]])
 def test_the_end_that_only_the_template_writes_is_named_by_an_export(source: Path, tmp_path: Path, named: Any):
     folder = Path(shutil.copytree(source, tmp_path / "hf"))

@@ -147,15 +147,13 @@ def prepare_tokenizer(data: DataConfig, model: ModelConfig, *corpora: Corpus) ->
 
 def load_tokenizer(path: str | epath.PathLike) -> Tokenizer:
     """Read a `tokenizer.json`, or the one in a folder; ValueError if there is none, or it cannot be read."""
-    file = epath.Path(path).expanduser()
-    if file.is_dir():
-        others = [name for name in ("tiktoken.model", "tokenizer.model") if (file / name).exists()]
-        file = file / "tokenizer.json"
-        if others and not file.exists():
-            raise ValueError(
-                f"{path} holds {others[0]} but no tokenizer.json, the only form read here; convert it with "
-                "transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)) or pass a tokenizer.json"
-            )
+    file = _file_of(path)
+    others = [name for name in ("tiktoken.model", "tokenizer.model") if (file.parent / name).exists()]
+    if others and not file.exists():
+        raise ValueError(
+            f"{path} holds {others[0]} but no tokenizer.json, the only form read here; convert it with "
+            "transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)) or pass a tokenizer.json"
+        )
     check(file.exists(), f"{file} does not exist; name a tokenizer.json, or a folder that holds one")
     try:
         backend = tokenizers.Tokenizer.from_str(file.read_text())
@@ -182,10 +180,18 @@ def _file_of(path: str | epath.PathLike) -> epath.Path:
     return file / TOKENIZER if file.is_dir() else file
 
 
+def _holds(path: str, tokenizer: Tokenizer) -> bool:
+    """Return True if a tokenizer.json, or the one in a folder, is this tokenizer."""
+    try:
+        return load_tokenizer(path).to_json() == tokenizer.to_json()
+    except ValueError:  # A checkpoint to start from may have none, or one of another kind.
+        return False
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: epath.Path, *sources: str | None) -> None:
     """Write a run's tokenizer, with the files that travel with it from the first of `sources` with the same tokenizer."""
     for source in sources:
-        if source is None or not _file_of(source).exists() or load_tokenizer(source).to_json() != tokenizer.to_json():
+        if source is None or not _holds(source, tokenizer):
             continue
         if tokenizer_folder(source).resolve() == folder.resolve():
             return

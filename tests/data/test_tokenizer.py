@@ -315,5 +315,7 @@ def test_a_run_gets_the_files_that_travel_with_its_tokenizer(tmp_path: Path) -> 
     for path in (tmp_path / "run").iterdir():
         assert path.read_bytes() == (tmp_path / "source" / path.name).read_bytes()
     save_tokenizer(tokenizer, epath.Path(tmp_path / "run"), str(tmp_path / "run"))
-    save_tokenizer(tokenizer, epath.Path(tmp_path / "alone"), None)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    save_tokenizer(tokenizer, epath.Path(tmp_path / "alone"), None, str(tmp_path / "broken"))
     assert [path.name for path in (tmp_path / "alone").iterdir()] == ["tokenizer.json"]

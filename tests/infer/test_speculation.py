@@ -80,3 +80,11 @@ def test_most_drafts_of_a_trained_model_stand(trained: tuple[ModelConfig, dict[s
     whole = np.array([prompt + request.tokens for prompt, request in zip(prompts, requests, strict=True)], np.int32)
     best = np.asarray(jax.jit(DeepSeekV3(config).apply)(variables, whole).logits).argmax(-1)
     np.testing.assert_array_equal(best[:, 3:-1], whole[:, 4:])
+    # A drafter that gives no numbers costs drafts, and no token.
+    params = variables["params"] | {"mtp_0": jax.tree.map(lambda leaf: leaf * np.nan, variables["params"]["mtp_0"])}
+    engine = Engine(config, variables | {"params": params}, max_length=64, chunk=16, drafts=2)
+    completions = engine.generate(prompts, SamplingParams(max_tokens=20))
+    assert [completion.tokens for completion in completions] == whole[:, 4:].tolist()
+    drawn = SamplingParams(max_tokens=20, temperature=0.8, ignore_eos=True)
+    assert all(0 <= token < V for completion in engine.generate(prompts, drawn) for token in completion.tokens)
+    assert engine.step_tokens < 1.6 * engine.steps
